@@ -1,0 +1,284 @@
+"""Requests per second and latency: our champion against MLflow's stock transformers flavor.
+
+    python benchmarks/serving.py --model models:/NAME@champion --teacher HF_FOLDER \
+        --data shared/data/banking77 --seconds 20 --clients 1 8 32 --out results.json
+
+One run on one box measures three servers, one after the other at each number of clients and never
+two at a time: `mlflow models serve` with the teacher in MLflow's own transformers flavor, `mlflow
+models serve` with our model, and `pt-deploy serve` with our model. Clients are closed loops (wrk,
+Debian package `wrk`) that send one text a request, test texts in turn. The load generator shares
+the cores with the server, for all servers alike.
+
+Knows nothing of how the model was made; it talks to servers over HTTP only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+SEED = 0
+TEACHER, OURS, PT_DEPLOY = "mlflow, transformers flavor", "mlflow, pt_deploy flavor", "pt-deploy"
+
+# Each connection takes the next body; `done` prints wrk's raw numbers (microseconds) as JSON.
+_LUA = """
+local bodies, at = {}, 0
+for line in io.lines("%(bodies)s") do bodies[#bodies + 1] = line end
+wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+request = function()
+  at = at %% #bodies + 1
+  return wrk.format(nil, nil, nil, bodies[at])
+end
+done = function(summary, latency)
+  local e = summary.errors
+  io.write(string.format(
+    '\\nRESULT {"requests": %%d, "seconds": %%f, "p50_ms": %%f, "p99_ms": %%f, "errors": %%d}\\n',
+    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
+    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One server under one load.
+
+    Attributes:
+        server: Which server.
+        clients: Closed-loop clients.
+        requests_per_s: Answered requests of one text per second.
+        p50_ms: Median latency.
+        p99_ms: 99th percentile of the latency.
+        errors: Requests that failed, timed out or were not answered with 200.
+        seconds: How long it was measured, warm-up excluded.
+    """
+
+    server: str
+    clients: int
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write JSON and Markdown."""
+    options = _parser().parse_args(arguments)
+    if shutil.which("wrk") is None:
+        sys.exit("wrk, the load generator, is missing. Install it with: apt-get install wrk")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
+    from mlflow_pt_deploy.data import load_data
+
+    splits = load_data(options.data)
+    rows = _sample(splits.test.rows, [splits.labels[at] for at in splits.test.targets])
+    with tempfile.TemporaryDirectory(prefix="serving-") as name:
+        folder = Path(name)
+        lua = _write_lua(folder, [text for text, _ in rows])
+        commands = _commands(options.model, _save_teacher(options.teacher, folder))
+        points: list[Point] = []
+        accuracy: dict[str, float] = {}
+        for clients in options.clients:
+            for server, command in commands.items():
+                with _running(command, folder / "server.log") as url:
+                    if server not in accuracy:
+                        accuracy[server] = _accuracy(url, rows[: options.rows])
+                    points.append(_measure(server, url, clients, options.seconds, lua))
+                print(f"{points[-1]}", file=sys.stderr, flush=True)
+    table = _table(points, accuracy)
+    report = {
+        "points": [asdict(point) for point in points],
+        "accuracy": accuracy,
+        "accuracy_rows": min(options.rows, len(rows)),
+        "data": options.data,
+        "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+    }
+    options.out.write_text(json.dumps(report, indent=1), encoding="utf8")
+    options.out.with_suffix(".md").write_text(table, encoding="utf8")
+    print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="MLflow URI of our model")
+    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
+    parser.add_argument("--data", required=True, help="as for pt-deploy: a folder, catalog, ...")
+    parser.add_argument("--seconds", type=int, default=20, help="a point, after warm-up")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--rows", type=int, default=300, help="rows that accuracy is checked on")
+    parser.add_argument("--out", type=Path, default=Path("results.json"))
+    return parser
+
+
+def _sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Unique texts with their labels, shuffled: data sets often come sorted by label."""
+    import random
+
+    unique = list(dict(zip(texts, labels, strict=True)).items())
+    random.Random(SEED).shuffle(unique)
+    return unique
+
+
+def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
+    bodies = folder / "bodies.jsonl"
+    lines = [json.dumps({"inputs": [text]}) for text in texts]
+    bodies.write_text("\n".join(lines) + "\n", encoding="utf8")
+    script = folder / "post.lua"
+    script.write_text(_LUA % {"bodies": bodies}, encoding="utf8")
+    return script
+
+
+def _save_teacher(teacher: Path, folder: Path) -> Path:
+    """The teacher as MLflow's documentation saves it: a text-classification pipeline."""
+    import mlflow.transformers
+    from transformers import pipeline
+
+    target = folder / "teacher"
+    # The flavor would find its requirements by loading the model in a process of its own.
+    mlflow.transformers.save_model(
+        pipeline("text-classification", model=str(teacher)),
+        path=str(target),
+        pip_requirements=["transformers", "torch"],
+    )
+    return target
+
+
+def _commands(model: str, teacher: Path) -> dict[str, list[str]]:
+    stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
+    ours = "import sys; from mlflow_pt_deploy.serving.app import serve; "
+    ours += "serve(sys.argv[1], port=int(sys.argv[3]))"
+    return {
+        TEACHER: [*stock, str(teacher)],
+        OURS: [*stock, model],
+        PT_DEPLOY: [sys.executable, "-c", ours, model],
+    }
+
+
+@contextmanager
+def _running(command: Sequence[str], log: Path) -> Iterator[str]:
+    """A server on a free port, until the block ends; its whole process group ends with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await_ready(url, process, log)
+            yield url
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _await_ready(url: str, process: subprocess.Popen[bytes], log: Path, limit_s: int = 180) -> None:
+    end = time.monotonic() + limit_s
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urlopen(f"{url}/ping", timeout=2):
+                return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    sys.exit(f"the server did not start: {process.args!r}\n{log.read_text()[-3000:]}")
+
+
+def _accuracy(url: str, rows: Sequence[tuple[str, str]]) -> float:
+    """Share of rows that the server gives their label, asked one by one as under load."""
+    right = [_answer(url, text)["label"] == label for text, label in rows]
+    return right.count(True) / len(rows)
+
+
+def _answer(url: str, text: str) -> dict[str, Any]:
+    body = json.dumps({"inputs": [text]}).encode()
+    request = Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)["predictions"][0]
+    return answer
+
+
+def _measure(server: str, url: str, clients: int, seconds: int, lua: Path) -> Point:
+    _wrk(url, clients, max(3, seconds // 4), lua)
+    result = _wrk(url, clients, seconds, lua)
+    return Point(
+        server,
+        clients,
+        requests_per_s=round((result["requests"] - result["errors"]) / result["seconds"], 1),
+        p50_ms=round(result["p50_ms"], 2),
+        p99_ms=round(result["p99_ms"], 2),
+        errors=int(result["errors"]),
+        seconds=round(result["seconds"], 2),
+    )
+
+
+def _wrk(url: str, clients: int, seconds: int, lua: Path) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "-s", str(lua)]
+    run = subprocess.run(
+        [*command, f"{url}/invocations"], capture_output=True, text=True, timeout=seconds + 90
+    )
+    for line in run.stdout.splitlines():
+        if line.startswith("RESULT "):
+            result: dict[str, float] = json.loads(line.removeprefix("RESULT "))
+            return result
+    sys.exit(f"wrk failed: {run.stdout}{run.stderr}")
+
+
+def _table(points: Sequence[Point], accuracy: dict[str, float]) -> str:
+    lines = [
+        "| server | clients | requests/s | p50 ms | p99 ms | errors | accuracy | x stock |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    stock = {point.clients: point.requests_per_s for point in points if point.server == TEACHER}
+    for point in points:
+        times = point.requests_per_s / stock[point.clients] if stock.get(point.clients) else 0
+        lines.append(
+            f"| {point.server} | {point.clients} | {point.requests_per_s:g} | {point.p50_ms:g} "
+            f"| {point.p99_ms:g} | {point.errors} | {accuracy[point.server]:.3f} | {times:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

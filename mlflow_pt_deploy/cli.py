@@ -1,0 +1,257 @@
+"""``pt-deploy``: one sub-command a stage. Parse, call, print.
+
+Imports nothing heavy before a stage is called, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from mlflow_pt_deploy import __version__
+from mlflow_pt_deploy.errors import PtDeployError
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.pipeline import Lifecycle, Optimized, Options, Trained
+    from mlflow_pt_deploy.promote import Promotion
+
+_DATA = {
+    "--data": (str, "catalog", "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, abo:FOLDER"),
+    "--limit": (int, 0, "at most this many rows a split, for a quick trial; 0: all"),
+    "--seed": (int, 0, "of cuts, order of rows and dropout"),
+    "--resume": (str, "", "id of an interrupted run to go on with"),
+}
+_FIT = {
+    "--learning-rate": (float, 0.0, "peak; 0: by the model's width"),
+    "--batch-size": (int, 32, "rows a training step"),
+    "--device": (str, "cpu", "where to train: cpu or cuda"),
+}
+_TEACHER = {
+    "--teacher": (str, "minilm", "Hugging Face id or folder, minilm, runs:/... or models:/..."),
+    "--epochs": (int, 5, "passes over train for the teacher; 0: take it as it is"),
+}
+_STUDENT = {
+    "--student-epochs": (int, 6, "passes over train for the student; 0: no student"),
+    "--student-layers": (int, 2, "layers that the student keeps of the teacher's"),
+    "--temperature": (float, 2.0, "of the soft labels"),
+}
+_MEASURE = {
+    "--seconds": (float, 8.0, "timing budget for each variant"),
+    "--threads": (int, 0, "threads for one call; 0: all cores"),
+}
+_POLICY = {
+    "--retain": (float, 0.99, "least share of the teacher's validation accuracy to keep"),
+    "--objective": (str, "latency", "latency or throughput"),
+    "--max-latency-p95-ms": (float, 0.0, "0: no limit"),
+    "--max-artifact-mb": (float, 0.0, "0: no limit"),
+    "--max-peak-rss-mb": (float, 0.0, "0: no limit"),
+}
+_NAME = {"--name": (str, "pt-deploy-demo", "registered model to promote into")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status (0 done, 1 a stage failed, 2 wrong usage)."""
+    options = _parser().parse_args(arguments)
+    _quiet_libraries()
+    try:
+        document = options.call(options)
+    except PtDeployError as error:
+        print(f"pt-deploy {options.stage}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"pt-deploy {options.stage}: interrupted", file=sys.stderr)
+        return 130
+    if options.json:
+        print(json.dumps(document))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pt-deploy",
+        description="From a good but slow PyTorch model to a fast, promoted, served one, on MLflow.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    everything = {**_DATA, **_TEACHER, **_STUDENT, **_FIT, **_MEASURE, **_POLICY, **_NAME}
+    for name, call, about, tables in (
+        ("run", _run, "the whole line: train, distill, optimize, promote", everything),
+        ("train", _train, "fine-tune a teacher", {**_DATA, **_TEACHER, **_FIT}),
+        (
+            "distill",
+            _distill,
+            "distill a student from a fine-tuned teacher",
+            {**_DATA, **_TEACHER, **_STUDENT, **_FIT},
+        ),
+        ("optimize", _optimize, "build, measure and log every variant", {**_DATA, **_MEASURE, **_POLICY}),
+        ("promote", _promote, "choose a variant of a run and move the alias champion", {**_POLICY, **_NAME}),
+        ("serve", _serve, "serve a registered or logged model", {}),
+    ):
+        stage = stages.add_parser(name, help=about, description=about)
+        _add(stage, tables)
+        stage.add_argument("--json", action="store_true", help="end with one line of JSON")
+        stage.set_defaults(call=call)
+        _special(name, stage)
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, table: Mapping[str, tuple[type, Any, str]]) -> None:
+    for flag, (kind, default, about) in table.items():
+        parser.add_argument(
+            flag, type=kind, default=default, help=about + (f" ({default})" if default else "")
+        )
+
+
+def _special(name: str, stage: argparse.ArgumentParser) -> None:
+    """Arguments that only one stage has."""
+    if name == "optimize":
+        stage.add_argument("--model", required=True, help="the model: Hugging Face id or folder, runs:/..., models:/...")
+        stage.add_argument("--student", default="", help="a second model to compare with it, in the same forms")
+    if name == "promote":
+        stage.add_argument("--run", required=True, help="id of the run whose variants to choose from")
+    if name == "serve":
+        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a path")
+        stage.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+        stage.add_argument("--port", type=int, default=5000, help="0: any free one (5000)")
+
+
+def _quiet_libraries() -> None:
+    """Keep the terminal for our own words; what the user has set stays."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("ALEMBIC_LOG_LEVEL", "WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import logging
+
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    from mlflow_pt_deploy.pipeline import Options
+
+    known = {field.name for field in fields(Options)}
+    return Options(**{key: value for key, value in vars(parsed).items() if key in known})
+
+
+def _run(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.pipeline import run_lifecycle
+
+    done = run_lifecycle(_options(parsed))
+    _show(done.optimized)
+    _next_steps(done)
+    return {
+        **_document(done.optimized),
+        "stage": "run",
+        "run_id": done.run_id,
+        "promoted": _promoted(done.promotion),
+        "seconds": dict(done.seconds),
+    }
+
+
+def _train(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.pipeline import train_teacher
+
+    return _trained("train", train_teacher(_options(parsed)))
+
+
+def _distill(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.pipeline import distill_student
+
+    return _trained("distill", distill_student(_options(parsed)))
+
+
+def _trained(stage: str, done: Trained) -> dict[str, Any]:
+    following = "distill --teacher" if stage == "train" else "optimize --model TEACHER --student"
+    print(f"validation accuracy {done.validation_accuracy:.4f}, model {done.model}")
+    print(f"next: pt-deploy {following} {done.model} --data ...")
+    return {
+        "stage": stage,
+        "run_id": done.run_id,
+        "model": done.model,
+        "validation_accuracy": done.validation_accuracy,
+    }
+
+
+def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.pipeline import optimize_models
+
+    parsed.teacher = parsed.model
+    done = optimize_models(_options(parsed))
+    _show(done)
+    print(f"next: pt-deploy promote --run {done.run_id} --name NAME")
+    return _document(done)
+
+
+def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.pipeline import promote_choice, read_optimized
+
+    done = read_optimized(parsed.run, _options(parsed).policy())
+    promotion = promote_choice(done, parsed.name)
+    print(f"{promotion.uri} is version {promotion.version}: {done.choice.reason}")
+    return {"stage": "promote", "choice": done.choice.variant, **_promoted(promotion)}
+
+
+def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.serving.app import serve
+
+    serve(parsed.uri, host=parsed.host, port=parsed.port)
+    return {"stage": "serve", "uri": parsed.uri}
+
+
+def _show(done: Optimized) -> None:
+    from mlflow_pt_deploy.report import table
+
+    print(table(done.results, done.choice))
+
+
+def _next_steps(done: Lifecycle) -> None:
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    local = uri.startswith("sqlite:")
+    look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if local else f"open {uri}"
+    prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
+    times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
+    print(f"""
+promoted: {done.promotion.uri} is version {done.promotion.version}   ({times})
+
+look:   {look}
+serve:  {prefix}mlflow models serve -m {done.promotion.uri} --env-manager local -p 5001
+   or:  {prefix}pt-deploy serve {done.promotion.uri} --port 5001
+score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\
+             -d '{{"inputs": ["a text to classify"]}}'
+""")
+
+
+def _document(done: Optimized) -> dict[str, Any]:
+    return {
+        "stage": "optimize",
+        "run_id": done.run_id,
+        "choice": done.choice.variant,
+        "reason": done.choice.reason,
+        "variants": [
+            {
+                "variant": result.variant,
+                "reason": result.reason,
+                "model": done.models.get(result.variant),
+                "validation": {**result.metrics(""), **result.metrics("validation")},
+                "test": result.metrics("test"),
+            }
+            for result in done.results
+        ],
+    }
+
+
+def _promoted(promotion: Promotion) -> dict[str, Any]:
+    return {"uri": promotion.uri, "version": promotion.version, "previous": promotion.previous}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Where rows come from: every ``--data`` ends up as `Splits`.
+
+Knows which source a spec names; the sources know how to read, `splits` how to check and cut.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlflow_pt_deploy.data.abo import read_abo
+from mlflow_pt_deploy.data.catalog import read_catalog
+from mlflow_pt_deploy.data.checks import IMAGES_LATER
+from mlflow_pt_deploy.data.files import read_files
+from mlflow_pt_deploy.data.hub import read_hub
+from mlflow_pt_deploy.data.splits import Split, Splits, limit_splits
+from mlflow_pt_deploy.errors import DataError
+
+__all__ = ["Split", "Splits", "load_data"]
+
+_ALLOWED = (
+    "a folder with train, validation and test as .csv, .csv.gz or .parquet; one such file; "
+    "hf:OWNER/NAME or hf:OWNER/NAME:CONFIG; catalog; abo:FOLDER"
+)
+
+
+def load_data(spec: str, *, seed: int = 0, limit: int = 0) -> Splits:
+    """Read, check and, where a split is missing, cut a data set.
+
+    Args:
+        spec: A folder or file, ``hf:OWNER/NAME[:CONFIG]``, ``catalog`` or ``abo:FOLDER``.
+            A folder that bears one of these names is given as ``./catalog``.
+        seed: Decides which rows a cut takes, and what ``catalog`` generates.
+        limit: At most this many rows a split, for quick trials; 0 is all of them.
+
+    Raises:
+        DataError: The spec names nothing, or its rows cannot be used.
+        MissingExtraError: ``hf:`` without the `datasets` library.
+    """
+    if limit < 0:
+        raise DataError(f"limit is {limit}. Give a number of rows, or 0 for all of them.")
+    splits = _load(spec, seed)
+    return limit_splits(splits, limit, seed) if limit else splits
+
+
+def _load(spec: str, seed: int) -> Splits:
+    kind, _, rest = spec.partition(":")
+    if spec == "catalog":
+        return read_catalog(seed=seed)
+    if spec == "digits":
+        raise DataError(f"--data digits holds images. {IMAGES_LATER}")
+    if kind == "hf":
+        return read_hub(rest, source=spec, seed=seed)
+    if kind == "abo":
+        return read_abo(Path(rest).expanduser(), source=spec, seed=seed)
+    path = Path(spec).expanduser()
+    if not spec.strip() or not path.exists():
+        raise DataError(
+            f"--data {spec!r} is neither a known source nor a path that exists. Give {_ALLOWED}."
+        )
+    return read_files(path, source=spec, seed=seed)

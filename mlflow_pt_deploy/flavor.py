@@ -1,0 +1,208 @@
+"""The MLflow flavor `pt_deploy`: one for all variants, beside the native flavor where there is one.
+
+An MLmodel holds the variant's folder as it is, under ``variant/``. Nothing is pickled and no code
+is shipped: the environment that loads a model has this package installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import yaml
+from mlflow import pyfunc
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _save_example
+from mlflow.utils.environment import (
+    _CONDA_ENV_FILE_NAME,
+    _PYTHON_ENV_FILE_NAME,
+    _REQUIREMENTS_FILE_NAME,
+    _mlflow_conda_env,
+    _process_pip_requirements,
+    _PythonEnv,
+    _validate_env_arguments,
+)
+from mlflow.utils.file_utils import get_total_file_size
+from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
+
+from mlflow_pt_deploy import __version__
+from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.hardware import library_versions
+from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
+from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, verify
+from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
+
+FLAVOR_NAME = "pt_deploy"
+DIGEST_TAG = "pt_deploy.digest"
+ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"
+_FOLDER = "variant"
+_NEEDS = {
+    "eager": ("torch", "transformers"),
+    "torchscript": ("torch",),
+    "aotinductor": ("torch",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+}
+
+
+def get_default_pip_requirements(runtime: str = "eager") -> list[str]:
+    """Pinned requirements of an environment that can serve a variant of `runtime`."""
+    versions = library_versions()
+    names = ("tokenizers", *_NEEDS[runtime])
+    pins = [f"{name}=={versions[name].partition('+')[0]}" for name in names if name in versions]
+    return [f"mlflow-pt-deploy=={__version__}", *pins]
+
+
+def get_default_conda_env(runtime: str = "eager") -> dict[str, Any]:
+    """`get_default_pip_requirements` as a conda environment."""
+    env: dict[str, Any] = _mlflow_conda_env(
+        additional_pip_deps=get_default_pip_requirements(runtime)
+    )
+    return env
+
+
+def save_model(
+    variant: Path | str,
+    path: Path | str,
+    *,
+    mlflow_model: Model | None = None,
+    input_example: Any = None,
+    pip_requirements: list[str] | None = None,
+    extra_pip_requirements: list[str] | None = None,
+    metadata: dict[str, Any] | None = None,
+    **_: Any,
+) -> None:
+    """Save a variant's folder as an MLflow model.
+
+    Args:
+        variant: A folder that `variants.write_variant` made; its digests are checked first.
+        path: Where to save; must not exist or be empty.
+        mlflow_model: The MLmodel to extend; MLflow passes it.
+        input_example: Kept for the UI, e.g. ``["a text"]``.
+        pip_requirements: Replaces `get_default_pip_requirements`.
+        extra_pip_requirements: Adds to it.
+        metadata: Kept in the MLmodel.
+
+    Raises:
+        ArtifactError: The folder is incomplete or changed.
+    """
+    folder, root = Path(variant), Path(path)
+    manifest = verify(folder)
+    _validate_env_arguments(None, pip_requirements, extra_pip_requirements)
+    _validate_and_prepare_target_save_path(str(root))
+    shutil.copytree(folder, root / _FOLDER)
+    model = mlflow_model or Model()
+    model.signature = signature()
+    model.metadata = metadata
+    if input_example is not None:
+        _save_example(model, input_example, str(root))
+    _add_flavors(model, manifest)
+    model.model_size_bytes = get_total_file_size(str(root))
+    model.save(str(root / MLMODEL_FILE_NAME))
+    defaults = None if pip_requirements else get_default_pip_requirements(manifest.runtime)
+    _write_environment(root, defaults, pip_requirements, extra_pip_requirements)
+
+
+def log_model(variant: Path | str, name: str, **options: Any) -> Any:
+    """Log a variant's folder as an MLflow model of the active run.
+
+    Args:
+        variant: A folder that `variants.write_variant` made.
+        name: Name of the logged model, e.g. ``student-openvino-fp32``.
+        **options: What ``mlflow.models.Model.log`` takes (`params`, `tags`, `step`,
+            `registered_model_name`, ...) and what `save_model` takes.
+
+    Returns:
+        MLflow's ``ModelInfo``.
+    """
+    from mlflow_pt_deploy import flavor
+
+    options.setdefault("validate_serving_input", False)  # it would load the model right here
+    return Model.log(artifact_path=None, name=name, flavor=flavor, variant=variant, **options)
+
+
+def load_model(
+    model_uri: str, *, dst_path: str | None = None, **model_config: Any
+) -> LoadedVariant:
+    """Load a logged variant as it is, without MLflow's pyfunc around it.
+
+    Args:
+        model_uri: ``models:/NAME@champion``, ``runs:/...``, or a path.
+        dst_path: Where to download to.
+        **model_config: Serving options, e.g. ``num_threads=1``.
+    """
+    local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=dst_path)
+    return _load(Path(local), Options.from_config(model_config))
+
+
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFunc:
+    """What ``mlflow.pyfunc.load_model`` calls."""
+    return PyFunc(_load(Path(path), Options.from_config(model_config)), model_config)
+
+
+def _load(root: Path, options: Options) -> LoadedVariant:
+    folder = root / _FOLDER
+    if not folder.is_dir():
+        raise ArtifactError(f"{root.name} is not a pt_deploy model: it has no {_FOLDER}/ folder.")
+    allowed = options.allow_code or os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
+    manifest = verify(folder)
+    allowed = allowed or (manifest.carries_code and _registry_vouches(root, manifest))
+    return load_variant(
+        folder, device=options.device, threads=options.num_threads, allow_code=allowed
+    )
+
+
+def _registry_vouches(root: Path, manifest: Manifest) -> bool:
+    """Whether the registered version that this was loaded as was promoted with this digest."""
+    try:
+        meta = yaml.safe_load((root / "registered_model_meta").read_text(encoding="utf8"))
+        version = mlflow.MlflowClient().get_model_version(
+            meta["model_name"], str(meta["model_version"])
+        )
+    except (OSError, KeyError, TypeError, mlflow.MlflowException):
+        return False
+    return version.tags.get(DIGEST_TAG) == manifest.digest
+
+
+def _add_flavors(model: Model, manifest: Manifest) -> None:
+    if manifest.runtime == "onnxruntime":
+        import onnx
+
+        model.add_flavor(
+            "onnx",
+            onnx_version=onnx.__version__,
+            data=f"{_FOLDER}/{ONNX_FILE}",
+            providers=["CPUExecutionProvider"],
+            onnx_session_options=None,
+        )
+    model.add_flavor(
+        FLAVOR_NAME,
+        version=__version__,
+        variant=manifest.name,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        digest=manifest.digest,
+        data=_FOLDER,
+    )
+    pyfunc.add_to_model(
+        model,
+        loader_module="mlflow_pt_deploy.flavor",
+        conda_env=_CONDA_ENV_FILE_NAME,
+        python_env=_PYTHON_ENV_FILE_NAME,
+        model_config=dict(MODEL_CONFIG),
+    )
+
+
+def _write_environment(
+    root: Path, defaults: list[str] | None, given: list[str] | None, extra: list[str] | None
+) -> None:
+    conda, requirements, _ = _process_pip_requirements(defaults, given, extra)
+    with (root / _CONDA_ENV_FILE_NAME).open("w", encoding="utf8") as file:
+        yaml.safe_dump(conda, file, default_flow_style=False)
+    (root / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements), encoding="utf8")
+    _PythonEnv.current().to_yaml(str(root / _PYTHON_ENV_FILE_NAME))

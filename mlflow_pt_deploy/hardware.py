@@ -1,0 +1,95 @@
+"""What this machine is: cores, instruction sets, versions. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "onnxruntime", "openvino", "nncf", "mlflow")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this processor as Linux names them; empty on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which a container or taskset may have cut down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, str]:
+    """Describe this machine in short strings, fit for tags and tables.
+
+    Returns:
+        ``cpu``, ``cores`` (usable), ``cpu_flags`` (those that decide which kernels run),
+        ``memory_gb`` (10^9 bytes, the container's limit where it has one), ``gpu``, ``os``,
+        ``python`` and the version of each library; what is absent is left out.
+    """
+    flags = [name for name in sorted(cpu_flags()) if name in _FLAGS or name.startswith("amx_")]
+    facts = {
+        "cpu": _cpu_model() or platform.processor() or platform.machine(),
+        "cores": str(usable_cores()),
+        "cpu_flags": " ".join(flags),
+        "memory_gb": _memory_gb(),
+        "gpu": _gpu(),
+        "os": f"{platform.system()} {platform.release()}",
+        **library_versions(),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf8")
+    except OSError:
+        return ""
+
+
+def _cpu_model() -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def _memory_gb() -> str:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return ""
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        size = min(size, int(limit))
+    return f"{size / 1e9:.1f}"
+
+
+def _gpu() -> str:
+    # Asks torch only where somebody has imported it: importing it takes seconds.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_name(0))

@@ -1,0 +1,432 @@
+"""The straight line: call a stage, log what it returned, hand on.
+
+    rows → teacher → student → variants → measurements → MLflow models → choice → alias
+
+Each stage works alone too, on what another run left. Knows the order of things and where a run
+keeps its unfinished work; computes nothing itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from tqdm.auto import tqdm
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.data.splits import align
+from mlflow_pt_deploy.errors import ModelError, PolicyError
+from mlflow_pt_deploy.hardware import usable_cores
+from mlflow_pt_deploy.measure import Result, measure
+from mlflow_pt_deploy.policy import Choice, Policy, choose
+from mlflow_pt_deploy.promote import Promotion, promote
+from mlflow_pt_deploy.report import markdown, plot
+from mlflow_pt_deploy.variants.build import Built, build
+
+TEACHER, STUDENT, MODEL = "teacher", "student", "model"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user can ask of the line; each stage reads what concerns it.
+
+    Attributes:
+        data: See `load_data`.
+        teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
+        student: The same, for a student that exists already; empty: distill one.
+        name: Registered model to promote into.
+        epochs: Passes over train for the teacher; 0 takes it as it is.
+        student_epochs: Passes for the student; 0 makes no student.
+        student_layers: Layers that the student keeps of the teacher's.
+        learning_rate: Peak; 0 chooses by the model's width.
+        batch_size: Rows a training step.
+        temperature: Of the soft labels.
+        seconds: Timing budget for each variant.
+        threads: Threads for one call; 0: all cores.
+        device: Where to train, ``cpu`` or ``cuda``; variants are timed on the CPU.
+        limit: At most this many rows a split, for a quick trial; 0: all.
+        seed: Of cuts, order of rows and dropout.
+        retain, objective, max_latency_p95_ms, max_artifact_mb, max_peak_rss_mb: See `Policy`;
+            0 sets no limit.
+        resume: Id of an interrupted run to go on with.
+    """
+
+    data: str = "catalog"
+    teacher: str = "minilm"
+    student: str = ""
+    name: str = "pt-deploy-demo"
+    epochs: int = 5
+    student_epochs: int = 6
+    student_layers: int = 2
+    learning_rate: float = 0.0
+    batch_size: int = 32
+    temperature: float = 2.0
+    seconds: float = 8.0
+    threads: int = 0
+    device: str = "cpu"
+    limit: int = 0
+    seed: int = 0
+    retain: float = 0.99
+    objective: str = "latency"
+    max_latency_p95_ms: float = 0.0
+    max_artifact_mb: float = 0.0
+    max_peak_rss_mb: float = 0.0
+    resume: str = ""
+
+    def policy(self) -> Policy:
+        """The limits among the options.
+
+        Raises:
+            PolicyError: One makes no sense.
+        """
+        return Policy(
+            retain=self.retain,
+            max_latency_p95_ms=self.max_latency_p95_ms or None,
+            max_artifact_mb=self.max_artifact_mb or None,
+            max_peak_rss_mb=self.max_peak_rss_mb or None,
+            objective=self.objective,  # type: ignore[arg-type]  # Policy checks it
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model: the run that made it, its address and its accuracy on validation."""
+
+    run_id: str
+    model: str
+    validation_accuracy: float
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """All variants, and which of them the policy chose.
+
+    Attributes:
+        run_id: The run whose children the variants are.
+        results: A row for each variant, failed ones included.
+        models: Variant name to ``models:/m-...``.
+        choice: The variant and the reason.
+    """
+
+    run_id: str
+    results: tuple[Result, ...]
+    models: Mapping[str, str]
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Lifecycle:
+    """The whole line's outcome, with the wall time of each stage in seconds."""
+
+    run_id: str
+    optimized: Optimized
+    promotion: Promotion
+    seconds: Mapping[str, float]
+
+
+def run_lifecycle(options: Options) -> Lifecycle:
+    """Train, distill, optimize, choose and promote, as one parent run.
+
+    Args:
+        options: With `resume`, the options of that run are taken instead.
+
+    Raises:
+        PtDeployError: A stage cannot go on; what was finished is kept and resumed from.
+    """
+    tracking.check_tracking()
+    if options.resume:
+        options = Options(**{**tracking.saved_options(options.resume), "resume": options.resume})
+    options.policy()
+    splits = load_data(options.data, seed=options.seed, limit=options.limit)
+    seconds: dict[str, float] = {}
+    record = json.dumps({**asdict(options), "resume": ""})
+    with tracking.stage_run(
+        "run", f"{splits.name} lifecycle", resume=options.resume, options=record
+    ) as parent:
+        run_id = parent.info.run_id
+        tracking.log_dataset_facts(splits)
+        with _timed("train", seconds):
+            teacher = _unless_finished(run_id, "train", train_teacher, options, splits)
+        options = replace(options, teacher=teacher.model, epochs=0)
+        if options.student_epochs and not options.student:
+            with _timed("distill", seconds):
+                student = _unless_finished(run_id, "distill", distill_student, options, splits)
+            options = replace(options, student=student.model)
+        with _timed("optimize", seconds):
+            optimized = optimize_models(replace(options, resume=""), splits)
+        with _timed("promote", seconds):
+            promotion = promote_choice(optimized, options.name)
+    return Lifecycle(run_id, optimized, promotion, seconds)
+
+
+def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
+    """Fine-tune `options.teacher` on the data, as a run with the model as its artifact.
+
+    An interrupted training goes on from its checkpoint if `options.resume` names its run.
+
+    Raises:
+        ModelError: The model cannot be found, or has other labels and `epochs` is 0.
+    """
+    from mlflow_pt_deploy.models import load_classifier, new_classifier
+    from mlflow_pt_deploy.train import cross_entropy
+
+    splits = splits or _prepared(options)
+    if options.epochs == 0:
+        classifier = load_classifier(tracking.fetch_model(options.teacher))
+        splits = align(splits, classifier.labels)
+    else:
+        classifier = new_classifier(tracking.fetch_model(options.teacher), splits.labels)
+    return _fit_and_log(
+        "train", options, splits, classifier, cross_entropy(splits.train.targets), options.epochs
+    )
+
+
+def distill_student(options: Options, splits: Splits | None = None) -> Trained:
+    """Distill a student with `options.student_layers` layers from a fine-tuned teacher.
+
+    Raises:
+        ModelError: `options.teacher` was not fine-tuned on these labels, or has fewer layers.
+    """
+    from mlflow_pt_deploy.distill import soft_labels, start_student
+    from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.train import predict_logits
+
+    splits = splits or _prepared(options)
+    teacher = load_classifier(tracking.fetch_model(options.teacher))
+    splits = align(splits, teacher.labels)
+    student = start_student(teacher, options.student_layers)
+    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
+    logits = predict_logits(teacher, splits.train.rows, device=options.device)
+    loss = soft_labels(logits, splits.train.targets, temperature=options.temperature)
+    return _fit_and_log("distill", options, splits, student, loss, options.student_epochs)
+
+
+def optimize_models(options: Options, splits: Splits | None = None) -> Optimized:
+    """Build every variant, measure it, log it, and choose.
+
+    The variants become children of the active run, or of a run of their own. Nothing is promoted.
+
+    Raises:
+        ModelError: A model cannot be read or has other labels than the data.
+        VariantError: The baseline, eager fp32, cannot be measured.
+    """
+    from mlflow_pt_deploy.models import load_classifier
+
+    splits = splits or _prepared(options)
+    policy = options.policy()
+    reference = TEACHER if options.student else MODEL
+    models = {reference: Path(tracking.fetch_model(options.teacher))}
+    if options.student:
+        models[STUDENT] = Path(tracking.fetch_model(options.student))
+    for path in models.values():
+        splits = align(splits, load_classifier(str(path)).labels)
+    active = mlflow.active_run()
+    if active is not None:
+        return _optimize(active.info.run_id, models, splits, policy, options)
+    record = json.dumps({**asdict(options), "resume": ""})
+    name = f"{splits.name} optimize"
+    with tracking.stage_run("optimize", name, resume=options.resume, options=record) as run:
+        tracking.log_dataset_facts(splits)
+        return _optimize(run.info.run_id, models, splits, policy, options)
+
+
+def promote_choice(optimized: Optimized, name: str) -> Promotion:
+    """Move the alias `champion` of a registered model to the chosen variant.
+
+    Raises:
+        PolicyError: Nothing was chosen.
+        TrackingError: The registry refused.
+    """
+    choice = optimized.choice
+    if choice.variant is None:
+        raise PolicyError(f"nothing is promoted. {choice.reason}")
+    result = next(each for each in optimized.results if each.variant == choice.variant)
+    facts = {**result.metrics(""), **result.metrics("validation")}
+    tags = {
+        "pt_deploy.variant": choice.variant,
+        "pt_deploy.run": optimized.run_id,
+        **{key: f"{facts[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
+    }
+    return promote(optimized.models[choice.variant], name, choice.reason, tags)
+
+
+def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
+    """What an earlier run measured, chosen anew under a policy (default: its own).
+
+    Raises:
+        TrackingError: The run is not on this tracking server.
+        ModelError: The run has no finished optimize stage.
+    """
+    saved = tracking.saved_options(run_id)
+    try:
+        results = mlflow.artifacts.load_dict(f"runs:/{run_id}/results.json")
+        models = mlflow.artifacts.load_dict(f"runs:/{run_id}/models.json")
+    except Exception as error:  # each artifact store has its own
+        raise ModelError(
+            f"run {run_id} has no finished optimize stage. Finish it: pt-deploy run --resume {run_id}"
+        ) from error
+    rows = tuple(Result.from_json(result) for result in results)
+    return Optimized(run_id, rows, models, choose(rows, policy or Options(**saved).policy()))
+
+
+def work_folder(run_id: str) -> Path:
+    """Where a run keeps unfinished work: ``$PT_DEPLOY_HOME`` or ``~/.cache/mlflow-pt-deploy``."""
+    home = os.environ.get("PT_DEPLOY_HOME") or Path.home() / ".cache" / "mlflow-pt-deploy"
+    folder = Path(home) / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _prepared(options: Options) -> Splits:
+    tracking.check_tracking()
+    return load_data(options.data, seed=options.seed, limit=options.limit)
+
+
+def _unless_finished(
+    parent: str,
+    stage: str,
+    work: Callable[[Options, Splits], Trained],
+    options: Options,
+    splits: Splits,
+) -> Trained:
+    """What an interrupted lifecycle finished already is read, not done again."""
+    if not options.resume:
+        return work(options, splits)
+    run = tracking.child_run(parent, stage)
+    if run is None:
+        return work(replace(options, resume=""), splits)
+    if run.info.status == "FINISHED":
+        accuracy = run.data.metrics["accuracy"]
+        return Trained(run.info.run_id, f"runs:/{run.info.run_id}/model", accuracy)
+    return work(replace(options, resume=run.info.run_id), splits)
+
+
+def _fit_and_log(
+    stage: str, options: Options, splits: Splits, classifier: Any, loss: Any, epochs: int
+) -> Trained:
+    from mlflow_pt_deploy.models import save_classifier
+    from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
+
+    schedule = Schedule(
+        epochs=epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    record = json.dumps({**asdict(options), "resume": ""})
+    with tracking.stage_run(stage, stage, resume=options.resume, options=record) as run:
+        work = work_folder(run.info.run_id)
+        if not options.resume:
+            mlflow.log_params(asdict(schedule))
+        tracking.log_dataset_facts(splits)
+
+        def log(epoch: Epoch) -> None:
+            step = {"train_loss": epoch.train_loss, "validation_accuracy": epoch.validation_accuracy}
+            mlflow.log_metrics(step, step=epoch.number)
+            print(
+                f"{stage}: epoch {epoch.number}/{epochs}, loss {epoch.train_loss:.4f}, "
+                f"validation accuracy {epoch.validation_accuracy:.4f}, {epoch.seconds:.0f} s",
+                flush=True,
+            )
+
+        if epochs:
+            fit(
+                classifier,
+                splits,
+                loss,
+                schedule,
+                device=options.device,
+                checkpoint=work / "checkpoint.pt",
+                on_epoch=log,
+            )
+        accuracy = evaluate(classifier, splits.validation, device=options.device)
+        mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
+        save_classifier(classifier.to("cpu"), work / "model")
+        address = tracking.log_folder(work / "model", "model")
+        shutil.rmtree(work, ignore_errors=True)
+    return Trained(run.info.run_id, address, accuracy)
+
+
+def _optimize(
+    run_id: str, models: Mapping[str, Path], splits: Splits, policy: Policy, options: Options
+) -> Optimized:
+    work = work_folder(run_id)
+    built = _build(models, splits, work / "variants")
+    results = _measure(built, splits, next(iter(models)), options)
+    addresses = {}
+    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
+        address = tracking.log_result(result, splits, step)
+        if address is not None:
+            addresses[result.variant] = address
+    choice = choose(results, policy)
+    _log_outcome(results, choice, splits, addresses, work)
+    shutil.rmtree(work, ignore_errors=True)
+    return Optimized(run_id, tuple(results), addresses, choice)
+
+
+def _build(models: Mapping[str, Path], splits: Splits, target: Path) -> list[Built]:
+    from mlflow_pt_deploy.variants import VARIANTS
+
+    with tqdm(total=len(models) * len(VARIANTS), desc="building", unit="variant") as bar:
+
+        def progress(one: Built) -> None:
+            bar.set_postfix_str(one.name)
+            bar.update()
+
+        return build(models, splits, target, progress=progress)
+
+
+def _measure(built: list[Built], splits: Splits, baseline: str, options: Options) -> list[Result]:
+    folders = {one.name: one.folder for one in built if one.folder is not None}
+    with tqdm(total=len(folders), desc="measuring", unit="variant") as bar:
+
+        def progress(result: Result) -> None:
+            bar.set_postfix_str(result.variant)
+            bar.update()
+
+        measured = measure(
+            folders,
+            baseline=f"{baseline}-eager-fp32",
+            splits=splits,
+            seconds=options.seconds,
+            threads=options.threads,
+            progress=progress,
+        )
+    by_name = {result.variant: result for result in measured}
+    threads = options.threads or usable_cores()
+    return [
+        by_name.get(one.name)
+        or Result(
+            one.name, one.model, one.runtime, one.precision, "cpu", threads, None, one.reason
+        )
+        for one in built
+    ]
+
+
+def _log_outcome(
+    results: list[Result], choice: Choice, splits: Splits, models: Mapping[str, str], work: Path
+) -> None:
+    figure = work / "accuracy_latency.png"
+    plot(results, figure, choice)
+    report = markdown(results, choice, notes=splits.notes)
+    tracking.log_results(results, {"report.md": report}, figure)
+    mlflow.log_dict(dict(models), "models.json")
+    tracking.describe(report)
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - started, 1)
+    mlflow.log_metric(f"{stage}_seconds", seconds[stage])
+

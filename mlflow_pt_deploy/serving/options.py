@@ -1,0 +1,84 @@
+"""What a user may set where a model is served: names, defaults, checks.
+
+Knows neither MLflow nor the batcher that obeys them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlflow_pt_deploy.errors import ServingError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a batch and how long a queue may become.
+
+    Attributes:
+        max_batch_rows: Most rows in one call of the model.
+        max_batch_tokens: Most tokens in one call, padding included (rows x longest). A single
+            row that is longer is computed alone.
+        max_wait_ms: How long an idle model waits for company; 0: not at all.
+        queue_rows: Most rows that wait, over all callers.
+        deadline_ms: A request that is not answered by then is given up; 0: never.
+    """
+
+    max_batch_rows: int = 32
+    max_batch_tokens: int = 2048
+    max_wait_ms: float = 0
+    queue_rows: int = 1024
+    deadline_ms: float = 10_000
+
+
+@dataclass(frozen=True)
+class Options(Limits):
+    """What a user may set where the model is served; MLflow passes it as ``model_config``.
+
+    Attributes:
+        device: Where the model runs: ``cpu`` or ``cuda``.
+        num_threads: Threads for one call of the model; 0: what the runtime chooses.
+        allow_code: Load formats that carry code though nobody vouched for their digest.
+    """
+
+    device: str = "cpu"
+    num_threads: int = 0
+    allow_code: bool = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> Options:
+        """Check a ``model_config``; what is not given keeps its default.
+
+        Raises:
+            ServingError: An unknown key, a wrong type or a value out of range; names the key.
+        """
+        config = config or {}
+        if unknown := sorted(config.keys() - MODEL_CONFIG.keys()):
+            raise ServingError(
+                f"model_config has no {', '.join(unknown)}; it has {', '.join(MODEL_CONFIG)}"
+            )
+        for key, value in config.items():
+            if problem := _problem(key, value):
+                raise ServingError(f"model_config: {key} must be {problem}, not {value!r}")
+        return cls(**config)
+
+
+MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(Options())
+"""Every serving option with its default; MLflow drops keys that the MLmodel does not declare."""
+
+_AT_LEAST_ONE = ("max_batch_rows", "max_batch_tokens", "queue_rows")
+
+
+def _problem(key: str, value: object) -> str | None:
+    """What an option's value should have been, or None where it is right."""
+    if key == "device":
+        return None if isinstance(value, str) and value else "a device such as cpu or cuda"
+    if key == "allow_code":
+        return None if isinstance(value, bool) else "true or false"
+    least = 1 if key in _AT_LEAST_ONE else 0
+    whole = not key.endswith("_ms")
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if number and least <= value < 2**31:  # type: ignore[operator]
+        return None
+    return f"a {'whole ' if whole else ''}number of at least {least}"

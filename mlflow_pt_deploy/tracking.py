@@ -1,0 +1,243 @@
+"""What the line writes into MLflow's tracking server, and reads back to resume.
+
+A lifecycle is one parent run; teacher, student and variants are its children. Knows run, metric
+and tag names; does not know how anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import ModelError, TrackingError
+from mlflow_pt_deploy.measure import Result
+
+STAGE_TAG = "pt_deploy.stage"
+VARIANT_TAG = "pt_deploy.variant"
+OPTIONS_TAG = "pt_deploy.options"
+REASON_TAG = "pt_deploy.reason"
+_NOTE_TAG = "mlflow.note.content"
+_MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
+
+
+def check_tracking() -> None:
+    """Make sure that results can be written, before hours are spent on them.
+
+    Raises:
+        TrackingError: The tracking server does not answer; names it and the cure.
+    """
+    uri = mlflow.get_tracking_uri()
+    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in short}
+    os.environ.update(short)
+    try:
+        MlflowClient().search_experiments(max_results=1)
+    except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
+        raise TrackingError(
+            f"the MLflow tracking server {_without_password(uri)} does not answer "
+            f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
+        ) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> Iterator[Run]:
+    """The run of a stage: resumed, or nested in the active run, or new.
+
+    System metrics are not sampled: they would disturb what is timed.
+
+    Args:
+        stage: ``train``, ``distill``, ``optimize``, ``run``.
+        name: Shown in the UI.
+        resume: Id of the run to go on with.
+        options: The user's options as JSON, so that a resumed run has the same.
+
+    Raises:
+        TrackingError: There is no run to resume.
+    """
+    nested = mlflow.active_run() is not None
+    try:
+        if resume:
+            context = mlflow.start_run(resume, nested=nested, log_system_metrics=False)
+        else:
+            context = mlflow.start_run(run_name=name, nested=nested, log_system_metrics=False)
+    except MlflowException as error:
+        raise TrackingError(
+            f"run {resume or name} cannot be started: {error.message}"
+        ) from error
+    with context as run:
+        mlflow.set_tag(STAGE_TAG, stage)
+        if options:
+            mlflow.set_tag(OPTIONS_TAG, options)
+        yield run
+
+
+def saved_options(run_id: str) -> dict[str, Any]:
+    """The options a run was started with.
+
+    Raises:
+        TrackingError: There is no such run, or it is not one of ours.
+    """
+    try:
+        return dict(json.loads(MlflowClient().get_run(run_id).data.tags[OPTIONS_TAG]))
+    except (MlflowException, KeyError) as error:
+        raise TrackingError(
+            f"run {run_id} cannot be resumed: it is not a pt-deploy run on this tracking server "
+            f"({_without_password(mlflow.get_tracking_uri())})."
+        ) from error
+
+
+def child_run(parent: str, stage: str) -> Run | None:
+    """The newest child of a run for a stage, or None."""
+    client = MlflowClient()
+    found = client.search_runs(
+        [client.get_run(parent).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent}' and tags.`{STAGE_TAG}` = '{stage}'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return found[0] if found else None
+
+
+def log_dataset_facts(splits: Splits) -> None:
+    """Which rows a run saw: MLflow datasets, sizes, and what a reader should know."""
+    for split in ("train", "validation", "test"):
+        mlflow.log_input(dataset(splits, split), context=split)
+    mlflow.set_tag("pt_deploy.data", splits.name)
+    mlflow.set_tag("pt_deploy.synthetic", str(splits.synthetic).lower())
+    if splits.notes:
+        mlflow.set_tag("pt_deploy.data_notes", "; ".join(splits.notes)[:5000])
+
+
+def dataset(splits: Splits, split: str) -> MetaDataset:
+    """A split as MLflow's dataset, so that the UI groups metrics by it."""
+    source = CodeDatasetSource(tags={"data": splits.source, "split": split})
+    digest = getattr(splits, split).digest
+    return MetaDataset(source, name=f"{splits.name}-{split}", digest=digest)
+
+
+def log_result(result: Result, splits: Splits, step: int) -> str | None:
+    """One variant: a child run, and a logged model if it was built and measured.
+
+    Args:
+        result: The row of the table.
+        splits: Data the numbers belong to.
+        step: Distinct for each variant: MLflow copies a run's metrics of one step to its models.
+
+    Returns:
+        ``models:/m-...``, or None for a row that failed.
+    """
+    params = {
+        "model": result.model,
+        "runtime": result.runtime,
+        "precision": result.precision,
+        "device": result.device,
+        "threads": str(result.threads),
+    }
+    with mlflow.start_run(run_name=result.variant, nested=True, log_system_metrics=False):
+        mlflow.set_tags({STAGE_TAG: "variant", VARIANT_TAG: result.variant})
+        mlflow.log_params(params)
+        if result.reason or result.folder is None:
+            mlflow.set_tags({REASON_TAG: result.reason, _NOTE_TAG: f"Not built: {result.reason}"})
+            mlflow.end_run("FAILED")
+            return None
+        mlflow.log_dict(result.to_json(), "measurements.json")
+        info = flavor.log_model(
+            result.folder, result.variant, params=params, step=step, model_type=result.model
+        )
+        _log_metrics(result, splits, info.model_id)
+        return f"models:/{info.model_id}"
+
+
+def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:
+    validation = {**result.metrics(""), **result.metrics("validation")}
+    mlflow.log_metrics(validation, model_id=model_id, dataset=dataset(splits, "validation"))
+    test = result.metrics("test")
+    if test:
+        mlflow.log_metrics(test, model_id=model_id, dataset=dataset(splits, "test"))
+
+
+def describe(markdown: str) -> None:
+    """The active run's description, which the UI shows first."""
+    mlflow.set_tag(_NOTE_TAG, markdown)
+
+
+def fetch_model(reference: str) -> str:
+    """Make a model reference local.
+
+    Args:
+        reference: A Hugging Face id, a folder, ``minilm``, or MLflow's ``runs:/`` or ``models:/``
+            of a transformers model, of one of our eager fp32 variants or of a stage's ``model``.
+
+    Returns:
+        What `models.load_classifier` reads.
+
+    Raises:
+        ModelError: MLflow has no such model, or it holds nothing to optimize.
+    """
+    if not reference.startswith(_MLFLOW_SCHEMES):
+        return reference
+    try:
+        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
+    except (MlflowException, OSError) as error:
+        raise ModelError(f"{reference} cannot be fetched from MLflow: {error}") from error
+    if (root / "config.json").is_file():
+        return str(root)
+    if (root / "variant" / "model.safetensors").is_file():
+        return str(root / "variant")
+    if (root / "model" / "config.json").is_file():
+        return _merged_transformers(root)
+    raise ModelError(
+        f"{reference} holds no Hugging Face model. Give a model logged with mlflow.transformers, "
+        "a stage's runs:/RUN_ID/model, or an eager fp32 variant."
+    )
+
+
+def _merged_transformers(root: Path) -> str:
+    """MLflow's transformers flavor keeps weights and tokenizer apart; put them together."""
+    folder = Path(tempfile.mkdtemp(prefix="pt-deploy-model-"))
+    for part in (root / "model", root / "components" / "tokenizer"):
+        if part.is_dir():
+            shutil.copytree(part, folder, dirs_exist_ok=True)
+    return str(folder)
+
+
+def log_folder(folder: Path, name: str) -> str:
+    """Log a folder as an artifact of the active run; returns its ``runs:/`` address."""
+    mlflow.log_artifacts(str(folder), name)
+    run = mlflow.active_run()
+    assert run is not None
+    return f"runs:/{run.info.run_id}/{name}"
+
+
+def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Path) -> None:
+    """The whole table, for people and for programs, on the active run."""
+    mlflow.log_dict([result.to_json() for result in results], "results.json")
+    for name, text in texts.items():
+        mlflow.log_text(text, name)
+    mlflow.log_artifact(str(figure))
+
+
+def _without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri

@@ -1,0 +1,277 @@
+"""The one fit loop: length-bucketed batches, a linear schedule, the best epoch kept, resumable.
+
+A teacher learns with `cross_entropy`; a student with a loss of `distill`. The loop does not know
+which it trains, and knows nothing of MLflow: it reports epochs to a callback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from mlflow_pt_deploy.data import Split, Splits
+from mlflow_pt_deploy.errors import DataError
+from mlflow_pt_deploy.hardware import cpu_flags
+from mlflow_pt_deploy.models import Classifier
+from mlflow_pt_deploy.variants.base import BF16_FLAGS
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits (batch, classes) and the rows' indices in train, int64 (batch,), to a scalar."""
+
+_CHECKPOINT_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to learn.
+
+    Attributes:
+        epochs: Passes over train.
+        learning_rate: Peak; 0 chooses 2e-4 for encoders up to 512 wide and 5e-5 above.
+        batch_size: Rows a step.
+        warmup: Share of the steps in which the learning rate rises.
+        weight_decay: Of AdamW.
+        seed: Of the order of rows and of dropout.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 0.0
+    batch_size: int = 32
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave: mean loss on train, accuracy on validation, seconds it took."""
+
+    number: int
+    train_loss: float
+    validation_accuracy: float
+    seconds: float
+
+
+def cross_entropy(targets: npt.NDArray[np.int64]) -> Loss:
+    """The loss of a teacher: cross entropy against the labels."""
+    truth = torch.from_numpy(targets)
+
+    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits, truth[rows].to(logits.device))
+
+    return loss
+
+
+def fit(
+    classifier: Classifier,
+    splits: Splits,
+    loss: Loss,
+    schedule: Schedule,
+    *,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> list[Epoch]:
+    """Train in place, and leave the classifier with the weights of its best epoch.
+
+    The best epoch is the one with the highest accuracy on validation.
+
+    Args:
+        classifier: The model to train.
+        splits: `train` teaches and `validation` decides; `test` is not looked at.
+        loss: See `Loss`.
+        schedule: How long and how fast.
+        device: ``cpu`` or ``cuda``.
+        checkpoint: File to save progress to, at least once a minute and after each epoch. If it
+            exists, training goes on from there; it is removed at the end.
+        on_epoch: Called after each epoch.
+
+    Returns:
+        All epochs, those before an interruption included.
+
+    Raises:
+        DataError: The loss is not a number: the learning rate is too high, or the data broken.
+    """
+    run = _Run(classifier.to(device), splits.train, schedule, device)
+    if checkpoint and checkpoint.exists():
+        run.restore(checkpoint)
+    bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="batch", leave=False)
+    with bar:
+        while run.step < run.total_steps:
+            started = time.monotonic()
+            run.one_epoch(loss, checkpoint, bar)
+            accuracy = evaluate(classifier, splits.validation, device=device)
+            epoch = Epoch(
+                len(run.epochs) + 1, run.mean_loss(), accuracy, time.monotonic() - started
+            )
+            run.finish(epoch)
+            bar.set_postfix(loss=f"{epoch.train_loss:.3f}", validation=f"{accuracy:.4f}")
+            if checkpoint:
+                run.save(checkpoint)
+            if on_epoch:
+                on_epoch(epoch)
+    classifier.load_state_dict(run.best)
+    classifier.to("cpu").eval()
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return run.epochs
+
+
+def predict_logits(
+    classifier: Classifier, rows: Sequence[str], *, device: str = "cpu", batch_size: int = 64
+) -> npt.NDArray[np.float32]:
+    """Logits of all rows in their order, float32 (rows, classes)."""
+    encoded = classifier.preprocessor.encode(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(encoded[row]))
+    logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
+    classifier.to(device).eval()
+    with torch.inference_mode(), _precision(device):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            logits[chosen] = _forward(classifier, [encoded[row] for row in chosen], device).cpu()
+    return logits
+
+
+def evaluate(classifier: Classifier, split: Split, *, device: str = "cpu") -> float:
+    """Share of rows whose label the classifier finds."""
+    logits = predict_logits(classifier, split.rows, device=device)
+    return float((logits.argmax(axis=1) == split.targets).mean())
+
+
+class _Run:
+    """Everything about a training that a checkpoint must hold."""
+
+    def __init__(
+        self, classifier: Classifier, train: Split, schedule: Schedule, device: str
+    ) -> None:
+        self.classifier = classifier
+        self.schedule = schedule
+        self.device = device
+        self.encoded = classifier.preprocessor.encode(train.rows)
+        self.steps_an_epoch = -(-len(train) // schedule.batch_size)
+        self.total_steps = self.steps_an_epoch * schedule.epochs
+        self.step = 0
+        self.losses: list[float] = []
+        self.epochs: list[Epoch] = []
+        self.best: dict[str, torch.Tensor] = {}
+        width = getattr(classifier.network.config, "hidden_size", 768)
+        peak = schedule.learning_rate or (2e-4 if width <= 512 else 5e-5)
+        self.optimizer = torch.optim.AdamW(
+            classifier.parameters(), lr=peak, weight_decay=schedule.weight_decay, fused=True
+        )
+        warm = max(1, int(schedule.warmup * self.total_steps))
+        rest = max(1, self.total_steps - warm)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: min((step + 1) / warm, max(0.0, (self.total_steps - step) / rest)),
+        )
+        torch.manual_seed(schedule.seed)
+
+    def one_epoch(self, loss: Loss, checkpoint: Path | None, bar: Any) -> None:
+        """The rest of the current epoch."""
+        self.classifier.train()
+        batches = self._batches(len(self.epochs))
+        saved = time.monotonic()
+        for chosen in batches[self.step - len(self.epochs) * self.steps_an_epoch :]:
+            self.losses.append(self._learn(loss, chosen))
+            self.step += 1
+            bar.update()
+            if checkpoint and time.monotonic() - saved > _CHECKPOINT_EVERY_S:
+                self.save(checkpoint)
+                saved = time.monotonic()
+
+    def mean_loss(self) -> float:
+        return float(np.mean(self.losses))
+
+    def finish(self, epoch: Epoch) -> None:
+        best = max((e.validation_accuracy for e in self.epochs), default=-1.0)
+        self.epochs.append(epoch)
+        self.losses = []
+        if epoch.validation_accuracy > best:
+            state = self.classifier.state_dict()
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        side = path.with_suffix(".partial")
+        torch.save(
+            {
+                "schedule": asdict(self.schedule),
+                "classifier": self.classifier.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "random": torch.get_rng_state(),
+                "step": self.step,
+                "losses": self.losses,
+                "epochs": [asdict(epoch) for epoch in self.epochs],
+                "best": self.best,
+            },
+            side,
+        )
+        os.replace(side, path)
+
+    def restore(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True, map_location=self.device)
+        if saved["schedule"] != asdict(self.schedule):
+            raise DataError(
+                f"the checkpoint was made with {saved['schedule']}, asked is "
+                f"{asdict(self.schedule)}. Resume with the same options, or start a new run."
+            )
+        self.classifier.load_state_dict(saved["classifier"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["random"].cpu())
+        self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
+        self.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
+
+    def _learn(self, loss: Loss, chosen: npt.NDArray[np.int64]) -> float:
+        with _precision(self.device):
+            logits = _forward(self.classifier, [self.encoded[row] for row in chosen], self.device)
+        value = loss(logits.float(), torch.from_numpy(chosen))
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not np.isfinite(number := value.item()):
+            raise DataError("the training loss is not a number; try a lower --learning-rate.")
+        return number
+
+    def _batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Random batches of rows of similar length: little padding, another order each epoch."""
+        random = np.random.default_rng((self.schedule.seed, epoch))
+        lengths = np.asarray([len(tokens) for tokens in self.encoded])
+        noisy = lengths * random.uniform(0.8, 1.25, len(lengths))
+        order = np.argsort(noisy, kind="stable")
+        size = self.schedule.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return [batches[index] for index in random.permutation(len(batches))]
+
+
+def _forward(
+    classifier: Classifier, encoded: Sequence[Sequence[int]], device: str
+) -> torch.Tensor:
+    inputs = classifier.preprocessor.collate(encoded)
+    logits: torch.Tensor = classifier(
+        torch.from_numpy(inputs["input_ids"]).to(device),
+        torch.from_numpy(inputs["attention_mask"]).to(device),
+    )
+    return logits.float()
+
+
+def _precision(device: str) -> contextlib.AbstractContextManager[object]:
+    """bf16 arithmetic where the hardware has it, else plain fp32."""
+    if device == "cuda" or cpu_flags() & BF16_FLAGS:
+        return torch.autocast(device, dtype=torch.bfloat16)
+    return contextlib.nullcontext()

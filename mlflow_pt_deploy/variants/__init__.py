@@ -1,0 +1,27 @@
+"""Ways to run a model: one runtime a file, the table of them, and the folder they are kept in."""
+
+from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.variants.folder import (
+    LoadedVariant,
+    Manifest,
+    load_variant,
+    read_manifest,
+    verify,
+    write_variant,
+)
+from mlflow_pt_deploy.variants.table import RUNTIMES, VARIANTS
+
+__all__ = [
+    "RUNTIMES",
+    "VARIANTS",
+    "Inputs",
+    "LoadedVariant",
+    "Logits",
+    "Manifest",
+    "Predict",
+    "Variant",
+    "load_variant",
+    "read_manifest",
+    "verify",
+    "write_variant",
+]

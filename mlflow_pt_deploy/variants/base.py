@@ -1,0 +1,102 @@
+"""The one interface that every runtime implements.
+
+Knows nothing of training, of measuring or of MLflow.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_pt_deploy.hardware import cpu_flags
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
+
+Inputs = Mapping[str, npt.NDArray[np.int64]]
+Logits = npt.NDArray[np.float32]
+Predict = Callable[[Inputs], Logits]
+"""Named inputs, batch first, to logits: float32 (batch, classes)."""
+
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+def no_native_bf16() -> str | None:
+    """Why bf16 is pointless on this processor, or None where it is not."""
+    if cpu_flags() & BF16_FLAGS:
+        return None
+    return "skipped: this processor has no bf16 instructions (avx512_bf16 or amx_bf16)"
+
+
+@dataclass(frozen=True)
+class Variant(ABC):
+    """A way to run a model: a runtime with its options.
+
+    A subclass is a frozen dataclass of its own options; the object is its own record and is
+    written into the manifest as it is.
+
+    Attributes:
+        precision: ``fp32``, ``bf16``, ``int8-dynamic`` or ``int8-static``.
+        runtime: What executes the model; the middle part of the variant's name.
+        extra: The extra of this distribution that the runtime needs, if any.
+        carries_code: True where the file holds a program and not only weights and a graph of
+            known operators; such a file is loaded only when somebody vouches for its digest.
+    """
+
+    precision: str = "fp32"
+
+    runtime: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    carries_code: ClassVar[bool] = False
+
+    def name(self, model: str) -> str:
+        """``<model>-<runtime>-<precision>``, e.g. ``student-openvino-fp32``."""
+        return f"{model}-{self.runtime}-{self.precision}"
+
+    def unsupported(self) -> str | None:
+        """Why this machine should not build the variant, or None where it can.
+
+        A missing library is not reported here: `export` and `load` raise `MissingExtraError`.
+        """
+        return no_native_bf16() if self.precision == "bf16" else None
+
+    def required_cpu_flags(self) -> frozenset[str]:
+        """Instruction sets that the exported files cannot run without."""
+        return frozenset()
+
+    @abstractmethod
+    def export(
+        self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
+    ) -> None:
+        """Write the native files into an existing, empty folder.
+
+        Args:
+            module: The model in eager fp32, in evaluation mode, on the CPU.
+            example: A batch of more than one row and of mixed lengths, for tracing.
+            calibration: Batches of one row from `train`, for static quantization.
+            folder: Where to write; the caller moves it into place when all is there.
+
+        Raises:
+            MissingExtraError: The runtime's library is not installed.
+            VariantError: The model cannot be expressed in this runtime.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, *, device: str, threads: int) -> Predict:
+        """Read what `export` wrote.
+
+        Args:
+            folder: The variant's folder, digests already verified.
+            device: ``cpu``, or ``cuda`` where the runtime can.
+            threads: Threads that one call may use.
+
+        Raises:
+            MissingExtraError: The runtime's library is not installed.
+            UnsupportedError: The runtime cannot use the device.
+        """

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mlflow_pt_deploy.measure as package
+from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.measure import UNITS, Measurement, Result
+
+RESULT = Result(
+    "student-openvino-int8-static",
+    "student",
+    "openvino",
+    "int8-static",
+    "cpu",
+    2,
+    Path("variants/student-openvino-int8-static"),
+    "",
+    (
+        Measurement.from_samples("latency_p50_ms", [3, 1, 2], "ms"),
+        Measurement("speedup", 2.0, "x", low=1.9, high=2.2, samples=(1.9, 2.0, 2.2)),
+        Measurement("accuracy", 0.9, "fraction", "validation"),
+        Measurement("accuracy", 0.8, "fraction", "test"),
+        Measurement("accuracy_drop", 0.01, "fraction", "test", -0.01, 0.03),
+    ),
+    "teacher-eager-fp32",
+)
+
+
+def test_a_measurement_sums_up_its_samples_and_keeps_them() -> None:
+    assert RESULT.get("latency_p50_ms") == Measurement("latency_p50_ms", 2, "ms", samples=(3, 1, 2))
+    longest = Measurement.from_samples("load_s", [1, 4], "s", statistic=max)
+    assert (longest.value, longest.samples) == (4, (1, 4))
+
+
+def test_no_samples_are_no_measurement() -> None:
+    with pytest.raises(VariantError, match="load_s has no samples"):
+        Measurement.from_samples("load_s", [], "s")
+
+
+def test_a_number_is_found_by_name_and_dataset() -> None:
+    assert RESULT.value("accuracy", "validation") == 0.9
+    assert RESULT.value("accuracy", "test") == 0.8
+    assert RESULT.value("accuracy") is None
+    assert RESULT.get("macro_f1", "test") is None
+
+
+def test_metrics_are_flat_and_carry_their_intervals() -> None:
+    assert RESULT.metrics() == {
+        "latency_p50_ms": 2, "speedup": 2, "speedup_low": 1.9, "speedup_high": 2.2,
+    }
+    assert RESULT.metrics("validation") == {"accuracy": 0.9}
+    assert RESULT.metrics("test") == {
+        "accuracy": 0.8,
+        "accuracy_drop": 0.01,
+        "accuracy_drop_low": -0.01,
+        "accuracy_drop_high": 0.03,
+    }
+
+
+@pytest.mark.parametrize("result", [RESULT, replace(RESULT, folder=None, reason="no room")])
+def test_a_result_survives_json(result: Result) -> None:
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+@pytest.mark.parametrize("document", [{}, {"folder": None, "measurements": [], "speed": 1}])
+def test_other_json_is_refused(document: dict[str, object]) -> None:
+    with pytest.raises(VariantError, match="not a result that to_json wrote"):
+        Result.from_json(document)
+
+
+def test_a_damaged_measurement_is_refused() -> None:
+    with pytest.raises(VariantError, match="not a measurement that to_json wrote: .*samples"):
+        Measurement.from_json({"name": "speedup", "value": 1, "unit": "x"})
+
+
+def test_units_end_the_names_that_carry_one() -> None:
+    for name, unit in UNITS.items():
+        ending = re.search(r"_(ms|mb|s|rows|rows_per_s)$", name)
+        if ending and not name.endswith("rows_per_s"):
+            assert unit.lower() == ending[1], name
+    assert UNITS["throughput_rows_per_s"] == "rows/s"
+
+
+def test_the_package_gives_exactly_its_public_names() -> None:
+    assert package.__all__ == ["UNITS", "Measurement", "Result", "Worker", "measure"]
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+def test_importing_it_all_brings_neither_mlflow_nor_a_runtime() -> None:
+    code = (
+        "import sys; from mlflow_pt_deploy.measure import measure; import mlflow_pt_deploy.policy, "
+        "mlflow_pt_deploy.report, mlflow_pt_deploy.hardware; "
+        "heavy = {'mlflow', 'torch', 'transformers', 'onnxruntime', 'openvino', 'matplotlib'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

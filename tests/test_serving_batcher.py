@@ -1,0 +1,262 @@
+"""The batcher, with real threads and a model that can be held at a gate."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import pytest
+
+from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.serving.batcher import Batcher
+from mlflow_pt_deploy.serving.options import Limits
+
+BAD = 666
+
+
+class GatedModel:
+    """Answers each row with (first token, number of tokens); waits while the gate is shut."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[list[list[int]]] = []
+        self.busy = 0
+
+    def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        longest = max(map(len, rows))
+        return {"ids": np.array([[*row, *[0] * (longest - len(row))] for row in rows])}
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        self.busy += 1
+        assert self.busy == 1, "two threads in the model"
+        try:
+            rows = [[int(token) for token in row if token] for row in inputs["ids"]]
+            self.batches.append(rows)
+            assert self.gate.wait(10)
+            if any(row[0] == BAD for row in rows):
+                raise ValueError("bad row")
+            return np.array([[row[0], len(row)] for row in rows], dtype=np.float32)
+        finally:
+            self.busy -= 1
+
+
+@pytest.fixture
+def model() -> GatedModel:
+    return GatedModel()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(32) as executor:
+        yield executor
+
+
+def batcher(model: GatedModel, **limits: float) -> Batcher:
+    return Batcher(model.predict, model.collate, Limits(**limits))  # type: ignore[arg-type]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end, "waited 5 s in vain"
+        time.sleep(0.001)
+
+
+def hold(model: GatedModel, under: Batcher, pool: ThreadPoolExecutor) -> Future[np.ndarray]:
+    """Shut the gate with a first request behind it."""
+    model.gate.clear()
+    first = pool.submit(under.submit, [[1]])
+    until(lambda: len(model.batches) == 1)
+    return first
+
+
+def queue(
+    under: Batcher, pool: ThreadPoolExecutor, requests: Sequence[Sequence[Sequence[int]]]
+) -> list[Future[np.ndarray]]:
+    """Let requests queue one after the other, so that their order is known."""
+    futures = []
+    for rows in requests:
+        before = under._queued_rows
+        futures.append(pool.submit(under.submit, rows))
+        until(lambda before=before, rows=rows: under._queued_rows == before + len(rows))  # type: ignore[misc]
+    return futures
+
+
+def test_a_lone_request_is_answered_at_once_and_in_its_order(model: GatedModel) -> None:
+    rows = [[5] * 3, [6], [7] * 9]
+    answer = batcher(model, max_wait_ms=0).submit(rows)
+    assert answer.dtype == np.float32
+    assert answer.tolist() == [[5, 3], [6, 1], [7, 9]]
+
+
+def test_an_idle_model_does_not_wait(model: GatedModel) -> None:
+    under = batcher(model)
+    start = time.perf_counter()
+    for _ in range(100):
+        under.submit([[1]])
+    assert time.perf_counter() - start < 0.5
+    assert all(len(batch) == 1 for batch in model.batches)
+
+
+def test_max_wait_gathers_company(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model, max_wait_ms=5000, max_batch_rows=3)
+    start = time.perf_counter()
+    wait([pool.submit(under.submit, [[n]]) for n in (1, 2, 3)])
+    assert time.perf_counter() - start < 2, "a full batch waits no longer"
+    assert sorted(map(len, model.batches)) == [3]
+
+
+def test_who_comes_meanwhile_shares_the_next_batch(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    others = queue(under, pool, [[[n, n]] for n in range(2, 10)])
+    model.gate.set()
+    assert first.result().tolist() == [[1, 1]]
+    assert [future.result().tolist() for future in others] == [[[n, 2]] for n in range(2, 10)]
+    assert list(map(len, model.batches)) == [1, 8]
+
+
+def test_batches_keep_to_rows_and_padded_tokens(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model, max_batch_rows=4, max_batch_tokens=40)
+    first = hold(model, under, pool)
+    others = queue(under, pool, [[[n + 1] * (1 + n % 20)] for n in range(25)])
+    model.gate.set()
+    wait([first, *others])
+    for batch in model.batches:
+        assert len(batch) <= 4
+        assert len(batch) == 1 or len(batch) * max(map(len, batch)) <= 40
+
+
+def test_a_row_longer_than_the_limit_is_computed_alone(model: GatedModel) -> None:
+    answer = batcher(model, max_batch_tokens=10).submit([[1] * 50, [2], [3]])
+    assert answer[:, 1].tolist() == [50, 1, 1]
+    assert sorted(map(len, model.batches)) == [1, 2]
+
+
+def test_rows_of_very_different_length_do_not_share_padding(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    others = queue(under, pool, [[[2] * 500], *([[3] * 5] for _ in range(10)), [[4] * 490]])
+    model.gate.set()
+    wait([first, *others])
+    assert [sorted({len(row) for row in batch}) for batch in model.batches[1:]] == [[490, 500], [5]]
+
+
+def test_the_oldest_is_never_overtaken_by_a_better_fit(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model, max_batch_rows=2)
+    first = hold(model, under, pool)
+    others = queue(under, pool, [[[2] * 400], *([[3] * 5] for _ in range(10))])
+    model.gate.set()
+    wait([first, *others])
+    assert len(model.batches[1][0]) == 400
+
+
+def test_a_large_request_takes_turns_with_small_ones(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model, max_batch_rows=4)
+    first = hold(model, under, pool)
+    large, small = queue(under, pool, [[[2]] * 40, [[3] * 300]])
+    model.gate.set()
+    wait([first, large, small])
+    assert large.result().shape == (40, 2)
+    assert model.batches[2] == [[3] * 300], "after one chunk of the large one, not after ten"
+
+
+def test_a_full_queue_refuses_and_recovers(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model, queue_rows=3)
+    first = hold(model, under, pool)
+    waiting = queue(under, pool, [[[2], [3]]])
+    with pytest.raises(OverloadedError, match="2 rows wait, 2 more came, queue_rows is 3"):
+        under.submit([[4], [5]])
+    model.gate.set()
+    wait([first, *waiting])
+    assert under.submit([[4], [5], [6]]).shape == (3, 2)
+
+
+def test_batch_scoring_knows_no_queue_limit(model: GatedModel) -> None:
+    assert batcher(model, queue_rows=1).submit([[1]] * 100, bounded=False).shape == (100, 2)
+
+
+def test_a_late_request_is_given_up_and_never_computed(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model, deadline_ms=50)
+    first = hold(model, under, pool)
+    (late,) = queue(under, pool, [[[7]]])
+    with pytest.raises(DeadlineError, match=r"50 ms \(deadline_ms\)"):
+        late.result(timeout=2)
+    model.gate.set()
+    first.result()
+    assert under.submit([[8]]).tolist() == [[8, 1]]
+    assert [[7]] not in model.batches
+    assert under._queued_rows == 0
+
+
+def test_one_bad_row_fails_alone(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    good = queue(under, pool, [[[n]] for n in (2, 3, 4)])
+    bad = queue(under, pool, [[[BAD], [9]]])
+    good += queue(under, pool, [[[n]] for n in (5, 6, 7)])
+    model.gate.set()
+    with pytest.raises(ValueError, match="bad row"):
+        bad[0].result()
+    assert [int(f.result()[0, 0]) for f in good] == [2, 3, 4, 5, 6, 7]
+    assert first.result().tolist() == [[1, 1]]
+    assert under.submit([[1]]).tolist() == [[1, 1]], "the model is free again"
+
+
+def test_an_interrupted_leader_passes_the_lead_on(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    def interrupted(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        if len(model.batches) == 0:
+            model.predict(inputs)
+            raise KeyboardInterrupt
+        return model.predict(inputs)
+
+    under = Batcher(interrupted, model.collate)  # type: ignore[arg-type]
+    first = hold(model, under, pool)
+    (second,) = queue(under, pool, [[[2]]])
+    model.gate.set()
+    with pytest.raises(KeyboardInterrupt):
+        first.result()
+    assert second.result(timeout=2).tolist() == [[2, 1]]
+
+
+def test_a_model_that_loses_rows_is_an_error() -> None:
+    under = Batcher(lambda inputs: np.zeros((0, 2), np.float32), lambda rows: {})
+    with pytest.raises(ServingError, match="answered 0 of 1 rows"):
+        under.submit([[1]])
+
+
+def test_a_request_of_no_rows_is_refused(model: GatedModel) -> None:
+    with pytest.raises(ServingError, match="no rows"):
+        batcher(model).submit([])
+
+
+def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model, max_batch_rows=8, queue_rows=100_000)
+
+    def client(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for _ in range(40):
+            sizes = random.integers(1, 30, size=random.integers(1, 12))
+            rows = [[seed + 1] * int(size) for size in sizes]
+            assert under.submit(rows).tolist() == [[seed + 1, len(row)] for row in rows]
+
+    for future in [pool.submit(client, seed) for seed in range(32)]:
+        future.result(timeout=20)
+    assert under._queued_rows == 0
+    assert not under._led

@@ -1,0 +1,74 @@
+"""A real, tiny model for the serving tests: word counts to three classes, in NumPy.
+
+It is also an MLflow loader module, so that MLflow itself loads what `save_tiny` wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
+from mlflow_pt_deploy.variants.base import Inputs, Logits
+
+WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
+WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)
+WEIGHTS[2, 0] = WEIGHTS[3, 1] = WEIGHTS[4, 2] = 1.0
+
+
+@dataclass(frozen=True)
+class TinyManifest:
+    name: str = "tiny-numpy-fp32"
+    model: str = "tiny"
+    runtime: str = "numpy"
+    precision: str = "fp32"
+    digest: str = "0" * 64
+
+
+def predict(inputs: Inputs) -> Logits:
+    """float32 (batch, 3): how often each class's word stands in the text."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if (ids == WORDS.index("explode")).any():
+        raise RuntimeError("secret /path/to/model exploded")
+    logits = (WEIGHTS[ids] * mask[:, :, None]).sum(axis=1)
+    logits[(ids == WORDS.index("nan")).any(axis=1)] = np.nan
+    return logits.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TinyVariant:
+    manifest: TinyManifest
+    preprocessor: TextPreprocessor
+    labels: tuple[str, ...] = ("red", "green", "blue")
+    predict: Any = staticmethod(predict)
+
+
+def tiny_variant() -> TinyVariant:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return TinyVariant(TinyManifest(), TextPreprocessor(tokenizer, max_length=64, pad_id=0))
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFunc:
+    return PyFunc(tiny_variant(), model_config)  # type: ignore[arg-type]
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write an MLmodel that loads the tiny model."""
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    folder.mkdir()
+    model = Model(signature=signature())
+    pyfunc.add_to_model(model, loader_module="tiny_serving", model_config=MODEL_CONFIG)
+    model.save(str(folder / "MLmodel"))
+    return folder
