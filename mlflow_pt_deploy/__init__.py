@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.data import Split, Splits, load_data
     from mlflow_pt_deploy.errors import PtDeployError
     from mlflow_pt_deploy.measure import Measurement, Result
+    from mlflow_pt_deploy.options import Options
     from mlflow_pt_deploy.pipeline import (
-        Options,
         distill_student,
         optimize_models,
         promote_choice,
@@ -29,8 +29,8 @@ _HOMES = {
     "data": ("Split", "Splits", "load_data"),
     "errors": ("PtDeployError",),
     "measure": ("Measurement", "Result"),
+    "options": ("Options",),
     "pipeline": (
-        "Options",
         "distill_student",
         "optimize_models",
         "promote_choice",

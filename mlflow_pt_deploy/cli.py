@@ -19,7 +19,8 @@ from mlflow_pt_deploy import __version__
 from mlflow_pt_deploy.errors import PtDeployError
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.pipeline import Lifecycle, Optimized, Options, Trained
+    from mlflow_pt_deploy.options import Options
+    from mlflow_pt_deploy.pipeline import Lifecycle, Optimized, Trained
     from mlflow_pt_deploy.promote import Promotion
 
 _DATA = {
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pt-deploy",
-        description="From a good but slow PyTorch model to a fast, promoted, served one, on MLflow.",
+        description="From a good but slow PyTorch model to a fast, served one, on MLflow.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
@@ -90,8 +91,18 @@ def _parser() -> argparse.ArgumentParser:
             "distill a student from a fine-tuned teacher",
             {**_DATA, **_TEACHER, **_STUDENT, **_FIT},
         ),
-        ("optimize", _optimize, "build, measure and log every variant", {**_DATA, **_MEASURE, **_POLICY}),
-        ("promote", _promote, "choose a variant of a run and move the alias champion", {**_POLICY, **_NAME}),
+        (
+            "optimize",
+            _optimize,
+            "build, measure and log every variant of a model",
+            {**_DATA, **_MEASURE, **_POLICY},
+        ),
+        (
+            "promote",
+            _promote,
+            "choose a variant of a run and move the alias champion",
+            {**_POLICY, **_NAME},
+        ),
         ("serve", _serve, "serve a registered or logged model", {}),
     ):
         stage = stages.add_parser(name, help=about, description=about)
@@ -112,10 +123,11 @@ def _add(parser: argparse.ArgumentParser, table: Mapping[str, tuple[type, Any, s
 def _special(name: str, stage: argparse.ArgumentParser) -> None:
     """Arguments that only one stage has."""
     if name == "optimize":
-        stage.add_argument("--model", required=True, help="the model: Hugging Face id or folder, runs:/..., models:/...")
-        stage.add_argument("--student", default="", help="a second model to compare with it, in the same forms")
+        forms = "Hugging Face id or folder, runs:/... or models:/..."
+        stage.add_argument("--model", required=True, help=f"the model: {forms}")
+        stage.add_argument("--student", default="", help="a second, smaller model, as --model")
     if name == "promote":
-        stage.add_argument("--run", required=True, help="id of the run whose variants to choose from")
+        stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
     if name == "serve":
         stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a path")
         stage.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
@@ -134,7 +146,7 @@ def _quiet_libraries() -> None:
 
 
 def _options(parsed: argparse.Namespace) -> Options:
-    from mlflow_pt_deploy.pipeline import Options
+    from mlflow_pt_deploy.options import Options
 
     known = {field.name for field in fields(Options)}
     return Options(**{key: value for key, value in vars(parsed).items() if key in known})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,10 @@ def log_model(variant: Path | str, name: str, **options: Any) -> Any:
     Returns:
         MLflow's ``ModelInfo``.
     """
-    from mlflow_pt_deploy import flavor
-
     options.setdefault("validate_serving_input", False)  # it would load the model right here
-    return Model.log(artifact_path=None, name=name, flavor=flavor, variant=variant, **options)
+    return Model.log(
+        artifact_path=None, name=name, flavor=sys.modules[__name__], variant=variant, **options
+    )
 
 
 def load_model(

@@ -8,7 +8,6 @@ keeps its unfinished work; computes nothing itself.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -27,6 +26,7 @@ from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.measure import Result, measure
+from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Choice, Policy, choose
 from mlflow_pt_deploy.promote import Promotion, promote
 from mlflow_pt_deploy.report import markdown, plot
@@ -36,74 +36,20 @@ TEACHER, STUDENT, MODEL = "teacher", "student", "model"
 
 
 @dataclass(frozen=True)
-class Options:
-    """Everything a user can ask of the line; each stage reads what concerns it.
+class Trained:
+    """A trained model.
 
     Attributes:
-        data: See `load_data`.
-        teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
-        student: The same, for a student that exists already; empty: distill one.
-        name: Registered model to promote into.
-        epochs: Passes over train for the teacher; 0 takes it as it is.
-        student_epochs: Passes for the student; 0 makes no student.
-        student_layers: Layers that the student keeps of the teacher's.
-        learning_rate: Peak; 0 chooses by the model's width.
-        batch_size: Rows a training step.
-        temperature: Of the soft labels.
-        seconds: Timing budget for each variant.
-        threads: Threads for one call; 0: all cores.
-        device: Where to train, ``cpu`` or ``cuda``; variants are timed on the CPU.
-        limit: At most this many rows a split, for a quick trial; 0: all.
-        seed: Of cuts, order of rows and dropout.
-        retain, objective, max_latency_p95_ms, max_artifact_mb, max_peak_rss_mb: See `Policy`;
-            0 sets no limit.
-        resume: Id of an interrupted run to go on with.
+        run_id: The run that made it.
+        model: Its address, ``runs:/RUN_ID/model``.
+        validation_accuracy: Share of validation rows it labels right.
+        seconds: Time that training took, interruptions left out.
     """
-
-    data: str = "catalog"
-    teacher: str = "minilm"
-    student: str = ""
-    name: str = "pt-deploy-demo"
-    epochs: int = 5
-    student_epochs: int = 6
-    student_layers: int = 2
-    learning_rate: float = 0.0
-    batch_size: int = 32
-    temperature: float = 2.0
-    seconds: float = 8.0
-    threads: int = 0
-    device: str = "cpu"
-    limit: int = 0
-    seed: int = 0
-    retain: float = 0.99
-    objective: str = "latency"
-    max_latency_p95_ms: float = 0.0
-    max_artifact_mb: float = 0.0
-    max_peak_rss_mb: float = 0.0
-    resume: str = ""
-
-    def policy(self) -> Policy:
-        """The limits among the options.
-
-        Raises:
-            PolicyError: One makes no sense.
-        """
-        return Policy(
-            retain=self.retain,
-            max_latency_p95_ms=self.max_latency_p95_ms or None,
-            max_artifact_mb=self.max_artifact_mb or None,
-            max_peak_rss_mb=self.max_peak_rss_mb or None,
-            objective=self.objective,  # type: ignore[arg-type]  # Policy checks it
-        )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model: the run that made it, its address and its accuracy on validation."""
 
     run_id: str
     model: str
     validation_accuracy: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -144,27 +90,27 @@ def run_lifecycle(options: Options) -> Lifecycle:
     """
     tracking.check_tracking()
     if options.resume:
-        options = Options(**{**tracking.saved_options(options.resume), "resume": options.resume})
+        options = replace(tracking.saved_options(options.resume), resume=options.resume)
     options.policy()
     splits = load_data(options.data, seed=options.seed, limit=options.limit)
     seconds: dict[str, float] = {}
-    record = json.dumps({**asdict(options), "resume": ""})
     with tracking.stage_run(
-        "run", f"{splits.name} lifecycle", resume=options.resume, options=record
+        "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
     ) as parent:
         run_id = parent.info.run_id
         tracking.log_dataset_facts(splits)
-        with _timed("train", seconds):
-            teacher = _unless_finished(run_id, "train", train_teacher, options, splits)
+        teacher = _unless_finished(run_id, "train", train_teacher, options, splits)
+        seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
         if options.student_epochs and not options.student:
-            with _timed("distill", seconds):
-                student = _unless_finished(run_id, "distill", distill_student, options, splits)
+            student = _unless_finished(run_id, "distill", distill_student, options, splits)
+            seconds["distill"] = student.seconds
             options = replace(options, student=student.model)
         with _timed("optimize", seconds):
             optimized = optimize_models(replace(options, resume=""), splits)
         with _timed("promote", seconds):
             promotion = promote_choice(optimized, options.name)
+        mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return Lifecycle(run_id, optimized, promotion, seconds)
 
 
@@ -232,9 +178,10 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     active = mlflow.active_run()
     if active is not None:
         return _optimize(active.info.run_id, models, splits, policy, options)
-    record = json.dumps({**asdict(options), "resume": ""})
     name = f"{splits.name} optimize"
-    with tracking.stage_run("optimize", name, resume=options.resume, options=record) as run:
+    with tracking.stage_run(
+        "optimize", name, resume=options.resume, options=options.to_json()
+    ) as run:
         tracking.log_dataset_facts(splits)
         return _optimize(run.info.run_id, models, splits, policy, options)
 
@@ -272,10 +219,11 @@ def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
         models = mlflow.artifacts.load_dict(f"runs:/{run_id}/models.json")
     except Exception as error:  # each artifact store has its own
         raise ModelError(
-            f"run {run_id} has no finished optimize stage. Finish it: pt-deploy run --resume {run_id}"
+            f"run {run_id} has no finished optimize stage. Finish it: "
+            f"pt-deploy run --resume {run_id}"
         ) from error
-    rows = tuple(Result.from_json(result) for result in results)
-    return Optimized(run_id, rows, models, choose(rows, policy or Options(**saved).policy()))
+    rows = tuple(Result.from_json(result) for result in results["results"])
+    return Optimized(run_id, rows, models, choose(rows, policy or saved.policy()))
 
 
 def work_folder(run_id: str) -> Path:
@@ -305,8 +253,9 @@ def _unless_finished(
     if run is None:
         return work(replace(options, resume=""), splits)
     if run.info.status == "FINISHED":
-        accuracy = run.data.metrics["accuracy"]
-        return Trained(run.info.run_id, f"runs:/{run.info.run_id}/model", accuracy)
+        found = run.data.metrics
+        address = f"runs:/{run.info.run_id}/model"
+        return Trained(run.info.run_id, address, found["accuracy"], found["seconds"])
     return work(replace(options, resume=run.info.run_id), splits)
 
 
@@ -322,24 +271,29 @@ def _fit_and_log(
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    record = json.dumps({**asdict(options), "resume": ""})
-    with tracking.stage_run(stage, stage, resume=options.resume, options=record) as run:
+    with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
         work = work_folder(run.info.run_id)
         if not options.resume:
             mlflow.log_params(asdict(schedule))
         tracking.log_dataset_facts(splits)
 
         def log(epoch: Epoch) -> None:
-            step = {"train_loss": epoch.train_loss, "validation_accuracy": epoch.validation_accuracy}
-            mlflow.log_metrics(step, step=epoch.number)
+            mlflow.log_metrics(
+                {
+                    "train_loss": epoch.train_loss,
+                    "validation_accuracy": epoch.validation_accuracy,
+                },
+                step=epoch.number,
+            )
             print(
                 f"{stage}: epoch {epoch.number}/{epochs}, loss {epoch.train_loss:.4f}, "
                 f"validation accuracy {epoch.validation_accuracy:.4f}, {epoch.seconds:.0f} s",
                 flush=True,
             )
 
+        seconds = 0.0
         if epochs:
-            fit(
+            history = fit(
                 classifier,
                 splits,
                 loss,
@@ -348,12 +302,14 @@ def _fit_and_log(
                 checkpoint=work / "checkpoint.pt",
                 on_epoch=log,
             )
+            seconds = sum(epoch.seconds for epoch in history)
         accuracy = evaluate(classifier, splits.validation, device=options.device)
         mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
+        mlflow.log_metric("seconds", seconds)
         save_classifier(classifier.to("cpu"), work / "model")
         address = tracking.log_folder(work / "model", "model")
         shutil.rmtree(work, ignore_errors=True)
-    return Trained(run.info.run_id, address, accuracy)
+    return Trained(run.info.run_id, address, accuracy, seconds)
 
 
 def _optimize(
@@ -368,7 +324,7 @@ def _optimize(
         if address is not None:
             addresses[result.variant] = address
     choice = choose(results, policy)
-    _log_outcome(results, choice, splits, addresses, work)
+    _log_outcome(results, choice, splits, addresses, work, policy.retain)
     shutil.rmtree(work, ignore_errors=True)
     return Optimized(run_id, tuple(results), addresses, choice)
 
@@ -387,6 +343,7 @@ def _build(models: Mapping[str, Path], splits: Splits, target: Path) -> list[Bui
 
 def _measure(built: list[Built], splits: Splits, baseline: str, options: Options) -> list[Result]:
     folders = {one.name: one.folder for one in built if one.folder is not None}
+    reference = f"{baseline}-eager-fp32"
     with tqdm(total=len(folders), desc="measuring", unit="variant") as bar:
 
         def progress(result: Result) -> None:
@@ -395,7 +352,7 @@ def _measure(built: list[Built], splits: Splits, baseline: str, options: Options
 
         measured = measure(
             folders,
-            baseline=f"{baseline}-eager-fp32",
+            baseline=reference,
             splits=splits,
             seconds=options.seconds,
             threads=options.threads,
@@ -406,17 +363,30 @@ def _measure(built: list[Built], splits: Splits, baseline: str, options: Options
     return [
         by_name.get(one.name)
         or Result(
-            one.name, one.model, one.runtime, one.precision, "cpu", threads, None, one.reason
+            one.name,
+            one.model,
+            one.runtime,
+            one.precision,
+            "cpu",
+            threads,
+            None,
+            one.reason,
+            baseline=reference,
         )
         for one in built
     ]
 
 
 def _log_outcome(
-    results: list[Result], choice: Choice, splits: Splits, models: Mapping[str, str], work: Path
+    results: list[Result],
+    choice: Choice,
+    splits: Splits,
+    models: Mapping[str, str],
+    work: Path,
+    retain: float,
 ) -> None:
     figure = work / "accuracy_latency.png"
-    plot(results, figure, choice)
+    plot(results, figure, choice, retain=retain)
     report = markdown(results, choice, notes=splits.notes)
     tracking.log_results(results, {"report.md": report}, figure)
     mlflow.log_dict(dict(models), "models.json")
@@ -428,5 +398,3 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[stage] = round(time.monotonic() - started, 1)
-    mlflow.log_metric(f"{stage}_seconds", seconds[stage])
-

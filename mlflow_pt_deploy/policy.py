@@ -57,9 +57,7 @@ class Policy:
                     f"{field} is {limit!r}; give a number above 0, or leave it out for no limit."
                 )
         if self.objective not in ("latency", "throughput"):
-            raise PolicyError(
-                f"objective is {self.objective!r}; give 'latency' or 'throughput'."
-            )
+            raise PolicyError(f"objective is {self.objective!r}; give 'latency' or 'throughput'.")
 
 
 @dataclass(frozen=True)

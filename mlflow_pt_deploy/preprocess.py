@@ -84,7 +84,9 @@ class TextPreprocessor:
             tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
             return cls(tokenizer, max_length=settings["max_length"], pad_id=settings["pad_id"])
         except Exception as error:  # tokenizers raises bare Exception
-            raise ArtifactError(f"the preprocessor in {folder.name} cannot be read: {error}") from error
+            raise ArtifactError(
+                f"{folder.name}: the preprocessor cannot be read: {error}"
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write ``preprocessor.json`` and ``tokenizer.json`` into an existing folder."""

@@ -90,7 +90,7 @@ def _digest(model_uri: str) -> str:
     flavors = mlflow.models.get_model_info(model_uri).flavors
     if FLAVOR_NAME not in flavors:
         raise TrackingError(
-            f"{model_uri} has no {FLAVOR_NAME} flavor. Promote a model that pt-deploy optimize logged."
+            f"{model_uri} has no {FLAVOR_NAME} flavor. Promote what pt-deploy optimize logged."
         )
     return str(flavors[FLAVOR_NAME]["digest"])
 

@@ -6,14 +6,12 @@ and tag names; does not know how anything is computed.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -26,6 +24,7 @@ from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.measure import Result
+from mlflow_pt_deploy.options import Options
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
@@ -82,9 +81,7 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
         else:
             context = mlflow.start_run(run_name=name, nested=nested, log_system_metrics=False)
     except MlflowException as error:
-        raise TrackingError(
-            f"run {resume or name} cannot be started: {error.message}"
-        ) from error
+        raise TrackingError(f"run {resume or name} cannot be started: {error.message}") from error
     with context as run:
         mlflow.set_tag(STAGE_TAG, stage)
         if options:
@@ -92,14 +89,14 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
         yield run
 
 
-def saved_options(run_id: str) -> dict[str, Any]:
+def saved_options(run_id: str) -> Options:
     """The options a run was started with.
 
     Raises:
         TrackingError: There is no such run, or it is not one of ours.
     """
     try:
-        return dict(json.loads(MlflowClient().get_run(run_id).data.tags[OPTIONS_TAG]))
+        return Options.from_json(MlflowClient().get_run(run_id).data.tags[OPTIONS_TAG])
     except (MlflowException, KeyError) as error:
         raise TrackingError(
             f"run {run_id} cannot be resumed: it is not a pt-deploy run on this tracking server "
@@ -133,7 +130,8 @@ def dataset(splits: Splits, split: str) -> MetaDataset:
     """A split as MLflow's dataset, so that the UI groups metrics by it."""
     source = CodeDatasetSource(tags={"data": splits.source, "split": split})
     digest = getattr(splits, split).digest
-    return MetaDataset(source, name=f"{splits.name}-{split}", digest=digest)
+    name = f"{splits.name}-{split}"
+    return MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]  # MLflow's own
 
 
 def log_result(result: Result, splits: Splits, step: int) -> str | None:
@@ -232,7 +230,7 @@ def log_folder(folder: Path, name: str) -> str:
 
 def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Path) -> None:
     """The whole table, for people and for programs, on the active run."""
-    mlflow.log_dict([result.to_json() for result in results], "results.json")
+    mlflow.log_dict({"results": [result.to_json() for result in results]}, "results.json")
     for name, text in texts.items():
         mlflow.log_text(text, name)
     mlflow.log_artifact(str(figure))

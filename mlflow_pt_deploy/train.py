@@ -239,7 +239,7 @@ class _Run:
         with _precision(self.device):
             logits = _forward(self.classifier, [self.encoded[row] for row in chosen], self.device)
         value = loss(logits.float(), torch.from_numpy(chosen))
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
@@ -259,9 +259,7 @@ class _Run:
         return [batches[index] for index in random.permutation(len(batches))]
 
 
-def _forward(
-    classifier: Classifier, encoded: Sequence[Sequence[int]], device: str
-) -> torch.Tensor:
+def _forward(classifier: Classifier, encoded: Sequence[Sequence[int]], device: str) -> torch.Tensor:
     inputs = classifier.preprocessor.collate(encoded)
     logits: torch.Tensor = classifier(
         torch.from_numpy(inputs["input_ids"]).to(device),

@@ -53,7 +53,10 @@ def test_a_number_is_found_by_name_and_dataset() -> None:
 
 def test_metrics_are_flat_and_carry_their_intervals() -> None:
     assert RESULT.metrics() == {
-        "latency_p50_ms": 2, "speedup": 2, "speedup_low": 1.9, "speedup_high": 2.2,
+        "latency_p50_ms": 2,
+        "speedup": 2,
+        "speedup_low": 1.9,
+        "speedup_high": 2.2,
     }
     assert RESULT.metrics("validation") == {"accuracy": 0.9}
     assert RESULT.metrics("test") == {

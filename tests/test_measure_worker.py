@@ -70,8 +70,12 @@ def export(folder: Path, *, stubborn: bool = False) -> Path:
     preprocessor = TextPreprocessor(tokenizer, max_length=16, pad_id=0)
     module = SimpleNamespace(preprocessor=preprocessor, labels=LABELS, stubborn=stubborn)
     write_variant(
-        Votes(), module, folder, model=folder.name.partition("-")[0],
-        example={}, golden_rows=["sea leaf"],
+        Votes(),
+        module,
+        folder,
+        model=folder.name.partition("-")[0],
+        example={},
+        golden_rows=["sea leaf"],
     )
     return folder
 
@@ -242,12 +246,25 @@ def test_the_baseline_is_about_as_fast_as_itself(results: list[Result]) -> None:
 
 def test_every_metric_is_there_under_its_name(results: list[Result]) -> None:
     assert sorted(results[0].metrics()) == [
-        "artifact_mb", "best_batch_rows", "latency_p50_ms", "latency_p95_ms", "latency_p99_ms",
-        "load_s", "peak_rss_mb", "speedup", "speedup_high", "speedup_low", "throughput_rows_per_s",
+        "artifact_mb",
+        "best_batch_rows",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "latency_p99_ms",
+        "load_s",
+        "peak_rss_mb",
+        "speedup",
+        "speedup_high",
+        "speedup_low",
+        "throughput_rows_per_s",
     ]
     assert sorted(results[0].metrics("test")) == [
-        "accuracy", "accuracy_drop", "accuracy_drop_high", "accuracy_drop_low",
-        "agreement", "macro_f1",
+        "accuracy",
+        "accuracy_drop",
+        "accuracy_drop_high",
+        "accuracy_drop_low",
+        "agreement",
+        "macro_f1",
     ]
 
 

@@ -38,15 +38,11 @@ def result(
         Measurement("accuracy", test, "fraction", "test"),
         Measurement("accuracy_drop", 0.9 - test, "fraction", "test"),
     )
-    return Result(
-        variant, model, runtime, precision, "cpu", 2, None, "", measurements, BASELINE
-    )
+    return Result(variant, model, runtime, precision, "cpu", 2, None, "", measurements, BASELINE)
 
 
 TEACHER = result(BASELINE, p50=10, speedup=(1, 0.95, 1.05))
-FUSED = result(
-    "teacher-openvino-fp32", p50=4, speedup=(2.5, 2.4, 2.6), rows_per_s=300, mb=91
-)
+FUSED = result("teacher-openvino-fp32", p50=4, speedup=(2.5, 2.4, 2.6), rows_per_s=300, mb=91)
 SMALL = result(
     "student-openvino-int8", p50=1, speedup=(10, 9, 11), accuracy=0.895, rows_per_s=900, mb=12
 )
@@ -189,7 +185,8 @@ def test_a_variant_without_all_its_numbers_is_passed_over() -> None:
     choice = choose([TEACHER, partial], Policy())
     assert choice.variant == BASELINE
     assert choice.considered[1] == (
-        SMALL.variant, "not measured: latency_p50_ms, accuracy, accuracy_drop",
+        SMALL.variant,
+        "not measured: latency_p50_ms, accuracy, accuracy_drop",
     )
 
 

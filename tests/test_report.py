@@ -48,8 +48,21 @@ def test_the_table_shows_the_fastest_first_and_marks_the_chosen() -> None:
     lines = table(ALL, CHOICE).splitlines()
     assert [line.split()[0] for line in lines[2:4]] == ["*", BASELINE]
     assert lines[2].split() == [
-        "*", STUDENT.variant, "0.123", "0.184", "12,346", "119", "[107,", "131]", "90.9", "512",
-        "0.8950", "+0.50", "[-0.50,", "+1.50]", "0.9500",
+        "*",
+        STUDENT.variant,
+        "0.123",
+        "0.184",
+        "12,346",
+        "119",
+        "[107,",
+        "131]",
+        "90.9",
+        "512",
+        "0.8950",
+        "+0.50",
+        "[-0.50,",
+        "+1.50]",
+        "0.9500",
     ]
     assert lines[-1] == "It is by far the fastest."
 

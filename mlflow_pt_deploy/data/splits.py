@@ -239,9 +239,14 @@ def align(splits: Splits, labels: Sequence[str]) -> Splits:
             "set id2label in the model's config.json."
         )
     number = np.asarray([list(labels).index(label) for label in splits.labels], dtype=np.int64)
-    moved = {
-        name: Split(split.rows, number[split.targets])
-        for name in ("train", "validation", "test")
-        for split in [getattr(splits, name)]
-    }
-    return replace(splits, labels=tuple(labels), **moved)
+
+    def moved(split: Split) -> Split:
+        return Split(split.rows, number[split.targets])
+
+    return replace(
+        splits,
+        labels=tuple(labels),
+        train=moved(splits.train),
+        validation=moved(splits.validation),
+        test=moved(splits.test),
+    )

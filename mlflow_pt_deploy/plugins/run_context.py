@@ -10,7 +10,7 @@ from mlflow.tracking.context.abstract_context import RunContextProvider
 from mlflow_pt_deploy.hardware import hardware
 
 
-class HardwareContext(RunContextProvider):  # type: ignore[misc]
+class HardwareContext(RunContextProvider):
     """MLflow's run-context provider, entry point ``mlflow.run_context_provider``."""
 
     def in_context(self) -> bool:

@@ -176,7 +176,7 @@ def score(model: PyFuncModel, body: bytes, content_type: str) -> bytes:
             f"inputs: {known.inputs or 'any texts'}, params: {known.params}"
         ) from error
     answer = StringIO()
-    predictions_to_json(predictions, answer)  # type: ignore[no-untyped-call]
+    predictions_to_json(predictions, answer)
     return answer.getvalue().encode()
 
 
@@ -195,7 +195,7 @@ def _parse(model: PyFuncModel, body: bytes, content_type: str) -> tuple[Any, Any
         return _parse_json(body, schema)
     try:
         if media == _PARQUET:
-            return scoring_server.parse_parquet_input(BytesIO(body)), None  # type: ignore[no-untyped-call]
+            return scoring_server.parse_parquet_input(BytesIO(body)), None
         return scoring_server.parse_csv_input(StringIO(body.decode()), schema), None
     except Exception as error:
         raise RequestError(f"the body cannot be read as {media}") from error
@@ -227,7 +227,7 @@ def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
 def _about(model: PyFuncModel) -> dict[str, str]:
     """What ``/model`` answers."""
     try:
-        manifest = model.get_raw_model().manifest  # type: ignore[no-untyped-call]
+        manifest = model.get_raw_model().manifest
     except (NotImplementedError, AttributeError) as error:
         raise ModelError(
             "this model is not of the pt_deploy flavor. Serve it with mlflow models serve, or "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ def _is_serving() -> bool:
     """Whether a scoring server runs in this process; it says so after it loaded the model."""
     from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 
-    return bool(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())  # type: ignore[no-untyped-call]
+    return bool(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())
 
 
 def _column(data: Any) -> list[Any]:
@@ -257,7 +258,7 @@ def _cell(row: Any) -> Any:
 
 def _kind(value: object) -> str:
     """What a value is, in words that do not repeat it."""
-    if value is None or (isinstance(value, float) and value != value):  # NaN: pandas' null
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' null
         return "null"
     if isinstance(value, (bool, int, float)):
         return "a number or a truth value"

@@ -26,6 +26,7 @@ import numpy as np
 
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
+from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.folder import verify, write_variant
 from mlflow_pt_deploy.variants.table import VARIANTS
@@ -98,7 +99,7 @@ def build(
     rows = _rows(splits)
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [
-            pool.submit(_run_job, model, models[model], list(job), target, rows, note)
+            pool.submit(_run_job, model, models[model], list(job), target, rows, parallel, note)
             for (model, _), job in _slowest_first(wanted)
         ]
         for job in jobs:
@@ -153,6 +154,7 @@ def _run_job(
     variants: list[Variant],
     target: Path,
     rows: Mapping[str, list[str]],
+    parallel: int,
     note: Callable[[Built], None],
 ) -> None:
     """One child; every variant it was given is noted, whatever happens to it."""
@@ -167,7 +169,7 @@ def _run_job(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "job.json"
         path.write_text(json.dumps(job), encoding="utf8")
-        for answer in _child(path, Path(scratch) / "log"):
+        for answer in _child(path, Path(scratch) / "log", parallel):
             if "name" in answer:
                 variant = left.pop(answer["name"])
                 folder = None if answer["reason"] else target / answer["name"]
@@ -177,12 +179,19 @@ def _run_job(
                     note(_built(variant, model, None, answer["died"]))
 
 
-def _child(job: Path, log: Path) -> Iterator[dict[str, Any]]:
+def _child(job: Path, log: Path, parallel: int) -> Iterator[dict[str, Any]]:
     """The child's answers; a last one with ``died`` if it ended before its work did."""
     command = [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)]
+    # Two children with all cores each would wait for one another at every OpenMP barrier.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // parallel))}
     with log.open("wb") as errors:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
     timer = time.monotonic() + _TIMEOUT_S
     with child, _killed_at_exit(child):

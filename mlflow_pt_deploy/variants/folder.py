@@ -123,7 +123,7 @@ def write_variant(
         variant.export(module, example, calibration, staging)
         module.preprocessor.save(staging)
         _write_json(staging / _LABELS, list(module.labels))
-        predict = variant.load(staging, device="cpu", threads=usable_cores())
+        predict = variant.load(staging, device="cpu", threads=1)
         golden = [predict(module.preprocessor([row]))[0].tolist() for row in golden_rows]
         _write_json(staging / _GOLDEN, {"rows": list(golden_rows), "logits": golden})
         manifest = _seal(staging, variant, model)
@@ -152,8 +152,8 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     if content.pop("format", None) != FORMAT or content.get("runtime") not in RUNTIMES:
         raise ArtifactError(
-            f"{folder.name} was written by another version of mlflow-pt-deploy "
-            f"(this one reads format {FORMAT}). Install the version that wrote it, or export again."
+            f"{folder.name} was written by another version of mlflow-pt-deploy (this one reads "
+            f"format {FORMAT}). Install the version that wrote it, or export again."
         )
     content["cpu_flags"] = tuple(content["cpu_flags"])
     return Manifest(**content, digest=hashlib.sha256(text).hexdigest())
@@ -209,9 +209,9 @@ def load_variant(
     manifest = verify(folder)
     if manifest.carries_code and not allow_code:
         raise UntrustedError(
-            f"{manifest.name} ({manifest.runtime}) carries executable code. Load it from a registered "
-            "version that pt-deploy promoted, or allow it: model_config allow_code=true, "
-            "or PT_DEPLOY_ALLOW_CODE=1."
+            f"{manifest.name} ({manifest.runtime}) carries executable code. Load it from a "
+            "registered version that pt-deploy promoted, or allow it: model_config "
+            "allow_code=true, or PT_DEPLOY_ALLOW_CODE=1."
         )
     if missing := sorted(set(manifest.cpu_flags) - cpu_flags()):
         raise UnsupportedError(
@@ -238,8 +238,9 @@ def _check_golden(loaded: LoadedVariant, folder: Path) -> None:
     allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
     if not worst <= allowed:  # also catches NaN
         raise ArtifactError(
-            f"{loaded.manifest.name} answers differently here than where it was exported: its logits "
-            f"are off by {worst:.3g}, allowed {allowed:.3g}. Run pt-deploy optimize on this machine."
+            f"{loaded.manifest.name} answers differently here than where it was exported: its "
+            f"logits are off by {worst:.3g}, allowed {allowed:.3g}. Run pt-deploy optimize on "
+            "this machine."
         )
 
 

@@ -1,0 +1,44 @@
+# make demo   the whole line on the embedded data, in a fresh .venv
+# make test   the test suite          make check   ruff and mypy
+# make CI     what CI runs
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
+.PHONY: demo test check format clean CI
+
+demo: $(VENV)/.all
+	mlflow run . --env-manager local --experiment-name pt-deploy \
+	  -P epochs=2 -P student_epochs=4 -P seconds=1.5
+
+test: $(VENV)/.dev
+	MLFLOW_TRACKING_URI= pytest -n 2
+
+check: $(VENV)/.dev
+	ruff check
+	ruff format --check
+	mypy
+
+format: $(VENV)/.dev
+	ruff check --fix
+	ruff format
+
+CI: check test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# torch goes first and by its exact version: a range could pull another build with CUDA
+$(VENV)/.all: setup.cfg conda.yaml pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	sed -n 's/^ *- \([a-z].*==.*\)/\1/p' conda.yaml > $(VENV)/pins.txt
+	pip install --quiet $$(grep '^torch==' $(VENV)/pins.txt)
+	pip install --quiet --constraint $(VENV)/pins.txt --editable '.[all]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.all
+	pip install --quiet --constraint $(VENV)/pins.txt --editable '.[all,dev]'
+	touch $@

@@ -1,0 +1,82 @@
+"""Everything a user can ask of the line, in one record.
+
+Knows names and defaults; the command line, MLproject and Python all go through it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from mlflow_pt_deploy.policy import Policy
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user can ask of the line; each stage reads what concerns it.
+
+    Attributes:
+        data: See `load_data`.
+        teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
+        student: The same, for a student that exists already; empty: distill one.
+        name: Registered model to promote into.
+        epochs: Passes over train for the teacher; 0 takes it as it is.
+        student_epochs: Passes for the student; 0 makes no student.
+        student_layers: Layers that the student keeps of the teacher's.
+        learning_rate: Peak; 0 chooses by the model's width.
+        batch_size: Rows a training step.
+        temperature: Of the soft labels.
+        seconds: Timing budget for each variant.
+        threads: Threads for one call; 0: all cores.
+        device: Where to train, ``cpu`` or ``cuda``; variants are timed on the CPU.
+        limit: At most this many rows a split, for a quick trial; 0: all.
+        seed: Of cuts, order of rows and dropout.
+        retain, objective, max_latency_p95_ms, max_artifact_mb, max_peak_rss_mb: See `Policy`;
+            0 sets no limit.
+        resume: Id of an interrupted run to go on with.
+    """
+
+    data: str = "catalog"
+    teacher: str = "minilm"
+    student: str = ""
+    name: str = "pt-deploy-demo"
+    epochs: int = 5
+    student_epochs: int = 6
+    student_layers: int = 2
+    learning_rate: float = 0.0
+    batch_size: int = 32
+    temperature: float = 2.0
+    seconds: float = 8.0
+    threads: int = 0
+    device: str = "cpu"
+    limit: int = 0
+    seed: int = 0
+    retain: float = 0.99
+    objective: str = "latency"
+    max_latency_p95_ms: float = 0.0
+    max_artifact_mb: float = 0.0
+    max_peak_rss_mb: float = 0.0
+    resume: str = ""
+
+    def policy(self) -> Policy:
+        """The limits among the options.
+
+        Raises:
+            PolicyError: One makes no sense.
+        """
+        return Policy(
+            retain=self.retain,
+            max_latency_p95_ms=self.max_latency_p95_ms or None,
+            max_artifact_mb=self.max_artifact_mb or None,
+            max_peak_rss_mb=self.max_peak_rss_mb or None,
+            objective=self.objective,  # type: ignore[arg-type]  # Policy checks it
+        )
+
+    def to_json(self) -> str:
+        """All options but `resume`, which belongs to one call and not to the run."""
+        return json.dumps({**asdict(self), "resume": ""})
+
+    @classmethod
+    def from_json(cls, text: str) -> Options:
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))
