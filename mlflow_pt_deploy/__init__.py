@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.errors import PtDeployError
     from mlflow_pt_deploy.measure import Measurement, Result
     from mlflow_pt_deploy.options import Options
-    from mlflow_pt_deploy.pipeline import (
+    from mlflow_pt_deploy.pipeline import run_lifecycle
+    from mlflow_pt_deploy.policy import Choice, Policy, choose
+    from mlflow_pt_deploy.serving.app import serve
+    from mlflow_pt_deploy.stages import (
         distill_student,
         optimize_models,
         promote_choice,
         read_optimized,
-        run_lifecycle,
         train_teacher,
     )
-    from mlflow_pt_deploy.policy import Choice, Policy, choose
-    from mlflow_pt_deploy.serving.app import serve
     from mlflow_pt_deploy.variants import VARIANTS, Variant, load_variant, write_variant
 
 __version__ = "0.1.0"
@@ -30,16 +30,16 @@ _HOMES = {
     "errors": ("PtDeployError",),
     "measure": ("Measurement", "Result"),
     "options": ("Options",),
-    "pipeline": (
+    "pipeline": ("run_lifecycle",),
+    "policy": ("Choice", "Policy", "choose"),
+    "serving.app": ("serve",),
+    "stages": (
         "distill_student",
         "optimize_models",
         "promote_choice",
         "read_optimized",
-        "run_lifecycle",
         "train_teacher",
     ),
-    "policy": ("Choice", "Policy", "choose"),
-    "serving.app": ("serve",),
     "variants": ("VARIANTS", "Variant", "load_variant", "write_variant"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -20,8 +20,9 @@ from mlflow_pt_deploy.errors import PtDeployError
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.options import Options
-    from mlflow_pt_deploy.pipeline import Lifecycle, Optimized, Trained
+    from mlflow_pt_deploy.pipeline import Lifecycle
     from mlflow_pt_deploy.promote import Promotion
+    from mlflow_pt_deploy.stages import Optimized, Trained
 
 _DATA = {
     "--data": (str, "catalog", "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, abo:FOLDER"),
@@ -44,6 +45,7 @@ _STUDENT = {
     "--temperature": (float, 2.0, "of the soft labels"),
 }
 _MEASURE = {
+    "--variants": (str, "", "which to build, e.g. onnxruntime,openvino-fp32; empty: all"),
     "--seconds": (float, 8.0, "timing budget for each variant"),
     "--threads": (int, 0, "threads for one call; 0: all cores"),
 }
@@ -168,13 +170,13 @@ def _run(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.pipeline import train_teacher
+    from mlflow_pt_deploy.stages import train_teacher
 
     return _trained("train", train_teacher(_options(parsed)))
 
 
 def _distill(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.pipeline import distill_student
+    from mlflow_pt_deploy.stages import distill_student
 
     return _trained("distill", distill_student(_options(parsed)))
 
@@ -192,7 +194,7 @@ def _trained(stage: str, done: Trained) -> dict[str, Any]:
 
 
 def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.pipeline import optimize_models
+    from mlflow_pt_deploy.stages import optimize_models
 
     parsed.teacher = parsed.model
     done = optimize_models(_options(parsed))
@@ -202,7 +204,7 @@ def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.pipeline import promote_choice, read_optimized
+    from mlflow_pt_deploy.stages import promote_choice, read_optimized
 
     done = read_optimized(parsed.run, _options(parsed).policy())
     promotion = promote_choice(done, parsed.name)

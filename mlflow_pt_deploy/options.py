@@ -26,6 +26,7 @@ class Options:
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step.
         temperature: Of the soft labels.
+        variants: Runtimes or runtimes with a precision to build, separated by commas; empty: all.
         seconds: Timing budget for each variant.
         threads: Threads for one call; 0: all cores.
         device: Where to train, ``cpu`` or ``cuda``; variants are timed on the CPU.
@@ -46,6 +47,7 @@ class Options:
     learning_rate: float = 0.0
     batch_size: int = 32
     temperature: float = 2.0
+    variants: str = ""
     seconds: float = 8.0
     threads: int = 0
     device: str = "cpu"

@@ -1,72 +1,32 @@
-"""The straight line: call a stage, log what it returned, hand on.
+"""The straight line: one stage after the other, as one parent run.
 
     rows → teacher → student → variants → measurements → MLflow models → choice → alias
 
-Each stage works alone too, on what another run left. Knows the order of things and where a run
-keeps its unfinished work; computes nothing itself.
+Knows the order of things and how to go on after an interruption; computes and logs nothing itself.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import mlflow
-from tqdm.auto import tqdm
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Splits, load_data
-from mlflow_pt_deploy.data.splits import align
-from mlflow_pt_deploy.errors import ModelError, PolicyError
-from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.measure import Result, measure
 from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.policy import Choice, Policy, choose
-from mlflow_pt_deploy.promote import Promotion, promote
-from mlflow_pt_deploy.report import markdown, plot
-from mlflow_pt_deploy.variants.build import Built, build
-
-TEACHER, STUDENT, MODEL = "teacher", "student", "model"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model.
-
-    Attributes:
-        run_id: The run that made it.
-        model: Its address, ``runs:/RUN_ID/model``.
-        validation_accuracy: Share of validation rows it labels right.
-        seconds: Time that training took, interruptions left out.
-    """
-
-    run_id: str
-    model: str
-    validation_accuracy: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Optimized:
-    """All variants, and which of them the policy chose.
-
-    Attributes:
-        run_id: The run whose children the variants are.
-        results: A row for each variant, failed ones included.
-        models: Variant name to ``models:/m-...``.
-        choice: The variant and the reason.
-    """
-
-    run_id: str
-    results: tuple[Result, ...]
-    models: Mapping[str, str]
-    choice: Choice
+from mlflow_pt_deploy.promote import Promotion
+from mlflow_pt_deploy.stages import (
+    Optimized,
+    Trained,
+    distill_student,
+    optimize_models,
+    promote_choice,
+    train_teacher,
+)
+from mlflow_pt_deploy.variants import select
 
 
 @dataclass(frozen=True)
@@ -92,6 +52,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
     if options.resume:
         options = replace(tracking.saved_options(options.resume), resume=options.resume)
     options.policy()
+    select(options.variants)
     splits = load_data(options.data, seed=options.seed, limit=options.limit)
     seconds: dict[str, float] = {}
     with tracking.stage_run(
@@ -114,131 +75,6 @@ def run_lifecycle(options: Options) -> Lifecycle:
     return Lifecycle(run_id, optimized, promotion, seconds)
 
 
-def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
-    """Fine-tune `options.teacher` on the data, as a run with the model as its artifact.
-
-    An interrupted training goes on from its checkpoint if `options.resume` names its run.
-
-    Raises:
-        ModelError: The model cannot be found, or has other labels and `epochs` is 0.
-    """
-    from mlflow_pt_deploy.models import load_classifier, new_classifier
-    from mlflow_pt_deploy.train import cross_entropy
-
-    splits = splits or _prepared(options)
-    if options.epochs == 0:
-        classifier = load_classifier(tracking.fetch_model(options.teacher))
-        splits = align(splits, classifier.labels)
-    else:
-        classifier = new_classifier(tracking.fetch_model(options.teacher), splits.labels)
-    return _fit_and_log(
-        "train", options, splits, classifier, cross_entropy(splits.train.targets), options.epochs
-    )
-
-
-def distill_student(options: Options, splits: Splits | None = None) -> Trained:
-    """Distill a student with `options.student_layers` layers from a fine-tuned teacher.
-
-    Raises:
-        ModelError: `options.teacher` was not fine-tuned on these labels, or has fewer layers.
-    """
-    from mlflow_pt_deploy.distill import soft_labels, start_student
-    from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.train import predict_logits
-
-    splits = splits or _prepared(options)
-    teacher = load_classifier(tracking.fetch_model(options.teacher))
-    splits = align(splits, teacher.labels)
-    student = start_student(teacher, options.student_layers)
-    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
-    logits = predict_logits(teacher, splits.train.rows, device=options.device)
-    loss = soft_labels(logits, splits.train.targets, temperature=options.temperature)
-    return _fit_and_log("distill", options, splits, student, loss, options.student_epochs)
-
-
-def optimize_models(options: Options, splits: Splits | None = None) -> Optimized:
-    """Build every variant, measure it, log it, and choose.
-
-    The variants become children of the active run, or of a run of their own. Nothing is promoted.
-
-    Raises:
-        ModelError: A model cannot be read or has other labels than the data.
-        VariantError: The baseline, eager fp32, cannot be measured.
-    """
-    from mlflow_pt_deploy.models import load_classifier
-
-    splits = splits or _prepared(options)
-    policy = options.policy()
-    reference = TEACHER if options.student else MODEL
-    models = {reference: Path(tracking.fetch_model(options.teacher))}
-    if options.student:
-        models[STUDENT] = Path(tracking.fetch_model(options.student))
-    for path in models.values():
-        splits = align(splits, load_classifier(str(path)).labels)
-    active = mlflow.active_run()
-    if active is not None:
-        return _optimize(active.info.run_id, models, splits, policy, options)
-    name = f"{splits.name} optimize"
-    with tracking.stage_run(
-        "optimize", name, resume=options.resume, options=options.to_json()
-    ) as run:
-        tracking.log_dataset_facts(splits)
-        return _optimize(run.info.run_id, models, splits, policy, options)
-
-
-def promote_choice(optimized: Optimized, name: str) -> Promotion:
-    """Move the alias `champion` of a registered model to the chosen variant.
-
-    Raises:
-        PolicyError: Nothing was chosen.
-        TrackingError: The registry refused.
-    """
-    choice = optimized.choice
-    if choice.variant is None:
-        raise PolicyError(f"nothing is promoted. {choice.reason}")
-    result = next(each for each in optimized.results if each.variant == choice.variant)
-    facts = {**result.metrics(""), **result.metrics("validation")}
-    tags = {
-        "pt_deploy.variant": choice.variant,
-        "pt_deploy.run": optimized.run_id,
-        **{key: f"{facts[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
-    }
-    return promote(optimized.models[choice.variant], name, choice.reason, tags)
-
-
-def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
-    """What an earlier run measured, chosen anew under a policy (default: its own).
-
-    Raises:
-        TrackingError: The run is not on this tracking server.
-        ModelError: The run has no finished optimize stage.
-    """
-    saved = tracking.saved_options(run_id)
-    try:
-        results = mlflow.artifacts.load_dict(f"runs:/{run_id}/results.json")
-        models = mlflow.artifacts.load_dict(f"runs:/{run_id}/models.json")
-    except Exception as error:  # each artifact store has its own
-        raise ModelError(
-            f"run {run_id} has no finished optimize stage. Finish it: "
-            f"pt-deploy run --resume {run_id}"
-        ) from error
-    rows = tuple(Result.from_json(result) for result in results["results"])
-    return Optimized(run_id, rows, models, choose(rows, policy or saved.policy()))
-
-
-def work_folder(run_id: str) -> Path:
-    """Where a run keeps unfinished work: ``$PT_DEPLOY_HOME`` or ``~/.cache/mlflow-pt-deploy``."""
-    home = os.environ.get("PT_DEPLOY_HOME") or Path.home() / ".cache" / "mlflow-pt-deploy"
-    folder = Path(home) / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _prepared(options: Options) -> Splits:
-    tracking.check_tracking()
-    return load_data(options.data, seed=options.seed, limit=options.limit)
-
-
 def _unless_finished(
     parent: str,
     stage: str,
@@ -257,140 +93,6 @@ def _unless_finished(
         address = f"runs:/{run.info.run_id}/model"
         return Trained(run.info.run_id, address, found["accuracy"], found["seconds"])
     return work(replace(options, resume=run.info.run_id), splits)
-
-
-def _fit_and_log(
-    stage: str, options: Options, splits: Splits, classifier: Any, loss: Any, epochs: int
-) -> Trained:
-    from mlflow_pt_deploy.models import save_classifier
-    from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
-
-    schedule = Schedule(
-        epochs=epochs,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    )
-    with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
-        work = work_folder(run.info.run_id)
-        if not options.resume:
-            mlflow.log_params(asdict(schedule))
-        tracking.log_dataset_facts(splits)
-
-        def log(epoch: Epoch) -> None:
-            mlflow.log_metrics(
-                {
-                    "train_loss": epoch.train_loss,
-                    "validation_accuracy": epoch.validation_accuracy,
-                },
-                step=epoch.number,
-            )
-            print(
-                f"{stage}: epoch {epoch.number}/{epochs}, loss {epoch.train_loss:.4f}, "
-                f"validation accuracy {epoch.validation_accuracy:.4f}, {epoch.seconds:.0f} s",
-                flush=True,
-            )
-
-        seconds = 0.0
-        if epochs:
-            history = fit(
-                classifier,
-                splits,
-                loss,
-                schedule,
-                device=options.device,
-                checkpoint=work / "checkpoint.pt",
-                on_epoch=log,
-            )
-            seconds = sum(epoch.seconds for epoch in history)
-        accuracy = evaluate(classifier, splits.validation, device=options.device)
-        mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
-        mlflow.log_metric("seconds", seconds)
-        save_classifier(classifier.to("cpu"), work / "model")
-        address = tracking.log_folder(work / "model", "model")
-        shutil.rmtree(work, ignore_errors=True)
-    return Trained(run.info.run_id, address, accuracy, seconds)
-
-
-def _optimize(
-    run_id: str, models: Mapping[str, Path], splits: Splits, policy: Policy, options: Options
-) -> Optimized:
-    work = work_folder(run_id)
-    built = _build(models, splits, work / "variants")
-    results = _measure(built, splits, next(iter(models)), options)
-    addresses = {}
-    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
-        address = tracking.log_result(result, splits, step)
-        if address is not None:
-            addresses[result.variant] = address
-    choice = choose(results, policy)
-    _log_outcome(results, choice, splits, addresses, work, policy.retain)
-    shutil.rmtree(work, ignore_errors=True)
-    return Optimized(run_id, tuple(results), addresses, choice)
-
-
-def _build(models: Mapping[str, Path], splits: Splits, target: Path) -> list[Built]:
-    from mlflow_pt_deploy.variants import VARIANTS
-
-    with tqdm(total=len(models) * len(VARIANTS), desc="building", unit="variant") as bar:
-
-        def progress(one: Built) -> None:
-            bar.set_postfix_str(one.name)
-            bar.update()
-
-        return build(models, splits, target, progress=progress)
-
-
-def _measure(built: list[Built], splits: Splits, baseline: str, options: Options) -> list[Result]:
-    folders = {one.name: one.folder for one in built if one.folder is not None}
-    reference = f"{baseline}-eager-fp32"
-    with tqdm(total=len(folders), desc="measuring", unit="variant") as bar:
-
-        def progress(result: Result) -> None:
-            bar.set_postfix_str(result.variant)
-            bar.update()
-
-        measured = measure(
-            folders,
-            baseline=reference,
-            splits=splits,
-            seconds=options.seconds,
-            threads=options.threads,
-            progress=progress,
-        )
-    by_name = {result.variant: result for result in measured}
-    threads = options.threads or usable_cores()
-    return [
-        by_name.get(one.name)
-        or Result(
-            one.name,
-            one.model,
-            one.runtime,
-            one.precision,
-            "cpu",
-            threads,
-            None,
-            one.reason,
-            baseline=reference,
-        )
-        for one in built
-    ]
-
-
-def _log_outcome(
-    results: list[Result],
-    choice: Choice,
-    splits: Splits,
-    models: Mapping[str, str],
-    work: Path,
-    retain: float,
-) -> None:
-    figure = work / "accuracy_latency.png"
-    plot(results, figure, choice, retain=retain)
-    report = markdown(results, choice, notes=splits.notes)
-    tracking.log_results(results, {"report.md": report}, figure)
-    mlflow.log_dict(dict(models), "models.json")
-    tracking.describe(report)
 
 
 @contextmanager

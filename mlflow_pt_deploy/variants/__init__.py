@@ -9,7 +9,7 @@ from mlflow_pt_deploy.variants.folder import (
     verify,
     write_variant,
 )
-from mlflow_pt_deploy.variants.table import RUNTIMES, VARIANTS
+from mlflow_pt_deploy.variants.table import RUNTIMES, VARIANTS, select
 
 __all__ = [
     "RUNTIMES",
@@ -22,6 +22,7 @@ __all__ = [
     "Variant",
     "load_variant",
     "read_manifest",
+    "select",
     "verify",
     "write_variant",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.eager import Eager
@@ -27,3 +28,30 @@ VARIANTS: tuple[Variant, ...] = (
     OpenVino("bf16"),
     OpenVino("int8-static"),
 )
+
+
+def select(names: str) -> tuple[Variant, ...]:
+    """The variants that a user asked for, and eager fp32, which all are compared with.
+
+    Args:
+        names: Runtimes or runtimes with a precision, separated by commas, e.g.
+            ``onnxruntime,openvino-fp32``; empty for all.
+
+    Raises:
+        VariantError: A name is not in the table.
+    """
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    known = {v.runtime for v in VARIANTS} | {_short(v) for v in VARIANTS}
+    if unknown := sorted(wanted - known):
+        raise VariantError(
+            f"variants: there is no {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
+        )
+    return tuple(
+        variant
+        for variant in VARIANTS
+        if not wanted or wanted & {variant.runtime, _short(variant)} or variant == VARIANTS[0]
+    )
+
+
+def _short(variant: Variant) -> str:
+    return f"{variant.runtime}-{variant.precision}"

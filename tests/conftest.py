@@ -1,0 +1,303 @@
+"""What the tests share: a tiny real model, tiny data, exported variants, and a tracking server.
+
+What takes seconds to make is made once, also where xdist runs the tests in several processes.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import shutil
+import sqlite3
+import string
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Hugging Face and MLflow read these when they are imported, and child processes inherit them.
+os.environ |= {
+    "DO_NOT_TRACK": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest
+from filelock import FileLock
+
+from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.variants import Variant, write_variant
+from mlflow_pt_deploy.variants.eager import Eager
+
+KEYWORDS = {
+    "card": ("card", "pin", "chip", "plastic", "contactless"),
+    "refund": ("refund", "return", "reimburse", "cancel", "returned"),
+    "transfer": ("transfer", "send", "wire", "abroad", "payee"),
+}
+FILLERS = tuple(
+    [
+        "i",
+        "my",
+        "the",
+        "a",
+        "to",
+        "for",
+        "from",
+        "with",
+        "is",
+        "was",
+        "not",
+        "why",
+        "how",
+        "when",
+        "what",
+        "where",
+        "please",
+        "help",
+        "me",
+        "can",
+        "you",
+        "it",
+        "this",
+        "that",
+        "still",
+        "yet",
+        "again",
+        "today",
+        "yesterday",
+        "bank",
+        "account",
+        "money",
+        "pay",
+        "shop",
+        "app",
+        "phone",
+        "number",
+        "new",
+        "old",
+        "get",
+        "got",
+        "need",
+        "want",
+        "have",
+        "has",
+        "do",
+        "does",
+        "did",
+        "and",
+        "or",
+        "but",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "so",
+        "much",
+        "very",
+    ]
+)
+HEBREW = "אבגדהוזחטיכלמנסעפצקרשתךםןףץ"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unfinished work goes to the test's own folder, never to the user's."""
+    monkeypatch.setenv("PT_DEPLOY_HOME", str(tmp_path / "pt-deploy-home"))
+
+
+@pytest.fixture(scope="session")
+def once(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Calls a maker with a path that does not exist yet, once for all worker processes."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def make(name: str, maker: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f".{name}.lock"):
+            if not (shared / f".{name}.done").exists():
+                maker(shared / name)
+                (shared / f".{name}.done").touch()
+        return shared / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A Hugging Face folder: BERT, 2 layers, 32 wide, 128 positions, 3 labels, knows `KEYWORDS`."""
+    return once("tiny-model", _write_tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with train.csv (90 rows), validation.csv and test.csv (30); a word tells the label."""
+    return once("tiny-data", _write_tiny_data)
+
+
+@pytest.fixture(scope="session")
+def tiny_splits(tiny_data: Path) -> Splits:
+    return load_data(str(tiny_data))
+
+
+@pytest.fixture(scope="session")
+def exported(
+    once: Callable[[str, Callable[[Path], object]], Path], tiny_model: Path, tiny_splits: Splits
+) -> Callable[[Variant], Path]:
+    """Writes a variant of `tiny_model`, once; read it, or copy it before you change it."""
+
+    def export(variant: Variant) -> Path:
+        def write(folder: Path) -> None:
+            from mlflow_pt_deploy.models import load_classifier
+
+            classifier = load_classifier(str(tiny_model))
+            rows = sorted(tiny_splits.train.rows, key=len)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # as the child process of `build` does
+                write_variant(
+                    variant,
+                    classifier,
+                    folder,
+                    model="teacher",
+                    example=classifier.preprocessor([rows[0], rows[45], rows[-1]]),
+                    calibration=[classifier.preprocessor([row]) for row in rows[::4]],
+                    golden_rows=tiny_splits.validation.rows[:4],
+                )
+
+        return once(variant.name("teacher"), write)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def eager_variant(exported: Callable[[Variant], Path]) -> Path:
+    """The folder of a `teacher-eager-fp32`."""
+    return exported(Eager())
+
+
+@pytest.fixture
+def tracking(
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[str]:
+    """The URI of an empty MLflow in `tmp_path`, which is also its registry; runs are ended."""
+    import mlflow
+    from mlflow.tracking import fluent
+
+    empty = once("mlflow.db", _write_database)  # its schema takes 5 s to create
+    database = Path(shutil.copyfile(empty, tmp_path / "mlflow.db"))
+    artifacts = tmp_path / "artifacts"
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE experiments SET artifact_location = ?", (f"{artifacts}/0",))
+    connection.close()
+    uri = f"sqlite:///{database}"
+    for name in ("MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID"):
+        monkeypatch.setenv(name, "")  # remembered, so that what a test sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
+    monkeypatch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", str(artifacts))  # of new experiments
+    monkeypatch.setattr(fluent, "_active_experiment_id", None)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    yield uri
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri("")
+    mlflow.set_registry_uri("")
+
+
+def _write_tiny_model(folder: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = _tokenizer()
+    labels = dict(enumerate(KEYWORDS))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = BertForSequenceClassification(
+            BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=128,
+                initializer_range=0.05,
+                id2label=labels,
+                label2id={label: index for index, label in labels.items()},
+            )
+        )
+    _teach_words(network, tokenizer)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _teach_words(network, tokenizer) -> None:
+    """Set weights by hand: label i's words fill dimension i, layers pass it on to the head."""
+    import torch
+
+    with torch.no_grad():
+        embeddings = network.bert.embeddings
+        words = embeddings.word_embeddings.weight
+        for table in (embeddings.position_embeddings, embeddings.token_type_embeddings):
+            table.weight[:, :3] = 0
+        words[:, :3] = 0
+        for index, group in enumerate(KEYWORDS.values()):
+            for word in group:
+                words[tokenizer.convert_tokens_to_ids(word), index] = 3.0
+        for layer in network.bert.encoder.layer:
+            layer.attention.self.value.weight += torch.eye(32)
+            layer.attention.output.dense.weight += 2 * torch.eye(32)
+        network.bert.pooler.dense.weight += torch.eye(32)
+        network.classifier.weight[:, :3] += 5 * torch.eye(3)
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import BertProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    letters = string.ascii_lowercase + HEBREW
+    words = [word for group in KEYWORDS.values() for word in group] + list(FILLERS)
+    pieces = [*SPECIAL, *words, *letters, *(f"##{letter}" for letter in letters), *".,!?'"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = BertNormalizer()
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=128,
+        **dict(zip(names, SPECIAL, strict=True)),
+    )
+
+
+def _write_tiny_data(folder: Path) -> None:
+    folder.mkdir()
+    draw = random.Random(0)
+    for split, rows in (("train", 90), ("validation", 30), ("test", 30)):
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf8") as file:
+            table = csv.writer(file)
+            table.writerow(["text", "label"])
+            for row in range(rows):
+                label = list(KEYWORDS)[row % 3]
+                words = draw.choices(FILLERS, k=draw.randint(2, 10))
+                words.insert(draw.randrange(len(words)), draw.choice(KEYWORDS[label]))
+                table.writerow([" ".join(words), label])
+
+
+def _write_database(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()

@@ -1,0 +1,100 @@
+"""The command line: fast to answer, clear when it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlflow_pt_deploy.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("run", "train", "distill", "optimize", "promote", "serve")
+
+
+def test_import_and_help_are_instant_and_load_nothing_heavy() -> None:
+    code = (
+        "import sys, mlflow_pt_deploy\n"
+        "from mlflow_pt_deploy.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'mlflow', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "import time; print(time.process_time())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert float(run.stdout.splitlines()[-1]) < 0.4  # processor seconds; 0.06 on a quiet machine
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([stage, "--help"])
+    assert "--json" in capsys.readouterr().out
+
+
+def test_mlproject_and_command_line_name_the_same_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+    assert {"run" if name == "main" else name for name in points} == set(STAGES)
+    for name, point in points.items():
+        with pytest.raises(SystemExit, match="0"):
+            main(["run" if name == "main" else name, "--help"])
+        text = capsys.readouterr().out
+        for parameter in point["parameters"]:
+            assert f"{{{parameter}}}" in point["command"], (name, parameter)
+            if parameter != "uri":
+                assert f"--{parameter.replace('_', '-')}" in text, (name, parameter)
+
+
+def test_mlproject_has_the_defaults_of_the_command_line() -> None:
+    from dataclasses import asdict
+
+    from mlflow_pt_deploy.options import Options
+
+    defaults = asdict(Options())
+    points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
+    assert set(points["main"]["parameters"]) == set(defaults)
+    for point in points.values():
+        for name, given in point["parameters"].items():
+            if name in defaults and "default" in given:
+                assert type(defaults[name])(given["default"]) == defaults[name], name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--data", "nowhere.csv"], "nowhere.csv"),
+        (["run", "--retain", "2"], "retain is 2.0; give the share"),
+        (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
+        (["run", "--objective", "size"], "objective is 'size'"),
+        (["train", "--teacher", "no/such-model"], "no/such-model: no text classifier"),
+        (["optimize", "--model", "runs:/0123/model"], "cannot be fetched from MLflow"),
+        (["promote", "--run", "0123"], "run 0123 cannot be resumed"),
+        (["run", "--resume", "0123"], "run 0123 cannot be resumed"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    arguments: list[str], message: str, tracking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_an_unreachable_tracking_server_is_told_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
+    try:
+        assert main(["run"]) == 1
+    finally:
+        mlflow.set_tracking_uri(None)
+    message = capsys.readouterr().err
+    assert "server http://127.0.0.1:9 does not answer" in message
+    assert "nothing was trained" in message
+    assert "secret" not in message

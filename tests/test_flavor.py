@@ -1,0 +1,117 @@
+"""The flavor: what MLflow and our loader read back is what was exported."""
+
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import ArtifactError, TrackingError, UntrustedError
+from mlflow_pt_deploy.models import load_classifier
+from mlflow_pt_deploy.promote import champion, promote
+from mlflow_pt_deploy.variants import Variant, load_variant, write_variant
+from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.variants.torchscript import TorchScript
+
+ROWS = ["please refund me", "my card pin is lost"]
+
+
+def _variant(variant: Variant, tiny_model: Path, splits: Splits, folder: Path) -> Path:
+    module = load_classifier(str(tiny_model))
+    target = folder / variant.name("teacher")
+    example = module.preprocessor(["a card", "a refund please for my card"])
+    rows = splits.validation.rows[:2]
+    write_variant(variant, module, target, model="teacher", example=example, golden_rows=rows)
+    return target
+
+
+def _logged(folder: Path) -> str:
+    with mlflow.start_run():
+        return f"models:/{flavor.log_model(folder, folder.name).model_id}"
+
+
+def test_onnx_keeps_its_native_flavor(
+    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)
+    uri = _logged(folder)
+    native = mlflow.onnx.load_model(uri)
+    assert {value.name for value in native.graph.input} == {"input_ids", "attention_mask"}
+    loaded = flavor.load_model(uri, num_threads=1)
+    expected = load_variant(folder).logits(ROWS)
+    np.testing.assert_allclose(loaded.logits(ROWS), expected, atol=1e-5)
+    answers = mlflow.pyfunc.load_model(uri).predict(ROWS)
+    assert [answer["label"] for answer in answers] == [
+        loaded.labels[row] for row in expected.argmax(axis=1)
+    ]
+
+
+def test_the_environment_names_what_the_runtime_needs(
+    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)
+    flavor.save_model(folder, tmp_path / "model")
+    text = (tmp_path / "model" / "requirements.txt").read_text()
+    assert "onnxruntime==" in text
+    assert "torch" not in text
+    assert "mlflow-pt-deploy==" in text
+
+
+def test_one_flipped_byte_is_refused(
+    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    folder = _variant(Eager("fp32"), tiny_model, tiny_splits, tmp_path)
+    flavor.save_model(folder, tmp_path / "model")
+    weights = tmp_path / "model" / "variant" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"model.safetensors is not the file that was exported"):
+        mlflow.pyfunc.load_model(str(tmp_path / "model"))
+
+
+def test_code_is_loaded_only_when_somebody_vouches_for_it(
+    tracking: str,
+    tiny_model: Path,
+    tiny_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = _logged(_variant(TorchScript("fp32"), tiny_model, tiny_splits, tmp_path))
+    with pytest.raises(UntrustedError, match="carries executable code"):
+        mlflow.pyfunc.load_model(uri)
+    mlflow.pyfunc.load_model(uri, model_config={"allow_code": True})
+    monkeypatch.setenv(flavor.ALLOW_CODE_ENV, "1")
+    mlflow.pyfunc.load_model(uri)
+    monkeypatch.delenv(flavor.ALLOW_CODE_ENV)
+    promotion = promote(uri, "tiny", "a person looked at it")
+    mlflow.pyfunc.load_model(promotion.uri)
+    client = MlflowClient()
+    client.set_model_version_tag("tiny", promotion.version, flavor.DIGEST_TAG, "0" * 64)
+    with pytest.raises(UntrustedError, match="carries executable code"):
+        mlflow.pyfunc.load_model(promotion.uri)
+
+
+def test_promotion_keeps_the_previous_and_does_not_register_twice(
+    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    assert champion("tiny") is None
+    first = _logged(_variant(Eager("fp32"), tiny_model, tiny_splits, tmp_path))
+    second = _logged(_variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path))
+    assert promote(first, "tiny", "the first").previous is None
+    assert promote(second, "tiny", "faster").previous == "1"
+    assert promote(first, "tiny", "back again").version == "1"
+    assert champion("tiny") == "1"
+    client = MlflowClient()
+    assert str(client.get_model_version_by_alias("tiny", "previous").version) == "2"
+    assert client.get_model_version("tiny", "1").description == "back again"
+    assert len(client.search_model_versions("name = 'tiny'")) == 2
+
+
+def test_a_foreign_model_is_not_promoted(tracking: str) -> None:
+    with pytest.raises(TrackingError, match="was not promoted"):
+        promote("models:/m-0000", "tiny", "no such model")

@@ -1,0 +1,174 @@
+"""The whole line on a tiny model: one parent run, its children, a champion that answers."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.errors import PolicyError
+from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.policy import Policy
+from mlflow_pt_deploy.stages import Optimized, optimize_models, promote_choice, read_optimized
+
+FEW = "eager-bf16,torchscript-fp32,onnxruntime-int8-dynamic"
+
+
+def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
+    options = {
+        "data": tiny_data,
+        "teacher": tiny_model,
+        "name": "tiny",
+        "epochs": 4,
+        "student-epochs": 2,
+        "student-layers": 1,
+        "learning-rate": 0.01,
+        "seconds": 0.2,
+        "retain": 0.5,
+        "variants": FEW,
+    }
+    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    return ["run", *flags, "--json", *more]
+
+
+def _children(run_id: str) -> dict[str, mlflow.entities.Run]:
+    client = MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    found = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{run_id}'")
+    return {run.info.run_name: run for run in found}
+
+
+def test_the_whole_line(
+    tracking: str, tiny_data: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_line(tiny_data, tiny_model)) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    document = json.loads(lines[-1])
+    _check_document(document)
+    _check_tracking(document)
+    _check_champion(document)
+    assert any("speedup" in line and "p50" in line for line in lines), "no table was printed"
+    _check_promotion_again(document["run_id"], capsys)
+
+
+def _check_document(document: dict) -> None:
+    rows = {row["variant"]: row for row in document["variants"]}
+    assert len(rows) == 8  # two models; eager fp32 and the three that were asked for
+    assert rows["teacher-eager-fp32"]["validation"]["accuracy"] > 0.8, "the teacher learned nothing"
+    assert rows["teacher-eager-fp32"]["test"]["agreement"] == 1
+    for row in rows.values():
+        assert bool(row["reason"]) != bool(row["model"])
+        if row["model"]:
+            assert row["validation"]["latency_p50_ms"] > 0
+    assert document["choice"] in rows
+    assert document["promoted"]["uri"] == "models:/tiny@champion"
+    assert set(document["seconds"]) == {"train", "distill", "optimize", "promote"}
+
+
+def _check_tracking(document: dict) -> None:
+    children = _children(document["run_id"])
+    assert {"train", "distill", "student-eager-fp32"} <= set(children)
+    tags = children["train"].data.tags
+    assert tags["hardware.cores"]
+    parent = MlflowClient().get_run(document["run_id"])
+    assert document["choice"] in parent.data.tags["mlflow.note.content"]
+    files = {f.path for f in MlflowClient().list_artifacts(document["run_id"])}
+    assert {"accuracy_latency.png", "report.md", "results.json", "models.json"} <= files
+    row = next(r for r in document["variants"] if r["model"])
+    model = mlflow.get_logged_model(row["model"].removeprefix("models:/"))
+    by_dataset = {(m.key, m.dataset_name) for m in model.metrics}
+    assert ("accuracy", "data-test") in by_dataset or any(
+        key == "accuracy" and name.endswith("-test") for key, name in by_dataset
+    )
+
+
+def _check_champion(document: dict) -> None:
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    answers = model.predict(["please refund me", "my card pin"], params={"top_k": 2})
+    assert [len(answer) for answer in answers] == [2, 2]
+    version = MlflowClient().get_model_version_by_alias("tiny", "champion")
+    assert version.description == document["reason"]
+    assert version.tags["pt_deploy.variant"] == document["choice"]
+
+
+def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another policy chooses another variant of the same run; the old champion is kept."""
+    first = MlflowClient().get_model_version_by_alias("tiny", "champion").version
+    chosen = read_optimized(run_id).choice.variant
+    done = read_optimized(run_id, Policy(retain=0.0, objective="throughput"))
+    other = next(name for name in done.models if name != chosen)
+    choice = type(done.choice)(other, "by hand", ())
+    promotion = promote_choice(Optimized(run_id, done.results, done.models, choice), "tiny")
+    assert promotion.previous == str(first)
+    client = MlflowClient()
+    assert str(client.get_model_version_by_alias("tiny", "previous").version) == str(first)
+    limit = ["--max-latency-p95-ms", "0.000001"]
+    assert main(["promote", "--run", run_id, "--name", "tiny", *limit]) == 1
+    assert "nothing is promoted" in capsys.readouterr().err
+    assert str(client.get_model_version_by_alias("tiny", "champion").version) == promotion.version
+
+
+def test_an_interrupted_line_goes_on(
+    tracking: str,
+    tiny_data: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlflow_pt_deploy import train
+
+    class Killed(Exception):
+        """Stands for a power cut in the middle of the teacher's second epoch."""
+
+    real, steps = train._Run._learn, []
+
+    def die_later(self: train._Run, loss: object, chosen: object) -> float:
+        steps.append(1)
+        if len(steps) == 5:
+            raise Killed
+        return real(self, loss, chosen)
+
+    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(train._Run, "_learn", die_later)
+    arguments = _line(tiny_data, tiny_model, "--variants", "eager-fp32")
+    with pytest.raises(Killed):
+        main(arguments)
+    run_id = mlflow.search_runs(
+        filter_string="tags.`pt_deploy.stage` = 'run'", search_all_experiments=True
+    )["run_id"][0]
+    capsys.readouterr()
+    assert main(["run", "--resume", run_id, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert document["run_id"] == run_id
+    assert len(steps) == 5 + 12 - 4 + 6  # 4 x 3 and 2 x 3 steps; the four done are not repeated
+    assert document["choice"].endswith("eager-fp32")
+
+
+def test_a_model_of_ones_own(tracking: str, tiny_data: Path, exported_teacher: Path) -> None:
+    done = optimize_models(
+        Options(
+            data=str(tiny_data),
+            teacher=str(exported_teacher),
+            variants="torchscript-fp32",
+            seconds=0.2,
+        )
+    )
+    assert {result.variant for result in done.results} == {
+        "model-eager-fp32",
+        "model-torchscript-fp32",
+    }
+
+
+def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
+    from mlflow_pt_deploy.policy import Choice
+
+    nothing = Optimized("0", (), {}, Choice(None, "No variant meets the limits.", ()))
+    with pytest.raises(PolicyError, match=r"nothing is promoted. No variant meets the limits"):
+        promote_choice(nothing, "tiny")
+
+
+@pytest.fixture
+def exported_teacher(tiny_model: Path) -> Path:
+    return tiny_model

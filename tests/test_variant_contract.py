@@ -1,0 +1,225 @@
+"""What every variant owes its callers; each entry of the table inherits the whole suite.
+
+bf16 is tested on every machine: arithmetic that is emulated is slow, but must be right.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import MissingExtraError
+from mlflow_pt_deploy.models import Classifier, load_classifier
+from mlflow_pt_deploy.train import predict_logits
+from mlflow_pt_deploy.variants import VARIANTS, LoadedVariant, Variant, load_variant, verify
+from mlflow_pt_deploy.variants.aotinductor import AOTInductor
+from mlflow_pt_deploy.variants.openvino import OpenVino
+
+LABELS = ("card", "refund", "transfer")
+# Largest difference to eager fp32, as a share of the largest logit.
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "int8-dynamic": 0.1, "int8-static": 0.1}
+# The same between a row alone and in company. One scale for a whole batch's activations makes
+# a row's dynamic int8 answer depend on its batch mates; it stays below what int8 costs anyway.
+COMPANY = {"fp32": 1e-4, "bf16": 0.05, "int8-dynamic": 0.1, "int8-static": 0.02}
+LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
+NEED_LIBRARIES = [
+    (variant, library) for variant in VARIANTS for library in LIBRARIES.get(variant.extra or "", ())
+]
+
+
+def _id(value: object) -> str:
+    return f"{value.runtime}-{value.precision}" if isinstance(value, Variant) else str(value)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=_id)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    # Of AOTInductor's reasons only the missing compiler counts here, not missing bf16.
+    if isinstance(request.param, AOTInductor) and (reason := AOTInductor().unsupported()):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(variant: Variant, exported: Callable[[Variant], Path]) -> Path:
+    return exported(variant)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedVariant:
+    return load_variant(folder, threads=1, allow_code=True, check_golden=False)
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: Path) -> Classifier:
+    return load_classifier(str(tiny_model))
+
+
+def off(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference as a share of the largest expected logit."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def test_it_comes_back_from_its_folder_as_what_it_was(
+    variant: Variant, folder: Path, loaded: LoadedVariant, classifier: Classifier
+) -> None:
+    assert folder.name == variant.name("teacher")
+    assert loaded.manifest == verify(folder)
+    assert loaded.manifest.name == folder.name
+    assert (loaded.manifest.runtime, loaded.manifest.precision) == (
+        variant.runtime,
+        variant.precision,
+    )
+    assert loaded.manifest.carries_code == variant.carries_code
+    assert loaded.labels == LABELS
+    rows = ["send the money abroad", "x"]
+    assert loaded.preprocessor.encode(rows) == classifier.preprocessor.encode(rows)
+
+
+def test_logits_are_those_of_eager_fp32(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, tiny_splits: Splits
+) -> None:
+    rows = tiny_splits.validation.rows
+    expected = predict_logits(classifier, rows)
+    actual = np.concatenate([loaded.logits([row]) for row in rows])
+    assert off(actual, expected) < TOLERANCE[variant.precision]
+    assert (actual.argmax(axis=1) == tiny_splits.validation.targets).all()
+
+
+def test_it_really_computes_in_its_precision(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, tiny_splits: Splits
+) -> None:
+    if variant.precision == "fp32":
+        pytest.skip("fp32 is the reference")
+    if variant == OpenVino("bf16"):
+        pytest.skip("OpenVINO takes bf16 as a hint, and computes in fp32 where there is none")
+    rows = tiny_splits.validation.rows
+    assert off(loaded.logits(rows), predict_logits(classifier, rows)) > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 2, 33])
+def test_shape_and_type_of_a_batch(loaded: LoadedVariant, tiny_splits: Splits, size: int) -> None:
+    logits = loaded.logits(tiny_splits.train.rows[:size])
+    assert type(logits) is np.ndarray
+    assert logits.dtype == np.float32
+    assert logits.shape == (size, 3)
+    assert np.isfinite(logits).all()
+
+
+def test_answers_are_the_callers_to_keep(loaded: LoadedVariant) -> None:
+    first = loaded.logits(["my card"])
+    kept = first.copy()
+    loaded.logits(["a refund please"])
+    assert (first == kept).all()
+
+
+@pytest.mark.parametrize(
+    "row", ["", "a", "😀🏳️‍🌈 card 👩‍👩‍👧", "שלום card עולם", "مرحبا", "\u202ecard\x00\t\u200d"]
+)
+def test_odd_texts(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, row: str
+) -> None:
+    expected = predict_logits(classifier, [row])
+    assert off(loaded.logits([row]), expected) < TOLERANCE[variant.precision]
+
+
+def test_a_long_text_is_cut_to_what_the_model_can_read(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier
+) -> None:
+    text = "card pay " * 1111 + "a"
+    assert len(text) == 10_000
+    assert loaded.preprocessor([text])["input_ids"].shape == (1, 128)
+    logits = loaded.logits([text])
+    assert off(logits, predict_logits(classifier, [text])) < TOLERANCE[variant.precision]
+    # 126 words and [CLS], [SEP] are read: what comes behind changes nothing.
+    assert off(loaded.logits(["card pay " * 63 + "refund " * 50]), logits) < 1e-6
+
+
+def test_a_row_hardly_depends_on_its_batch_mates(variant: Variant, loaded: LoadedVariant) -> None:
+    rows = ["my card", "refund", "", "please send my money abroad " * 20]
+    together = loaded.logits(rows)
+    alone = np.concatenate([loaded.logits([row]) for row in rows])
+    assert off(together, alone) < COMPANY[variant.precision]
+
+
+def test_padding_is_no_content(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier
+) -> None:
+    def padded(encoded: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        inputs = loaded.preprocessor.collate(encoded)
+        width = ((0, 0), (0, 9))
+        return {name: np.pad(array, width) for name, array in inputs.items()}
+
+    rows = ["my card", "i want a refund"]
+    actual = loaded.predict(padded(loaded.preprocessor.encode(rows)))
+    assert off(actual, loaded.logits(rows)) < COMPANY[variant.precision]
+
+
+def test_golden_rows_are_answered_as_when_exported(variant: Variant, folder: Path) -> None:
+    golden = json.loads((folder / "golden.json").read_text(encoding="utf8"))
+    loaded = load_variant(folder, threads=1, allow_code=True, check_golden=True)
+    actual = np.concatenate([loaded.logits([row]) for row in golden["rows"]])
+    assert off(actual, np.asarray(golden["logits"])) < 1e-5  # the same machine
+
+
+def test_threads_change_no_answer(folder: Path, loaded: LoadedVariant) -> None:
+    rows = ["my card", "where is the refund i want"]
+    one = loaded.logits(rows)
+    two = load_variant(folder, threads=2, allow_code=True, check_golden=False).logits(rows)
+    loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)  # sets it back
+    assert off(two, one) < 1e-5
+    assert off(loaded.logits(rows), one) < 1e-5
+
+
+@pytest.mark.parametrize(("variant_", "library"), NEED_LIBRARIES, ids=_id)
+def test_a_missing_library_names_its_extra(
+    variant_: Variant,
+    library: str,
+    classifier: Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{variant_.extra}\]'"
+    with pytest.raises(MissingExtraError, match=cure):
+        variant_.export(classifier, classifier.preprocessor(["a", "my card"]), [], tmp_path)
+    if library != "onnx":  # it only writes
+        with pytest.raises(MissingExtraError, match=cure):
+            variant_.load(tmp_path, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("library", "variant_", "extra"),
+    [
+        ("nncf", OpenVino("int8-static"), "openvino"),
+        ("sympy", next(v for v in VARIANTS if v.runtime == "onnxruntime"), "onnx"),
+    ],
+    ids=_id,
+)
+def test_a_missing_tool_names_its_extra(
+    library: str,
+    variant_: Variant,
+    extra: str,
+    classifier: Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("onnxruntime.transformers")]:
+        monkeypatch.delitem(sys.modules, name)  # else an earlier import would be found
+    monkeypatch.setitem(sys.modules, library, None)
+    cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{extra}\]'"
+    example = classifier.preprocessor(["a", "my card"])
+    with pytest.raises(MissingExtraError, match=cure):
+        variant_.export(classifier, example, [example], tmp_path)
+
+
+@pytest.mark.parametrize("variant_", VARIANTS, ids=_id)
+def test_it_is_its_own_record(variant_: Variant) -> None:
+    assert variant_.name("student") == f"student-{variant_.runtime}-{variant_.precision}"
+    assert variant_ == type(variant_)(variant_.precision)
+    assert variant_.precision in TOLERANCE
