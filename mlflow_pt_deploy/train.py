@@ -108,7 +108,7 @@ def fit(
         run.restore(checkpoint)
     bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="batch", leave=False)
     with bar:
-        while run.step < run.total_steps:
+        while len(run.epochs) < schedule.epochs:
             started = time.monotonic()
             run.one_epoch(loss, checkpoint, bar)
             accuracy = evaluate(classifier, splits.validation, device=device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -124,7 +125,7 @@ def _load(reference: str, **options: Any) -> Classifier:
             network = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=torch.float32, **options
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{reference}: no text classifier can be loaded from there "
             f"({str(error).splitlines()[0]}). Give a local Hugging Face folder, the id of a model "

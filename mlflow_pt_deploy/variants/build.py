@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,14 +194,24 @@ def _child(job: Path, log: Path, parallel: int) -> Iterator[dict[str, Any]]:
             stderr=errors,
             text=True,
         )
-    timer = time.monotonic() + _TIMEOUT_S
-    with child, _killed_at_exit(child):
-        assert child.stdout is not None
-        for line in child.stdout:
-            yield json.loads(line)
-            if time.monotonic() > timer:
-                child.kill()
-    if child.returncode:
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(_TIMEOUT_S, give_up)
+    timer.start()
+    try:
+        with child, _killed_at_exit(child):
+            assert child.stdout is not None
+            for line in child.stdout:
+                yield json.loads(line)
+    finally:
+        timer.cancel()
+    if late.is_set():
+        yield {"died": f"the export was given up after {_TIMEOUT_S} s"}
+    elif child.returncode:
         yield {"died": _cause(child.returncode, log)}
 
 

@@ -145,18 +145,19 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = (folder / _MANIFEST).read_bytes()
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+        if content.pop("format", None) == FORMAT and content["runtime"] in RUNTIMES:
+            content["cpu_flags"] = tuple(content["cpu_flags"])
+            return Manifest(**content, digest=hashlib.sha256(text).hexdigest())
+    # The last three: JSON, but of another shape.
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{folder.name} is not a variant: its {_MANIFEST} is missing or unreadable. "
             "Export the variant again."
         ) from error
-    if content.pop("format", None) != FORMAT or content.get("runtime") not in RUNTIMES:
-        raise ArtifactError(
-            f"{folder.name} was written by another version of mlflow-pt-deploy (this one reads "
-            f"format {FORMAT}). Install the version that wrote it, or export again."
-        )
-    content["cpu_flags"] = tuple(content["cpu_flags"])
-    return Manifest(**content, digest=hashlib.sha256(text).hexdigest())
+    raise ArtifactError(
+        f"{folder.name} was written by another version of mlflow-pt-deploy (this one reads "
+        f"format {FORMAT}). Install the version that wrote it, or export again."
+    )
 
 
 def verify(folder: Path) -> Manifest:

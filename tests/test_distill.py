@@ -1,0 +1,158 @@
+"""Where a student starts, and losses worked out by hand."""
+
+from __future__ import annotations
+
+from math import log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.distill import soft_labels, spread, start_student
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
+from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+
+ROWS = ("my card", "i want a refund please", "")
+
+
+@pytest.fixture
+def teacher(tiny_model: Path) -> Classifier:
+    return load_classifier(str(tiny_model))
+
+
+@pytest.mark.parametrize(
+    ("depth", "keep", "layers"),
+    [
+        (6, 1, (0,)),
+        (6, 2, (0, 5)),
+        (6, 3, (0, 2, 5)),  # 2.5 is as near to 2 as to 3
+        (6, 4, (0, 2, 3, 5)),
+        (12, 6, (0, 2, 4, 7, 9, 11)),
+        (6, 6, (0, 1, 2, 3, 4, 5)),
+        (1, 1, (0,)),
+    ],
+)
+def test_spread(depth: int, keep: int, layers: tuple[int, ...]) -> None:
+    assert spread(depth, keep) == layers
+
+
+def test_spread_never_takes_a_layer_twice() -> None:
+    for depth in range(1, 50):
+        for keep in range(1, depth + 1):
+            assert len(set(spread(depth, keep))) == keep
+
+
+@pytest.mark.parametrize("keep", [0, -1, 7])
+def test_spread_out_of_range(keep: int) -> None:
+    with pytest.raises(ModelError, match=f"^student_layers {keep}: choose from 1 to 6, the teach"):
+        spread(6, keep)
+
+
+def test_a_student_with_all_layers_answers_like_its_teacher(teacher: Classifier) -> None:
+    student = start_student(teacher, 2)
+    assert student.labels == teacher.labels
+    assert not student.training
+    assert (predict_logits(student, ROWS) == predict_logits(teacher, ROWS)).all()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_student_of_one_layer_is_that_layer(teacher: Classifier, layer: int) -> None:
+    student = shrink(teacher, [layer])
+    expected = teacher.network.bert.encoder.layer[layer].state_dict()
+    (kept,) = student.network.bert.encoder.layer
+    assert all(torch.equal(kept.state_dict()[name], expected[name]) for name in expected)
+    assert student.network.config.num_hidden_layers == 1
+    embeddings = "network.bert.embeddings.word_embeddings.weight"
+    assert torch.equal(student.state_dict()[embeddings], teacher.state_dict()[embeddings])
+
+
+def test_the_first_layer_is_where_a_student_of_one_starts(teacher: Classifier) -> None:
+    student, first = start_student(teacher, 1), shrink(teacher, [0])
+    assert (predict_logits(student, ROWS) == predict_logits(first, ROWS)).all()
+
+
+def test_a_student_shares_nothing_with_its_teacher(teacher: Classifier) -> None:
+    before = predict_logits(teacher, ROWS)
+    student = start_student(teacher, 1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.zero_()
+    assert teacher.network.config.num_hidden_layers == 2
+    assert (predict_logits(teacher, ROWS) == before).all()
+
+
+def test_a_student_comes_back_from_its_folder(teacher: Classifier, tmp_path: Path) -> None:
+    student = start_student(teacher, 1)
+    save_classifier(student, tmp_path / "student")
+    loaded = load_classifier(str(tmp_path / "student"))
+    assert (predict_logits(loaded, ROWS) == predict_logits(student, ROWS)).all()
+
+
+@pytest.mark.parametrize("layers", [[], [2], [-1], [0, 5]])
+def test_layers_that_the_teacher_does_not_have(teacher: Classifier, layers: list[int]) -> None:
+    with pytest.raises(ModelError, match=r"student layers \[.*\]: choose from 0 to 1\."):
+        shrink(teacher, layers)
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+def test_more_or_fewer_layers_than_there_are(teacher: Classifier, layers: int) -> None:
+    with pytest.raises(ModelError, match=f"student_layers {layers}: choose from 1 to 2"):
+        start_student(teacher, layers)
+
+
+# At temperature 2 the teacher says (3/4, 1/4) and (1/2, 1/2), the student (1/2, 1/2), (3/4, 1/4).
+TEACHER = np.array([[2 * log(3), 0], [0, 0]], dtype=np.float32)
+STUDENT = torch.tensor([[0, 0], [2 * log(3), 0]])
+TARGETS = np.array([0, 1])
+DIVERGENCE = ((3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)) + 1 / 2 * log(4 / 3)) / 2
+HARD = (log(2) + log(10)) / 2  # softmax(2 log 3, 0) is (9/10, 1/10)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_soft_labels_by_hand(weight: float) -> None:
+    loss = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=weight)
+    expected = weight * 4 * DIVERGENCE + (1 - weight) * HARD
+    assert loss(STUDENT, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_soft_labels_belong_to_their_rows() -> None:
+    loss = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=0.25)
+    expected = 0.25 * 4 * DIVERGENCE + 0.75 * HARD
+    assert loss(STUDENT.flip(0), torch.tensor([1, 0])).item() == pytest.approx(expected, rel=1e-6)
+    alone = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=1.0)
+    assert alone(STUDENT[1:], torch.tensor([1])).item() == pytest.approx(2 * log(4 / 3), rel=1e-6)
+
+
+def test_the_defaults_weigh_soft_labels_more() -> None:
+    expected = 0.7 * 4 * DIVERGENCE + 0.3 * HARD
+    actual = soft_labels(TEACHER, TARGETS)(STUDENT, torch.tensor([0, 1]))
+    assert actual.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_temperature_scales_logits_and_the_loss_by_its_square() -> None:
+    rows = torch.tensor([0, 1])
+    cold = soft_labels(TEACHER, TARGETS, temperature=1.0, weight=1.0)(STUDENT, rows)
+    warm = soft_labels(3 * TEACHER, TARGETS, temperature=3.0, weight=1.0)(3 * STUDENT, rows)
+    assert warm.item() == pytest.approx(9 * cold.item(), rel=1e-5)
+
+
+def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn() -> None:
+    logits = torch.from_numpy(TEACHER).requires_grad_()
+    loss = soft_labels(TEACHER, TARGETS, temperature=4.0, weight=1.0)(logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert logits.grad is not None
+    assert logits.grad.abs().max().item() < 1e-6
+
+
+def test_soft_labels_teach_a_student(teacher: Classifier, tiny_splits: Splits) -> None:
+    answers = predict_logits(teacher, tiny_splits.train.rows)
+    student = start_student(teacher, 1)
+    torch.nn.init.zeros_(student.network.classifier.weight)
+    assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
+    loss = soft_labels(answers, tiny_splits.train.targets)
+    fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
+    assert evaluate(student, tiny_splits.test) > 0.9

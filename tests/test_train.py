@@ -1,0 +1,270 @@
+"""The fit loop on 90 rows: it learns, keeps the best, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_pt_deploy import train
+from mlflow_pt_deploy.data import Split, Splits
+from mlflow_pt_deploy.errors import DataError
+from mlflow_pt_deploy.models import Classifier, load_classifier
+from mlflow_pt_deploy.train import (
+    Epoch,
+    Loss,
+    Schedule,
+    cross_entropy,
+    evaluate,
+    fit,
+    predict_logits,
+)
+
+FAST = Schedule(epochs=3, learning_rate=3e-3, batch_size=20)  # 90 rows: 5 steps an epoch
+STEPS = 5
+
+
+@pytest.fixture
+def classifier(tiny_model: Path) -> Classifier:
+    return load_classifier(str(tiny_model))
+
+
+@pytest.fixture
+def turned(tiny_splits: Splits) -> Splits:
+    """The same rows, all labels wrong in the eyes of `tiny_model`."""
+
+    def turn(split: Split) -> Split:
+        return Split(split.rows, (split.targets + 1) % 3)
+
+    train, validation, test = map(turn, (tiny_splits.train, tiny_splits.validation, tiny_splits.test))
+    return replace(tiny_splits, train=train, validation=validation, test=test)
+
+
+class Stopped(Exception):
+    """Somebody pressed Ctrl-C."""
+
+
+def stopped_after(steps: int, loss: Loss) -> Loss:
+    """The loss, until the step after `steps`."""
+    left = iter(range(steps))
+
+    def counted(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if next(left, None) is None:
+            raise Stopped
+        return loss(logits, rows)
+
+    return counted
+
+
+def weights(classifier: Classifier) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+
+
+def same(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return list(ones) == list(others) and all(torch.equal(ones[n], others[n]) for n in ones)
+
+
+def timeless(epochs: list[Epoch]) -> list[Epoch]:
+    return [replace(epoch, seconds=0.0) for epoch in epochs]
+
+
+def test_it_learns(classifier: Classifier, turned: Splits) -> None:
+    assert evaluate(classifier, turned.validation) == 0.0
+    schedule = Schedule(epochs=7, learning_rate=3e-3, batch_size=10)
+    said: list[Epoch] = []
+    loss = cross_entropy(turned.train.targets)
+    epochs = fit(classifier, turned, loss, schedule, on_epoch=said.append)
+    assert said == epochs
+    assert [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6, 7]
+    assert epochs[-1].train_loss < epochs[0].train_loss / 2
+    assert all(epoch.seconds > 0 for epoch in epochs)
+    assert evaluate(classifier, turned.test) > 0.9
+    assert not classifier.training
+
+
+def test_the_same_seed_learns_the_same(tiny_model: Path, turned: Splits) -> None:
+    def learned(seed: int) -> dict[str, torch.Tensor]:
+        classifier = load_classifier(str(tiny_model))
+        schedule = replace(FAST, epochs=1, seed=seed)
+        fit(classifier, turned, cross_entropy(turned.train.targets), schedule)
+        return weights(classifier)
+
+    first = learned(0)
+    assert same(first, learned(0))
+    assert not same(first, learned(1))
+
+
+def test_the_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
+    right = cross_entropy(tiny_splits.train.targets)
+    wrong = cross_entropy((tiny_splits.train.targets + 1) % 3)
+    steps = iter(range(3 * STEPS))
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def worse_and_worse(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return (right if next(steps) < STEPS else wrong)(logits, rows)
+
+    epochs = fit(
+        classifier,
+        tiny_splits,
+        worse_and_worse,
+        replace(FAST, learning_rate=2e-3),
+        on_epoch=lambda epoch: kept.append(weights(classifier)),
+    )
+    accuracies = [epoch.validation_accuracy for epoch in epochs]
+    assert accuracies[0] > max(accuracies[1:])
+    assert same(weights(classifier), kept[0])
+    assert evaluate(classifier, tiny_splits.validation) == accuracies[0]
+
+
+def test_of_equal_epochs_the_first_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
+    kept: list[dict[str, torch.Tensor]] = []
+    epochs = fit(
+        classifier,
+        tiny_splits,
+        cross_entropy(tiny_splits.train.targets),
+        replace(FAST, learning_rate=1e-5),  # it knows everything, and hardly moves
+        on_epoch=lambda epoch: kept.append(weights(classifier)),
+    )
+    assert [epoch.validation_accuracy for epoch in epochs] == [1.0, 1.0, 1.0]
+    assert same(weights(classifier), kept[0])
+    assert not same(kept[0], kept[2])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(2, id="in-the-first-epoch"),
+        pytest.param(STEPS, id="between-epochs"),
+        pytest.param(2 * STEPS + 3, id="in-the-last-epoch"),
+    ],
+)
+def test_resumed_is_as_if_never_stopped(
+    tiny_model: Path, turned: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    loss = cross_entropy(turned.train.targets)
+    straight = load_classifier(str(tiny_model))
+    expected = fit(straight, turned, loss, FAST)
+
+    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0.0)
+    checkpoint = tmp_path / "work" / "teacher.checkpoint"
+    with pytest.raises(Stopped):
+        stopped = load_classifier(str(tiny_model))
+        fit(stopped, turned, stopped_after(steps, loss), FAST, checkpoint=checkpoint)
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["teacher.checkpoint"]
+
+    resumed = load_classifier(str(tiny_model))
+    rest = stopped_after(3 * STEPS - steps, loss)  # no step is made twice
+    torch.manual_seed(12345)  # as a new process would be anywhere
+    epochs = fit(resumed, turned, rest, FAST, checkpoint=checkpoint)
+    assert timeless(epochs) == timeless(expected)
+    assert same(weights(resumed), weights(straight))
+    assert list(checkpoint.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+def test_stopped_while_an_epoch_is_evaluated(
+    tiny_model: Path, turned: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    loss = cross_entropy(turned.train.targets)
+    straight = load_classifier(str(tiny_model))
+    expected = fit(straight, turned, loss, FAST)
+
+    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0.0)
+    checkpoint = tmp_path / "teacher.checkpoint"
+    left = iter(range(epoch - 1))
+
+    def interrupted(*args: object, **options: object) -> float:
+        if next(left, None) is None:
+            raise Stopped
+        return evaluate(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "evaluate", interrupted)
+        fit(load_classifier(str(tiny_model)), turned, loss, FAST, checkpoint=checkpoint)
+
+    resumed = load_classifier(str(tiny_model))
+    epochs = fit(resumed, turned, loss, FAST, checkpoint=checkpoint)
+    assert timeless(epochs) == timeless(expected)
+    assert same(weights(resumed), weights(straight))
+
+
+def test_a_checkpoint_of_other_options(
+    classifier: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    loss = cross_entropy(tiny_splits.train.targets)
+    checkpoint = tmp_path / "teacher.checkpoint"
+    with pytest.raises(Stopped):
+        fit(classifier, tiny_splits, stopped_after(STEPS, loss), FAST, checkpoint=checkpoint)
+    other = replace(FAST, learning_rate=1e-3)
+    with pytest.raises(DataError, match="was made with .*0.003.*asked is .*0.001.*Resume with"):
+        fit(classifier, tiny_splits, loss, other, checkpoint=checkpoint)
+    assert checkpoint.exists()
+
+
+def test_a_loss_that_is_not_a_number(classifier: Classifier, tiny_splits: Splits) -> None:
+    def infinite(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return logits.sum() * float("inf")
+
+    with pytest.raises(DataError, match="loss is not a number; try a lower --learning-rate"):
+        fit(classifier, tiny_splits, infinite, FAST)
+
+
+def test_a_loss_sees_each_row_once_an_epoch(classifier: Classifier, tiny_splits: Splits) -> None:
+    seen: list[list[int]] = []
+
+    def watched(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        assert logits.shape == (len(rows), 3)
+        assert logits.dtype == torch.float32
+        seen.append(rows.tolist())
+        return logits.sum() * 0
+
+    fit(classifier, tiny_splits, watched, replace(FAST, epochs=2))
+    assert [len(rows) for rows in seen].count(10) == 2  # 90 = 4 x 20 + 10
+    first, second = seen[:STEPS], seen[STEPS:]
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(90))
+    assert first != second
+
+
+def test_rows_of_a_batch_are_of_similar_length(
+    classifier: Classifier, tiny_splits: Splits
+) -> None:
+    lengths = [len(ids) for ids in classifier.preprocessor.encode(tiny_splits.train.rows)]
+    spans: list[int] = []
+
+    def watched(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        chosen = [lengths[row] for row in rows.tolist()]
+        spans.append(max(chosen) - min(chosen))
+        return logits.sum() * 0
+
+    fit(classifier, tiny_splits, watched, replace(FAST, epochs=1))
+    assert np.mean(spans) < (max(lengths) - min(lengths)) * 0.8
+
+
+def test_cross_entropy_by_hand() -> None:
+    loss = cross_entropy(np.array([0, 1, 0]))
+    logits = torch.log(torch.tensor([[0.25, 0.75], [0.5, 0.5]]))
+    expected = -(np.log(0.75) + np.log(0.5)) / 2  # rows 1 and 2: labels 1 and 0
+    assert loss(logits, torch.tensor([1, 2])).item() == pytest.approx(expected)
+
+
+def test_logits_come_in_the_order_of_the_rows(
+    classifier: Classifier, tiny_splits: Splits
+) -> None:
+    rows = tiny_splits.test.rows[:7]
+    logits = predict_logits(classifier, rows, batch_size=2)
+    alone = np.concatenate([predict_logits(classifier, [row]) for row in rows])
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, alone, atol=1e-5)
+    assert (logits.argmax(axis=1) == tiny_splits.test.targets[:7]).all()
+
+
+def test_no_rows_give_no_logits(classifier: Classifier) -> None:
+    assert predict_logits(classifier, []).shape == (0, 3)
+
+
+def test_accuracy_by_hand(classifier: Classifier) -> None:
+    split = Split(("my card", "refund", "send it", "the chip"), np.array([0, 1, 2, 2]))
+    assert evaluate(classifier, split) == 0.75

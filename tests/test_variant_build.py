@@ -1,0 +1,135 @@
+"""Many variants at once, in real child processes: what fails is a row with its reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.variants import Variant, load_variant, verify
+from mlflow_pt_deploy.variants.build import Built, build
+from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.variants.openvino import OpenVino
+from mlflow_pt_deploy.variants.torchscript import TorchScript
+
+
+@dataclass(frozen=True)
+class Elsewhere(Eager):
+    """What only another machine can build."""
+
+    runtime = "elsewhere"
+
+    def unsupported(self) -> str:
+        return "skipped: this machine is not elsewhere"
+
+
+@pytest.fixture
+def broken_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children find onnx not installed, and an openvino that crashes."""
+    folder = tmp_path / "libraries"
+    folder.mkdir()
+    (folder / "onnx.py").write_text("raise ModuleNotFoundError('No onnx', name='onnx')")
+    (folder / "openvino.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_all_in_order_and_what_fails_is_a_row(
+    tiny_model: Path, tiny_splits: Splits, tmp_path: Path, broken_libraries: None
+) -> None:
+    variants = (
+        Elsewhere(),
+        OpenVino("fp32"),
+        OpenVino("int8-static"),
+        OnnxRuntime("fp32"),
+        Eager("fp32"),
+    )
+    said: list[Built] = []
+    target = tmp_path / "variants"
+    built = build(
+        {"teacher": tiny_model}, tiny_splits, target, variants=variants, progress=said.append
+    )
+    assert [row.name for row in built] == [variant.name("teacher") for variant in variants]
+    assert sorted(said, key=lambda row: row.name) == sorted(built, key=lambda row: row.name)
+    elsewhere, crashed, crashed_too, missing, eager = built
+
+    assert elsewhere.reason == "skipped: this machine is not elsewhere"
+    assert said[0] == elsewhere  # known before any child has started
+    assert "the export was ended by SIGKILL; the machine may have run out of" in crashed.reason
+    assert crashed_too.reason == crashed.reason
+    assert "onnx is not installed" in missing.reason
+    assert "pip install 'mlflow-pt-deploy[onnx]'" in missing.reason
+    for row in (elsewhere, crashed, crashed_too, missing):
+        assert row.folder is None
+
+    assert (eager.model, eager.runtime, eager.precision) == ("teacher", "eager", "fp32")
+    assert eager.reason == ""
+    assert eager.seconds > 0
+    assert eager.folder == target / "teacher-eager-fp32"
+    assert list(target.glob("[!.]*")) == [eager.folder]  # a dot: what a killed export leaves
+    loaded = load_variant(eager.folder, threads=1)
+    assert loaded.labels[loaded.logits(["a refund"]).argmax()] == "refund"
+
+
+def test_intact_exports_are_kept_and_others_built_anew(
+    tiny_model: Path, tiny_splits: Splits, tmp_path: Path, exported: Callable[[Variant], Path]
+) -> None:
+    variants = (Eager("fp32"), Eager("int8-dynamic"), TorchScript("fp32"))
+    for variant in variants:
+        shutil.copytree(exported(variant), tmp_path / variant.name("teacher"))
+    kept, corrupted, code = (tmp_path / variant.name("teacher") for variant in variants)
+    with (corrupted / "int8.safetensors").open("ab") as file:
+        file.write(b"?")
+    before = {path: path.stat().st_mtime_ns for path in (*kept.iterdir(), *code.iterdir())}
+    said: list[str] = []
+    built = build(
+        {"teacher": tiny_model},
+        tiny_splits,
+        tmp_path,
+        variants=variants,
+        progress=lambda row: said.append(row.name),
+    )
+    assert [row.folder for row in built] == [kept, corrupted, code]
+    assert [row.reason for row in built] == ["", "", ""]
+    assert [row.seconds > 0 for row in built] == [False, True, False]
+    assert said == [kept.name, code.name, corrupted.name]  # those that are there come first
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert verify(corrupted).name == "teacher-eager-int8-dynamic"
+    assert load_variant(corrupted, threads=1).labels == ("card", "refund", "transfer")
+
+
+def test_where_everything_is_there_no_child_starts(
+    tiny_splits: Splits, tmp_path: Path, eager_variant: Path
+) -> None:
+    shutil.copytree(eager_variant, tmp_path / "teacher-eager-fp32")
+    nowhere = tmp_path / "nowhere"  # a child would fail there
+    (row,) = build({"teacher": nowhere}, tiny_splits, tmp_path, variants=[Eager()])
+    assert row.folder == tmp_path / "teacher-eager-fp32"
+
+
+def test_a_model_that_is_not_there(tiny_splits: Splits, tmp_path: Path) -> None:
+    variants = (Eager("fp32"), Eager("int8-dynamic"))
+    built = build(
+        {"teacher": tmp_path / "nowhere"}, tiny_splits, tmp_path / "variants", variants=variants
+    )
+    assert [row.name for row in built] == [variant.name("teacher") for variant in variants]
+    for row in built:
+        assert row.folder is None
+        assert "nowhere: no text classifier can be loaded from there" in row.reason
+
+
+def test_a_child_that_hangs_is_given_up(
+    tiny_model: Path, tiny_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("mlflow_pt_deploy.variants.build._TIMEOUT_S", 1)
+    (row,) = build(
+        {"teacher": tiny_model}, tiny_splits, tmp_path / "variants", variants=[OpenVino()]
+    )
+    assert row.folder is None
+    assert row.reason == "the export was given up after 1 s"
