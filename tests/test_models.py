@@ -135,7 +135,10 @@ def test_code_of_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_loading_is_quiet(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     new_classifier(str(tiny_model), ["a", "b"])
     assert capfd.readouterr() == ("", "")
     assert transformers_logging.get_verbosity() == level

@@ -39,7 +39,9 @@ def turned(tiny_splits: Splits) -> Splits:
     def turn(split: Split) -> Split:
         return Split(split.rows, (split.targets + 1) % 3)
 
-    train, validation, test = map(turn, (tiny_splits.train, tiny_splits.validation, tiny_splits.test))
+    train, validation, test = map(
+        turn, (tiny_splits.train, tiny_splits.validation, tiny_splits.test)
+    )
     return replace(tiny_splits, train=train, validation=validation, test=test)
 
 
@@ -228,9 +230,7 @@ def test_a_loss_sees_each_row_once_an_epoch(classifier: Classifier, tiny_splits:
     assert first != second
 
 
-def test_rows_of_a_batch_are_of_similar_length(
-    classifier: Classifier, tiny_splits: Splits
-) -> None:
+def test_rows_of_a_batch_are_of_similar_length(classifier: Classifier, tiny_splits: Splits) -> None:
     lengths = [len(ids) for ids in classifier.preprocessor.encode(tiny_splits.train.rows)]
     spans: list[int] = []
 
@@ -250,9 +250,7 @@ def test_cross_entropy_by_hand() -> None:
     assert loss(logits, torch.tensor([1, 2])).item() == pytest.approx(expected)
 
 
-def test_logits_come_in_the_order_of_the_rows(
-    classifier: Classifier, tiny_splits: Splits
-) -> None:
+def test_logits_come_in_the_order_of_the_rows(classifier: Classifier, tiny_splits: Splits) -> None:
     rows = tiny_splits.test.rows[:7]
     logits = predict_logits(classifier, rows, batch_size=2)
     alone = np.concatenate([predict_logits(classifier, [row]) for row in rows])
