@@ -36,69 +36,12 @@ KEYWORDS = {
     "refund": ("refund", "return", "reimburse", "cancel", "returned"),
     "transfer": ("transfer", "send", "wire", "abroad", "payee"),
 }
-FILLERS = tuple(
-    [
-        "i",
-        "my",
-        "the",
-        "a",
-        "to",
-        "for",
-        "from",
-        "with",
-        "is",
-        "was",
-        "not",
-        "why",
-        "how",
-        "when",
-        "what",
-        "where",
-        "please",
-        "help",
-        "me",
-        "can",
-        "you",
-        "it",
-        "this",
-        "that",
-        "still",
-        "yet",
-        "again",
-        "today",
-        "yesterday",
-        "bank",
-        "account",
-        "money",
-        "pay",
-        "shop",
-        "app",
-        "phone",
-        "number",
-        "new",
-        "old",
-        "get",
-        "got",
-        "need",
-        "want",
-        "have",
-        "has",
-        "do",
-        "does",
-        "did",
-        "and",
-        "or",
-        "but",
-        "of",
-        "in",
-        "on",
-        "at",
-        "by",
-        "so",
-        "much",
-        "very",
-    ]
-)
+FILLERS = (
+    "i my the a to for from with is was not why how when what where please help me can you "
+    "it this that still yet again today yesterday bank account money pay shop app phone "
+    "number new old get got need want have has do does did and or but of in on at by so "
+    "much very "
+).split()
 HEBREW = "אבגדהוזחטיכלמנסעפצקרשתךםןףץ"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -136,7 +79,7 @@ def tiny_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """A folder with train.csv (90 rows), validation.csv and test.csv (30); a word tells the label."""
+    """A folder of CSV files (90, 30 and 30 rows); one word of each row tells the label."""
     return once("tiny-data", _write_tiny_data)
 
 
