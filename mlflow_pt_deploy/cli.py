@@ -41,7 +41,7 @@ _TEACHER = {
 }
 _STUDENT = {
     "--student-epochs": (int, 6, "passes over train for the student; 0: no student"),
-    "--student-layers": (int, 2, "layers that the student keeps of the teacher's"),
+    "--student-layers": (int, 3, "layers that the student keeps of the teacher's"),
     "--temperature": (float, 2.0, "of the soft labels"),
 }
 _MEASURE = {

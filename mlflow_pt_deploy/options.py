@@ -43,7 +43,7 @@ class Options:
     name: str = "pt-deploy-demo"
     epochs: int = 5
     student_epochs: int = 6
-    student_layers: int = 2
+    student_layers: int = 3
     learning_rate: float = 0.0
     batch_size: int = 32
     temperature: float = 2.0

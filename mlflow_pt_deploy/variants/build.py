@@ -183,8 +183,10 @@ def _run_job(
 def _child(job: Path, log: Path, parallel: int) -> Iterator[dict[str, Any]]:
     """The child's answers; a last one with ``died`` if it ended before its work did."""
     command = [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)]
-    # Two children with all cores each would wait for one another at every OpenMP barrier.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cores() // parallel))}
+    # Two children with all cores each would wait for one another at every OpenMP barrier; and
+    # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
+    cores = str(max(1, usable_cores() // parallel))
+    environment = {**os.environ, "OMP_NUM_THREADS": cores, "CI": "true"}
     with log.open("wb") as errors:
         child = subprocess.Popen(
             command,
