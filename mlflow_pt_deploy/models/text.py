@@ -64,13 +64,14 @@ def new_classifier(reference: str, labels: Sequence[str]) -> Classifier:
         ModelError: The model cannot be found, reached or read.
     """
     names = dict(enumerate(labels))
-    return _load(
+    classifier, _ = _load(
         reference,
         num_labels=len(labels),
         id2label=names,
         label2id={name: index for index, name in names.items()},
         ignore_mismatched_sizes=True,
     )
+    return classifier
 
 
 def load_classifier(reference: str) -> Classifier:
@@ -80,15 +81,22 @@ def load_classifier(reference: str) -> Classifier:
         reference: A Hugging Face id or a local folder.
 
     Raises:
-        ModelError: The model cannot be found, reached or read.
+        ModelError: The model cannot be found, reached or read, or has no trained head.
     """
-    return _load(reference)
+    classifier, missing = _load(reference)
+    if missing:
+        raise ModelError(
+            f"{reference} was not trained as a classifier: it has no {', '.join(missing[:3])}. "
+            "Fine-tune it first: pt-deploy train --teacher ... --data ..."
+        )
+    return classifier
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write a Hugging Face folder: config, safetensors, tokenizer."""
-    classifier.network.save_pretrained(folder)
-    classifier.tokenizer.save_pretrained(folder)
+    with _quiet():
+        classifier.network.save_pretrained(folder)
+        classifier.tokenizer.save_pretrained(folder)
 
 
 def shrink(teacher: Classifier, layers: Sequence[int]) -> Classifier:
@@ -117,13 +125,14 @@ def shrink(teacher: Classifier, layers: Sequence[int]) -> Classifier:
     raise ModelError(f"{type(network).__name__} has no list of {depth} layers to choose from.")
 
 
-def _load(reference: str, **options: Any) -> Classifier:
+def _load(reference: str, **options: Any) -> tuple[Classifier, list[str]]:
+    """The classifier, and the names of weights that were not in the files."""
     path = _minilm() if reference == "minilm" else reference
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(path)
-            network = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32, **options
+            network, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True, **options
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
@@ -132,7 +141,7 @@ def _load(reference: str, **options: Any) -> Classifier:
             "on the hub (behind a proxy set HTTPS_PROXY or HF_ENDPOINT), or minilm, which needs "
             "no network."
         ) from error
-    return Classifier(network, tokenizer).eval()
+    return Classifier(network, tokenizer).eval(), sorted(info["missing_keys"])
 
 
 def _minilm() -> str:
