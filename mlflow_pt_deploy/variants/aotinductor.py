@@ -27,6 +27,7 @@ class AOTInductor(Variant):
     """``torch.export`` with free batch and length, then Inductor's ahead-of-time package."""
 
     runtime: ClassVar[str] = "aotinductor"
+    compiles: ClassVar[bool] = True
     carries_code: ClassVar[bool] = True
 
     def unsupported(self) -> str | None:

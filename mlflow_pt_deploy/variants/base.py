@@ -45,6 +45,7 @@ class Variant(ABC):
         precision: ``fp32``, ``bf16``, ``int8-dynamic`` or ``int8-static``.
         runtime: What executes the model; the middle part of the variant's name.
         extra: The extra of this distribution that the runtime needs, if any.
+        compiles: True where an export takes a compiler's time; such exports get a process apart.
         carries_code: True where the file holds a program and not only weights and a graph of
             known operators; such a file is loaded only when somebody vouches for its digest.
     """
@@ -53,6 +54,7 @@ class Variant(ABC):
 
     runtime: ClassVar[str]
     extra: ClassVar[str | None] = None
+    compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
 
     def name(self, model: str) -> str:

@@ -1,6 +1,7 @@
 """Export many variants, two child processes at a time; a crash costs a row, not the run.
 
-A child builds all precisions of one model in one runtime. Run by `build`, not by people:
+A child builds many variants of one model, because starting one takes as long as an export. Run by
+`build`, not by people:
 ``python -m mlflow_pt_deploy.variants.build JOB.json``
 """
 
@@ -19,9 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -100,8 +100,8 @@ def build(
     rows = _rows(splits)
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [
-            pool.submit(_run_job, model, models[model], list(job), target, rows, parallel, note)
-            for (model, _), job in _slowest_first(wanted)
+            pool.submit(_run_job, model, models[model], job, target, rows, parallel, note)
+            for model, job in _jobs(wanted)
         ]
         for job in jobs:
             job.result()
@@ -121,14 +121,12 @@ def _without_building(variant: Variant, model: str, target: Path) -> Built | Non
     return None
 
 
-def _slowest_first(
-    wanted: Sequence[tuple[str, Variant]],
-) -> list[tuple[tuple[str, str], list[Variant]]]:
-    def job(pair: tuple[str, Variant]) -> tuple[str, str]:
-        return pair[0], pair[1].runtime
-
-    jobs = [(key, [variant for _, variant in group]) for key, group in groupby(wanted, job)]
-    return sorted(jobs, key=lambda item: item[0][1] != "aotinductor")
+def _jobs(wanted: Sequence[tuple[str, Variant]]) -> list[tuple[str, list[Variant]]]:
+    """A child for what compiles and one for the rest, for each model; the slow ones first."""
+    jobs: dict[tuple[bool, str], list[Variant]] = {}
+    for model, variant in wanted:
+        jobs.setdefault((not variant.compiles, model), []).append(variant)
+    return [(model, jobs[fast, model]) for fast, model in sorted(jobs)]
 
 
 def _rows(splits: Splits) -> dict[str, list[str]]:
@@ -158,44 +156,50 @@ def _run_job(
     parallel: int,
     note: Callable[[Built], None],
 ) -> None:
-    """One child; every variant it was given is noted, whatever happens to it."""
+    """Every variant is noted, whatever happens; one that kills its child costs no other."""
     left = {variant.name(model): variant for variant in variants}
-    job = {
-        "model": model,
-        "source": str(source),
-        "target": str(target),
-        "variants": [{"runtime": v.runtime, **asdict(v)} for v in variants],
-        **rows,
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "job.json"
-        path.write_text(json.dumps(job), encoding="utf8")
-        for answer in _child(path, Path(scratch) / "log", parallel):
+    job = {"model": model, "source": str(source), "target": str(target), **rows}
+    while left:
+        options = [{"runtime": variant.runtime, **asdict(variant)} for variant in left.values()]
+        ready = False
+        for answer in _child({**job, "variants": options}, parallel):
             if "name" in answer:
                 variant = left.pop(answer["name"])
                 folder = None if answer["reason"] else target / answer["name"]
                 note(_built(variant, model, folder, answer["reason"], answer["seconds"]))
+            elif "died" in answer:
+                lost = list(left)[:1] if ready else list(left)
+                for name in lost:
+                    note(_built(left.pop(name), model, None, answer["died"]))
             else:
-                for variant in left.values():
-                    note(_built(variant, model, None, answer["died"]))
+                ready = True
 
 
-def _child(job: Path, log: Path, parallel: int) -> Iterator[dict[str, Any]]:
+def _child(job: Mapping[str, Any], parallel: int) -> Iterator[dict[str, Any]]:
     """The child's answers; a last one with ``died`` if it ended before its work did."""
-    command = [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)]
+    with tempfile.TemporaryDirectory() as scratch:
+        path, log = Path(scratch) / "job.json", Path(scratch) / "log"
+        path.write_text(json.dumps(job), encoding="utf8")
+        with log.open("wb") as errors:
+            child = _start(path, errors, parallel)
+        yield from _answers(child, log)
+
+
+def _start(job: Path, errors: BinaryIO, parallel: int) -> subprocess.Popen[str]:
     # Two children with all cores each would wait for one another at every OpenMP barrier; and
     # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
     cores = str(max(1, usable_cores() // parallel))
-    environment = {**os.environ, "OMP_NUM_THREADS": cores, "CI": "true"}
-    with log.open("wb") as errors:
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)],
+        env={**os.environ, "OMP_NUM_THREADS": cores, "CI": "true"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    )
+
+
+def _answers(child: subprocess.Popen[str], log: Path) -> Iterator[dict[str, Any]]:
     late = threading.Event()
 
     def give_up() -> None:
@@ -246,6 +250,7 @@ def main(path: Path) -> None:
     classifier = load_classifier(job["source"])
     example = classifier.preprocessor(job["example"])
     calibration = [classifier.preprocessor([row]) for row in job["calibration"]]
+    print(json.dumps({"ready": True}), file=answers, flush=True)
     for options in job["variants"]:
         variant = RUNTIMES[options.pop("runtime")](**options)
         started = time.monotonic()
