@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         ("serve", _serve, "serve a registered or logged model", {}),
     ):
-        stage = stages.add_parser(name, help=about, description=about)
+        stage = stages.add_parser(name, help=about, description=about, allow_abbrev=False)
         _add(stage, tables)
         stage.add_argument("--json", action="store_true", help="end with one line of JSON")
         stage.set_defaults(call=call)
@@ -124,10 +124,11 @@ def _add(parser: argparse.ArgumentParser, table: Mapping[str, tuple[type, Any, s
 
 def _special(name: str, stage: argparse.ArgumentParser) -> None:
     """Arguments that only one stage has."""
+    forms = "Hugging Face id or folder, runs:/... or models:/..."
     if name == "optimize":
-        forms = "Hugging Face id or folder, runs:/... or models:/..."
         stage.add_argument("--model", required=True, help=f"the model: {forms}")
-        stage.add_argument("--student", default="", help="a second, smaller model, as --model")
+    if name in ("run", "optimize"):
+        stage.add_argument("--student", default="", help=f"a smaller model made already: {forms}")
     if name == "promote":
         stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
     if name == "serve":
