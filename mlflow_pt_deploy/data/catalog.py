@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 
 TRAIN_ROWS = 1600
-VALIDATION_ROWS = 400
-TEST_ROWS = 600
+VALIDATION_ROWS = 300
+TEST_ROWS = 400
 WRONG_LABELS = 0.02
 """Share of rows whose label is another one of the same family."""
 
