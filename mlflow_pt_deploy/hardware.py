@@ -93,3 +93,8 @@ def _gpu() -> str:
     if torch is None or not torch.cuda.is_available():
         return ""
     return str(torch.cuda.get_device_name(0))
+
+
+def hardware_tags() -> dict[str, str]:
+    """`hardware` as run tags: ``hardware.cpu``, ``hardware.cores``, ``hardware.torch``, ..."""
+    return {f"hardware.{name}": fact for name, fact in hardware().items()}

@@ -53,7 +53,7 @@ def markdown(
     dataset: str = "test",
     notes: Iterable[str] = (),
 ) -> str:
-    """The same as a GitHub table, the chosen variant in bold.
+    """The reason, then the same as a GitHub table, the chosen variant in bold.
 
     Args:
         results: From `measure`.
@@ -63,6 +63,7 @@ def markdown(
     """
     columns = _columns(dataset)
     lines = [
+        *([choice.reason, ""] if choice is not None else []),
         "| " + " | ".join(column.title for column in columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),
     ]
@@ -71,7 +72,6 @@ def markdown(
         if choice is not None and each.variant == choice.variant:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", choice.reason] if choice is not None else []
     failed = [f"- `{r.variant}` is missing: {_shortened(r.reason)}" for r in _failed(results)]
     below = [*failed, *(f"- {note}" for note in notes)]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"

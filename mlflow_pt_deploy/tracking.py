@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
+from mlflow_pt_deploy.hardware import hardware_tags
 from mlflow_pt_deploy.measure import Result
 from mlflow_pt_deploy.options import Options
 
@@ -83,7 +84,8 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
     except MlflowException as error:
         raise TrackingError(f"run {resume or name} cannot be started: {error.message}") from error
     with context as run:
-        mlflow.set_tag(STAGE_TAG, stage)
+        # `mlflow run` creates the run itself and asks no context provider
+        mlflow.set_tags({STAGE_TAG: stage, **hardware_tags()})
         if options:
             mlflow.set_tag(OPTIONS_TAG, options)
         yield run

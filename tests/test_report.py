@@ -104,11 +104,11 @@ def test_nothing_measured_is_still_a_table() -> None:
 
 def test_markdown_is_a_github_table_with_the_chosen_in_bold() -> None:
     lines = markdown(ALL, CHOICE, notes=["Synthetic data."]).splitlines()
-    assert {line.count("|") for line in lines[:4]} == {11}
-    assert lines[1] == "|---|" + "---:|" * 9
-    assert lines[2].startswith(f"| **{STUDENT.variant}** | **0.123** |")
-    assert lines[3].startswith(f"| {BASELINE} | 14.6 |")
-    assert lines[5] == CHOICE.reason
+    assert lines[0] == CHOICE.reason
+    assert {line.count("|") for line in lines[2:6]} == {11}
+    assert lines[3] == "|---|" + "---:|" * 9
+    assert lines[4].startswith(f"| **{STUDENT.variant}** | **0.123** |")
+    assert lines[5].startswith(f"| {BASELINE} | 14.6 |")
     assert lines[7].startswith("- `teacher-openvino-bf16` is missing: no such file")
     assert lines[8] == "- Synthetic data."
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-from mlflow_pt_deploy.hardware import hardware
+from mlflow_pt_deploy.hardware import hardware_tags
 
 
 class HardwareContext(RunContextProvider):
@@ -19,4 +19,4 @@ class HardwareContext(RunContextProvider):
 
     def tags(self) -> dict[str, str]:
         """``hardware.cpu``, ``hardware.cores``, ``hardware.torch``, ..."""
-        return {f"hardware.{name}": fact for name, fact in hardware().items()}
+        return hardware_tags()
