@@ -269,7 +269,7 @@ def main(path: Path) -> None:
             reason = str(error)
         except Exception as error:  # a runtime's own: one row fails, the others go on
             reason = str(VariantError(f"{type(error).__name__}: {str(error)[:300]}"))
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(time.monotonic() - started, 3)
         answer = {"name": variant.name(job["model"]), "reason": reason, "seconds": seconds}
         print(json.dumps(answer), file=answers, flush=True)
 
