@@ -9,7 +9,16 @@ import sys
 from functools import cache
 from pathlib import Path
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "onnxruntime", "openvino", "nncf", "mlflow")
+_LIBRARIES = (
+    "torch",
+    "torchao",
+    "transformers",
+    "tokenizers",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "mlflow",
+)
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
 
 

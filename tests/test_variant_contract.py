@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +15,17 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import MissingExtraError
+from mlflow_pt_deploy.errors import MissingExtraError, VariantError
 from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.train import predict_logits
-from mlflow_pt_deploy.variants import VARIANTS, LoadedVariant, Variant, load_variant, verify
+from mlflow_pt_deploy.variants import (
+    ON_REQUEST,
+    VARIANTS,
+    LoadedVariant,
+    Variant,
+    load_variant,
+    verify,
+)
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
 from mlflow_pt_deploy.variants.openvino import OpenVino
 
@@ -25,13 +33,27 @@ LABELS = ("card", "refund", "transfer")
 LARGEST = 5.0  # what the tiny model's logits reach
 # Largest difference to eager fp32, as a share of that. 32 dimensions with three outliers are hard
 # on int8: one scale holds both, and fewer errors cancel out than in a model of real width.
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "int8-dynamic": 0.15, "int8-static": 0.2}
+TOLERANCE = {
+    "fp32": 1e-4,
+    "bf16": 0.05,
+    "int8-dynamic": 0.15,
+    "int8-static": 0.2,
+    "int8-accuracy": 0.2,
+}
 # The same between a row alone and in company. One scale for a whole batch's activations makes
 # a row's dynamic int8 answer depend on its batch mates; it stays below what int8 costs anyway.
-COMPANY = {"fp32": 1e-4, "bf16": 0.05, "int8-dynamic": 0.1, "int8-static": 0.02}
+COMPANY = {
+    "fp32": 1e-4,
+    "bf16": 0.05,
+    "int8-dynamic": 0.1,
+    "int8-static": 0.02,
+    "int8-accuracy": 0.02,
+}
+ALL = (*VARIANTS, *ON_REQUEST)
+STATIC = [variant for variant in ALL if variant.precision in ("int8-static", "int8-accuracy")]
 LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 NEED_LIBRARIES = [
-    (variant, library) for variant in VARIANTS for library in LIBRARIES.get(variant.extra or "", ())
+    (variant, library) for variant in ALL for library in LIBRARIES.get(variant.extra or "", ())
 ]
 
 
@@ -39,7 +61,7 @@ def _id(value: object) -> str:
     return f"{value.runtime}-{value.precision}" if isinstance(value, Variant) else str(value)
 
 
-@pytest.fixture(scope="module", params=VARIANTS, ids=_id)
+@pytest.fixture(scope="module", params=ALL, ids=_id)
 def variant(request: pytest.FixtureRequest) -> Variant:
     # Of AOTInductor's reasons only the missing compiler counts here, not missing bf16.
     if isinstance(request.param, AOTInductor) and (reason := AOTInductor().unsupported()):
@@ -196,17 +218,42 @@ def test_a_missing_library_names_its_extra(
             variant_.load(tmp_path, device="cpu", threads=1)
 
 
-def test_missing_nncf_names_its_extra(
-    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variant_", "library", "extra"),
+    [
+        (OpenVino("int8-static"), "nncf", "openvino"),
+        (OpenVino("int8-accuracy"), "nncf", "openvino"),
+        (AOTInductor("int8-static"), "torchao", "quantize"),
+    ],
+    ids=_id,
+)
+def test_a_missing_quantizer_names_its_extra(
+    variant_: Variant,
+    library: str,
+    extra: str,
+    classifier: Classifier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.setitem(sys.modules, library, None)
     example = classifier.preprocessor(["a", "my card"])
-    cure = r"nncf is not installed.*pip install 'mlflow-pt-deploy\[openvino\]'"
+    cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{extra}\]'"
     with pytest.raises(MissingExtraError, match=cure):
-        OpenVino("int8-static").export(classifier, example, [example], tmp_path)
+        variant_.export(classifier, example, [example], tmp_path)
 
 
-@pytest.mark.parametrize("variant_", VARIANTS, ids=_id)
+@pytest.mark.parametrize("variant_", STATIC, ids=_id)
+def test_too_few_rows_to_calibrate(
+    variant_: Variant, classifier: Classifier, tmp_path: Path
+) -> None:
+    rows = [classifier.preprocessor([f"my card {number}"]) for number in range(15)]
+    message = "needs at least 16 rows of train to calibrate, and got 15. Give more rows"
+    with pytest.raises(VariantError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        variant_.export(classifier, classifier.preprocessor(["a", "my card"]), rows, tmp_path)
+
+
+@pytest.mark.parametrize("variant_", ALL, ids=_id)
 def test_it_is_its_own_record(variant_: Variant) -> None:
     assert variant_.name("student") == f"student-{variant_.runtime}-{variant_.precision}"
     assert variant_ == type(variant_)(variant_.precision)

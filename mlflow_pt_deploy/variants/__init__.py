@@ -9,9 +9,10 @@ from mlflow_pt_deploy.variants.folder import (
     verify,
     write_variant,
 )
-from mlflow_pt_deploy.variants.table import RUNTIMES, VARIANTS, select
+from mlflow_pt_deploy.variants.table import ON_REQUEST, RUNTIMES, VARIANTS, select
 
 __all__ = [
+    "ON_REQUEST",
     "RUNTIMES",
     "VARIANTS",
     "Inputs",

@@ -5,26 +5,42 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlflow_pt_deploy.errors import UnsupportedError, VariantError
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError
 from mlflow_pt_deploy.hardware import cpu_flags
-from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant
+from mlflow_pt_deploy.variants.base import (
+    VNNI_FLAGS,
+    Inputs,
+    Predict,
+    Variant,
+    check_calibration,
+    first_line,
+    int8_saturates,
+)
 from mlflow_pt_deploy.variants.eager import torch_predict
 
 if TYPE_CHECKING:
+    import torch
+
     from mlflow_pt_deploy.models import Classifier
 
 _FILE = "model.pt2"
 # Inductor compiles with -march=native, so the library may use all of these that the host has.
-_COMPILED_FOR = frozenset({"avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"})
+_COMPILED_FOR = frozenset({"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}) | VNNI_FLAGS
+_NAMES = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
 class AOTInductor(Variant):
-    """``torch.export`` with free batch and length, then Inductor's ahead-of-time package."""
+    """``torch.export`` with free batch and length, then Inductor's ahead-of-time package.
+
+    ``int8-static`` calibrates activations on rows of `train` between the two (torchao's
+    post-training quantization of exported graphs, as its x86 quantizer places it): linear layers
+    only, weights per channel.
+    """
 
     runtime: ClassVar[str] = "aotinductor"
     compiles: ClassVar[bool] = True
@@ -46,20 +62,27 @@ class AOTInductor(Variant):
         import torch
         from torch._inductor import aoti_compile_and_package
 
+        static = self.precision == "int8-static"
+        if static:
+            _need_torchao()
+            check_calibration(calibration)
         source = copy.deepcopy(module).bfloat16() if self.precision == "bf16" else module
-        tensors = tuple(torch.from_numpy(example[name]) for name in ("input_ids", "attention_mask"))
-        axes = {
-            0: torch.export.Dim("batch", min=1, max=65536),
-            1: torch.export.Dim("length", min=2, max=module.preprocessor.max_length),
-        }
+        length = module.preprocessor.max_length
         try:
             with torch.no_grad():
-                program = torch.export.export(
-                    source, tensors, dynamic_shapes={"input_ids": axes, "attention_mask": axes}
+                program = _traced(source, example, length)
+                if static:
+                    program = _traced(_calibrate(program, calibration), example, length)
+                aoti_compile_and_package(
+                    program,
+                    package_path=str(folder / _FILE),
+                    # Only constant weights are stored as int8; else int8 is computed in fp32.
+                    inductor_configs={"freezing": static},
                 )
-                aoti_compile_and_package(program, package_path=str(folder / _FILE))
         except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
-            raise VariantError(f"AOTInductor: {type(error).__name__}: {_first(error)}") from error
+            raise VariantError(
+                f"AOTInductor: {type(error).__name__}: {first_line(error)}"
+            ) from error
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
@@ -71,5 +94,44 @@ class AOTInductor(Variant):
         return torch_predict(aoti_load_package(str(folder / _FILE)), device)
 
 
-def _first(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+def _need_torchao() -> None:
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("torchao", "quantize") from error
+
+
+def _tensors(batch: Inputs) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(batch[name]) for name in _NAMES)
+
+
+def _traced(module: torch.nn.Module, example: Inputs, longest: int) -> Any:
+    """The module's graph, its batch and its length (2 to `longest`) left free."""
+    import torch
+
+    axes = {
+        0: torch.export.Dim("batch", min=1, max=65536),
+        1: torch.export.Dim("length", min=2, max=longest),
+    }
+    return torch.export.export(
+        module, _tensors(example), dynamic_shapes=dict.fromkeys(_NAMES, axes)
+    )
+
+
+def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:
+    """Put quantization between the graph's operators, ranges taken from real rows."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    config = x86.get_default_x86_inductor_quantization_config()
+    if int8_saturates():
+        # Its own way out takes the bit from the activations, which costs more accuracy.
+        config = replace(config, weight=replace(config.weight, quant_min=-64, quant_max=63))
+    quantizer = x86.X86InductorQuantizer().set_global(config)
+    prepared = prepare_pt2e(program.module(), quantizer)
+    for batch in calibration:
+        prepared(*_tensors(batch))
+    quantized: torch.nn.Module = convert_pt2e(prepared)
+    return quantized

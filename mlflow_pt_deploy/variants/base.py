@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.hardware import cpu_flags
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ Predict = Callable[[Inputs], Logits]
 """Named inputs, batch first, to logits: float32 (batch, classes)."""
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
+MIN_CALIBRATION_ROWS = 16
 
 
 def no_native_bf16() -> str | None:
@@ -32,6 +35,33 @@ def no_native_bf16() -> str | None:
     if cpu_flags() & BF16_FLAGS:
         return None
     return "skipped: this processor has no bf16 instructions (avx512_bf16 or amx_bf16)"
+
+
+def int8_saturates() -> bool:
+    """Whether sums of 8-bit products overflow on this processor, where 7-bit weights do not.
+
+    Without VNNI two products of uint8 and int8 are added in 16 bits.
+    """
+    return not cpu_flags() & VNNI_FLAGS
+
+
+def check_calibration(calibration: Sequence[Inputs]) -> None:
+    """Refuse to fix the ranges of activations on a handful of rows.
+
+    Raises:
+        VariantError: There are fewer than `MIN_CALIBRATION_ROWS`.
+    """
+    rows = sum(len(batch["input_ids"]) for batch in calibration)
+    if rows < MIN_CALIBRATION_ROWS:
+        raise VariantError(
+            f"static int8 needs at least {MIN_CALIBRATION_ROWS} rows of train to calibrate, "
+            f"and got {rows}. Give more rows, or use dynamic int8."
+        )
+
+
+def first_line(error: Exception) -> str:
+    """What a runtime's error says, without its traceback or graph dump."""
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,8 @@ class Variant(ABC):
     written into the manifest as it is.
 
     Attributes:
-        precision: ``fp32``, ``bf16``, ``int8-dynamic`` or ``int8-static``.
+        precision: ``fp32``, ``bf16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
+            ``int8-accuracy`` (calibrated, and held to the fp32 model's answers).
         runtime: What executes the model; the middle part of the variant's name.
         extra: The extra of this distribution that the runtime needs, if any.
         compiles: True where an export takes a compiler's time; such exports get a process apart.

@@ -36,7 +36,13 @@ _LABELS = "labels.json"
 _GOLDEN = "golden.json"
 # Largest |difference| to the golden logits, as a share of their largest magnitude. Integer kernels
 # round differently from one instruction set to the next; fp32 ones hardly do.
-_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "int8-dynamic": 1e-1, "int8-static": 1e-1}
+_TOLERANCE = {
+    "fp32": 1e-3,
+    "bf16": 5e-2,
+    "int8-dynamic": 1e-1,
+    "int8-static": 1e-1,
+    "int8-accuracy": 1e-1,
+}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant
+from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant, first_line
 from mlflow_pt_deploy.variants.eager import quantize_linears, torch_predict
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class TorchScript(Variant):
             try:
                 traced = torch.jit.freeze(torch.jit.trace(source, tensors, strict=False))
             except RuntimeError as error:
-                raise VariantError(f"tracing failed: {str(error).splitlines()[0]}") from error
+                raise VariantError(f"tracing failed: {first_line(error)}") from error
             torch.jit.save(traced, str(folder / FILE))
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:

@@ -1,0 +1,134 @@
+"""What calibrated int8 promises beyond the contract, and what is built only when named."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import warnings
+from collections import Counter
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+from conftest import FILLERS, KEYWORDS
+
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.models import Classifier, load_classifier
+from mlflow_pt_deploy.train import predict_logits
+from mlflow_pt_deploy.variants import ON_REQUEST, VARIANTS, Variant, select
+from mlflow_pt_deploy.variants.aotinductor import AOTInductor
+from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.variants.openvino import OpenVino
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_model: Path) -> Classifier:
+    return load_classifier(str(tiny_model))
+
+
+def export(variant: Variant, classifier: Classifier, rows: list[str], folder: Path) -> None:
+    batches = [classifier.preprocessor([row]) for row in rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        variant.export(classifier, classifier.preprocessor(["a", "my card"]), batches, folder)
+
+
+def test_onnxruntime_quantizes_what_has_weights(
+    classifier: Classifier,
+    tiny_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, scratch = tmp_path / "variant", tmp_path / "scratch"
+    folder.mkdir(), scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    export(OnnxRuntime("int8-static"), classifier, tiny_splits.train.rows[:16], folder)
+    assert [path.name for path in folder.iterdir()] == ["model.onnx"]
+    assert not list(scratch.iterdir())
+
+    graph = onnx.load(folder / "model.onnx").graph
+    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    integer, float_ = Counter(), Counter()
+    for node in graph.node:
+        inputs = list(node.input[:1] if node.op_type == "Gather" else node.input[:2])
+        kind = integer if set(inputs) <= dequantized else float_
+        kind[node.op_type] += 1
+    # Two layers of query, key, value, output and two feed-forward; pooler and head.
+    assert integer["MatMul"] + integer["Gemm"] == 2 * 6 + 2
+    assert float_["Gemm"] == 0
+    assert float_["MatMul"] == 2 * 2  # attention's two products of activations
+    assert integer["Gather"] == 3  # words, positions, segments
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    assert not any(
+        tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
+        for tensor in weights.values()
+    )
+
+
+def nearly_ambiguous(classifier: Classifier) -> list[str]:
+    """64 rows with a word of two labels each, which int8's errors can turn over."""
+    draw = random.Random(0)
+    rows = [
+        " ".join(
+            [
+                *draw.sample(FILLERS, draw.randint(1, 6)),
+                draw.choice(first),
+                *draw.sample(FILLERS, draw.randint(0, 3)),
+                draw.choice(second),
+            ]
+        )
+        for first, second in permutations(KEYWORDS.values(), 2)
+        for _ in range(50)
+    ]
+    best = np.sort(predict_logits(classifier, rows), axis=1)
+    margins = best[:, 2] - best[:, 1]
+    return [rows[i] for i in np.argsort(margins) if margins[i] > 0.05][:64]
+
+
+def test_accuracy_control_puts_layers_back_until_labels_agree(
+    classifier: Classifier, tmp_path: Path
+) -> None:
+    rows = nearly_ambiguous(classifier)
+    expected = predict_logits(classifier, rows[1::2]).argmax(axis=1)  # the half that is held out
+    quantizers, agreement = [], []
+    for max_drop in (1.0, 0.0):
+        folder = tmp_path / str(max_drop)
+        folder.mkdir()
+        variant = OpenVino("int8-accuracy", max_drop=max_drop)
+        export(variant, classifier, rows, folder)
+        nodes = openvino.Core().read_model(str(folder / "model.xml")).get_ops()
+        quantizers.append(sum(node.get_type_name() == "FakeQuantize" for node in nodes))
+        predict = variant.load(folder, device="cpu", threads=1)
+        actual = [predict(classifier.preprocessor([row]))[0].argmax() for row in rows[1::2]]
+        agreement.append((actual == expected).mean())
+    assert agreement[0] < 1 == agreement[1]
+    assert quantizers[0] > quantizers[1]
+
+
+def test_a_drop_that_cannot_be_reached(
+    classifier: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    variant = OpenVino("int8-accuracy", max_drop=-0.1)
+    message = r"0.0% of 8 held-out rows change their label, allowed are -10.0%. Allow more"
+    with pytest.raises(VariantError, match=message):
+        export(variant, classifier, tiny_splits.train.rows[:16], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_on_request_is_built_only_when_named() -> None:
+    assert select("") == VARIANTS
+    assert not set(VARIANTS) & set(ON_REQUEST)
+    assert set(select("openvino,aotinductor")) & set(ON_REQUEST) == set()
+    assert select("openvino-int8-accuracy") == (Eager("fp32"), OpenVino("int8-accuracy"))
+    assert select("aotinductor-int8-static, eager-bf16") == (
+        Eager("fp32"),
+        Eager("bf16"),
+        AOTInductor("int8-static"),
+    )
+    with pytest.raises(VariantError, match=r"no int8.*openvino-fp32, openvino-int8-accuracy, "):
+        select("int8")
