@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,13 @@ from transformers.utils import logging as transformers_logging
 
 from mlflow_pt_deploy.errors import MissingExtraError, ModelError
 from mlflow_pt_deploy.preprocess import TextPreprocessor
+
+# transformers imports torchao wherever it is installed, and torchao complains of GPU kernels that
+# no CPU build can load; both say it to everybody, also to those who quantize nothing.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda record: "register_constant" not in record.getMessage()
+)
 
 
 class Classifier(nn.Module):
