@@ -48,6 +48,7 @@ _NEEDS = {
     "aotinductor": ("torch",),
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
+    "numpy": (),  # what every installation of this package has
 }
 
 

@@ -18,13 +18,14 @@ class Options:
     Attributes:
         data: See `load_data`.
         teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
-        student: The same, for a student that exists already; empty: distill one.
+        student: The same, for students that exist already, separated by commas; empty: distill.
         name: Registered model to promote into.
         epochs: Passes over train for the teacher; 0 takes it as it is.
-        student_epochs: Passes for the student; 0 makes no student.
-        student_layers: Layers that the student keeps of the teacher's.
+        student_epochs: Passes for the transformer student; 0 makes none.
+        student_layers: Layers that it keeps of the teacher's; 0, for `distill` alone: static.
+        static_epochs: Passes for the static student; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
-        batch_size: Rows a training step.
+        batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
         variants: Runtimes or runtimes with a precision to build, separated by commas; empty: all.
         seconds: Timing budget for each variant.
@@ -44,8 +45,9 @@ class Options:
     epochs: int = 5
     student_epochs: int = 6
     student_layers: int = 3
+    static_epochs: int = 12
     learning_rate: float = 0.0
-    batch_size: int = 32
+    batch_size: int = 0
     temperature: float = 2.0
     variants: str = ""
     seconds: float = 8.0

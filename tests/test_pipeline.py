@@ -24,6 +24,7 @@ def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
         "epochs": 4,
         "student-epochs": 2,
         "student-layers": 1,
+        "static-epochs": 2,
         "learning-rate": 0.01,
         "seconds": 0.2,
         "retain": 0.5,
@@ -55,7 +56,9 @@ def test_the_whole_line(
 
 def _check_document(document: dict) -> None:
     rows = {row["variant"]: row for row in document["variants"]}
-    assert len(rows) == 8  # two models; eager fp32 and the three that were asked for
+    # Eager fp32 and the three that were asked for, for teacher and student; the static student
+    # has but the first.
+    assert len(rows) == 9
     assert rows["teacher-eager-fp32"]["validation"]["accuracy"] > 0.8, "the teacher learned nothing"
     assert rows["teacher-eager-fp32"]["test"]["agreement"] == 1
     for row in rows.values():
@@ -69,7 +72,7 @@ def _check_document(document: dict) -> None:
 
 def _check_tracking(document: dict) -> None:
     children = _children(document["run_id"])
-    assert {"train", "distill", "student-eager-fp32"} <= set(children)
+    assert {"train", "distill", "distill-static", "static-eager-fp32"} <= set(children)
     tags = children["train"].data.tags
     assert tags["hardware.cores"]
     parent = MlflowClient().get_run(document["run_id"])
@@ -142,7 +145,8 @@ def test_an_interrupted_line_goes_on(
     assert main(["run", "--resume", run_id, "--json"]) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert document["run_id"] == run_id
-    assert len(steps) == 5 + 12 - 4 + 6  # 4 x 3 and 2 x 3 steps; the four done are not repeated
+    # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
+    assert len(steps) == 5 + 12 - 4 + 6 + 2
     assert document["choice"].endswith("eager-fp32")
 
 

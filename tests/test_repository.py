@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mlflow_pt_deploy"
 ROOMS = (
     "errors",
     "hardware",
+    "home",
     "data",
     "preprocess",
     "models",
@@ -34,6 +35,7 @@ ROOMS = (
     "promote",
     "tracking",
     "plugins",
+    "optimize",
     "stages",
     "pipeline",
     "cli",

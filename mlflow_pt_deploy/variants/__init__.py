@@ -9,10 +9,11 @@ from mlflow_pt_deploy.variants.folder import (
     verify,
     write_variant,
 )
-from mlflow_pt_deploy.variants.table import RUNTIMES, VARIANTS, select
+from mlflow_pt_deploy.variants.table import RUNTIMES, STATIC_VARIANTS, VARIANTS, select
 
 __all__ = [
     "RUNTIMES",
+    "STATIC_VARIANTS",
     "VARIANTS",
     "Inputs",
     "LoadedVariant",

@@ -36,7 +36,7 @@ class OnnxRuntime(Variant):
         _to_onnx(module, example, path)
         if self.precision == "int8-dynamic":
             _quantize(path)
-        else:
+        elif hasattr(module.network.config, "num_attention_heads"):  # a static student has none
             _fuse(path, module.network.config)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:

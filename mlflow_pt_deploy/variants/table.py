@@ -6,12 +6,13 @@ from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
 from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.variants.openvino import OpenVino
 from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 RUNTIMES: dict[str, type[Variant]] = {
-    kind.runtime: kind for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino)
+    kind.runtime: kind for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy)
 }
 
 VARIANTS: tuple[Variant, ...] = (
@@ -29,6 +30,9 @@ VARIANTS: tuple[Variant, ...] = (
     OpenVino("int8-static"),
 )
 
+# A static student computes so little that a runtime's own cost decides.
+STATIC_VARIANTS: tuple[Variant, ...] = (Eager("fp32"), OnnxRuntime("fp32"), NumPy("fp32"))
+
 
 def select(names: str) -> tuple[Variant, ...]:
     """The variants that a user asked for, and eager fp32, which all are compared with.
@@ -40,17 +44,25 @@ def select(names: str) -> tuple[Variant, ...]:
     Raises:
         VariantError: A name is not in the table.
     """
+    every = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = {v.runtime for v in VARIANTS} | {_short(v) for v in VARIANTS}
+    known = {v.runtime for v in every} | {_short(v) for v in every}
     if unknown := sorted(wanted - known):
         raise VariantError(
             f"variants: there is no {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
         )
     return tuple(
         variant
-        for variant in VARIANTS
+        for variant in every
         if not wanted or wanted & {variant.runtime, _short(variant)} or variant == VARIANTS[0]
     )
+
+
+def suits(variant: Variant, model_type: str) -> bool:
+    """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
+    if model_type == STATIC:
+        return variant in STATIC_VARIANTS
+    return not isinstance(variant, NumPy)
 
 
 def _short(variant: Variant) -> str:
