@@ -14,7 +14,9 @@ import mlflow
 from tqdm.auto import tqdm
 
 from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.cascades import plan_cascades
 from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import work_folder
 from mlflow_pt_deploy.measure import Result, measure
@@ -22,8 +24,9 @@ from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Choice, choose
 from mlflow_pt_deploy.report import markdown, plot
 from mlflow_pt_deploy.variants.base import Variant
-from mlflow_pt_deploy.variants.build import Built, build
-from mlflow_pt_deploy.variants.table import select
+from mlflow_pt_deploy.variants.build import Built, build, golden_rows, suited
+from mlflow_pt_deploy.variants.cascade import CASCADE, Cascade, write_cascade
+from mlflow_pt_deploy.variants.table import VARIANTS, select, wants_cascades
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,14 @@ def optimize(
         options: What concerns building, measuring and choosing.
     """
     work = work_folder(run_id)
-    built = _build(models, splits, select(options.variants), work / "variants")
-    results = _measure(built, splits, next(iter(models)), options)
+    folders = work / "variants"
+    built = _build(models, splits, select(options.variants), folders)
+    reference = VARIANTS[0].name(next(iter(models)))
+    results = _measure(built, splits, reference, options)
+    wanted = wants_cascades(options.variants)
+    if cascades := _cascade(results, splits, options.retain, folders) if wanted else []:
+        known = [one for one in built if one.name == reference]
+        results += _measure([*known, *cascades], splits, reference, options, only=cascades)
     addresses = {}
     for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
         address = tracking.log_result(result, splits, step)
@@ -72,7 +81,7 @@ def optimize(
 def _build(
     models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
 ) -> list[Built]:
-    with tqdm(total=len(models) * len(variants), desc="building", unit="variant") as bar:
+    with tqdm(total=len(suited(models, variants)), desc="building", unit="variant") as bar:
 
         def progress(one: Built) -> None:
             bar.set_postfix_str(one.name)
@@ -81,10 +90,40 @@ def _build(
         return build(models, splits, target, variants=variants, progress=progress)
 
 
-def _measure(built: list[Built], splits: Splits, baseline: str, options: Options) -> list[Result]:
+def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: Path) -> list[Built]:
+    """Cascades of what was measured, where one would be faster than every variant alone."""
+    made = []
+    for plan in plan_cascades(results, retain):
+        cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
+        name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
+        try:
+            write_cascade(
+                folder,
+                target / plan.fast,
+                target / plan.strong,
+                threshold=plan.threshold,
+                golden_rows=golden_rows(splits),
+            )
+        except (PtDeployError, OSError) as error:
+            reason = str(error)
+        found = None if reason else folder
+        made.append(Built(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
+    return made
+
+
+def _measure(
+    built: Sequence[Built],
+    splits: Splits,
+    reference: str,
+    options: Options,
+    only: Sequence[Built] = (),
+) -> list[Result]:
+    """A result for each of `built` (or of `only`), those that failed included."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
-    reference = f"{baseline}-eager-fp32"
-    with tqdm(total=len(folders), desc="measuring", unit="variant") as bar:
+    names = {one.name for one in only or built} & folders.keys()
+    if not names:
+        return []
+    with tqdm(total=len(names), desc="measuring", unit="variant") as bar:
 
         def progress(result: Result) -> None:
             bar.set_postfix_str(result.variant)
@@ -96,25 +135,28 @@ def _measure(built: list[Built], splits: Splits, baseline: str, options: Options
             splits=splits,
             seconds=options.seconds,
             threads=options.threads,
+            only=names,
             progress=progress,
         )
     by_name = {result.variant: result for result in measured}
-    threads = options.threads or usable_cores()
     return [
-        by_name.get(one.name)
-        or Result(
-            one.name,
-            one.model,
-            one.runtime,
-            one.precision,
-            "cpu",
-            threads,
-            None,
-            one.reason,
-            baseline=reference,
-        )
-        for one in built
+        by_name.get(one.name) or _failed(one, reference, options.threads or usable_cores())
+        for one in only or built
     ]
+
+
+def _failed(one: Built, reference: str, threads: int) -> Result:
+    return Result(
+        one.name,
+        one.model,
+        one.runtime,
+        one.precision,
+        "cpu",
+        threads,
+        None,
+        one.reason,
+        baseline=reference,
+    )
 
 
 def _log_outcome(

@@ -86,12 +86,18 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     torch.manual_seed(options.seed)
-    student = start_student(teacher, options.student_layers)
+    student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
     logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
     loss = soft_labels(logits, splits.train.targets, temperature=options.temperature)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
     return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
+
+
+def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
+    from mlflow_pt_deploy.prune import prune_vocabulary
+
+    return teacher if options.vocabulary == "all" else prune_vocabulary(teacher, splits.train.rows)
 
 
 def distill_stage(options: Options) -> str:

@@ -34,6 +34,12 @@ def no_native_bf16() -> str | None:
     return "skipped: this processor has no bf16 instructions (avx512_bf16 or amx_bf16)"
 
 
+def confidence(logits: Logits) -> npt.NDArray[np.float32]:
+    """Largest softmax probability of each row, float32 (batch,)."""
+    sure: npt.NDArray[np.float32] = 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
+    return sure
+
+
 @dataclass(frozen=True)
 class Variant(ABC):
     """A way to run a model: a runtime with its options.

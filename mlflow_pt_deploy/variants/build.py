@@ -90,12 +90,7 @@ def build(
         done[built.name] = built
         report(built)
 
-    asked = [
-        (model, variant)
-        for model, folder in models.items()
-        for variant in variants
-        if suits(variant, _model_type(folder))
-    ]
+    asked = suited(models, variants)
     wanted: list[tuple[str, Variant]] = []
     for model, variant in asked:
         if early := _without_building(variant, model, target):
@@ -111,6 +106,16 @@ def build(
         for job in jobs:
             job.result()
     return [done[variant.name(model)] for model, variant in asked]
+
+
+def suited(models: Mapping[str, Path], variants: Sequence[Variant]) -> list[tuple[str, Variant]]:
+    """Names of models with the variants that suit their kind, in the order given."""
+    return [
+        (model, variant)
+        for model, folder in models.items()
+        for variant in variants
+        if suits(variant, _model_type(folder))
+    ]
 
 
 def _model_type(folder: Path) -> str:
@@ -145,13 +150,22 @@ def _jobs(wanted: Sequence[tuple[str, Variant]]) -> list[tuple[str, list[Variant
 
 def _rows(splits: Splits) -> dict[str, list[str]]:
     """Rows for tracing (mixed lengths), calibration and golden answers."""
-    train, validation = splits.train.rows, splits.validation.rows
+    train = splits.train.rows
     by_length = sorted(range(len(train)), key=lambda row: len(train[row]))
     random = np.random.default_rng(0)
     chosen = random.permutation(len(train))[:_CALIBRATION_ROWS]
-    golden = sorted(validation, key=len)[:: max(1, len(validation) // 6)][:6]
     example = [train[by_length[int(share * (len(train) - 1))]] for share in (0.05, 0.5, 0.9)]
-    return {"example": example, "calibration": [train[i] for i in chosen], "golden": golden}
+    return {
+        "example": example,
+        "calibration": [train[i] for i in chosen],
+        "golden": golden_rows(splits),
+    }
+
+
+def golden_rows(splits: Splits) -> list[str]:
+    """A few rows of all lengths, whose answers are kept with each variant."""
+    rows = sorted(splits.validation.rows, key=len)
+    return rows[:: max(1, len(rows) // 6)][:6]
 
 
 def _built(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
 from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.eager import Eager
 from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
 from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
@@ -12,7 +13,8 @@ from mlflow_pt_deploy.variants.openvino import OpenVino
 from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 RUNTIMES: dict[str, type[Variant]] = {
-    kind.runtime: kind for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy)
+    kind.runtime: kind
+    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade)
 }
 
 VARIANTS: tuple[Variant, ...] = (
@@ -39,14 +41,14 @@ def select(names: str) -> tuple[Variant, ...]:
 
     Args:
         names: Runtimes or runtimes with a precision, separated by commas, e.g.
-            ``onnxruntime,openvino-fp32``; empty for all.
+            ``onnxruntime,openvino-fp32``, and ``cascade``; empty for all.
 
     Raises:
         VariantError: A name is not in the table.
     """
     every = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = {v.runtime for v in every} | {_short(v) for v in every}
+    known = {Cascade.runtime} | {v.runtime for v in every} | {_short(v) for v in every}
     if unknown := sorted(wanted - known):
         raise VariantError(
             f"variants: there is no {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
@@ -56,6 +58,11 @@ def select(names: str) -> tuple[Variant, ...]:
         for variant in every
         if not wanted or wanted & {variant.runtime, _short(variant)} or variant == VARIANTS[0]
     )
+
+
+def wants_cascades(names: str) -> bool:
+    """Whether a user who asked for `names` (see `select`) wants cascades of them too."""
+    return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
 
 
 def suits(variant: Variant, model_type: str) -> bool:
