@@ -33,7 +33,7 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 # A static student computes so little that a runtime's own cost decides.
-STATIC_VARIANTS: tuple[Variant, ...] = (Eager("fp32"), OnnxRuntime("fp32"), NumPy("fp32"))
+STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
 
 
 def select(names: str) -> tuple[Variant, ...]:
