@@ -116,7 +116,7 @@ def _declared() -> dict[str, Requirement]:
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
     lines = parser["options"]["install_requires"]
-    for extra in ("train", "onnx", "openvino", "serve"):
+    for extra in ("train", "onnx", "openvino", "serve", "search"):
         lines += extras[extra]
     found = [Requirement(line) for line in lines.splitlines() if line and not line.startswith("#")]
     return {requirement.name: requirement for requirement in found}
