@@ -19,10 +19,11 @@ from mlflow_pt_deploy import __version__
 from mlflow_pt_deploy.errors import PtDeployError
 
 if TYPE_CHECKING:
+    from mlflow_pt_deploy.optimize import Optimized
     from mlflow_pt_deploy.options import Options
     from mlflow_pt_deploy.pipeline import Lifecycle
     from mlflow_pt_deploy.promote import Promotion
-    from mlflow_pt_deploy.stages import Optimized, Trained
+    from mlflow_pt_deploy.stages import Trained
 
 _DATA = {
     "--data": (str, "catalog", "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, abo:FOLDER"),
@@ -32,7 +33,7 @@ _DATA = {
 }
 _FIT = {
     "--learning-rate": (float, 0.0, "peak; 0: by the model's width"),
-    "--batch-size": (int, 32, "rows a training step"),
+    "--batch-size": (int, 0, "rows a training step; 0: by the model"),
     "--device": (str, "cpu", "where to train: cpu or cuda"),
 }
 _TEACHER = {
@@ -40,8 +41,10 @@ _TEACHER = {
     "--epochs": (int, 5, "passes over train for the teacher; 0: take it as it is"),
 }
 _STUDENT = {
-    "--student-epochs": (int, 6, "passes over train for the student; 0: no student"),
-    "--student-layers": (int, 3, "layers that the student keeps of the teacher's"),
+    "--student-epochs": (int, 6, "passes over train for the transformer student; 0: none"),
+    "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
+    "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
+    "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),
 }
 _MEASURE = {
@@ -128,7 +131,8 @@ def _special(name: str, stage: argparse.ArgumentParser) -> None:
     if name == "optimize":
         stage.add_argument("--model", required=True, help=f"the model: {forms}")
     if name in ("run", "optimize"):
-        stage.add_argument("--student", default="", help=f"a smaller model made already: {forms}")
+        about = f"smaller models made already, separated by commas: {forms}"
+        stage.add_argument("--student", default="", help=about)
     if name == "promote":
         stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
     if name == "serve":

@@ -1,4 +1,4 @@
-"""What a student starts from, and the loss that teaches it.
+"""What a student starts from, what it is taught, and the loss that teaches it.
 
 Soft labels with temperature follow Hinton, Vinyals & Dean (2015); starting from the teacher's own
 layers follows DistilBERT (Sanh et al. 2019).
@@ -6,14 +6,19 @@ layers follows DistilBERT (Sanh et al. 2019).
 
 from __future__ import annotations
 
+import hashlib
+import os
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models import Classifier, shrink
-from mlflow_pt_deploy.train import Loss
+from mlflow_pt_deploy.models import Classifier, new_static, shrink
+from mlflow_pt_deploy.train import Loss, predict_logits
 
 
 def spread(depth: int, keep: int) -> tuple[int, ...]:
@@ -32,8 +37,43 @@ def spread(depth: int, keep: int) -> tuple[int, ...]:
 
 
 def start_student(teacher: Classifier, layers: int) -> Classifier:
-    """A student with the teacher's embeddings, head and `layers` of its layers."""
+    """A student with the teacher's embeddings, head and `layers` of its layers; 0: a static one."""
+    if layers == 0:
+        return new_static(teacher)
     return shrink(teacher, spread(teacher.network.config.num_hidden_layers, layers))
+
+
+def teacher_logits(
+    teacher: Classifier, split: Split, cache: Path, *, device: str = "cpu"
+) -> npt.NDArray[np.float32]:
+    """What the teacher answers to each row, float32 (rows, classes), computed once.
+
+    Args:
+        teacher: The fine-tuned teacher.
+        split: The rows it labels.
+        cache: Folder for a file that carries the digest of these weights and rows in its name.
+        device: ``cpu`` or ``cuda``.
+    """
+    path = cache / f"{_digest(teacher)}-{split.digest}.npy"
+    shape = (len(split), len(teacher.labels))
+    if path.exists():
+        known: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
+        if known.shape == shape:
+            return known
+    logits = predict_logits(teacher, split.rows, device=device)
+    cache.mkdir(parents=True, exist_ok=True)
+    side = path.with_suffix(f".{os.getpid()}")
+    with side.open("wb") as file:
+        np.save(file, logits)
+    os.replace(side, path)
+    return logits
+
+
+def _digest(classifier: Classifier) -> str:
+    sha = hashlib.sha256()
+    for name, tensor in sorted(classifier.cpu().state_dict().items()):
+        sha.update(name.encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 def soft_labels(

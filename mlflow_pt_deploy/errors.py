@@ -9,6 +9,7 @@
     ├── ArtifactError      a variant's folder that must not be loaded
     │   └── UntrustedError      it carries code that nobody vouched for
     ├── PolicyError        limits that make no sense, or that nothing meets
+    ├── SearchError        a search that cannot go on, or has nothing to search in
     ├── TrackingError      MLflow's server or registry refused or cannot be reached
     └── ServingError       a scoring request that is not answered
         ├── RequestError        the request is wrong; names the field
@@ -28,6 +29,7 @@ __all__ = [
     "PolicyError",
     "PtDeployError",
     "RequestError",
+    "SearchError",
     "ServingError",
     "TrackingError",
     "UnsupportedError",
@@ -80,6 +82,10 @@ class UntrustedError(ArtifactError):
 
 class PolicyError(PtDeployError):
     """Limits that make no sense, or that no variant meets."""
+
+
+class SearchError(PtDeployError):
+    """A search whose space makes no sense, or whose study cannot be used."""
 
 
 class TrackingError(PtDeployError):

@@ -48,21 +48,23 @@ _NEEDS = {
     "aotinductor": ("torch",),
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
+    "numpy": (),  # what every installation of this package has
 }
 
 
-def get_default_pip_requirements(runtime: str = "eager") -> list[str]:
-    """Pinned requirements of an environment that can serve a variant of `runtime`."""
+def get_default_pip_requirements(*runtimes: str) -> list[str]:
+    """Pinned requirements of an environment that can serve variants of `runtimes`; empty: eager."""
     versions = library_versions()
-    names = ("tokenizers", *_NEEDS[runtime])
+    needs = (name for runtime in runtimes or ("eager",) for name in _NEEDS[runtime])
+    names = dict.fromkeys(("tokenizers", *needs))
     pins = [f"{name}=={versions[name].partition('+')[0]}" for name in names if name in versions]
     return [f"mlflow-pt-deploy=={__version__}", *pins]
 
 
-def get_default_conda_env(runtime: str = "eager") -> dict[str, Any]:
+def get_default_conda_env(*runtimes: str) -> dict[str, Any]:
     """`get_default_pip_requirements` as a conda environment."""
     env: dict[str, Any] = _mlflow_conda_env(
-        additional_pip_deps=get_default_pip_requirements(runtime)
+        additional_pip_deps=get_default_pip_requirements(*runtimes)
     )
     return env
 
@@ -105,7 +107,7 @@ def save_model(
     _add_flavors(model, manifest)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
-    defaults = None if pip_requirements else get_default_pip_requirements(manifest.runtime)
+    defaults = None if pip_requirements else get_default_pip_requirements(*manifest.runtimes)
     _write_environment(root, defaults, pip_requirements, extra_pip_requirements)
 
 

@@ -6,8 +6,10 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
+from math import ceil
+from pathlib import Path, PurePosixPath
 
 _LIBRARIES = (
     "torch",
@@ -20,6 +22,7 @@ _LIBRARIES = (
     "mlflow",
 )
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
+_ROOT = Path("/")
 
 
 @cache
@@ -33,11 +36,17 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset may have cut down."""
+def usable_cores(_root: Path = _ROOT) -> int:
+    """Cores this process may keep busy, which a container or taskset may have cut down.
+
+    The fewest of its CPU affinity and the CPU quotas of its cgroups. A quota of 1.5 cores counts
+    as 2: rounded down, a third of it would never be used.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return min([cores, *_quotas(_root)])
 
 
 def library_versions() -> dict[str, str]:
@@ -72,11 +81,42 @@ def hardware() -> dict[str, str]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
-def _read(path: str) -> str:
+def _read(path: Path | str) -> str:
     try:
-        return Path(path).read_text(encoding="utf8")
+        return Path(path).read_text(encoding="utf8", errors="replace")
     except OSError:
         return ""
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Cores, rounded up, of each cgroup around this process that has a limit.
+
+    Linux's ``cpu.max`` (cgroup v2) and CFS bandwidth control (v1). A container may know its cgroup
+    by the host's path but see only its own files, at the mount: hence every path up to there.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+    """
+    mount = root / "sys" / "fs" / "cgroup"
+    lines = _read(root / "proc" / "self" / "cgroup").splitlines()
+    for line in ["0::/", "1:cpu:/", *lines]:
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        # v2 has no controllers here; beside v1 it is mounted one folder lower
+        for name in {"cpu", controllers} if controllers else {"", "unified"}:
+            for group in (own, *own.parents):
+                yield from _quota(mount / name / group)
+
+
+def _quota(group: Path) -> Iterator[int]:
+    text = _read(group / "cpu.max")
+    if not text:
+        text = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
+    numbers = [int(word) for word in text.split() if word.isdecimal()]
+    if len(numbers) == 2 and all(numbers):  # "max" and "-1" are no numbers and no limit
+        yield ceil(numbers[0] / numbers[1])
 
 
 def _cpu_model() -> str:

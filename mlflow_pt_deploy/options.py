@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.policy import Policy
+
+VOCABULARIES = ("all", "train")
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,15 @@ class Options:
     Attributes:
         data: See `load_data`.
         teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
-        student: The same, for a student that exists already; empty: distill one.
+        student: The same, for students that exist already, separated by commas; empty: distill.
         name: Registered model to promote into.
         epochs: Passes over train for the teacher; 0 takes it as it is.
-        student_epochs: Passes for the student; 0 makes no student.
-        student_layers: Layers that the student keeps of the teacher's.
+        student_epochs: Passes for the transformer student; 0 makes none.
+        student_layers: Layers that it keeps of the teacher's; 0, for `distill` alone: static.
+        vocabulary: ``all``, or ``train``: students keep only the word pieces that train uses.
+        static_epochs: Passes for the static student; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
-        batch_size: Rows a training step.
+        batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
         variants: Runtimes or runtimes with a precision to build, separated by commas; empty: all.
         seconds: Timing budget for each variant.
@@ -35,6 +40,9 @@ class Options:
         retain, objective, max_latency_p95_ms, max_artifact_mb, max_peak_rss_mb: See `Policy`;
             0 sets no limit.
         resume: Id of an interrupted run to go on with.
+
+    Raises:
+        ModelError: `vocabulary` is none of those.
     """
 
     data: str = "catalog"
@@ -44,8 +52,10 @@ class Options:
     epochs: int = 5
     student_epochs: int = 6
     student_layers: int = 3
+    vocabulary: str = "all"
+    static_epochs: int = 12
     learning_rate: float = 0.0
-    batch_size: int = 32
+    batch_size: int = 0
     temperature: float = 2.0
     variants: str = ""
     seconds: float = 8.0
@@ -59,6 +69,12 @@ class Options:
     max_artifact_mb: float = 0.0
     max_peak_rss_mb: float = 0.0
     resume: str = ""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary not in VOCABULARIES:
+            raise ModelError(
+                f"vocabulary is {self.vocabulary!r}; choose from {', '.join(VOCABULARIES)}."
+            )
 
     def policy(self) -> Policy:
         """The limits among the options.

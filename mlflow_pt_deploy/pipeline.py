@@ -16,11 +16,12 @@ import mlflow
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.optimize import Optimized
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.promote import Promotion
 from mlflow_pt_deploy.stages import (
-    Optimized,
     Trained,
+    distill_stage,
     distill_student,
     optimize_models,
     promote_choice,
@@ -63,16 +64,31 @@ def run_lifecycle(options: Options) -> Lifecycle:
         teacher = _unless_finished(run_id, "train", train_teacher, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
-        if options.student_epochs and not options.student:
-            student = _unless_finished(run_id, "distill", distill_student, options, splits)
-            seconds["distill"] = student.seconds
-            options = replace(options, student=student.model)
+        if not options.student:
+            students = _students(run_id, options, splits)
+            if students:
+                seconds["distill"] = sum(student.seconds for student in students)
+            options = replace(options, student=",".join(student.model for student in students))
         with _timed("optimize", seconds):
             optimized = optimize_models(replace(options, resume=""), splits)
         with _timed("promote", seconds):
             promotion = promote_choice(optimized, options.name)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return Lifecycle(run_id, optimized, promotion, seconds)
+
+
+def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
+    """One with some of the teacher's layers and a static one, as far as they are asked for."""
+    made = []
+    for layers, epochs in (
+        (options.student_layers, options.student_epochs),
+        (0, options.static_epochs),
+    ):
+        if epochs:
+            wanted = replace(options, student_layers=layers)
+            stage = distill_stage(wanted)
+            made.append(_unless_finished(parent, stage, distill_student, wanted, splits))
+    return made
 
 
 def _unless_finished(

@@ -6,31 +6,28 @@ science, and logs what it returned. Does not know which stage comes next.
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from tqdm.auto import tqdm
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
-from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.measure import Result, measure
+from mlflow_pt_deploy.home import home, work_folder
+from mlflow_pt_deploy.measure import Result
+from mlflow_pt_deploy.optimize import Optimized, optimize
 from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.policy import Choice, Policy, choose
+from mlflow_pt_deploy.policy import Policy, choose
 from mlflow_pt_deploy.promote import Promotion, promote
-from mlflow_pt_deploy.report import markdown, plot
-from mlflow_pt_deploy.variants.base import Variant
-from mlflow_pt_deploy.variants.build import Built, build
+from mlflow_pt_deploy.variants.numpy import STATIC
 from mlflow_pt_deploy.variants.table import select
 
-TEACHER, STUDENT, MODEL = "teacher", "student", "model"
+TEACHER, STUDENT, STATIC_STUDENT, MODEL = "teacher", "student", "static", "model"
 
 
 @dataclass(frozen=True)
@@ -48,23 +45,6 @@ class Trained:
     model: str
     validation_accuracy: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Optimized:
-    """All variants, and which of them the policy chose.
-
-    Attributes:
-        run_id: The run whose children the variants are.
-        results: A row for each variant, failed ones included.
-        models: Variant name to ``models:/m-...``.
-        choice: The variant and the reason.
-    """
-
-    run_id: str
-    results: tuple[Result, ...]
-    models: Mapping[str, str]
-    choice: Choice
 
 
 def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
@@ -92,21 +72,37 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
 def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """Distill a student with `options.student_layers` layers from a fine-tuned teacher.
 
+    0 layers make a static student, which learns for `options.static_epochs`.
+
     Raises:
         ModelError: `options.teacher` was not fine-tuned on these labels, or has fewer layers.
     """
-    from mlflow_pt_deploy.distill import soft_labels, start_student
+    import torch
+
+    from mlflow_pt_deploy.distill import soft_labels, start_student, teacher_logits
     from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.train import predict_logits
 
     splits = splits or _prepared(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
-    student = start_student(teacher, options.student_layers)
+    torch.manual_seed(options.seed)
+    student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
-    logits = predict_logits(teacher, splits.train.rows, device=options.device)
+    logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
     loss = soft_labels(logits, splits.train.targets, temperature=options.temperature)
-    return _fit_and_log("distill", options, splits, student, loss, options.student_epochs)
+    epochs = options.student_epochs if options.student_layers else options.static_epochs
+    return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
+
+
+def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
+    from mlflow_pt_deploy.prune import prune_vocabulary
+
+    return teacher if options.vocabulary == "all" else prune_vocabulary(teacher, splits.train.rows)
+
+
+def distill_stage(options: Options) -> str:
+    """How the run of a student is tagged, by its kind."""
+    return "distill" if options.student_layers else "distill-static"
 
 
 def optimize_models(options: Options, splits: Splits | None = None) -> Optimized:
@@ -124,19 +120,18 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     splits = splits or _prepared(options)
     reference = TEACHER if options.student else MODEL
     models = {reference: Path(tracking.fetch_model(options.teacher))}
-    if options.student:
-        models[STUDENT] = Path(tracking.fetch_model(options.student))
+    models |= _students(options.student)
     for path in models.values():
         splits = align(splits, load_classifier(str(path)).labels)
     active = mlflow.active_run()
     if active is not None:
-        return _optimize(active.info.run_id, models, splits, options)
+        return optimize(active.info.run_id, models, splits, options)
     name = f"{splits.name} optimize"
     with tracking.stage_run(
         "optimize", name, resume=options.resume, options=options.to_json()
     ) as run:
         tracking.log_dataset_facts(splits)
-        return _optimize(run.info.run_id, models, splits, options)
+        return optimize(run.info.run_id, models, splits, options)
 
 
 def promote_choice(optimized: Optimized, name: str) -> Promotion:
@@ -179,12 +174,20 @@ def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
     return Optimized(run_id, rows, models, choose(rows, policy or saved.policy()))
 
 
-def work_folder(run_id: str) -> Path:
-    """Where a run keeps unfinished work: ``$PT_DEPLOY_HOME`` or ``~/.cache/mlflow-pt-deploy``."""
-    home = os.environ.get("PT_DEPLOY_HOME") or Path.home() / ".cache" / "mlflow-pt-deploy"
-    folder = Path(home) / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _students(addresses: str) -> dict[str, Path]:
+    """Fetched models by the name that their kind gives them."""
+    found: dict[str, Path] = {}
+    for address in filter(None, (part.strip() for part in addresses.split(","))):
+        path = Path(tracking.fetch_model(address))
+        config = json.loads((path / "config.json").read_text(encoding="utf8"))
+        name = STATIC_STUDENT if config.get("model_type") == STATIC else STUDENT
+        if name in found:
+            raise ModelError(
+                f"student: {address} is the second {name} student; give one of each kind, a "
+                "transformer and a static one."
+            )
+        found[name] = path
+    return found
 
 
 def _prepared(options: Options) -> Splits:
@@ -203,7 +206,7 @@ def _fit_and_log(
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
         seed=options.seed,
-    )
+    ).resolved(classifier)
     with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
         work = work_folder(run.info.run_id)
         if not options.resume:
@@ -243,84 +246,3 @@ def _fit_and_log(
         address = tracking.log_folder(work / "model", "model")
         shutil.rmtree(work, ignore_errors=True)
     return Trained(run.info.run_id, address, accuracy, seconds)
-
-
-def _optimize(
-    run_id: str, models: Mapping[str, Path], splits: Splits, options: Options
-) -> Optimized:
-    work = work_folder(run_id)
-    built = _build(models, splits, select(options.variants), work / "variants")
-    results = _measure(built, splits, next(iter(models)), options)
-    addresses = {}
-    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
-        address = tracking.log_result(result, splits, step)
-        if address is not None:
-            addresses[result.variant] = address
-    choice = choose(results, options.policy())
-    _log_outcome(results, choice, splits, addresses, work, options.retain)
-    shutil.rmtree(work, ignore_errors=True)
-    return Optimized(run_id, tuple(results), addresses, choice)
-
-
-def _build(
-    models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
-) -> list[Built]:
-    with tqdm(total=len(models) * len(variants), desc="building", unit="variant") as bar:
-
-        def progress(one: Built) -> None:
-            bar.set_postfix_str(one.name)
-            bar.update()
-
-        return build(models, splits, target, variants=variants, progress=progress)
-
-
-def _measure(built: list[Built], splits: Splits, baseline: str, options: Options) -> list[Result]:
-    folders = {one.name: one.folder for one in built if one.folder is not None}
-    reference = f"{baseline}-eager-fp32"
-    with tqdm(total=len(folders), desc="measuring", unit="variant") as bar:
-
-        def progress(result: Result) -> None:
-            bar.set_postfix_str(result.variant)
-            bar.update()
-
-        measured = measure(
-            folders,
-            baseline=reference,
-            splits=splits,
-            seconds=options.seconds,
-            threads=options.threads,
-            progress=progress,
-        )
-    by_name = {result.variant: result for result in measured}
-    threads = options.threads or usable_cores()
-    return [
-        by_name.get(one.name)
-        or Result(
-            one.name,
-            one.model,
-            one.runtime,
-            one.precision,
-            "cpu",
-            threads,
-            None,
-            one.reason,
-            baseline=reference,
-        )
-        for one in built
-    ]
-
-
-def _log_outcome(
-    results: list[Result],
-    choice: Choice,
-    splits: Splits,
-    models: Mapping[str, str],
-    work: Path,
-    retain: float,
-) -> None:
-    figure = work / "accuracy_latency.png"
-    plot(results, figure, choice, retain=retain)
-    report = markdown(results, choice, notes=splits.notes)
-    tracking.log_results(results, {"report.md": report}, figure)
-    mlflow.log_dict(dict(models), "models.json")
-    tracking.describe(report)

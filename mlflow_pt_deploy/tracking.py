@@ -6,7 +6,9 @@ and tag names; does not know how anything is computed.
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,6 +187,8 @@ def describe(markdown: str) -> None:
 def fetch_model(reference: str) -> str:
     """Make a model reference local.
 
+    What MLflow holds is copied to a temporary folder, which is removed when this process ends.
+
     Args:
         reference: A Hugging Face id, a folder, ``minilm``, or MLflow's ``runs:/`` or ``models:/``
             of a transformers model, of one of our eager fp32 variants or of a stage's ``model``.
@@ -197,29 +201,45 @@ def fetch_model(reference: str) -> str:
     """
     if not reference.startswith(_MLFLOW_SCHEMES):
         return reference
-    try:
-        root = Path(mlflow.artifacts.download_artifacts(artifact_uri=reference))
-    except (MlflowException, OSError) as error:
-        raise ModelError(f"{reference} cannot be fetched from MLflow: {error}") from error
+    root = _download(reference)
     if (root / "config.json").is_file():
         return str(root)
     if (root / "variant" / "model.safetensors").is_file():
         return str(root / "variant")
+    if (root / "peft").is_dir():
+        raise ModelError(
+            f"{reference} is a PEFT adapter beside its base model. Merge the two first, with "
+            "peft's merge_and_unload, and log the result."
+        )
     if (root / "model" / "config.json").is_file():
-        return _merged_transformers(root)
+        return str(_merged_transformers(root))
     raise ModelError(
-        f"{reference} holds no Hugging Face model. Give a model logged with mlflow.transformers, "
-        "a stage's runs:/RUN_ID/model, or an eager fp32 variant."
+        f"{reference} holds no Hugging Face model. Give a model logged with mlflow.transformers "
+        "(weights included), a stage's runs:/RUN_ID/model, or an eager fp32 variant."
     )
 
 
-def _merged_transformers(root: Path) -> str:
+def _download(reference: str) -> Path:
+    """A private copy, also where the artifacts are on this machine: MLflow's store is not ours."""
+    # Errors of whoever reads the folder name it, so it should remind of what the user gave.
+    name = re.sub(r"[^A-Za-z0-9_.@]+", "-", reference)[-100:]
+    folder = tempfile.mkdtemp(prefix=f"pt-deploy-{name}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=folder))
+    except Exception as error:  # each artifact store has its own
+        raise ModelError(
+            f"{reference} cannot be fetched from MLflow. Check it, and that MLFLOW_TRACKING_URI "
+            f"({_without_password(mlflow.get_tracking_uri())}) is where it was logged: {error}"
+        ) from error
+
+
+def _merged_transformers(root: Path) -> Path:
     """MLflow's transformers flavor keeps weights and tokenizer apart; put them together."""
-    folder = Path(tempfile.mkdtemp(prefix="pt-deploy-model-"))
-    for part in (root / "model", root / "components" / "tokenizer"):
-        if part.is_dir():
-            shutil.copytree(part, folder, dirs_exist_ok=True)
-    return str(folder)
+    tokenizer = root / "components" / "tokenizer"
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, root / "model", dirs_exist_ok=True)
+    return root / "model"
 
 
 def log_folder(folder: Path, name: str) -> str:

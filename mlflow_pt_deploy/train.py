@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.hardware import cpu_flags
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.variants.base import BF16_FLAGS
+from mlflow_pt_deploy.variants.numpy import STATIC
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Logits (batch, classes) and the rows' indices in train, int64 (batch,), to a scalar."""
@@ -38,8 +39,8 @@ class Schedule:
 
     Attributes:
         epochs: Passes over train.
-        learning_rate: Peak; 0 chooses 2e-4 for encoders up to 512 wide and 5e-5 above.
-        batch_size: Rows a step.
+        learning_rate: Peak; 0 chooses, see `resolved`.
+        batch_size: Rows a step; 0 chooses.
         warmup: Share of the steps in which the learning rate rises.
         weight_decay: Of AdamW.
         seed: Of the order of rows and of dropout.
@@ -47,10 +48,27 @@ class Schedule:
 
     epochs: int = 5
     learning_rate: float = 0.0
-    batch_size: int = 32
+    batch_size: int = 0
     warmup: float = 0.1
     weight_decay: float = 0.01
     seed: int = 0
+
+    def resolved(self, classifier: Classifier) -> Schedule:
+        """The same with numbers for what was left to choose.
+
+        Rows a step: 32; static students 128. Peak: 2e-4 for encoders up to 512 wide and 5e-5
+        above; 2e-3 for static students.
+        """
+        config = classifier.network.config
+        if config.model_type == STATIC:
+            rows, peak = 128, 2e-3
+        else:
+            rows, peak = 32, 2e-4 if getattr(config, "hidden_size", 768) <= 512 else 5e-5
+        return replace(
+            self,
+            batch_size=self.batch_size or rows,
+            learning_rate=self.learning_rate or peak,
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,7 @@ def fit(
     Raises:
         DataError: The loss is not a number: the learning rate is too high, or the data broken.
     """
+    schedule = schedule.resolved(classifier)
     run = _Run(classifier.to(device), splits.train, schedule, device)
     if checkpoint and checkpoint.exists():
         run.restore(checkpoint)
@@ -165,10 +184,11 @@ class _Run:
         self.losses: list[float] = []
         self.epochs: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
-        width = getattr(classifier.network.config, "hidden_size", 768)
-        peak = schedule.learning_rate or (2e-4 if width <= 512 else 5e-5)
         self.optimizer = torch.optim.AdamW(
-            classifier.parameters(), lr=peak, weight_decay=schedule.weight_decay, fused=True
+            classifier.parameters(),
+            lr=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+            fused=True,
         )
         warm = max(1, int(schedule.warmup * self.total_steps))
         rest = max(1, self.total_steps - warm)

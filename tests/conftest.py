@@ -78,6 +78,12 @@ def tiny_model(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_static(once: Callable[[str, Callable[[Path], object]], Path], tiny_model: Path) -> Path:
+    """A static student of `tiny_model`: 16 hidden, 64 buckets, up to trigrams."""
+    return once("tiny-static", lambda folder: _write_tiny_static(folder, tiny_model))
+
+
+@pytest.fixture(scope="session")
 def tiny_data(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A folder of CSV files (90, 30 and 30 rows); one word of each row tells the label."""
     return once("tiny-data", _write_tiny_data)
@@ -90,15 +96,20 @@ def tiny_splits(tiny_data: Path) -> Splits:
 
 @pytest.fixture(scope="session")
 def exported(
-    once: Callable[[str, Callable[[Path], object]], Path], tiny_model: Path, tiny_splits: Splits
-) -> Callable[[Variant], Path]:
-    """Writes a variant of `tiny_model`, once; read it, or copy it before you change it."""
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tiny_model: Path,
+    tiny_static: Path,
+    tiny_splits: Splits,
+) -> Callable[..., Path]:
+    """Writes a variant of a tiny model, once; read it, or copy it before you change it."""
 
-    def export(variant: Variant) -> Path:
+    def export(variant: Variant, model: str = "teacher") -> Path:
+        source = tiny_static if model == "static" else tiny_model
+
         def write(folder: Path) -> None:
             from mlflow_pt_deploy.models import load_classifier
 
-            classifier = load_classifier(str(tiny_model))
+            classifier = load_classifier(str(source))
             rows = sorted(tiny_splits.train.rows, key=len)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as the child process of `build` does
@@ -106,13 +117,13 @@ def exported(
                     variant,
                     classifier,
                     folder,
-                    model="teacher",
+                    model=model,
                     example=classifier.preprocessor([rows[0], rows[45], rows[-1]]),
                     calibration=[classifier.preprocessor([row]) for row in rows[::4]],
                     golden_rows=tiny_splits.validation.rows[:4],
                 )
 
-        return once(variant.name("teacher"), write)
+        return once(variant.name(model), write)
 
     return export
 
@@ -180,6 +191,24 @@ def _write_tiny_model(folder: Path) -> None:
     _teach_words(network, tokenizer)
     network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _write_tiny_static(folder: Path, teacher: Path) -> None:
+    """Weights by hand: the embeddings tell the labels already, n-grams move them a little."""
+    import torch
+
+    from mlflow_pt_deploy.models import load_classifier, new_static, save_classifier
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        student = new_static(load_classifier(str(teacher)), hidden=16, buckets=64, ngrams=3)
+        network = student.network
+        network.grams.weight.normal_(std=0.05)
+        network.norm.weight.uniform_(0.9, 1.1)
+        network.norm.bias.normal_(std=0.01)
+        network.hidden.weight[:3, :3] += torch.eye(3)
+        network.classifier.weight[:, :3] += torch.eye(3)
+    save_classifier(student, folder)
 
 
 def _teach_words(network, tokenizer) -> None:

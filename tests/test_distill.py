@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import soft_labels, spread, start_student
+from mlflow_pt_deploy.distill import soft_labels, spread, start_student, teacher_logits
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
 from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
@@ -97,7 +97,7 @@ def test_layers_that_the_teacher_does_not_have(teacher: Classifier, layers: list
         shrink(teacher, layers)
 
 
-@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("layers", [-1, 3])
 def test_more_or_fewer_layers_than_there_are(teacher: Classifier, layers: int) -> None:
     with pytest.raises(ModelError, match=f"student_layers {layers}: choose from 1 to 2"):
         start_student(teacher, layers)
@@ -156,3 +156,15 @@ def test_soft_labels_teach_a_student(teacher: Classifier, tiny_splits: Splits) -
     loss = soft_labels(answers, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
     assert evaluate(student, tiny_splits.test) > 0.9
+
+
+def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
+    logits = teacher_logits(teacher, tiny_splits.train, tmp_path / "logits")
+    assert (logits == predict_logits(teacher, tiny_splits.train.rows)).all()
+    (kept,) = (tmp_path / "logits").iterdir()
+    np.save(kept, logits + 1)  # so that reading it can be told from asking again
+    assert (teacher_logits(teacher, tiny_splits.train, tmp_path / "logits") == logits + 1).all()
+    teacher_logits(teacher, tiny_splits.validation, tmp_path / "logits")  # other rows
+    teacher.network.classifier.bias.data += 1  # other weights
+    assert np.allclose(teacher_logits(teacher, tiny_splits.train, kept.parent), logits + 1)
+    assert len(list(kept.parent.iterdir())) == 3

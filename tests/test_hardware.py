@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_pt_deploy.hardware import cpu_flags, hardware, usable_cores
+from mlflow_pt_deploy.hardware import _quotas, cpu_flags, hardware, usable_cores
 
 
 def test_it_describes_this_machine_in_short_strings() -> None:
@@ -44,3 +44,93 @@ def test_cores_are_those_that_this_process_may_use() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False"]
+
+
+def _cgroups(root: Path, files: dict[str, str]) -> Path:
+    """A made-up machine: `files` by their path under ``/sys/fs/cgroup`` or ``/proc``."""
+    for name, text in files.items():
+        path = root / name if name.startswith("proc/") else root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf8")
+    return root
+
+
+OWN = "proc/self/cgroup"
+V1 = "12:cpuset:/\n4:cpu,cpuacct:/docker/ab\n1:name=systemd:/docker/ab\n0::/"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        pytest.param({"cpu.max": "max 100000"}, None, id="no limit"),
+        pytest.param({"cpu.max": "200000 100000"}, 2, id="a container's two cores"),
+        pytest.param({"cpu.max": "150000 100000"}, 2, id="one and a half, rounded up"),
+        pytest.param({"cpu.max": "20000 50000"}, 1, id="less than one"),
+        pytest.param({OWN: "0::/a/b", "a/b/cpu.max": "300000 100000"}, 3, id="a unit of systemd"),
+        pytest.param(
+            {OWN: "0::/a/b", "a/b/cpu.max": "400000 100000", "a/cpu.max": "250000 100000"},
+            3,
+            id="its parent allows less",
+        ),
+        pytest.param(
+            {OWN: "0::/a/b", "a/b/cpu.max": "200000 100000", "a/cpu.max": "max 100000"},
+            2,
+            id="its parent has no limit",
+        ),
+        pytest.param(
+            {OWN: "0::/a", "other/cpu.max": "100000 100000", "a/b/cpu.max": "100000 100000"},
+            None,
+            id="limits of others",
+        ),
+        pytest.param(
+            {OWN: "0::/docker/ab", "cpu.max": "500000 100000"}, 5, id="the host's name of it"
+        ),
+        pytest.param({OWN: "0::/../..", "cpu.max": "max 100000"}, None, id="outside its namespace"),
+        pytest.param(
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+            id="v1 in a container",
+        ),
+        pytest.param(
+            {
+                OWN: V1,
+                "cpu,cpuacct/docker/ab/cpu.cfs_quota_us": "350000",
+                "cpu,cpuacct/docker/ab/cpu.cfs_period_us": "100000",
+                "cpu,cpuacct/docker/cpu.cfs_quota_us": "-1",
+                "cpu,cpuacct/docker/cpu.cfs_period_us": "100000",
+            },
+            4,
+            id="v1 of its own",
+        ),
+        pytest.param(
+            {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+            None,
+            id="v1 without limit",
+        ),
+        pytest.param({OWN: "0::/a", "unified/a/cpu.max": "100000 100000"}, 1, id="v2 beside v1"),
+        pytest.param({OWN: "nonsense", "cpu.max": "nonsense"}, None, id="nonsense"),
+        pytest.param({"cpu.max": "0 100000", OWN: "0::/a", "a/cpu.max": "1 0"}, None, id="zeros"),
+        pytest.param({}, None, id="no cgroups"),
+    ],
+)
+def test_quota_is_the_least_of_the_cgroups_around(
+    tmp_path: Path, files: dict[str, str], cores: int | None
+) -> None:
+    assert min(_quotas(_cgroups(tmp_path, files)), default=None) == cores
+
+
+def test_a_quota_cuts_the_cores_and_never_adds_any(tmp_path: Path) -> None:
+    one = _cgroups(tmp_path / "one", {"cpu.max": "100000 100000"})
+    assert usable_cores(one) == 1
+    affinity = usable_cores(tmp_path / "nothing there")
+    many = _cgroups(tmp_path / "many", {"cpu.max": f"{100000 * (affinity + 1)} 100000"})
+    assert usable_cores(many) == affinity
+    if hasattr(os, "sched_getaffinity"):
+        assert affinity == len(os.sched_getaffinity(0))
+
+
+def test_a_quota_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    (tmp_path / "sys/fs/cgroup/cpu.max").mkdir(
+        parents=True
+    )  # reading it is an OSError, also to root
+    assert list(_quotas(tmp_path)) == []

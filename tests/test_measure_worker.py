@@ -104,8 +104,8 @@ def test_a_worker_knows_its_variant_and_how_long_it_took_to_start(worker: Worker
 
 
 def test_answers_come_in_the_order_of_the_rows_although_batches_are_sorted(worker: Worker) -> None:
-    assert worker.predict(0, 4).tolist() == ANSWERS
-    assert worker.predict(1, 3).tolist() == ANSWERS[1:3]
+    assert worker.predict(0, 4).labels.tolist() == ANSWERS
+    assert worker.predict(1, 3).labels.tolist() == ANSWERS[1:3]
 
 
 def test_every_row_of_every_pass_is_timed(worker: Worker) -> None:
@@ -139,7 +139,7 @@ def test_threads_are_set_for_every_runtime_before_the_start(worker: Worker) -> N
 def test_an_error_in_the_variant_is_told_and_the_worker_goes_on(worker: Worker) -> None:
     with pytest.raises(VariantError, match="teacher-onnxruntime-fp32: IndexError: list index"):
         worker.time([99])
-    assert worker.predict(0, 1).tolist() == [0]
+    assert worker.predict(0, 1).labels.tolist() == [0]
 
 
 def test_a_variant_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
@@ -248,6 +248,7 @@ def test_every_metric_is_there_under_its_name(results: list[Result]) -> None:
     assert sorted(results[0].metrics()) == [
         "artifact_mb",
         "best_batch_rows",
+        "latency_mean_ms",
         "latency_p50_ms",
         "latency_p95_ms",
         "latency_p99_ms",
@@ -264,6 +265,7 @@ def test_every_metric_is_there_under_its_name(results: list[Result]) -> None:
         "accuracy_drop_high",
         "accuracy_drop_low",
         "agreement",
+        "confidence",
         "macro_f1",
     ]
 

@@ -8,12 +8,12 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy.cli import main
-from mlflow_pt_deploy.errors import PolicyError
+from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.policy import Policy
+from mlflow_pt_deploy.policy import Choice, Policy
 from mlflow_pt_deploy.stages import Optimized, optimize_models, promote_choice, read_optimized
 
-FEW = "eager-bf16,torchscript-fp32,onnxruntime-int8-dynamic"
+FEW = "eager-bf16,torchscript-fp32,onnxruntime-int8-dynamic,numpy"
 
 
 def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
@@ -24,6 +24,7 @@ def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
         "epochs": 4,
         "student-epochs": 2,
         "student-layers": 1,
+        "static-epochs": 2,
         "learning-rate": 0.01,
         "seconds": 0.2,
         "retain": 0.5,
@@ -55,7 +56,9 @@ def test_the_whole_line(
 
 def _check_document(document: dict) -> None:
     rows = {row["variant"]: row for row in document["variants"]}
-    assert len(rows) == 8  # two models; eager fp32 and the three that were asked for
+    # Eager fp32 and the three that were asked for, for teacher and student; for the static
+    # student NumPy.
+    assert len(rows) == 9
     assert rows["teacher-eager-fp32"]["validation"]["accuracy"] > 0.8, "the teacher learned nothing"
     assert rows["teacher-eager-fp32"]["test"]["agreement"] == 1
     for row in rows.values():
@@ -69,7 +72,7 @@ def _check_document(document: dict) -> None:
 
 def _check_tracking(document: dict) -> None:
     children = _children(document["run_id"])
-    assert {"train", "distill", "student-eager-fp32"} <= set(children)
+    assert {"train", "distill", "distill-static", "static-numpy-fp32"} <= set(children)
     tags = children["train"].data.tags
     assert tags["hardware.cores"]
     parent = MlflowClient().get_run(document["run_id"])
@@ -142,7 +145,8 @@ def test_an_interrupted_line_goes_on(
     assert main(["run", "--resume", run_id, "--json"]) == 0
     document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert document["run_id"] == run_id
-    assert len(steps) == 5 + 12 - 4 + 6  # 4 x 3 and 2 x 3 steps; the four done are not repeated
+    # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
+    assert len(steps) == 5 + 12 - 4 + 6 + 2
     assert document["choice"].endswith("eager-fp32")
 
 
@@ -161,9 +165,47 @@ def test_a_model_of_ones_own(tracking: str, tiny_data: Path, exported_teacher: P
     }
 
 
-def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
-    from mlflow_pt_deploy.policy import Choice
+def test_a_cascade_is_a_variant_like_any_other(
+    tracking: str,
+    tiny_data: Path,
+    tiny_model: Path,
+    tiny_static: Path,
+    tmp_path: Path,
+) -> None:
+    import torch
 
+    from mlflow_pt_deploy.models import load_classifier, save_classifier
+
+    # A static student that knows nothing of cards, and says so by being unsure.
+    static = load_classifier(str(tiny_static))
+    with torch.no_grad():
+        static.network.classifier.weight[0] = 0
+        static.network.classifier.weight *= 0.5
+    save_classifier(static, tmp_path / "forgetful")
+    done = optimize_models(
+        Options(
+            data=str(tiny_data),
+            teacher=str(tiny_model),
+            student=str(tmp_path / "forgetful"),
+            variants="numpy,cascade",
+            seconds=0.2,
+        )
+    )
+    rows = {result.variant: result for result in done.results}
+    cascade = rows["cascade-static-teacher"]
+    assert not cascade.reason
+    alone = rows["static-numpy-fp32"].value("accuracy", "validation")
+    assert alone < 0.99 * rows["teacher-eager-fp32"].value("accuracy", "validation")
+    assert cascade.value("accuracy", "validation") > alone
+    # The tiny teacher is as fast as any cascade; what is chosen is not the point here.
+    by_hand = Choice(cascade.variant, "by hand", ())
+    promote_choice(Optimized(done.run_id, done.results, done.models, by_hand), "tiny")
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    answers = model.predict(["please refund me", "my card pin"])
+    assert [answer["label"] for answer in answers] == ["refund", "card"]
+
+
+def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
     nothing = Optimized("0", (), {}, Choice(None, "No variant meets the limits.", ()))
     with pytest.raises(PolicyError, match=r"nothing is promoted. No variant meets the limits"):
         promote_choice(nothing, "tiny")
@@ -172,3 +214,18 @@ def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
 @pytest.fixture
 def exported_teacher(tiny_model: Path) -> Path:
     return tiny_model
+
+
+def test_a_student_with_the_vocabulary_of_train(
+    tracking: str, tiny_data: Path, tiny_model: Path
+) -> None:
+    from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.stages import distill_student
+    from mlflow_pt_deploy.tracking import fetch_model
+
+    options = {"data": str(tiny_data), "teacher": str(tiny_model), "student_layers": 0}
+    done = distill_student(Options(**options, static_epochs=1, vocabulary="train", limit=3))
+    pieces = load_classifier(fetch_model(done.model)).network.pieces.weight
+    assert len(pieces) < len(load_classifier(str(tiny_model)).tokenizer)
+    with pytest.raises(ModelError, match=r"vocabulary is 'tiny'; choose from all, train"):
+        Options(vocabulary="tiny")

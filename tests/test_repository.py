@@ -17,14 +17,18 @@ PACKAGE = ROOT / "mlflow_pt_deploy"
 ROOMS = (
     "errors",
     "hardware",
+    "home",
     "data",
     "preprocess",
     "models",
     "variants",
     "train",
     "distill",
+    "prune",
     "measure",
+    "cascades",
     "policy",
+    "search",
     "chart",
     "report",
     "options",
@@ -34,6 +38,7 @@ ROOMS = (
     "promote",
     "tracking",
     "plugins",
+    "optimize",
     "stages",
     "pipeline",
     "cli",
@@ -111,7 +116,7 @@ def _declared() -> dict[str, Requirement]:
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
     lines = parser["options"]["install_requires"]
-    for extra in ("train", "onnx", "openvino", "quantize", "serve"):
+    for extra in ("train", "onnx", "openvino", "serve", "search"):
         lines += extras[extra]
     found = [Requirement(line) for line in lines.splitlines() if line and not line.startswith("#")]
     return {requirement.name: requirement for requirement in found}

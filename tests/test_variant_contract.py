@@ -20,6 +20,7 @@ from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.train import predict_logits
 from mlflow_pt_deploy.variants import (
     ON_REQUEST,
+    STATIC_VARIANTS,
     VARIANTS,
     LoadedVariant,
     Variant,
@@ -27,7 +28,9 @@ from mlflow_pt_deploy.variants import (
     verify,
 )
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
+from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
 from mlflow_pt_deploy.variants.openvino import OpenVino
+from mlflow_pt_deploy.variants.table import select, suits
 
 LABELS = ("card", "refund", "transfer")
 LARGEST = 5.0  # what the tiny model's logits reach
@@ -50,7 +53,9 @@ COMPANY = {
     "int8-accuracy": 0.02,
 }
 ALL = (*VARIANTS, *ON_REQUEST)
-STATIC = [variant for variant in ALL if variant.precision in ("int8-static", "int8-accuracy")]
+CALIBRATED = [variant for variant in ALL if variant.precision in ("int8-static", "int8-accuracy")]
+CONTRACTS = [("teacher", variant) for variant in ALL]
+CONTRACTS += [("static", variant) for variant in STATIC_VARIANTS]
 LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 NEED_LIBRARIES = [
     (variant, library) for variant in ALL for library in LIBRARIES.get(variant.extra or "", ())
@@ -58,20 +63,34 @@ NEED_LIBRARIES = [
 
 
 def _id(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]}-{_id(value[1])}"
     return f"{value.runtime}-{value.precision}" if isinstance(value, Variant) else str(value)
 
 
-@pytest.fixture(scope="module", params=ALL, ids=_id)
-def variant(request: pytest.FixtureRequest) -> Variant:
+@pytest.fixture(scope="module", params=CONTRACTS, ids=_id)
+def contract(request: pytest.FixtureRequest) -> tuple[str, Variant]:
     # Of AOTInductor's reasons only the missing compiler counts here, not missing bf16.
-    if isinstance(request.param, AOTInductor) and (reason := AOTInductor().unsupported()):
+    if isinstance(request.param[1], AOTInductor) and (reason := AOTInductor().unsupported()):
         pytest.skip(reason)
+    if request.param[1] == AOTInductor("int8-static"):
+        pytest.importorskip("torchao", reason="needs the extra quantize")
     return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(variant: Variant, exported: Callable[[Variant], Path]) -> Path:
-    return exported(variant)
+def model(contract: tuple[str, Variant]) -> str:
+    return contract[0]
+
+
+@pytest.fixture(scope="module")
+def variant(contract: tuple[str, Variant]) -> Variant:
+    return contract[1]
+
+
+@pytest.fixture(scope="module")
+def folder(model: str, variant: Variant, exported: Callable[..., Path]) -> Path:
+    return exported(variant, model)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +99,12 @@ def loaded(folder: Path) -> LoadedVariant:
 
 
 @pytest.fixture(scope="module")
-def classifier(tiny_model: Path) -> Classifier:
+def classifier(model: str, tiny_model: Path, tiny_static: Path) -> Classifier:
+    return load_classifier(str(tiny_static if model == "static" else tiny_model))
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_model: Path) -> Classifier:
     return load_classifier(str(tiny_model))
 
 
@@ -91,9 +115,9 @@ def off(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_it_comes_back_from_its_folder_as_what_it_was(
-    variant: Variant, folder: Path, loaded: LoadedVariant, classifier: Classifier
+    model: str, variant: Variant, folder: Path, loaded: LoadedVariant, classifier: Classifier
 ) -> None:
-    assert folder.name == variant.name("teacher")
+    assert folder.name == variant.name(model)
     assert loaded.manifest == verify(folder)
     assert loaded.manifest.name == folder.name
     assert (loaded.manifest.runtime, loaded.manifest.precision) == (
@@ -205,14 +229,14 @@ def test_threads_change_no_answer(folder: Path, loaded: LoadedVariant) -> None:
 def test_a_missing_library_names_its_extra(
     variant_: Variant,
     library: str,
-    classifier: Classifier,
+    transformer: Classifier,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{variant_.extra}\]'"
     with pytest.raises(MissingExtraError, match=cure):
-        variant_.export(classifier, classifier.preprocessor(["a", "my card"]), [], tmp_path)
+        variant_.export(transformer, transformer.preprocessor(["a", "my card"]), [], tmp_path)
     if library != "onnx":  # it only writes
         with pytest.raises(MissingExtraError, match=cure):
             variant_.load(tmp_path, device="cpu", threads=1)
@@ -231,29 +255,42 @@ def test_a_missing_quantizer_names_its_extra(
     variant_: Variant,
     library: str,
     extra: str,
-    classifier: Classifier,
+    transformer: Classifier,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    example = classifier.preprocessor(["a", "my card"])
+    example = transformer.preprocessor(["a", "my card"])
     cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{extra}\]'"
     with pytest.raises(MissingExtraError, match=cure):
-        variant_.export(classifier, example, [example], tmp_path)
+        variant_.export(transformer, example, [example], tmp_path)
 
 
-@pytest.mark.parametrize("variant_", STATIC, ids=_id)
+@pytest.mark.parametrize("variant_", CALIBRATED, ids=_id)
 def test_too_few_rows_to_calibrate(
-    variant_: Variant, classifier: Classifier, tmp_path: Path
+    variant_: Variant, transformer: Classifier, tmp_path: Path
 ) -> None:
-    rows = [classifier.preprocessor([f"my card {number}"]) for number in range(15)]
+    rows = [transformer.preprocessor([f"my card {number}"]) for number in range(15)]
     message = "needs at least 16 rows of train to calibrate, and got 15. Give more rows"
     with pytest.raises(VariantError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        variant_.export(classifier, classifier.preprocessor(["a", "my card"]), rows, tmp_path)
+        variant_.export(transformer, transformer.preprocessor(["a", "my card"]), rows, tmp_path)
 
 
-@pytest.mark.parametrize("variant_", ALL, ids=_id)
+def test_numpy_runs_static_students_only(transformer: Classifier, tmp_path: Path) -> None:
+    example = transformer.preprocessor(["a", "my card"])
+    with pytest.raises(VariantError, match="static students only"):
+        NumPy().export(transformer, example, [], tmp_path)
+
+
+def test_only_what_suits_a_model_is_built() -> None:
+    assert [v for v in VARIANTS if suits(v, "bert")] == list(VARIANTS)
+    assert not suits(NumPy(), "bert")
+    static = [v for v in select("") if suits(v, STATIC)]
+    assert static == list(STATIC_VARIANTS)
+
+
+@pytest.mark.parametrize("variant_", (*ALL, NumPy()), ids=_id)
 def test_it_is_its_own_record(variant_: Variant) -> None:
     assert variant_.name("student") == f"student-{variant_.runtime}-{variant_.precision}"
     assert variant_ == type(variant_)(variant_.precision)

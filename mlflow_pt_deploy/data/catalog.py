@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 
-TRAIN_ROWS = 1600
-VALIDATION_ROWS = 300
-TEST_ROWS = 400
+TRAIN_ROWS = 1200
+VALIDATION_ROWS = 200
+TEST_ROWS = 300
 WRONG_LABELS = 0.02
 """Share of rows whose label is another one of the same family."""
 

@@ -5,7 +5,7 @@ Knows what is measured and in which order; does not know who chooses from it, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +16,12 @@ import numpy.typing as npt
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.measure.process import Worker
+from mlflow_pt_deploy.measure.process import Answers, Worker
 from mlflow_pt_deploy.measure.result import UNITS, Measurement, Result
 from mlflow_pt_deploy.measure.statistics import macro_f1, paired_drop, paired_speedup, percentile
 from mlflow_pt_deploy.measure.timing import draw_rows, interleave, throughput, warm
 
-_TIMED_ROWS = (16, 64)
+_TIMED_ROWS = (16, 256)
 _BATCHED_ROWS = 4096
 _LATENCY_SHARE = 0.6  # of the time budget; throughput gets the rest
 _WARM_SHARE = 0.25  # of it, for meeting each timed row once
@@ -55,6 +55,7 @@ def measure(
     seconds: float = 8.0,
     device: str = "cpu",
     threads: int = 0,
+    only: Collection[str] = (),
     progress: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Measure variants one after the other, each against the baseline, nothing else running.
@@ -70,10 +71,11 @@ def measure(
             repeats are run in any case, and answering all rows comes on top.
         device: ``cpu`` or ``cuda``.
         threads: Threads that one call may use; 0 takes every core this process may run on.
+        only: Names to measure; empty: all.
         progress: Called with each result as it is there.
 
     Returns:
-        A result for each folder, in their order; one that failed says so in `reason`.
+        A result for each of them, in the order of the folders; one that failed says so in `reason`.
 
     Raises:
         VariantError: The baseline is not among the folders, fails, or there are no rows.
@@ -89,6 +91,8 @@ def measure(
     results = []
     with _open_bench(folders[baseline], splits, seconds, device, threads) as bench:
         for name, folder in folders.items():
+            if only and name not in only:
+                continue
             blank = _blank(name, folder, device, threads, baseline)
             try:
                 result = _measure_one(blank, folder, bench)
@@ -120,7 +124,8 @@ def _open_bench(
         )
         batched = draw_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
         worker.time(timed)
-        yield _Bench(worker, splits, _answers(worker, splits), timed, batched, seconds)
+        reference = {name: given.labels for name, given in _answers(worker, splits).items()}
+        yield _Bench(worker, splits, reference, timed, batched, seconds)
 
 
 def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
@@ -133,7 +138,7 @@ def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
     return worker
 
 
-def _answers(worker: Worker, splits: Splits) -> dict[str, npt.NDArray[np.int64]]:
+def _answers(worker: Worker, splits: Splits) -> dict[str, Answers]:
     middle = len(splits.validation)
     return {
         "validation": worker.predict(0, middle),
@@ -168,6 +173,7 @@ def _timing(worker: Worker, bench: _Bench) -> list[Measurement]:
     )
     best = max(rates, key=lambda size: float(np.median(rates[size])))
     return [
+        _plain("latency_mean_ms", float(np.mean(rounds.samples_ms))),
         Measurement("latency_p50_ms", p50, "ms", samples=rounds.samples_ms),
         _plain("latency_p95_ms", p95),
         _plain("latency_p99_ms", p99),
@@ -179,10 +185,13 @@ def _timing(worker: Worker, bench: _Bench) -> list[Measurement]:
 
 def _quality(worker: Worker, bench: _Bench) -> list[Measurement]:
     found: list[Measurement] = []
-    for dataset, predicted in _answers(worker, bench.splits).items():
+    for dataset, given in _answers(worker, bench.splits).items():
         split: Split = getattr(bench.splits, dataset)
         if len(split):
-            found += _scores(dataset, split.targets, predicted, bench.reference[dataset])
+            found += _scores(dataset, split.targets, given.labels, bench.reference[dataset])
+            sure = tuple(round(value, 6) for value in given.confidence.tolist())
+            mean = float(given.confidence.mean())
+            found.append(Measurement("confidence", mean, "fraction", dataset, samples=sure))
     return found
 
 

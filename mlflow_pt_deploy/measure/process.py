@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,13 @@ _PREDICT_ROWS = 2048  # rows a request, so that the time limit does not depend o
 _STDERR_BYTES = 4096
 _STDERR_LINES = 5
 _SHORT_ROW = 12  # characters
+
+
+class Answers(NamedTuple):
+    """Labels, int64 (rows,), and the model's confidence in each, float32 (rows,)."""
+
+    labels: npt.NDArray[np.int64]
+    confidence: npt.NDArray[np.float32]
 
 
 class Worker:
@@ -124,12 +131,13 @@ class Worker:
         """Answer rows in length-sorted batches of `size`; nanoseconds for all of them."""
         return int(self._ask("batch", indices=list(indices), size=size))
 
-    def predict(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Label index of each row in [start, stop), int64 (rows,)."""
-        found: list[int] = []
+    def predict(self, start: int, stop: int) -> Answers:
+        """What the variant answers to each row in [start, stop)."""
+        found: list[tuple[int, float]] = []
         for first in range(start, stop, _PREDICT_ROWS):
             found += self._ask("predict", start=first, stop=min(first + _PREDICT_ROWS, stop))
-        return np.asarray(found, dtype=np.int64)
+        labels = np.asarray([label for label, _ in found], dtype=np.int64)
+        return Answers(labels, np.asarray([sure for _, sure in found], dtype=np.float32))
 
     def memory(self) -> int:
         """Largest resident memory of the process so far, in bytes."""

@@ -18,6 +18,8 @@ UNITS: Mapping[str, str] = {
     "macro_f1": "fraction",
     "agreement": "fraction",
     "accuracy_drop": "fraction",
+    "confidence": "fraction",
+    "latency_mean_ms": "ms",
     "latency_p50_ms": "ms",
     "latency_p95_ms": "ms",
     "latency_p99_ms": "ms",

@@ -21,9 +21,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
-
 from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.variants.base import Logits, confidence
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.variants.folder import LoadedVariant
@@ -78,19 +77,20 @@ class Session:
         rows = [self._rows[index] for index in indices]
         with _no_collection():
             start = perf_counter_ns()
-            for _, best in self._sorted_batches(rows, size):
-                for index in best:
+            for _, logits in self._sorted_batches(rows, size):
+                for index in logits.argmax(axis=1).tolist():
                     self._loaded.labels[index]
             return perf_counter_ns() - start
 
-    def predict(self, start: int, stop: int) -> list[int]:
-        """Index of the label of each row in [start, stop), in the order of the rows."""
+    def predict(self, start: int, stop: int) -> list[tuple[int, float]]:
+        """Label's index and confidence for each row in [start, stop), in the order of the rows."""
         rows = self._rows[start:stop]
-        answers = np.empty(len(rows), dtype=np.int64)
-        for order, best in self._sorted_batches(rows, _PREDICT_ROWS):
-            answers[order] = best
-        found: list[int] = answers.tolist()
-        return found
+        answers: list[tuple[int, float]] = [(0, 0.0)] * len(rows)
+        for order, logits in self._sorted_batches(rows, _PREDICT_ROWS):
+            found = zip(logits.argmax(axis=1).tolist(), confidence(logits).tolist(), strict=True)
+            for position, answer in zip(order, found, strict=True):
+                answers[position] = answer
+        return answers
 
     def memory(self) -> int:
         """Largest resident memory of this process so far, in bytes."""
@@ -113,17 +113,15 @@ class Session:
         logits = self._loaded.predict(preprocessor.collate(preprocessor.encode([row])))
         return self._loaded.labels[int(logits[0].argmax())]
 
-    def _sorted_batches(
-        self, rows: Sequence[str], size: int
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Positions and answers, batch by batch; rows of like length share one: less padding."""
+    def _sorted_batches(self, rows: Sequence[str], size: int) -> Iterator[tuple[list[int], Logits]]:
+        """Positions and logits, batch by batch; rows of like length share one: less padding."""
         preprocessor = self._loaded.preprocessor
         encoded = preprocessor.encode(rows)
         order = sorted(range(len(rows)), key=lambda position: len(encoded[position]))
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             logits = self._loaded.predict(preprocessor.collate([encoded[i] for i in chosen]))
-            yield chosen, logits.argmax(axis=1).tolist()
+            yield chosen, logits
 
 
 @contextmanager

@@ -9,11 +9,18 @@ from mlflow_pt_deploy.variants.folder import (
     verify,
     write_variant,
 )
-from mlflow_pt_deploy.variants.table import ON_REQUEST, RUNTIMES, VARIANTS, select
+from mlflow_pt_deploy.variants.table import (
+    ON_REQUEST,
+    RUNTIMES,
+    STATIC_VARIANTS,
+    VARIANTS,
+    select,
+)
 
 __all__ = [
     "ON_REQUEST",
     "RUNTIMES",
+    "STATIC_VARIANTS",
     "VARIANTS",
     "Inputs",
     "LoadedVariant",

@@ -37,6 +37,12 @@ def no_native_bf16() -> str | None:
     return "skipped: this processor has no bf16 instructions (avx512_bf16 or amx_bf16)"
 
 
+def confidence(logits: Logits) -> npt.NDArray[np.float32]:
+    """Largest softmax probability of each row, float32 (batch,)."""
+    sure: npt.NDArray[np.float32] = 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
+    return sure
+
+
 def int8_saturates() -> bool:
     """Whether sums of 8-bit products overflow on this processor, where 7-bit weights do not.
 

@@ -30,7 +30,7 @@ from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.folder import verify, write_variant
-from mlflow_pt_deploy.variants.table import VARIANTS
+from mlflow_pt_deploy.variants.table import VARIANTS, suits
 
 _CALIBRATION_ROWS = 128
 _TIMEOUT_S = 1800
@@ -68,7 +68,7 @@ def build(
     parallel: int = 2,
     progress: Callable[[Built], None] | None = None,
 ) -> list[Built]:
-    """Export every variant of every model.
+    """Export every variant of every model that it suits.
 
     Variants that an interrupted run left intact in `target` are kept as they are.
 
@@ -90,13 +90,13 @@ def build(
         done[built.name] = built
         report(built)
 
+    asked = suited(models, variants)
     wanted: list[tuple[str, Variant]] = []
-    for model in models:
-        for variant in variants:
-            if early := _without_building(variant, model, target):
-                note(early)
-            else:
-                wanted.append((model, variant))
+    for model, variant in asked:
+        if early := _without_building(variant, model, target):
+            note(early)
+        else:
+            wanted.append((model, variant))
     rows = _rows(splits)
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [
@@ -105,7 +105,26 @@ def build(
         ]
         for job in jobs:
             job.result()
-    return [done[variant.name(model)] for model in models for variant in variants]
+    return [done[variant.name(model)] for model, variant in asked]
+
+
+def suited(models: Mapping[str, Path], variants: Sequence[Variant]) -> list[tuple[str, Variant]]:
+    """Names of models with the variants that suit their kind, in the order given."""
+    return [
+        (model, variant)
+        for model, folder in models.items()
+        for variant in variants
+        if suits(variant, _model_type(folder))
+    ]
+
+
+def _model_type(folder: Path) -> str:
+    """The kind of a model; empty where the child that loads it will say what is wrong."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+        return str(config["model_type"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _without_building(variant: Variant, model: str, target: Path) -> Built | None:
@@ -131,13 +150,22 @@ def _jobs(wanted: Sequence[tuple[str, Variant]]) -> list[tuple[str, list[Variant
 
 def _rows(splits: Splits) -> dict[str, list[str]]:
     """Rows for tracing (mixed lengths), calibration and golden answers."""
-    train, validation = splits.train.rows, splits.validation.rows
+    train = splits.train.rows
     by_length = sorted(range(len(train)), key=lambda row: len(train[row]))
     random = np.random.default_rng(0)
     chosen = random.permutation(len(train))[:_CALIBRATION_ROWS]
-    golden = sorted(validation, key=len)[:: max(1, len(validation) // 6)][:6]
     example = [train[by_length[int(share * (len(train) - 1))]] for share in (0.05, 0.5, 0.9)]
-    return {"example": example, "calibration": [train[i] for i in chosen], "golden": golden}
+    return {
+        "example": example,
+        "calibration": [train[i] for i in chosen],
+        "golden": golden_rows(splits),
+    }
+
+
+def golden_rows(splits: Splits) -> list[str]:
+    """A few rows of all lengths, whose answers are kept with each variant."""
+    rows = sorted(splits.validation.rows, key=len)
+    return rows[:: max(1, len(rows) // 6)][:6]
 
 
 def _built(

@@ -17,7 +17,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedEr
 from mlflow_pt_deploy.hardware import cpu_flags, library_versions, usable_cores
 from mlflow_pt_deploy.preprocess import TextPreprocessor
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.table import RUNTIMES
 
 FORMAT = 1
@@ -42,6 +44,7 @@ _TOLERANCE = {
     "int8-dynamic": 1e-1,
     "int8-static": 1e-1,
     "int8-accuracy": 1e-1,
+    "mixed": 1e-1,
 }
 
 
@@ -74,7 +77,15 @@ class Manifest:
     @property
     def carries_code(self) -> bool:
         """Whether the native files hold a program, see `Variant.carries_code`."""
-        return RUNTIMES[self.runtime].carries_code
+        # A cascade says it of its stages; where that is a lie, its stages refuse to load.
+        return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """What must be installed to run it: its own runtime, or those of a cascade's stages."""
+        if self.runtime != Cascade.runtime:
+            return (self.runtime,)
+        return tuple(self.options[stage].split("-")[1] for stage in ("fast", "strong"))
 
 
 @dataclass(frozen=True)
@@ -123,23 +134,37 @@ def write_variant(
         VariantError: The runtime cannot express the model.
         OSError: The disk is full or not writable; nothing is left behind.
     """
+    with staged(target, variant, model) as folder:
+        variant.export(module, example, calibration, folder)
+        module.preprocessor.save(folder)
+        _write_json(folder / _LABELS, list(module.labels))
+        write_golden(folder, variant, module.preprocessor, golden_rows)
+    return read_manifest(target)
+
+
+@contextmanager
+def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
+    """A folder beside `target` to fill; sealed with a manifest and renamed when all went well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        variant.export(module, example, calibration, staging)
-        module.preprocessor.save(staging)
-        _write_json(staging / _LABELS, list(module.labels))
-        predict = variant.load(staging, device="cpu", threads=1)
-        golden = [predict(module.preprocessor([row]))[0].tolist() for row in golden_rows]
-        _write_json(staging / _GOLDEN, {"rows": list(golden_rows), "logits": golden})
-        manifest = _seal(staging, variant, model)
+        yield staging
+        _seal(staging, variant, model)
         if target.exists():
             shutil.rmtree(target)
         staging.chmod(0o755)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return manifest
+
+
+def write_golden(
+    folder: Path, variant: Variant, preprocessor: TextPreprocessor, rows: Sequence[str]
+) -> None:
+    """Keep a few rows and the logits that the files in `folder` give for them."""
+    predict = variant.load(folder, device="cpu", threads=1)
+    logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
+    _write_json(folder / _GOLDEN, {"rows": list(rows), "logits": logits})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -251,7 +276,7 @@ def _check_golden(loaded: LoadedVariant, folder: Path) -> None:
         )
 
 
-def _seal(folder: Path, variant: Variant, model: str) -> Manifest:
+def _seal(folder: Path, variant: Variant, model: str) -> None:
     options = asdict(variant)
     precision = options.pop("precision")
     content: dict[str, Any] = {
@@ -265,7 +290,6 @@ def _seal(folder: Path, variant: Variant, model: str) -> Manifest:
         "files": {name: _sha256(folder / name) for name in sorted(_files(folder))},
     }
     _write_json(folder / _MANIFEST, {"format": FORMAT, **content})
-    return read_manifest(folder)
 
 
 def _files(folder: Path) -> list[str]:

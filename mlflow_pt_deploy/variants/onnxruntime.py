@@ -53,7 +53,7 @@ class OnnxRuntime(Variant):
         elif self.precision == "int8-static":
             check_calibration(calibration)
             _calibrate(path, calibration)
-        else:
+        elif hasattr(module.network.config, "num_attention_heads"):  # a static student has none
             _fuse(path, module.network.config)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
 from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
 from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.variants.openvino import OpenVino
 from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 RUNTIMES: dict[str, type[Variant]] = {
-    kind.runtime: kind for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino)
+    kind.runtime: kind
+    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade)
 }
 
 VARIANTS: tuple[Variant, ...] = (
@@ -35,6 +38,8 @@ ON_REQUEST: tuple[Variant, ...] = (
     AOTInductor("int8-static"),
     OpenVino("int8-accuracy"),
 )
+# A static student computes so little that a runtime's own cost decides.
+STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
 
 
 def select(names: str) -> tuple[Variant, ...]:
@@ -42,24 +47,38 @@ def select(names: str) -> tuple[Variant, ...]:
 
     Args:
         names: Runtimes or runtimes with a precision, separated by commas, e.g.
-            ``onnxruntime,openvino-fp32``; empty for all of `VARIANTS`. What is in `ON_REQUEST`
-            needs its precision: ``openvino`` does not build ``openvino-int8-accuracy``.
+            ``onnxruntime,openvino-fp32``, and ``cascade``; empty for all but `ON_REQUEST`. What is
+            there needs its precision: ``openvino`` does not build ``openvino-int8-accuracy``.
 
     Raises:
         VariantError: A name is not in the table.
     """
+    every = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = {v.runtime for v in VARIANTS} | {_short(v) for v in (*VARIANTS, *ON_REQUEST)}
+    known = {Cascade.runtime} | {v.runtime for v in every}
+    known |= {_short(v) for v in (*every, *ON_REQUEST)}
     if unknown := sorted(wanted - known):
         raise VariantError(
             f"variants: there is no {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
         )
     default = (
         variant
-        for variant in VARIANTS
+        for variant in every
         if not wanted or wanted & {variant.runtime, _short(variant)} or variant == VARIANTS[0]
     )
     return (*default, *(variant for variant in ON_REQUEST if _short(variant) in wanted))
+
+
+def wants_cascades(names: str) -> bool:
+    """Whether a user who asked for `names` (see `select`) wants cascades of them too."""
+    return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
+
+
+def suits(variant: Variant, model_type: str) -> bool:
+    """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
+    if model_type == STATIC:
+        return variant in STATIC_VARIANTS
+    return not isinstance(variant, NumPy)
 
 
 def _short(variant: Variant) -> str:

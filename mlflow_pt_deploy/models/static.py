@@ -1,0 +1,147 @@
+"""A student without attention: it sums embeddings of word pieces and of their n-grams.
+
+    ids ─► pieces[id] + grams[hash(id, next id)] ─► sum ─► layer norm ─► hidden layer ─► logits
+
+A hundredth of a transformer's cost, on the same token ids and in the same kind of folder: once this
+module is imported, transformers' Auto classes know it. Follows fastText (Joulin et al. 2017), with
+hashed n-grams of pieces instead of words, on a teacher's soft labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.models.text import Classifier
+
+PRIMES = (1_000_003, 7_368_787, 39_916_801)
+"""Multiplier of the id at each place of an n-gram; with ids under 2^20 no product leaves int64."""
+
+
+class StaticConfig(PreTrainedConfig):
+    """Shape of a static classifier.
+
+    Args:
+        vocab_size: Word pieces.
+        hidden_size: Width of the embeddings.
+        intermediate_size: Width of the hidden layer.
+        buckets: Rows of the table that all n-grams share.
+        ngrams: Longest n-gram, 1 (pieces alone) to 3.
+        dropout: Before and after the hidden layer, in training.
+    """
+
+    model_type = "pt_deploy_static"
+
+    def __init__(
+        self,
+        vocab_size: int = 30522,
+        hidden_size: int = 384,
+        intermediate_size: int = 512,
+        buckets: int = 32768,
+        ngrams: int = 2,
+        dropout: float = 0.2,
+        **rest: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.buckets = buckets
+        self.ngrams = ngrams
+        self.dropout = dropout
+        super().__init__(**rest)
+
+
+class StaticForSequenceClassification(PreTrainedModel):
+    """Token ids and mask to logits, without looking at one row's pieces together."""
+
+    config_class = StaticConfig
+    base_model_prefix = "static"
+
+    def __init__(self, config: StaticConfig) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.pieces = nn.Embedding(config.vocab_size, width)
+        self.grams = nn.Embedding(config.buckets, width)
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, config.intermediate_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.intermediate_size, cast(int, config.num_labels))
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **rest: Any
+    ) -> SequenceClassifierOutput:
+        """Ids and mask, int64 (batch, length), to logits (batch, classes)."""
+        mask = attention_mask.to(self.pieces.weight.dtype).unsqueeze(-1)
+        total = (self.pieces(input_ids) * mask).sum(1)
+        for size in range(2, self.config.ngrams + 1):
+            bucket = self._bucket(input_ids, size)
+            total = total + (self.grams(bucket) * mask[:, size - 1 :]).sum(1)
+        hidden = torch.relu(self.hidden(self.dropout(self.norm(total))))
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
+
+    def _bucket(self, ids: torch.Tensor, size: int) -> torch.Tensor:
+        """Row of the n-gram table for each place, int64 (batch, length - size + 1)."""
+        end = ids.shape[1] - size + 1
+        code = ids[:, :end] * PRIMES[0]
+        for place in range(1, size):
+            code = code + ids[:, place : end + place] * PRIMES[place]
+        return cast(torch.Tensor, code % self.config.buckets)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            # An n-gram that no training row holds says nothing instead of something random.
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+AutoConfig.register(StaticConfig.model_type, StaticConfig)
+AutoModelForSequenceClassification.register(StaticConfig, StaticForSequenceClassification)
+
+
+def new_static(
+    teacher: Classifier, *, hidden: int = 512, buckets: int = 32768, ngrams: int = 2
+) -> Classifier:
+    """A static student that starts from the teacher's embeddings of word pieces.
+
+    Args:
+        teacher: The fine-tuned teacher; it is not changed.
+        hidden: Width of the hidden layer.
+        buckets: Rows of the n-gram table.
+        ngrams: Longest n-gram, 1 to 3.
+
+    Raises:
+        ModelError: `ngrams` is out of range, or the vocabulary is too large to hash.
+    """
+    if not 1 <= ngrams <= len(PRIMES):
+        raise ModelError(f"ngrams {ngrams}: choose from 1 to {len(PRIMES)}.")
+    embedding = teacher.network.get_input_embeddings().weight
+    config = StaticConfig(
+        vocab_size=embedding.shape[0],
+        hidden_size=embedding.shape[1],
+        intermediate_size=hidden,
+        buckets=buckets,
+        ngrams=ngrams,
+        id2label=dict(enumerate(teacher.labels)),
+        label2id={name: index for index, name in enumerate(teacher.labels)},
+        pad_token_id=getattr(teacher.network.config, "pad_token_id", 0),
+    )
+    network = StaticForSequenceClassification(config)
+    with torch.no_grad():
+        network.pieces.weight.copy_(embedding)
+    return Classifier(network, teacher.tokenizer).eval()

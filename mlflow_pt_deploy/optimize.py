@@ -1,0 +1,175 @@
+"""Behind the stage `optimize`: build, measure, log, choose, each for all variants.
+
+Knows the order of these steps; each of them is another module's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from tqdm.auto import tqdm
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.cascades import plan_cascades
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.hardware import usable_cores
+from mlflow_pt_deploy.home import work_folder
+from mlflow_pt_deploy.measure import Result, measure
+from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.policy import Choice, choose
+from mlflow_pt_deploy.report import markdown, plot
+from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.build import Built, build, golden_rows, suited
+from mlflow_pt_deploy.variants.cascade import CASCADE, Cascade, write_cascade
+from mlflow_pt_deploy.variants.table import VARIANTS, select, wants_cascades
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """All variants, and which of them the policy chose.
+
+    Attributes:
+        run_id: The run whose children the variants are.
+        results: A row for each variant, failed ones included.
+        models: Variant name to ``models:/m-...``.
+        choice: The variant and the reason.
+    """
+
+    run_id: str
+    results: tuple[Result, ...]
+    models: Mapping[str, str]
+    choice: Choice
+
+
+def optimize(
+    run_id: str, models: Mapping[str, Path], splits: Splits, options: Options
+) -> Optimized:
+    """Build every variant of the models, measure and log each, and choose.
+
+    Args:
+        run_id: The active run; the variants become its children.
+        models: First part of the variants' names to a Hugging Face folder; all are compared with
+            the first.
+        splits: Numbered as the models number their classes.
+        options: What concerns building, measuring and choosing.
+    """
+    work = work_folder(run_id)
+    folders = work / "variants"
+    built = _build(models, splits, select(options.variants), folders)
+    reference = VARIANTS[0].name(next(iter(models)))
+    results = _measure(built, splits, reference, options)
+    wanted = wants_cascades(options.variants)
+    if cascades := _cascade(results, splits, options.retain, folders) if wanted else []:
+        known = [one for one in built if one.name == reference]
+        results += _measure([*known, *cascades], splits, reference, options, only=cascades)
+    addresses = {}
+    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
+        address = tracking.log_result(result, splits, step)
+        if address is not None:
+            addresses[result.variant] = address
+    choice = choose(results, options.policy())
+    _log_outcome(results, choice, splits, addresses, work, options.retain)
+    shutil.rmtree(work, ignore_errors=True)
+    return Optimized(run_id, tuple(results), addresses, choice)
+
+
+def _build(
+    models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
+) -> list[Built]:
+    with tqdm(total=len(suited(models, variants)), desc="building", unit="variant") as bar:
+
+        def progress(one: Built) -> None:
+            bar.set_postfix_str(one.name)
+            bar.update()
+
+        return build(models, splits, target, variants=variants, progress=progress)
+
+
+def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: Path) -> list[Built]:
+    """Cascades of what was measured, where one would be faster than every variant alone."""
+    made = []
+    for plan in plan_cascades(results, retain):
+        cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
+        name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
+        try:
+            write_cascade(
+                folder,
+                target / plan.fast,
+                target / plan.strong,
+                threshold=plan.threshold,
+                golden_rows=golden_rows(splits),
+            )
+        except (PtDeployError, OSError) as error:
+            reason = str(error)
+        found = None if reason else folder
+        made.append(Built(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
+    return made
+
+
+def _measure(
+    built: Sequence[Built],
+    splits: Splits,
+    reference: str,
+    options: Options,
+    only: Sequence[Built] = (),
+) -> list[Result]:
+    """A result for each of `built` (or of `only`), those that failed included."""
+    folders = {one.name: one.folder for one in built if one.folder is not None}
+    names = {one.name for one in only or built} & folders.keys()
+    if not names:
+        return []
+    with tqdm(total=len(names), desc="measuring", unit="variant") as bar:
+
+        def progress(result: Result) -> None:
+            bar.set_postfix_str(result.variant)
+            bar.update()
+
+        measured = measure(
+            folders,
+            baseline=reference,
+            splits=splits,
+            seconds=options.seconds,
+            threads=options.threads,
+            only=names,
+            progress=progress,
+        )
+    by_name = {result.variant: result for result in measured}
+    return [
+        by_name.get(one.name) or _failed(one, reference, options.threads or usable_cores())
+        for one in only or built
+    ]
+
+
+def _failed(one: Built, reference: str, threads: int) -> Result:
+    return Result(
+        one.name,
+        one.model,
+        one.runtime,
+        one.precision,
+        "cpu",
+        threads,
+        None,
+        one.reason,
+        baseline=reference,
+    )
+
+
+def _log_outcome(
+    results: list[Result],
+    choice: Choice,
+    splits: Splits,
+    models: Mapping[str, str],
+    work: Path,
+    retain: float,
+) -> None:
+    figure = work / "accuracy_latency.png"
+    plot(results, figure, choice, retain=retain)
+    report = markdown(results, choice, notes=splits.notes)
+    tracking.log_results(results, {"report.md": report}, figure)
+    mlflow.log_dict(dict(models), "models.json")
+    tracking.describe(report)

@@ -1,0 +1,298 @@
+"""Pruning: a classifier without the word pieces and feed-forward neurons that it hardly needs.
+
+What is pruned is gone: tensors get smaller, config.json has their shapes, transformers loads it.
+
+Attention heads are scored but never removed. The BERT family derives a head's width from its config
+(``hidden_size / num_attention_heads``), so fewer heads of the old width have no config.json, and
+transformers 5 no longer has ``prune_heads`` and ``config.pruned_heads``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoTokenizer
+from transformers.pytorch_utils import prune_linear_layer
+
+from mlflow_pt_deploy.errors import DataError, ModelError
+from mlflow_pt_deploy.models import Classifier
+from mlflow_pt_deploy.train import predict_logits
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much the loss depends on each part of a classifier; 0 is not at all.
+
+    Attributes:
+        heads: Scores of attention heads, float64 (layers, heads).
+        neurons: Scores of feed-forward neurons, float64 (layers, intermediate).
+    """
+
+    heads: npt.NDArray[np.float64]
+    neurons: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Where an architecture keeps its parts: in the encoder, in each layer, in the config."""
+
+    layers: str = "encoder.layer"
+    attention: str = "attention.output.dense"  # reads all heads side by side
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
+    width: str = "intermediate_size"
+
+
+_FAMILIES = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), _Family()) | {
+    "distilbert": _Family(
+        "transformer.layer", "attention.out_lin", "ffn.lin1", "ffn.lin2", "hidden_dim"
+    ),
+    "mpnet": _Family(attention="attention.attn.o"),
+}
+
+
+def prune_vocabulary(
+    classifier: Classifier, texts: Sequence[str], *, keep: Sequence[str] = ()
+) -> Classifier:
+    """Keep only the word pieces that `texts` need, and all single characters.
+
+    Follows "Load What You Need" (Abdaoui, Pradel & Sigel 2020). Each of `texts` becomes the same
+    pieces as before and gets the same logits. The price is paid by other texts: a word whose pieces
+    were dropped is spelled with shorter ones, down to single characters, which the classifier has
+    seldom seen. It becomes unknown only where one of its characters is no piece of its own.
+
+    Args:
+        classifier: A classifier whose tokenizer is a WordPiece; it is not changed.
+        texts: Rows that must stay as they are, usually all of train.
+        keep: Further words (each keeps all its pieces) or single pieces that must survive.
+
+    Returns:
+        The classifier with renumbered token ids and a tokenizer to match.
+
+    Raises:
+        DataError: `texts` is empty.
+        ModelError: The architecture or the kind of tokenizer is not supported, or the check at the
+            end finds a text that is tokenized or answered differently.
+    """
+    _family(classifier)
+    if not texts:
+        raise DataError("texts is empty. Give the rows whose word pieces are to be kept.")
+    rows = [*texts, *keep]
+    specification = json.loads(classifier.tokenizer.backend_tokenizer.to_str())
+    old_ids = _needed(classifier, specification, rows, keep)
+    new_ids = {old: new for new, old in enumerate(old_ids)}
+    network = _slice_embeddings(classifier.network, old_ids, new_ids)
+    pruned = Classifier(network, _rewrite(classifier.tokenizer, specification, new_ids)).eval()
+    _verify(classifier, pruned, rows, new_ids)
+    return pruned
+
+
+def prune_neurons(classifier: Classifier, keep: int, importance: Importance) -> Classifier:
+    """Keep only the most important feed-forward neurons, the same number in every layer.
+
+    Ranking by a Taylor score follows Molchanov et al. (2019). A pruned classifier has lost accuracy
+    until it is trained again.
+
+    Args:
+        classifier: The classifier to cut down; it is not changed.
+        keep: Neurons of each layer to keep.
+        importance: What `taylor_importance` gave for this classifier.
+
+    Raises:
+        ModelError: `keep` is out of range, the scores belong to another classifier, or the
+            architecture is not supported.
+    """
+    family = _family(classifier)
+    network = copy.deepcopy(classifier.network)
+    layers = network.base_model.get_submodule(family.layers)
+    width = getattr(network.config, family.width)
+    if not 1 <= keep <= width:
+        raise ModelError(f"keep {keep}: choose from 1 to {width}, the neurons that a layer has.")
+    if importance.neurons.shape != (len(layers), width):
+        raise ModelError(
+            f"importance has neurons of shape {importance.neurons.shape}, the classifier has "
+            f"{(len(layers), width)}. Give what taylor_importance returns for this classifier."
+        )
+    for layer, scores in zip(layers, importance.neurons, strict=True):
+        best = torch.LongTensor(sorted(np.argsort(-scores, kind="stable")[:keep].tolist()))
+        up, down = layer.get_submodule(family.up), layer.get_submodule(family.down)
+        layer.set_submodule(family.up, prune_linear_layer(up, best))
+        layer.set_submodule(family.down, prune_linear_layer(down, best, dim=1))
+    setattr(network.config, family.width, keep)
+    return Classifier(network, classifier.tokenizer).eval()
+
+
+def taylor_importance(
+    classifier: Classifier,
+    rows: Sequence[str],
+    targets: npt.NDArray[np.int64],
+    *,
+    batch_size: int = 32,
+) -> Importance:
+    """First-order Taylor scores: what the loss would change by without a head or a neuron.
+
+    Each part is multiplied by a gate of 1; its score is the absolute gradient of a row's cross
+    entropy by that gate, averaged over the rows (Michel, Levy & Neubig 2019 for heads, Molchanov et
+    al. 2019 for neurons).
+
+    Args:
+        classifier: The classifier to judge; it is not changed.
+        rows: Texts, usually of train.
+        targets: Their labels, int64 (rows,).
+        batch_size: Rows at once.
+
+    Raises:
+        DataError: There are no rows, or not one label for each.
+        ModelError: The architecture is not supported.
+    """
+    family = _family(classifier)
+    if not rows or len(rows) != len(targets):
+        raise DataError(f"{len(rows)} rows with {len(targets)} labels: give one label for each.")
+    network = copy.deepcopy(classifier.network).eval().requires_grad_(False)
+    gates: list[torch.Tensor] = []
+    for layer in network.base_model.get_submodule(family.layers):
+        _gate(layer.get_submodule(family.attention), network.config.num_attention_heads, gates)
+        _gate(layer.get_submodule(family.down), getattr(network.config, family.width), gates)
+    total: list[Any] = [0.0, 0.0]
+    for start in range(0, len(rows), batch_size):
+        gates.clear()
+        inputs = classifier.preprocessor(rows[start : start + batch_size])
+        tensors = {name: torch.from_numpy(it).to(network.device) for name, it in inputs.items()}
+        truth = torch.from_numpy(targets[start : start + batch_size]).to(network.device)
+        loss = functional.cross_entropy(network(**tensors).logits, truth, reduction="sum")
+        gradients = torch.autograd.grad(loss, gates)
+        for kind in (0, 1):  # a layer's heads come before its neurons
+            scores = torch.stack(gradients[kind::2]).abs().sum(dim=(1, 2, 4))
+            total[kind] = total[kind] + scores.double().cpu().numpy()
+    return Importance(total[0] / len(rows), total[1] / len(rows))
+
+
+def _gate(module: nn.Module, groups: int, gates: list[torch.Tensor]) -> None:
+    """Multiply a module's input by ones, float (batch, 1, groups, 1), and put them into `gates`."""
+
+    def multiply(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        (values,) = inputs  # (batch, length, width)
+        gate = values.new_ones(len(values), 1, groups, 1, requires_grad=True)
+        gates.append(gate)
+        return ((values.unflatten(-1, (groups, -1)) * gate).flatten(-2),)
+
+    module.register_forward_pre_hook(multiply)
+
+
+def _family(classifier: Classifier) -> _Family:
+    kind = classifier.network.config.model_type
+    if kind not in _FAMILIES:
+        raise ModelError(f"{kind} cannot be pruned; supported are {', '.join(_FAMILIES)}.")
+    return _FAMILIES[kind]
+
+
+def _needed(
+    classifier: Classifier, specification: Any, rows: Sequence[str], keep: Sequence[str]
+) -> list[int]:
+    """Ids that must survive, in their new order; `specification` is the parsed tokenizer.json."""
+    model, added = specification["model"], specification["added_tokens"]
+    if model["type"] != "WordPiece":
+        raise ModelError(
+            f"A {model['type']} tokenizer's vocabulary cannot be pruned; supported is WordPiece."
+        )
+    vocabulary, prefix = model["vocab"], model["continuing_subword_prefix"]
+    unknown = vocabulary[model["unk_token"]]
+    encoded = classifier.preprocessor.encode(rows)
+    needed = {unknown, *(token["id"] for token in added)}.union(*encoded)
+    needed |= {vocabulary[piece] for piece in keep if piece in vocabulary}
+    needed |= {index for piece, index in vocabulary.items() if len(piece.removeprefix(prefix)) == 1}
+    needed |= set(_config_ids(classifier.network.config).values()) & set(vocabulary.values())
+    backend = copy.deepcopy(classifier.tokenizer.backend_tokenizer)
+    backend.no_truncation()  # it may be shorter than the classifier's own
+    for row, ids in zip(rows, encoded, strict=True):
+        if unknown in ids:
+            needed.update(_given_up(backend, row, unknown))
+    return sorted(needed)
+
+
+def _given_up(backend: Any, row: str, unknown: int) -> Iterator[int]:
+    """Pieces that WordPiece's greedy search matched in a row's words before it gave them up.
+
+    Without them it would match shorter ones there, and might then get through.
+    """
+    encoding = backend.encode(row.encode("utf8", "replace").decode("utf8"))
+    found = zip(encoding.offsets, encoding.ids, strict=True)
+    for raw in (row[start:end] for (start, end), index in found if index == unknown):
+        word = backend.normalizer.normalize_str(raw) if backend.normalizer else raw
+        for length in range(len(word) - 1, 0, -1):
+            pieces = [piece.id for piece in backend.model.tokenize(word[:length])]
+            if unknown not in pieces:
+                yield from pieces
+                break
+
+
+def _slice_embeddings(network: Any, old_ids: list[int], new_ids: dict[int, int]) -> Any:
+    """The network as its own config would build it, with only the embeddings of `old_ids`."""
+    table = network.get_input_embeddings().weight
+    if max(old_ids) >= len(table):
+        raise ModelError(
+            f"The tokenizer has the id {max(old_ids)}, the model {len(table)} embeddings. "
+            "Call network.resize_token_embeddings(len(tokenizer)) and train it first."
+        )
+    config = copy.deepcopy(network.config)
+    config.vocab_size = len(old_ids)
+    for name, index in _config_ids(config).items():
+        setattr(config, name, new_ids.get(index))
+    (name,) = (name for name, weight in network.named_parameters() if weight is table)
+    sliced = type(network)(config).to(table)
+    sliced.load_state_dict(network.state_dict() | {name: table[old_ids]})
+    return sliced
+
+
+def _config_ids(config: Any) -> dict[str, int]:
+    """Names and values of ``pad_token_id`` and its like."""
+    names = config.to_dict().items()
+    return {name: it for name, it in names if name.endswith("_token_id") and isinstance(it, int)}
+
+
+def _rewrite(tokenizer: Any, specification: Any, new_ids: dict[int, int]) -> Any:
+    """The tokenizer with only the pieces of `new_ids`, as it comes back from its folder."""
+    pieces = specification["model"]["vocab"].items()
+    specification["model"]["vocab"] = {name: new_ids[old] for name, old in pieces if old in new_ids}
+    for token in specification["added_tokens"]:
+        token["id"] = new_ids[token["id"]]
+    template = specification["post_processor"] or {}
+    for token in template.get("special_tokens", {}).values():  # TemplateProcessing
+        token["ids"] = [new_ids[old] for old in token["ids"]]
+    for name in {"cls", "sep"} & template.keys():  # BertProcessing
+        template[name][1] = new_ids[template[name][1]]
+    if padding := specification["padding"]:
+        padding["pad_id"] = new_ids.get(padding["pad_id"], 0)
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        Path(folder, "tokenizer.json").write_text(json.dumps(specification), encoding="utf8")
+        rewritten = AutoTokenizer.from_pretrained(folder)
+    rewritten.name_or_path = tokenizer.name_or_path
+    return rewritten
+
+
+def _verify(old: Classifier, new: Classifier, rows: Sequence[str], new_ids: dict[int, int]) -> None:
+    """Raise unless all rows have the same pieces, and the first of them the same logits."""
+    before, after = old.preprocessor.encode(rows), new.preprocessor.encode(rows)
+    for row, expected, ids in zip(rows, before, after, strict=True):
+        if [new_ids[index] for index in expected] != ids:
+            problem = "its tokenizer.json has ids in unknown places. Keep the whole vocabulary."
+            raise ModelError(f"{row!r} would be tokenized differently: {problem}")
+    probe, device = rows[:32], str(old.network.device)
+    first, second = (predict_logits(it, probe, device=device) for it in (old, new))
+    if not np.allclose(first, second, rtol=0, atol=1e-5):
+        raise ModelError(
+            f"Renumbered token ids change the logits: this {old.network.config.model_type} uses "
+            "them for more than its embeddings. Keep its whole vocabulary."
+        )

@@ -1,0 +1,164 @@
+"""What a search may vary, and one point of it.
+
+The space is conditional: each kind of student has ranges of its own, and layers only if it is a
+transformer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from mlflow_pt_deploy.errors import SearchError
+
+if TYPE_CHECKING:
+    import optuna
+
+_PAIRS = ("layers", "temperature", "soft_weight", "learning_rate", "epochs")
+_CHOICES = ("variants", "batch_size", "threads")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One student to try: its shape, how it learns, and what runs it.
+
+    Attributes:
+        kind: ``transformer`` or ``static``.
+        layers: Layers that it keeps of the teacher's; 0 for a static student.
+        temperature: Of the soft labels.
+        soft_weight: Share of the soft labels in the loss, 0 to 1.
+        learning_rate: Peak.
+        batch_size: Rows a training step.
+        epochs: Passes over train.
+        variant: Runtime and precision, e.g. ``onnxruntime-fp32``.
+        threads: Threads for one call.
+    """
+
+    kind: str
+    layers: int
+    temperature: float
+    soft_weight: float
+    learning_rate: float
+    batch_size: int
+    epochs: int
+    variant: str
+    threads: int
+
+    def __str__(self) -> str:
+        layers = f" of {_plural(self.layers, 'layer')}" if self.layers else ""
+        threads = _plural(self.threads, "thread")
+        return f"a {self.kind} student{layers} on {self.variant} with {threads}"
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What may vary within one kind of student; see `Point` for what each is.
+
+    Attributes:
+        variants, batch_size, threads: The choices.
+        layers, temperature, soft_weight, learning_rate, epochs: Lowest and highest, both possible.
+            Temperature and learning rate are searched by their logarithm.
+    """
+
+    variants: tuple[str, ...]
+    layers: tuple[int, int] = (0, 0)
+    temperature: tuple[float, float] = (1.0, 8.0)
+    soft_weight: tuple[float, float] = (0.3, 1.0)
+    learning_rate: tuple[float, float] = (5e-5, 5e-4)
+    batch_size: tuple[int, ...] = (16, 32, 64)
+    epochs: tuple[int, int] = (2, 8)
+    threads: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        for name in _PAIRS:
+            low, high = getattr(self, name)
+            least = 0 if name in ("layers", "soft_weight") else 1 if name == "epochs" else 1e-12
+            if not least <= low <= high < float("inf"):
+                raise SearchError(
+                    f"{name} is searched from {low} to {high}; give the lowest value, at least "
+                    f"{least:g}, and then the highest."
+                )
+        if self.soft_weight[1] > 1:
+            raise SearchError(f"soft_weight goes up to {self.soft_weight[1]}; 1 is the most.")
+        for name in _CHOICES:
+            choices = getattr(self, name)
+            if not choices or len(set(choices)) < len(choices):
+                raise SearchError(f"{name} is {choices!r}; give at least one choice, each once.")
+
+
+TRANSFORMER = Ranges(("onnxruntime-fp32", "onnxruntime-int8-dynamic"), layers=(1, 6))
+STATIC = Ranges(
+    ("numpy-fp32", "onnxruntime-fp32"),
+    learning_rate=(5e-4, 1e-2),
+    batch_size=(64, 128, 256),
+    epochs=(6, 20),
+)
+
+
+@dataclass(frozen=True)
+class Space:
+    """All that a search may try; a kind that is None is not tried.
+
+    Args:
+        transformer: Ranges of students made of the teacher's layers.
+        static: Ranges of students that sum embeddings.
+
+    Raises:
+        SearchError: There is no kind, or layers do not fit a kind.
+    """
+
+    transformer: Ranges | None = TRANSFORMER
+    static: Ranges | None = STATIC
+
+    def __post_init__(self) -> None:
+        if not self.kinds():
+            raise SearchError("the space is empty; give the ranges of at least one kind.")
+        if self.transformer and self.transformer.layers[0] < 1:
+            raise SearchError(f"layers {self.transformer.layers}: a transformer has at least 1.")
+        if self.static and self.static.layers != (0, 0):
+            raise SearchError(f"layers {self.static.layers}: a static student has none; give 0, 0.")
+
+    def kinds(self) -> dict[str, Ranges]:
+        """The kinds that are tried, and their ranges."""
+        both = {"transformer": self.transformer, "static": self.static}
+        return {kind: ranges for kind, ranges in both.items() if ranges}
+
+    def record(self) -> dict[str, Any]:
+        """The space as JSON gives it back, to compare it with that of a stored study."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def propose(trial: optuna.Trial, space: Space) -> Point:
+    """Let Optuna draw a point; a parameter is named by its kind, e.g. ``static.epochs``."""
+    kinds = space.kinds()
+    kind = trial.suggest_categorical("kind", list(kinds))
+    within = kinds[kind]
+
+    def number(name: str, log: bool = False) -> float:
+        low, high = getattr(within, name)
+        return trial.suggest_float(f"{kind}.{name}", low, high, log=log)
+
+    return Point(
+        kind=kind,
+        layers=trial.suggest_int(f"{kind}.layers", *within.layers),
+        temperature=number("temperature", log=True),
+        soft_weight=number("soft_weight"),
+        learning_rate=number("learning_rate", log=True),
+        batch_size=trial.suggest_categorical(f"{kind}.batch_size", within.batch_size),
+        epochs=trial.suggest_int(f"{kind}.epochs", *within.epochs),
+        variant=trial.suggest_categorical(f"{kind}.variant", within.variants),
+        threads=trial.suggest_categorical(f"{kind}.threads", within.threads),
+    )
+
+
+def read_point(params: Mapping[str, Any]) -> Point | None:
+    """The point of a stored trial; None if its process died while it was drawn."""
+    values = {name.rpartition(".")[2]: value for name, value in params.items()}
+    return Point(**values) if set(values) == {field.name for field in fields(Point)} else None
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"

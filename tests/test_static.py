@@ -1,0 +1,111 @@
+"""The static student: its forward worked out by hand, its folder, and what it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.distill import soft_labels, start_student
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.models import Classifier, load_classifier, new_static, save_classifier
+from mlflow_pt_deploy.models.static import PRIMES, StaticConfig
+from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.variants.numpy import STATIC
+
+ROWS = ("my card", "i want a refund please", "", "send")
+
+
+@pytest.fixture
+def teacher(tiny_model: Path) -> Classifier:
+    return load_classifier(str(tiny_model))
+
+
+@pytest.fixture
+def static(tiny_static: Path) -> Classifier:
+    return load_classifier(str(tiny_static))
+
+
+def by_hand(static: Classifier, ids: list[int]) -> np.ndarray:
+    """Logits of one row without padding, float64, with loops in place of tensors."""
+    weights = {name: w.double().numpy() for name, w in static.network.state_dict().items()}
+    config = static.network.config
+    total = np.zeros(config.hidden_size)
+    for start in range(len(ids)):
+        for size in range(1, config.ngrams + 1):
+            gram = ids[start : start + size]
+            if len(gram) < size:
+                continue
+            if size == 1:
+                total += weights["pieces.weight"][gram[0]]
+            else:
+                code = sum(token * prime for token, prime in zip(gram, PRIMES, strict=False))
+                total += weights["grams.weight"][code % config.buckets]
+    normal = (total - total.mean()) / np.sqrt(total.var() + static.network.norm.eps)
+    normal = normal * weights["norm.weight"] + weights["norm.bias"]
+    hidden = np.maximum(weights["hidden.weight"] @ normal + weights["hidden.bias"], 0)
+    return weights["classifier.weight"] @ hidden + weights["classifier.bias"]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_logits_by_hand(static: Classifier, row: str) -> None:
+    (ids,) = static.preprocessor.encode([row])
+    (logits,) = predict_logits(static, [row])
+    assert logits == pytest.approx(by_hand(static, ids), abs=1e-4)
+
+
+def test_word_order_counts_through_ngrams_alone(static: Classifier) -> None:
+    forward, backward = predict_logits(static, ["refund my card", "card my refund"])
+    assert np.abs(forward - backward).max() > 1e-4
+    static.network.grams.weight.data.zero_()
+    forward, backward = predict_logits(static, ["refund my card", "card my refund"])
+    assert np.abs(forward - backward).max() < 1e-5
+
+
+def test_it_starts_from_the_teachers_word_pieces(teacher: Classifier) -> None:
+    student = start_student(teacher, 0)
+    assert student.network.config.model_type == STATIC == StaticConfig.model_type
+    embeddings = teacher.network.bert.embeddings.word_embeddings.weight
+    assert torch.equal(student.network.pieces.weight, embeddings)
+    assert not student.network.grams.weight.any()  # an unseen n-gram says nothing
+    assert student.labels == teacher.labels
+    student.network.pieces.weight.data.zero_()
+    assert embeddings.any()
+
+
+def test_it_comes_back_from_its_folder(static: Classifier, tmp_path: Path) -> None:
+    save_classifier(static, tmp_path / "static")
+    loaded = load_classifier(str(tmp_path / "static"))
+    assert (predict_logits(loaded, ROWS) == predict_logits(static, ROWS)).all()
+    assert loaded.network.config.ngrams == 3
+
+
+@pytest.mark.parametrize("ngrams", [0, 4])
+def test_ngrams_out_of_range(teacher: Classifier, ngrams: int) -> None:
+    with pytest.raises(ModelError, match=f"ngrams {ngrams}: choose from 1 to 3"):
+        new_static(teacher, ngrams=ngrams)
+
+
+def test_soft_labels_teach_it(teacher: Classifier, tiny_splits: Splits) -> None:
+    torch.manual_seed(0)
+    answers = predict_logits(teacher, tiny_splits.train.rows)
+    student = start_student(teacher, 0)
+    torch.nn.init.zeros_(student.network.classifier.weight)
+    assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
+    loss = soft_labels(answers, tiny_splits.train.targets)
+    fit(student, tiny_splits, loss, Schedule(epochs=6, batch_size=10))
+    assert evaluate(student, tiny_splits.test) > 0.9
+
+
+def test_rows_a_step_and_peak_are_chosen_by_the_kind(
+    teacher: Classifier, static: Classifier
+) -> None:
+    chosen = Schedule().resolved(teacher)
+    assert (chosen.batch_size, chosen.learning_rate) == (32, 2e-4)
+    chosen = Schedule().resolved(static)
+    assert (chosen.batch_size, chosen.learning_rate) == (128, 2e-3)
+    asked = Schedule(batch_size=5, learning_rate=0.1)
+    assert asked.resolved(static) == asked

@@ -1,0 +1,114 @@
+"""Students whose worth is a formula, for the tests of the search.
+
+A transformer of n layers is 0.9 - 0.3 / n accurate in n ms, a static student 0.55 in
+0.1 ms, less 0.2 for each factor of 10 between its learning rate and 1e-4. The accuracy grows in a
+straight line, from nine tenths of that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+
+from mlflow_pt_deploy.search import (
+    STATIC,
+    TRANSFORMER,
+    Dropped,
+    Finished,
+    Found,
+    Outcome,
+    Plan,
+    Point,
+    Report,
+    Space,
+)
+
+RATES = (1e-5, 1e-3)
+SPACE = Space(
+    replace(
+        TRANSFORMER, variants=("openvino-fp32",), layers=(1, 4), epochs=(2, 3), learning_rate=RATES
+    ),
+    replace(STATIC, variants=("numpy-fp32", "eager-fp32"), epochs=(2, 3), learning_rate=RATES),
+)
+
+
+def worth(point: Point) -> Outcome:
+    best = 0.9 - 0.3 / point.layers if point.layers else 0.55
+    miss = 0.2 * abs(math.log10(point.learning_rate) + 4)
+    return Outcome(best - miss, point.layers or 0.1)
+
+
+def evaluate(point: Point, report: Report) -> Outcome:
+    outcome = worth(point)
+    for epoch in range(1, point.epochs + 1):
+        report(epoch, outcome.accuracy * (0.9 + 0.1 * epoch / point.epochs))
+    return outcome
+
+
+@contextmanager
+def fast_folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where possible: SQLite waits for the disk at each of its many small writes."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
+
+
+def stored(plan: Plan) -> optuna.Study:
+    """The study behind our back."""
+    return optuna.load_study(study_name=plan.study, storage=plan.storage)
+
+
+def records(found: Found) -> list[Finished | Dropped]:
+    both: list[Finished | Dropped] = [*found.finished, *found.dropped]
+    return sorted(both, key=lambda record: record.number)
+
+
+def numbers(found: Found) -> list[int]:
+    return [record.number for record in records(found)]
+
+
+def points(found: Found) -> list[Point]:
+    return [record.point for record in records(found) if record.point is not None]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from mlflow_pt_deploy.search import Plan, search
+from tiny_search import SPACE, evaluate
+
+def slow(point, report):
+    if report.number == {hang}:
+        report(1, 0.4)
+        Path({marker!r}).touch()
+        time.sleep(600)
+    return evaluate(point, report)
+
+search(slow, SPACE, Plan("students", {storage!r}, trials={trials}, heartbeat_s={heartbeat}))
+"""
+
+
+def start(plan: Plan, marker: Path, *, hang: int = -1) -> subprocess.Popen[bytes]:
+    """Another process that searches; makes a file `marker` and hangs in trial `hang`."""
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parent),
+        hang=hang,
+        marker=str(marker),
+        storage=plan.storage,
+        trials=plan.trials,
+        heartbeat=plan.heartbeat_s,
+    )
+    return subprocess.Popen([sys.executable, "-c", script])
