@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_MODEL_COLORS = {"teacher": "#c44e52", "student": "#2b6ca3"}
+_MODEL_COLORS = {
+    "teacher": "#c44e52",
+    "student": "#2b6ca3",
+    "static": "#b7791f",
+    "cascade": "#6b46c1",
+}
 _OTHER_COLOR = "#777777"
 _CHOSEN_COLOR = "#2a9d4a"
 _MARKERS = "osD^vPX*<>"

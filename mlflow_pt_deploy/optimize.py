@@ -121,23 +121,23 @@ def _measure(
     """A result for each of `built` (or of `only`), those that failed included."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
     names = {one.name for one in only or built} & folders.keys()
-    if not names:
-        return []
-    with tqdm(total=len(names), desc="measuring", unit="variant") as bar:
+    measured: list[Result] = []
+    with tqdm(total=len(names), desc="measuring", unit="variant", disable=not names) as bar:
 
         def progress(result: Result) -> None:
             bar.set_postfix_str(result.variant)
             bar.update()
 
-        measured = measure(
-            folders,
-            baseline=reference,
-            splits=splits,
-            seconds=options.seconds,
-            threads=options.threads,
-            only=names,
-            progress=progress,
-        )
+        if names:
+            measured = measure(
+                folders,
+                baseline=reference,
+                splits=splits,
+                seconds=options.seconds,
+                threads=options.threads,
+                only=names,
+                progress=progress,
+            )
     by_name = {result.variant: result for result in measured}
     return [
         by_name.get(one.name) or _failed(one, reference, options.threads or usable_cores())

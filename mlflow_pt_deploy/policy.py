@@ -91,8 +91,8 @@ class _Miss:
 def choose(results: Sequence[Result], policy: Policy) -> Choice:
     """Select the best variant that keeps to the limits.
 
-    For ``latency``, every variant whose speedup interval overlaps with that of the fastest is
-    tied with it. Ties go to the higher validation accuracy, then to the smaller artifact, then to
+    For ``latency``, every variant whose speedup lies within the interval of the fastest is tied
+    with it. Ties go to the higher validation accuracy, then to the smaller artifact, then to
     the name.
 
     Args:
@@ -168,8 +168,9 @@ def _preference(result: Result) -> tuple[float, float, str]:
 def _tie(one: Result, best: Result, policy: Policy) -> bool:
     if policy.objective == "throughput":
         return _cost(one, policy) == _cost(best, policy)
-    a, b = _interval(one), _interval(best)
-    return a is not None and b is not None and a[0] <= b[1] and b[0] <= a[1]
+    interval, speedup = _interval(best), one.value("speedup")
+    # The best one's interval alone: a noisy variant must not tie by the width of its own.
+    return interval is not None and speedup is not None and interval[0] <= speedup
 
 
 def _interval(result: Result) -> tuple[float, float] | None:

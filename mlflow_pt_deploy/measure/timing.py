@@ -15,7 +15,7 @@ import numpy as np
 from mlflow_pt_deploy.measure.process import Worker
 
 BATCH_ROWS = (8, 32, 128)
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 6
 _REPEATS = 3
 _MOST_ROUNDS = 200
 _BLOCK_S = 0.15  # short against the drift of a machine's clock, long against one row
