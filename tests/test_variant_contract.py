@@ -270,6 +270,8 @@ def test_a_missing_quantizer_names_its_extra(
 def test_too_few_rows_to_calibrate(
     variant_: Variant, transformer: Classifier, tmp_path: Path
 ) -> None:
+    if isinstance(variant_, AOTInductor):
+        pytest.importorskip("torchao", reason="needs the extra quantize")
     rows = [transformer.preprocessor([f"my card {number}"]) for number in range(15)]
     message = "needs at least 16 rows of train to calibrate, and got 15. Give more rows"
     with pytest.raises(VariantError, match=message), warnings.catch_warnings():
@@ -287,7 +289,7 @@ def test_only_what_suits_a_model_is_built() -> None:
     assert [v for v in VARIANTS if suits(v, "bert")] == list(VARIANTS)
     assert not suits(NumPy(), "bert")
     static = [v for v in select("") if suits(v, STATIC)]
-    assert static == list(STATIC_VARIANTS)
+    assert set(static) == set(STATIC_VARIANTS)
 
 
 @pytest.mark.parametrize("variant_", (*ALL, NumPy()), ids=_id)
