@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 
-TRAIN_ROWS = 1200
+TRAIN_ROWS = 1000
 VALIDATION_ROWS = 200
 TEST_ROWS = 300
 WRONG_LABELS = 0.02

@@ -107,7 +107,7 @@ def throughput(
         seconds: Share of the budget; one repeat of each size is run in any case.
     """
     *smaller, largest = BATCH_ROWS
-    sizes = BATCH_ROWS if largest * row_s <= 2 * seconds else tuple(smaller)
+    sizes = BATCH_ROWS if largest * row_s <= seconds else tuple(smaller)
     share = seconds / (len(sizes) * (_REPEATS + 1))
     rows = indices[: max(round(share / row_s), sizes[-1])]
     end = perf_counter() + seconds

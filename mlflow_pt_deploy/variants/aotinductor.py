@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -86,12 +86,33 @@ class AOTInductor(Variant):
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
-        from torch._inductor import aoti_load_package
 
         if device != "cpu":
             raise UnsupportedError("this package was compiled for the CPU; use device=cpu.")
         torch.set_num_threads(threads)
-        return torch_predict(aoti_load_package(str(folder / _FILE)), device)
+        return torch_predict(_loaded(str(folder / _FILE)), device)
+
+
+def _loaded(path: str) -> Callable[..., torch.Tensor]:
+    """The package's function.
+
+    `aoti_load_package` imports the whole compiler before it comes to this loader: 2 s of a start.
+    """
+    import torch
+
+    try:
+        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    except (AttributeError, TypeError):  # it is not public; another PyTorch may have changed it
+        from torch._inductor import aoti_load_package
+
+        package: Callable[..., torch.Tensor] = aoti_load_package(path)
+        return package
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        (logits,) = runner.boxed_run(list(tensors))
+        return logits
+
+    return call
 
 
 def _need_torchao() -> None:
