@@ -82,7 +82,7 @@ class Variant(ABC):
             ``int8-accuracy`` (calibrated, and held to the fp32 model's answers).
         runtime: What executes the model; the middle part of the variant's name.
         extra: The extra of this distribution that the runtime needs, if any.
-        compiles: True where an export takes a compiler's time; such exports get a process apart.
+        compiles: True where an export takes a compiler's time; such exports begin first.
         carries_code: True where the file holds a program and not only weights and a graph of
             known operators; such a file is loaded only when somebody vouches for its digest.
     """

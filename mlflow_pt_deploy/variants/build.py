@@ -1,6 +1,6 @@
 """Export many variants, two child processes at a time; a crash costs a row, not the run.
 
-A child builds many variants of one model, because starting one takes as long as an export. Run by
+A child exports one variant after the other, because starting it takes as long as an export. Run by
 `build`, not by people:
 ``python -m mlflow_pt_deploy.variants.build JOB.json``
 """
@@ -16,21 +16,25 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.base import Inputs, Variant
 from mlflow_pt_deploy.variants.folder import verify, write_variant
 from mlflow_pt_deploy.variants.table import VARIANTS, suits
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
 
 _CALIBRATION_ROWS = 128
 _TIMEOUT_S = 1800
@@ -97,14 +101,10 @@ def build(
             note(early)
         else:
             wanted.append((model, variant))
-    rows = _rows(splits)
-    with ThreadPoolExecutor(parallel) as pool:
-        jobs = [
-            pool.submit(_run_job, model, models[model], job, target, rows, parallel, note)
-            for model, job in _jobs(wanted)
-        ]
-        for job in jobs:
-            job.result()
+    if wanted:
+        tasks = deque(sorted(wanted, key=_slow_first))
+        job = {"target": str(target), **_rows(splits)}
+        _work_off(tasks, models, target, job, min(parallel, len(wanted)), note)
     return [done[variant.name(model)] for model, variant in asked]
 
 
@@ -140,12 +140,10 @@ def _without_building(variant: Variant, model: str, target: Path) -> Built | Non
     return None
 
 
-def _jobs(wanted: Sequence[tuple[str, Variant]]) -> list[tuple[str, list[Variant]]]:
-    """A child for what compiles and one for the rest, for each model; the slow ones first."""
-    jobs: dict[tuple[bool, str], list[Variant]] = {}
-    for model, variant in wanted:
-        jobs.setdefault((not variant.compiles, model), []).append(variant)
-    return [(model, jobs[fast, model]) for fast, model in sorted(jobs)]
+def _slow_first(task: tuple[str, Variant]) -> tuple[bool, bool, str]:
+    """What compiles, then what calibrates, so that no child is left with a long one at the end."""
+    model, variant = task
+    return not variant.compiles, not variant.precision.startswith("int8-static"), model
 
 
 def _rows(splits: Splits) -> dict[str, list[str]]:
@@ -175,87 +173,116 @@ def _built(
     return Built(name, model, variant.runtime, variant.precision, folder, reason, seconds)
 
 
-def _run_job(
-    model: str,
-    source: Path,
-    variants: list[Variant],
+def _work_off(
+    tasks: deque[tuple[str, Variant]],
+    models: Mapping[str, Path],
     target: Path,
-    rows: Mapping[str, list[str]],
+    job: Mapping[str, Any],
     parallel: int,
     note: Callable[[Built], None],
 ) -> None:
-    """Every variant is noted, whatever happens; one that kills its child costs no other."""
-    left = {variant.name(model): variant for variant in variants}
-    job = {"model": model, "source": str(source), "target": str(target), **rows}
-    while left:
-        options = [{"runtime": variant.runtime, **asdict(variant)} for variant in left.values()]
-        ready = False
-        for answer in _child({**job, "variants": options}, parallel):
-            if "name" in answer:
-                variant = left.pop(answer["name"])
-                folder = None if answer["reason"] else target / answer["name"]
-                note(_built(variant, model, folder, answer["reason"], answer["seconds"]))
-            elif "died" in answer:
-                lost = list(left)[:1] if ready else list(left)
-                for name in lost:
-                    note(_built(left.pop(name), model, None, answer["died"]))
-            else:
-                ready = True
-
-
-def _child(job: Mapping[str, Any], parallel: int) -> Iterator[dict[str, Any]]:
-    """The child's answers; a last one with ``died`` if it ended before its work did."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path, log = Path(scratch) / "job.json", Path(scratch) / "log"
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(parallel) as pool:
+        path, threads = Path(scratch) / "job.json", max(1, usable_cores() // parallel)
         path.write_text(json.dumps(job), encoding="utf8")
-        with log.open("wb") as errors:
-            child = _start(path, errors, parallel)
-        yield from _answers(child, log)
+        exporters = [
+            _Exporter(path, Path(scratch) / f"log{number}", threads) for number in range(parallel)
+        ]
+        try:
+            for done in [
+                pool.submit(one.work_off, tasks, models, target, note) for one in exporters
+            ]:
+                done.result()
+        except BaseException:
+            tasks.clear()
+            for one in exporters:
+                one.kill()
+            raise
 
 
-def _start(job: Path, errors: BinaryIO, parallel: int) -> subprocess.Popen[str]:
-    # Two children with all cores each would wait for one another at every OpenMP barrier; and
-    # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
-    cores = str(max(1, usable_cores() // parallel))
-    return subprocess.Popen(
-        [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)],
-        env={**os.environ, "OMP_NUM_THREADS": cores, "CI": "true"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        text=True,
-    )
+class _Exporter:
+    """A child process that exports one variant after the other; the next one replaces a dead one.
 
+    Args:
+        job: File with what all exports share.
+        log: File for what the child says besides its answers.
+        threads: Cores that it may use.
+    """
 
-def _answers(child: subprocess.Popen[str], log: Path) -> Iterator[dict[str, Any]]:
-    late = threading.Event()
+    def __init__(self, job: Path, log: Path, threads: int) -> None:
+        self._command = [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)]
+        self._log = log
+        # Two children with all cores each would wait for one another at every OpenMP barrier; and
+        # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "true"}
+        self._child: subprocess.Popen[str] | None = None
 
-    def give_up() -> None:
-        late.set()
-        child.kill()
+    def work_off(
+        self,
+        tasks: deque[tuple[str, Variant]],
+        models: Mapping[str, Path],
+        target: Path,
+        note: Callable[[Built], None],
+    ) -> None:
+        """Take tasks until there are none left; each is noted, whatever happens."""
+        try:
+            while True:
+                try:
+                    model, variant = tasks.popleft()
+                except IndexError:
+                    return
+                reason, seconds = self._export(model, models[model], variant)
+                folder = None if reason else target / variant.name(model)
+                note(_built(variant, model, folder, reason, seconds))
+        finally:
+            self.kill()
 
-    timer = threading.Timer(_TIMEOUT_S, give_up)
-    timer.start()
-    try:
-        with child, _killed_at_exit(child):
-            assert child.stdout is not None
-            for line in child.stdout:
-                yield json.loads(line)
-    finally:
-        timer.cancel()
-    if late.is_set():
-        yield {"died": f"the export was given up after {_TIMEOUT_S} s"}
-    elif child.returncode:
-        yield {"died": _cause(child.returncode, log)}
-
-
-@contextmanager
-def _killed_at_exit(child: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if child.poll() is None and sys.exc_info()[0] is not None:
+    def kill(self) -> None:
+        """End the child, whatever it is doing."""
+        child, self._child = self._child, None
+        if child is not None:
             child.kill()
+            with child:  # waits, and closes its pipes
+                pass
+
+    def _export(self, model: str, source: Path, variant: Variant) -> tuple[str, float]:
+        """Why it failed, empty if it did not, and the seconds it took."""
+        child = self._child = self._child or self._start()
+        assert child.stdin is not None and child.stdout is not None
+        task = {"model": model, "source": str(source), "runtime": variant.runtime}
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(_TIMEOUT_S, give_up)
+        timer.start()
+        try:
+            with suppress(OSError):  # it died: what it said last is read below
+                child.stdin.write(json.dumps({**task, "options": asdict(variant)}) + "\n")
+                child.stdin.flush()
+            line = child.stdout.readline()
+        finally:
+            timer.cancel()
+        if line.endswith("\n"):
+            answer = json.loads(line)
+            return answer["reason"], answer["seconds"]
+        code = child.wait()
+        self.kill()
+        if late.is_set():
+            return f"the export was given up after {_TIMEOUT_S} s", 0.0
+        return _cause(code, self._log), 0.0
+
+    def _start(self) -> subprocess.Popen[str]:
+        with self._log.open("wb") as errors:
+            return subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
 
 
 def _cause(code: int, log: Path) -> str:
@@ -268,38 +295,58 @@ def _cause(code: int, log: Path) -> str:
 
 
 def main(path: Path) -> None:
-    """The child: build what the job says, answer one line of JSON a variant."""
-    from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.variants.table import RUNTIMES
-
+    """The child: a task a line on stdin, its outcome a line on stdout, until stdin ends."""
     warnings.simplefilter("ignore")
     answers = _private_stdout()
     job = json.loads(path.read_text(encoding="utf8"))
-    classifier = load_classifier(job["source"])
-    example = classifier.preprocessor(job["example"])
-    calibration = [classifier.preprocessor([row]) for row in job["calibration"]]
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for options in job["variants"]:
-        variant = RUNTIMES[options.pop("runtime")](**options)
+    known: dict[str, _Source] = {}
+    for line in sys.stdin:
+        task = json.loads(line)
         started = time.monotonic()
         reason = ""
         try:
-            write_variant(
-                variant,
-                classifier,
-                Path(job["target"]) / variant.name(job["model"]),
-                model=job["model"],
-                example=example,
-                calibration=calibration,
-                golden_rows=job["golden"],
-            )
+            if task["source"] not in known:  # only one stays in memory
+                known = {task["source"]: _Source.load(task["source"], job)}
+            _export(task, known[task["source"]], job)
         except (PtDeployError, OSError) as error:
             reason = str(error)
         except Exception as error:  # a runtime's own: one row fails, the others go on
             reason = str(VariantError(f"{type(error).__name__}: {str(error)[:300]}"))
         seconds = round(time.monotonic() - started, 3)
-        answer = {"name": variant.name(job["model"]), "reason": reason, "seconds": seconds}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps({"reason": reason, "seconds": seconds}), file=answers, flush=True)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model to export, and its inputs to trace and to calibrate with."""
+
+    classifier: Classifier
+    example: Inputs
+    calibration: Sequence[Inputs]
+
+    @classmethod
+    def load(cls, folder: str, job: Mapping[str, Any]) -> _Source:
+        from mlflow_pt_deploy.models import load_classifier
+
+        classifier = load_classifier(folder)
+        preprocess = classifier.preprocessor
+        calibration = [preprocess([row]) for row in job["calibration"]]
+        return cls(classifier, preprocess(job["example"]), calibration)
+
+
+def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) -> None:
+    from mlflow_pt_deploy.variants.table import RUNTIMES
+
+    variant = RUNTIMES[task["runtime"]](**task["options"])
+    write_variant(
+        variant,
+        source.classifier,
+        Path(job["target"]) / variant.name(task["model"]),
+        model=task["model"],
+        example=source.example,
+        calibration=source.calibration,
+        golden_rows=job["golden"],
+    )
 
 
 def _private_stdout() -> TextIO:
