@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.options import Options
     from mlflow_pt_deploy.pipeline import run_lifecycle
     from mlflow_pt_deploy.policy import Choice, Policy, choose
+    from mlflow_pt_deploy.searches import search_students
     from mlflow_pt_deploy.serving.app import serve
     from mlflow_pt_deploy.stages import (
         distill_student,
@@ -32,6 +33,7 @@ _HOMES = {
     "options": ("Options",),
     "pipeline": ("run_lifecycle",),
     "policy": ("Choice", "Policy", "choose"),
+    "searches": ("search_students",),
     "serving.app": ("serve",),
     "stages": (
         "distill_student",
@@ -64,6 +66,7 @@ __all__ = [
     "promote_choice",
     "read_optimized",
     "run_lifecycle",
+    "search_students",
     "serve",
     "train_teacher",
     "write_variant",

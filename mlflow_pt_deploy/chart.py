@@ -1,4 +1,4 @@
-"""The picture of the results: accuracy against latency, one point a variant.
+"""The pictures: accuracy against latency, one point a variant or one a trial of a search.
 
 Pure presentation, like `report`, which re-exports `plot`; matplotlib is imported when drawing.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_pt_deploy.measure.result import Result
 from mlflow_pt_deploy.policy import Choice
+from mlflow_pt_deploy.search.front import Finished, Found
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -93,6 +94,46 @@ def plot(
     figure.savefig(path, format="png")
 
 
+def plot_front(found: Found, chosen: Sequence[Finished], path: Path, *, least: float) -> None:
+    """Draw the finished trials of a search and their Pareto front into a PNG file.
+
+    Args:
+        found: All trials of the study.
+        chosen: Those that were taken get a ring.
+        path: The PNG file to write.
+        least: Validation accuracy that was asked for, drawn as a line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for kind in sorted({trial.point.kind for trial in found.finished}):
+        trials = [trial for trial in found.finished if trial.point.kind == kind]
+        color = _MODEL_COLORS["static" if kind == "static" else "student"]
+        axes.plot(*_spots(trials), "o", color=color, ms=7, mec="white", label=kind)
+    axes.step(*_spots(found.front), where="post", color="#444444", lw=1, label="Pareto front")
+    axes.plot(*_spots(chosen), "o", ms=15, mfc="none", mec=_CHOSEN_COLOR, mew=2, label="taken")
+    for trial in found.front:
+        spot = (trial.outcome.latency_ms, 100 * trial.outcome.accuracy)
+        axes.annotate(
+            str(trial.number), spot, xytext=(6, -11), textcoords="offset points", fontsize=8
+        )
+    axes.axhline(100 * least, color="#444444", ls="--", lw=1, label="asked for")
+    _draw_latency_axis(axes)
+    axes.set_ylabel("validation accuracy in %")
+    dropped = f", {len(found.dropped)} stopped or failed" if found.dropped else ""
+    title = f"{len(found.finished)} finished trials{dropped}; numbers are trials of the front"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _spots(trials: Sequence[Finished]) -> tuple[list[float], list[float]]:
+    """Latencies in ms and accuracies in per cent."""
+    latencies = [trial.outcome.latency_ms for trial in trials]
+    return latencies, [100 * trial.outcome.accuracy for trial in trials]
+
+
 def _point(result: Result, dataset: str) -> _Point | None:
     p50, accuracy = result.value("latency_p50_ms"), result.value("accuracy", dataset)
     if result.reason or p50 is None or accuracy is None:
@@ -113,7 +154,7 @@ def _draw_point(axes: Axes, point: _Point, marker: str) -> None:
     )
 
 
-def _draw_axes(axes: Axes, points: Sequence[_Point], dataset: str) -> None:
+def _draw_latency_axis(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
@@ -125,6 +166,11 @@ def _draw_axes(axes: Axes, points: Sequence[_Point], dataset: str) -> None:
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("median latency of one row, raw text to label, in ms (log)")
+
+
+def _draw_axes(axes: Axes, points: Sequence[_Point], dataset: str) -> None:
+    _draw_latency_axis(axes)
     axes.set_xlabel("median latency of one row, raw text to label, in ms (log; bar to p95)")
     axes.set_ylabel(f"{dataset} accuracy in % (bar: paired 95 % interval of the drop)")
     where = sorted({f"{p.result.device}, threads: {p.result.threads}" for p in points})

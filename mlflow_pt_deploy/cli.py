@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.options import Options
     from mlflow_pt_deploy.pipeline import Lifecycle
     from mlflow_pt_deploy.promote import Promotion
+    from mlflow_pt_deploy.searches import Searched
     from mlflow_pt_deploy.stages import Trained
 
 _DATA = {
@@ -46,6 +47,14 @@ _STUDENT = {
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),
+    "--soft-weight": (float, 0.7, "share of the soft labels in a student's loss"),
+}
+_SEARCH = {
+    "--trials": (int, 20, "students to try, those of an earlier call included"),
+    "--search-seconds": (float, 0.0, "time for it; 0: no limit"),
+    "--kinds": (str, "transformer,static", "kinds of students to try"),
+    "--study": (str, "", "name, to share a study between processes; empty: the run's id"),
+    "--storage": (str, "", "database of the study, e.g. postgresql://...; $PT_DEPLOY_STORAGE"),
 }
 _MEASURE = {
     "--variants": (str, "", "which to build, e.g. onnxruntime,openvino-fp32; empty: all"),
@@ -86,7 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    everything = {**_DATA, **_TEACHER, **_STUDENT, **_FIT, **_MEASURE, **_POLICY, **_NAME}
+    no_search = {"--trials": (int, 0, "search for students instead: how many to try; 0: do not")}
+    searching = {**_SEARCH, **no_search}
+    rest = {**_FIT, **_MEASURE, **_POLICY}
+    trying = {**_DATA, **_SEARCH, **{f: rest[f] for f in ("--device", "--seconds", "--retain")}}
+    making = {**_TEACHER, **_STUDENT, **searching, **_FIT}
+    everything = {**_DATA, **making, **_MEASURE, **_POLICY, **_NAME}
     for name, call, about, tables in (
         ("run", _run, "the whole line: train, distill, optimize, promote", everything),
         ("train", _train, "fine-tune a teacher", {**_DATA, **_TEACHER, **_FIT}),
@@ -96,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
             "distill a student from a fine-tuned teacher",
             {**_DATA, **_TEACHER, **_STUDENT, **_FIT},
         ),
+        ("search", _search, "search for students of a teacher", trying),
         (
             "optimize",
             _optimize,
@@ -128,6 +143,8 @@ def _add(parser: argparse.ArgumentParser, table: Mapping[str, tuple[type, Any, s
 def _special(name: str, stage: argparse.ArgumentParser) -> None:
     """Arguments that only one stage has."""
     forms = "Hugging Face id or folder, runs:/... or models:/..."
+    if name == "search":
+        stage.add_argument("--teacher", required=True, help=f"a fine-tuned teacher: {forms}")
     if name == "optimize":
         stage.add_argument("--model", required=True, help=f"the model: {forms}")
     if name in ("run", "optimize"):
@@ -156,7 +173,10 @@ def _options(parsed: argparse.Namespace) -> Options:
     from mlflow_pt_deploy.options import Options
 
     known = {field.name for field in fields(Options)}
-    return Options(**{key: value for key, value in vars(parsed).items() if key in known})
+    given = {key: value for key, value in vars(parsed).items() if key in known}
+    if not given.get("storage"):  # the environment, because it may hold a password
+        given["storage"] = os.environ.get("PT_DEPLOY_STORAGE", "")
+    return Options(**given)
 
 
 def _run(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -195,6 +215,38 @@ def _trained(stage: str, done: Trained) -> dict[str, Any]:
         "run_id": done.run_id,
         "model": done.model,
         "validation_accuracy": done.validation_accuracy,
+    }
+
+
+def _search(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.report import trials_table
+    from mlflow_pt_deploy.searches import search_students
+
+    done = search_students(_options(parsed))
+    print(trials_table(done.found, [each.trial for each in done.chosen]))
+    for chosen, student in zip(done.chosen, done.students, strict=True):
+        print(f"\n{chosen.reason}\nTrained again: {student.model}")
+    models = ",".join(student.model for student in done.students)
+    print(f"\nnext: pt-deploy optimize --model {parsed.teacher} --student {models} --data ...")
+    return _searched(done)
+
+
+def _searched(done: Searched) -> dict[str, Any]:
+    return {
+        "stage": "search",
+        "run_id": done.run_id,
+        "finished": len(done.found.finished),
+        "front": [trial.number for trial in done.found.front],
+        "chosen": [
+            {
+                "trial": chosen.trial.number,
+                "meets": chosen.meets,
+                "reason": chosen.reason,
+                "model": student.model,
+                "validation_accuracy": student.validation_accuracy,
+            }
+            for chosen, student in zip(done.chosen, done.students, strict=True)
+        ],
     }
 
 

@@ -31,6 +31,13 @@ class Options:
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
+        soft_weight: Share of the soft labels in a student's loss, 0 to 1.
+        trials: Students that a search tries, or has tried before; 0 for no search.
+        search_seconds: Time for it; 0: no limit.
+        kinds: Of students that it tries: ``transformer``, ``static``.
+        study: Its name, to share it between processes; empty: the id of its run.
+        storage: Address of its database, which may hold a password and is not logged; empty: a
+            file in ``$PT_DEPLOY_HOME``.
         variants: Runtimes or runtimes with a precision to build, separated by commas; empty: all.
         seconds: Timing budget for each variant.
         threads: Threads for one call; 0: all cores.
@@ -42,7 +49,7 @@ class Options:
         resume: Id of an interrupted run to go on with.
 
     Raises:
-        ModelError: `vocabulary` is none of those.
+        ModelError: `vocabulary` is none of those, or `soft_weight` no share.
     """
 
     data: str = "catalog"
@@ -57,6 +64,12 @@ class Options:
     learning_rate: float = 0.0
     batch_size: int = 0
     temperature: float = 2.0
+    soft_weight: float = 0.7
+    trials: int = 0
+    search_seconds: float = 0.0
+    kinds: str = "transformer,static"
+    study: str = ""
+    storage: str = ""
     variants: str = ""
     seconds: float = 8.0
     threads: int = 0
@@ -75,6 +88,8 @@ class Options:
             raise ModelError(
                 f"vocabulary is {self.vocabulary!r}; choose from {', '.join(VOCABULARIES)}."
             )
+        if not 0 <= self.soft_weight <= 1:
+            raise ModelError(f"soft_weight is {self.soft_weight}; give a share from 0 to 1.")
 
     def policy(self) -> Policy:
         """The limits among the options.
@@ -91,8 +106,8 @@ class Options:
         )
 
     def to_json(self) -> str:
-        """All options but `resume`, which belongs to one call and not to the run."""
-        return json.dumps({**asdict(self), "resume": ""})
+        """All options but `resume` and `storage`, which belong to one call and not to the run."""
+        return json.dumps({**asdict(self), "resume": "", "storage": ""})
 
     @classmethod
     def from_json(cls, text: str) -> Options:

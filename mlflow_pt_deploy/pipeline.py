@@ -8,7 +8,7 @@ Knows the order of things and how to go on after an interruption; computes and l
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.optimize import Optimized
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.promote import Promotion
+from mlflow_pt_deploy.searches import search_students
 from mlflow_pt_deploy.stages import (
     Trained,
     distill_stage,
@@ -26,6 +27,7 @@ from mlflow_pt_deploy.stages import (
     optimize_models,
     promote_choice,
     train_teacher,
+    unless_finished,
 )
 from mlflow_pt_deploy.variants import select
 
@@ -51,7 +53,8 @@ def run_lifecycle(options: Options) -> Lifecycle:
     """
     tracking.check_tracking()
     if options.resume:
-        options = replace(tracking.saved_options(options.resume), resume=options.resume)
+        saved = tracking.saved_options(options.resume)
+        options = replace(saved, resume=options.resume, storage=options.storage)
     options.policy()
     select(options.variants)
     splits = load_data(options.data, seed=options.seed, limit=options.limit)
@@ -61,12 +64,15 @@ def run_lifecycle(options: Options) -> Lifecycle:
     ) as parent:
         run_id = parent.info.run_id
         tracking.log_dataset_facts(splits)
-        teacher = _unless_finished(run_id, "train", train_teacher, options, splits)
+        teacher = unless_finished(run_id, "train", train_teacher, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
         if not options.student:
+            started = time.monotonic()
             students = _students(run_id, options, splits)
-            if students:
+            if options.trials:
+                seconds["search"] = round(time.monotonic() - started, 1)
+            elif students:
                 seconds["distill"] = sum(student.seconds for student in students)
             options = replace(options, student=",".join(student.model for student in students))
         with _timed("optimize", seconds):
@@ -78,7 +84,11 @@ def run_lifecycle(options: Options) -> Lifecycle:
 
 
 def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
-    """One with some of the teacher's layers and a static one, as far as they are asked for."""
+    """Those that a search leads to, or one with some of the teacher's layers and a static one."""
+    if options.trials:
+        before = tracking.child_run(parent, "search") if options.resume else None
+        again = replace(options, resume=before.info.run_id if before else "")
+        return list(search_students(again, splits).students)
     made = []
     for layers, epochs in (
         (options.student_layers, options.student_epochs),
@@ -87,28 +97,8 @@ def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
         if epochs:
             wanted = replace(options, student_layers=layers)
             stage = distill_stage(wanted)
-            made.append(_unless_finished(parent, stage, distill_student, wanted, splits))
+            made.append(unless_finished(parent, stage, distill_student, wanted, splits))
     return made
-
-
-def _unless_finished(
-    parent: str,
-    stage: str,
-    work: Callable[[Options, Splits], Trained],
-    options: Options,
-    splits: Splits,
-) -> Trained:
-    """What an interrupted lifecycle finished already is read, not done again."""
-    if not options.resume:
-        return work(options, splits)
-    run = tracking.child_run(parent, stage)
-    if run is None:
-        return work(replace(options, resume=""), splits)
-    if run.info.status == "FINISHED":
-        found = run.data.metrics
-        address = f"runs:/{run.info.run_id}/model"
-        return Trained(run.info.run_id, address, found["accuracy"], found["seconds"])
-    return work(replace(options, resume=run.info.run_id), splits)
 
 
 @contextmanager

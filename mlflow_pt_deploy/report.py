@@ -12,8 +12,9 @@ from typing import NamedTuple
 from mlflow_pt_deploy.chart import plot
 from mlflow_pt_deploy.measure.result import Measurement, Result
 from mlflow_pt_deploy.policy import Choice
+from mlflow_pt_deploy.search.front import Finished, Found
 
-__all__ = ["markdown", "plot", "table"]
+__all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
 
 _WIDTH = 138
 _REASON_CHARACTERS = 400
@@ -75,6 +76,54 @@ def markdown(
     failed = [f"- `{r.variant}` is missing: {_shortened(r.reason)}" for r in _failed(results)]
     below = [*failed, *(f"- {note}" for note in notes)]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
+
+
+def trials_table(found: Found, chosen: Sequence[Finished]) -> str:
+    """Aligned plain text: finished trials, the fastest first, then the others with the reason.
+
+    Args:
+        found: From `search`.
+        chosen: Those that were taken are marked with ``*``, the rest of the front with ``+``.
+    """
+    header, *rows = _trial_rows(found, chosen)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [_line(row, widths) for row in [header, *rows]]
+    lines.insert(1, "-" * max(map(len, lines)))
+    for trial in found.dropped:
+        words = f"trial {trial.number}: {trial.state}: {_shortened(trial.reason)}"
+        lines += textwrap.wrap(words, _WIDTH, initial_indent="! ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def trials_markdown(found: Found, chosen: Sequence[Finished]) -> str:
+    """The same as a GitHub table."""
+    header, *rows = _trial_rows(found, chosen)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
+    dropped = [f"- trial {t.number}: {t.state}: {_shortened(t.reason)}" for t in found.dropped]
+    return "\n".join([*lines, *(["", *dropped] if dropped else [])]) + "\n"
+
+
+_TRIAL_TITLES = ("", "trial", "ms", "accuracy", "epochs", "rate", "batch", "T", "soft")
+
+
+def _trial_rows(found: Found, chosen: Sequence[Finished]) -> list[list[str]]:
+    taken, front = ({trial.number for trial in some} for some in (chosen, found.front))
+    rows = [list(_TRIAL_TITLES)]
+    for trial in sorted(found.finished, key=lambda each: each.outcome.latency_ms):
+        point, outcome = trial.point, trial.outcome
+        mark = "*" if trial.number in taken else "+" if trial.number in front else ""
+        numbers = (
+            f"{outcome.latency_ms:#.3g}",
+            f"{outcome.accuracy:.4f}",
+            str(point.epochs),
+            f"{point.learning_rate:.1e}",
+            str(point.batch_size),
+            f"{point.temperature:.2g}",
+            f"{point.soft_weight:.2f}",
+        )
+        rows.append([mark, f"{trial.number}: {point}", *numbers])
+    return rows
 
 
 def _columns(dataset: str) -> tuple[_Column, ...]:

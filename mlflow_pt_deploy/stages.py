@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,12 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
     logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
-    loss = soft_labels(logits, splits.train.targets, temperature=options.temperature)
+    loss = soft_labels(
+        logits,
+        splits.train.targets,
+        temperature=options.temperature,
+        weight=options.soft_weight,
+    )
     epochs = options.student_epochs if options.student_layers else options.static_epochs
     return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
 
@@ -103,6 +109,25 @@ def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
 def distill_stage(options: Options) -> str:
     """How the run of a student is tagged, by its kind."""
     return "distill" if options.student_layers else "distill-static"
+
+
+def unless_finished(
+    parent: str,
+    stage: str,
+    work: Callable[[Options, Splits], Trained],
+    options: Options,
+    splits: Splits,
+) -> Trained:
+    """Do a stage as a child of a run, or read or resume what an interrupted run left of it."""
+    run = tracking.child_run(parent, stage) if options.resume else None
+    options = replace(options, resume="")
+    if run is None or run.data.tags.get(tracking.OPTIONS_TAG) != options.to_json():
+        return work(options, splits)
+    if run.info.status == "FINISHED":
+        found = run.data.metrics
+        address = f"runs:/{run.info.run_id}/model"
+        return Trained(run.info.run_id, address, found["accuracy"], found["seconds"])
+    return work(replace(options, resume=run.info.run_id), splits)
 
 
 def optimize_models(options: Options, splits: Splits | None = None) -> Optimized:

@@ -69,7 +69,7 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
     System metrics are not sampled: they would disturb what is timed.
 
     Args:
-        stage: ``train``, ``distill``, ``optimize``, ``run``.
+        stage: ``train``, ``distill``, ``search``, ``optimize``, ``run``.
         name: Shown in the UI.
         resume: Id of the run to go on with.
         options: The user's options as JSON, so that a resumed run has the same.
@@ -118,6 +118,16 @@ def child_run(parent: str, stage: str) -> Run | None:
         max_results=1,
     )
     return found[0] if found else None
+
+
+def end_abandoned(parent: str) -> None:
+    """Mark the children of a resumed run that a killed process left running."""
+    client = MlflowClient()
+    for run in client.search_runs(
+        [client.get_run(parent).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{parent}' and attributes.status = 'RUNNING'",
+    ):
+        client.set_terminated(run.info.run_id, "KILLED")
 
 
 def log_dataset_facts(splits: Splits) -> None:

@@ -38,8 +38,10 @@ ROOMS = (
     "promote",
     "tracking",
     "plugins",
+    "trial",
     "optimize",
     "stages",
+    "searches",
     "pipeline",
     "cli",
 )
@@ -103,6 +105,7 @@ def test_public_names() -> None:
         "promote_choice",
         "read_optimized",
         "run_lifecycle",
+        "search_students",
         "serve",
         "train_teacher",
         "write_variant",
