@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mlflow_pt_deploy.data import load_data
 
     splits = load_data(options.data)
-    rows = _sample(splits.test.rows, [splits.labels[at] for at in splits.test.targets])
+    texts = [row for row in splits.test.rows if isinstance(row, str)]
+    rows = _sample(texts, [splits.labels[at] for at in splits.test.targets])
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
         lua = _write_lua(folder, [text for text, _ in rows])

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.stages import Trained
 
 _DATA = {
-    "--data": (str, "catalog", "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, abo:FOLDER"),
+    "--data": (
+        str,
+        "catalog",
+        "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, digits, abo:FOLDER",
+    ),
     "--limit": (int, 0, "at most this many rows a split, for a quick trial; 0: all"),
     "--seed": (int, 0, "of cuts, order of rows and dropout"),
     "--resume": (str, "", "id of an interrupted run to go on with"),
@@ -38,11 +42,15 @@ _FIT = {
     "--device": (str, "cpu", "where to train: cpu or cuda"),
 }
 _TEACHER = {
-    "--teacher": (str, "minilm", "Hugging Face id or folder, minilm, runs:/... or models:/..."),
-    "--epochs": (int, 5, "passes over train for the teacher; 0: take it as it is"),
+    "--teacher": (
+        str,
+        "minilm",
+        "Hugging Face id or folder, minilm, resnet, runs:/... or models:/...",
+    ),
+    "--epochs": (int, -1, "passes over train for the teacher; 0: take it as it is; -1: choose"),
 }
 _STUDENT = {
-    "--student-epochs": (int, 6, "passes over train for the transformer student; 0: none"),
+    "--student-epochs": (int, -1, "passes over train for the student; 0: none; -1: choose"),
     "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
@@ -289,6 +297,7 @@ def _next_steps(done: Lifecycle) -> None:
     local = uri.startswith("sqlite:")
     look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if local else f"open {uri}"
     prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
+    row = "a text to classify" if done.column == "text" else "'$(base64 -w0 FILE)'"
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
     print(f"""
 promoted: {done.promotion.uri} is version {done.promotion.version}   ({times})
@@ -297,7 +306,7 @@ look:   {look}
 serve:  {prefix}mlflow models serve -m {done.promotion.uri} --env-manager local -p 5001
    or:  {prefix}pt-deploy serve {done.promotion.uri} --port 5001
 score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\
-             -d '{{"inputs": ["a text to classify"]}}'
+             -d '{{"inputs": ["{row}"]}}'
 """)
 
 

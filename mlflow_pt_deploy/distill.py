@@ -17,7 +17,14 @@ from torch.nn import functional
 
 from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models import Classifier, new_static, shrink
+from mlflow_pt_deploy.models import (
+    Classifier,
+    ImageClassifier,
+    TextClassifier,
+    new_mobilenet,
+    new_static,
+    shrink,
+)
 from mlflow_pt_deploy.train import Loss, predict_logits
 
 
@@ -37,7 +44,24 @@ def spread(depth: int, keep: int) -> tuple[int, ...]:
 
 
 def start_student(teacher: Classifier, layers: int) -> Classifier:
-    """A student with the teacher's embeddings, head and `layers` of its layers; 0: a static one."""
+    """What learns from a teacher.
+
+    Args:
+        teacher: Of texts: the student has its embeddings, its head and some of its layers. Of
+            images: the student is a MobileNetV2 from scratch.
+        layers: How many layers of a teacher of texts; 0: a static student.
+
+    Raises:
+        ModelError: The teacher has fewer layers, or there is no such student of images.
+    """
+    if isinstance(teacher, ImageClassifier):
+        if layers == 0:
+            raise ModelError(
+                "student_layers is 0, which means a static student, and there are none for "
+                "images. Leave student_layers out: images get a MobileNetV2."
+            )
+        return new_mobilenet(teacher)
+    assert isinstance(teacher, TextClassifier)
     if layers == 0:
         return new_static(teacher)
     return shrink(teacher, spread(teacher.network.config.num_hidden_layers, layers))

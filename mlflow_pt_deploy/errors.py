@@ -2,6 +2,7 @@
 
     PtDeployError
     ├── DataError          rows or labels that cannot be used
+    │   └── RowError            one row cannot be read; says which and why
     ├── ModelError         a model that cannot be found or read
     ├── VariantError       a variant that cannot be built or run
     │   ├── MissingExtraError   a library is not installed; names the extra
@@ -29,6 +30,7 @@ __all__ = [
     "PolicyError",
     "PtDeployError",
     "RequestError",
+    "RowError",
     "SearchError",
     "ServingError",
     "TrackingError",
@@ -44,6 +46,20 @@ class PtDeployError(Exception):
 
 class DataError(PtDeployError):
     """Rows or labels that cannot be used."""
+
+
+class RowError(DataError):
+    """One row that cannot be read.
+
+    Args:
+        row: Its place among the rows that were given, from 0.
+        fault: What is wrong with it and what to do, e.g. ``is cut off; send the whole file``.
+    """
+
+    def __init__(self, row: int, fault: str) -> None:
+        super().__init__(f"row {row} {fault}.")
+        self.row = row
+        self.fault = fault
 
 
 class ModelError(PtDeployError):

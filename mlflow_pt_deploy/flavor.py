@@ -56,7 +56,7 @@ def get_default_pip_requirements(*runtimes: str) -> list[str]:
     """Pinned requirements of an environment that can serve variants of `runtimes`; empty: eager."""
     versions = library_versions()
     needs = (name for runtime in runtimes or ("eager",) for name in _NEEDS[runtime])
-    names = dict.fromkeys(("tokenizers", *needs))
+    names = dict.fromkeys(("tokenizers", "pillow", *needs))
     pins = [f"{name}=={versions[name].partition('+')[0]}" for name in names if name in versions]
     return [f"mlflow-pt-deploy=={__version__}", *pins]
 

@@ -16,6 +16,7 @@ _LIBRARIES = (
     "torchao",
     "transformers",
     "tokenizers",
+    "pillow",
     "onnxruntime",
     "openvino",
     "nncf",

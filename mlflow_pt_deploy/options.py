@@ -20,14 +20,15 @@ class Options:
 
     Attributes:
         data: See `load_data`.
-        teacher: Hugging Face id or folder, ``minilm``, or an MLflow address.
+        teacher: Hugging Face id or folder, ``minilm``, ``resnet``, or an MLflow address.
         student: The same, for students that exist already, separated by commas; empty: distill.
         name: Registered model to promote into.
-        epochs: Passes over train for the teacher; 0 takes it as it is.
-        student_epochs: Passes for the transformer student; 0 makes none.
-        student_layers: Layers that it keeps of the teacher's; 0, for `distill` alone: static.
+        epochs: Passes over train for the teacher; 0 takes it as it is, -1 chooses: 5, or 20 for
+            one from scratch.
+        student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
+        student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
         vocabulary: ``all``, or ``train``: students keep only the word pieces that train uses.
-        static_epochs: Passes for the static student; 0 makes none.
+        static_epochs: Passes for the static student of texts; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
@@ -56,8 +57,8 @@ class Options:
     teacher: str = "minilm"
     student: str = ""
     name: str = "pt-deploy-demo"
-    epochs: int = 5
-    student_epochs: int = 6
+    epochs: int = -1
+    student_epochs: int = -1
     student_layers: int = 3
     vocabulary: str = "all"
     static_epochs: int = 12

@@ -34,9 +34,10 @@ from mlflow_pt_deploy.variants import select
 
 @dataclass(frozen=True)
 class Lifecycle:
-    """The whole line's outcome, with the wall time of each stage in seconds."""
+    """The whole line's outcome: what rows are, and the wall time of each stage in seconds."""
 
     run_id: str
+    column: str
     optimized: Optimized
     promotion: Promotion
     seconds: Mapping[str, float]
@@ -80,11 +81,11 @@ def run_lifecycle(options: Options) -> Lifecycle:
         with _timed("promote", seconds):
             promotion = promote_choice(optimized, options.name)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
-    return Lifecycle(run_id, optimized, promotion, seconds)
+    return Lifecycle(run_id, splits.column, optimized, promotion, seconds)
 
 
 def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
-    """Those that a search leads to, or one with some of the teacher's layers and a static one."""
+    """Those that a search leads to, or one of each kind: for texts, a static one too."""
     if options.trials:
         before = tracking.child_run(parent, "search") if options.resume else None
         again = replace(options, resume=before.info.run_id if before else "")
@@ -92,7 +93,7 @@ def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
     made = []
     for layers, epochs in (
         (options.student_layers, options.student_epochs),
-        (0, options.static_epochs),
+        (0, options.static_epochs if splits.column == "text" else 0),
     ):
         if epochs:
             wanted = replace(options, student_layers=layers)

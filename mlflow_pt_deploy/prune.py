@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import prune_linear_layer
 
 from mlflow_pt_deploy.errors import DataError, ModelError
-from mlflow_pt_deploy.models import Classifier
+from mlflow_pt_deploy.models import TextClassifier
 from mlflow_pt_deploy.train import predict_logits
 
 
@@ -63,8 +63,8 @@ _FAMILIES = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-rober
 
 
 def prune_vocabulary(
-    classifier: Classifier, texts: Sequence[str], *, keep: Sequence[str] = ()
-) -> Classifier:
+    classifier: TextClassifier, texts: Sequence[str], *, keep: Sequence[str] = ()
+) -> TextClassifier:
     """Keep only the word pieces that `texts` need, and all single characters.
 
     Follows "Load What You Need" (Abdaoui, Pradel & Sigel 2020). Each of `texts` becomes the same
@@ -93,12 +93,12 @@ def prune_vocabulary(
     old_ids = _needed(classifier, specification, rows, keep)
     new_ids = {old: new for new, old in enumerate(old_ids)}
     network = _slice_embeddings(classifier.network, old_ids, new_ids)
-    pruned = Classifier(network, _rewrite(classifier.tokenizer, specification, new_ids)).eval()
+    pruned = TextClassifier(network, _rewrite(classifier.tokenizer, specification, new_ids)).eval()
     _verify(classifier, pruned, rows, new_ids)
     return pruned
 
 
-def prune_neurons(classifier: Classifier, keep: int, importance: Importance) -> Classifier:
+def prune_neurons(classifier: TextClassifier, keep: int, importance: Importance) -> TextClassifier:
     """Keep only the most important feed-forward neurons, the same number in every layer.
 
     Ranking by a Taylor score follows Molchanov et al. (2019). A pruned classifier has lost accuracy
@@ -130,11 +130,11 @@ def prune_neurons(classifier: Classifier, keep: int, importance: Importance) -> 
         layer.set_submodule(family.up, prune_linear_layer(up, best))
         layer.set_submodule(family.down, prune_linear_layer(down, best, dim=1))
     setattr(network.config, family.width, keep)
-    return Classifier(network, classifier.tokenizer).eval()
+    return TextClassifier(network, classifier.tokenizer).eval()
 
 
 def taylor_importance(
-    classifier: Classifier,
+    classifier: TextClassifier,
     rows: Sequence[str],
     targets: npt.NDArray[np.int64],
     *,
@@ -190,7 +190,7 @@ def _gate(module: nn.Module, groups: int, gates: list[torch.Tensor]) -> None:
     module.register_forward_pre_hook(multiply)
 
 
-def _family(classifier: Classifier) -> _Family:
+def _family(classifier: TextClassifier) -> _Family:
     kind = classifier.network.config.model_type
     if kind not in _FAMILIES:
         raise ModelError(f"{kind} cannot be pruned; supported are {', '.join(_FAMILIES)}.")
@@ -198,7 +198,7 @@ def _family(classifier: Classifier) -> _Family:
 
 
 def _needed(
-    classifier: Classifier, specification: Any, rows: Sequence[str], keep: Sequence[str]
+    classifier: TextClassifier, specification: Any, rows: Sequence[str], keep: Sequence[str]
 ) -> list[int]:
     """Ids that must survive, in their new order; `specification` is the parsed tokenizer.json."""
     model, added = specification["model"], specification["added_tokens"]
@@ -282,7 +282,9 @@ def _rewrite(tokenizer: Any, specification: Any, new_ids: dict[int, int]) -> Any
     return rewritten
 
 
-def _verify(old: Classifier, new: Classifier, rows: Sequence[str], new_ids: dict[int, int]) -> None:
+def _verify(
+    old: TextClassifier, new: TextClassifier, rows: Sequence[str], new_ids: dict[int, int]
+) -> None:
     """Raise unless all rows have the same pieces, and the first of them the same logits."""
     before, after = old.preprocessor.encode(rows), new.preprocessor.encode(rows)
     for row, expected, ids in zip(rows, before, after, strict=True):

@@ -85,6 +85,11 @@ def search_students(
         splits = load_data(options.data, seed=options.seed, limit=options.limit)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
+    if splits.column != "text":
+        raise SearchError(
+            "a search tries students of texts, and these are images. Leave trials at 0: the line "
+            "distills one student of images."
+        )
     space = space or default_space(teacher, options.kinds)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()

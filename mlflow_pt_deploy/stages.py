@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 
@@ -29,6 +29,9 @@ from mlflow_pt_deploy.variants.numpy import STATIC
 from mlflow_pt_deploy.variants.table import select
 
 TEACHER, STUDENT, STATIC_STUDENT, MODEL = "teacher", "student", "static", "model"
+
+EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
+"""Passes over train where a user left them to us, by stage and whether a model is pretrained."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Trained:
 
 
 def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
-    """Fine-tune `options.teacher` on the data, as a run with the model as its artifact.
+    """Train `options.teacher` on the data, as a run with the model as its artifact.
 
     An interrupted training goes on from its checkpoint if `options.resume` names its run.
 
@@ -57,35 +60,40 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
         ModelError: The model cannot be found, or has other labels and `epochs` is 0.
     """
     from mlflow_pt_deploy.models import load_classifier, new_classifier
-    from mlflow_pt_deploy.train import cross_entropy
+    from mlflow_pt_deploy.train import check_fit, cross_entropy
 
     splits = splits or _prepared(options)
+    source = tracking.fetch_model(options.teacher)
     if options.epochs == 0:
-        classifier = load_classifier(tracking.fetch_model(options.teacher))
+        classifier = load_classifier(source)
         splits = align(splits, classifier.labels)
     else:
-        classifier = new_classifier(tracking.fetch_model(options.teacher), splits.labels)
-    return _fit_and_log(
-        "train", options, splits, classifier, cross_entropy(splits.train.targets), options.epochs
-    )
+        classifier = new_classifier(source, splits.labels, splits.train.rows)
+    check_fit(classifier, splits)
+    loss = cross_entropy(splits.train.targets)
+    return _fit_and_log("train", options, splits, classifier, loss, options.epochs)
 
 
 def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """Distill a student with `options.student_layers` layers from a fine-tuned teacher.
 
-    0 layers make a static student, which learns for `options.static_epochs`.
+    0 layers make a static student, which learns for `options.static_epochs`. Of a teacher of images
+    the student is a MobileNetV2, whatever the layers.
 
     Raises:
-        ModelError: `options.teacher` was not fine-tuned on these labels, or has fewer layers.
+        DataError: The teacher was not fine-tuned on these labels, or not on such rows.
+        ModelError: It has fewer layers, or there is no such student of images.
     """
     import torch
 
     from mlflow_pt_deploy.distill import soft_labels, start_student, teacher_logits
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.train import check_fit
 
     splits = splits or _prepared(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
+    check_fit(teacher, splits)
     torch.manual_seed(options.seed)
     student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
@@ -103,7 +111,11 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
 def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
     from mlflow_pt_deploy.prune import prune_vocabulary
 
-    return teacher if options.vocabulary == "all" else prune_vocabulary(teacher, splits.train.rows)
+    if options.vocabulary == "all":
+        return teacher
+    if splits.column != "text":
+        raise ModelError("vocabulary is train, but images have no word pieces. Leave it out.")
+    return prune_vocabulary(teacher, cast(Sequence[str], splits.train.rows))
 
 
 def distill_stage(options: Options) -> str:
@@ -136,10 +148,12 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     The variants become children of the active run, or of a run of their own. Nothing is promoted.
 
     Raises:
-        ModelError: A model cannot be read or has other labels than the data.
+        DataError: A model has other labels than the data, or reads other rows.
+        ModelError: A model cannot be read.
         VariantError: The baseline, eager fp32, cannot be measured.
     """
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.train import check_fit
 
     options.policy(), select(options.variants)  # a typo must not cost an hour
     splits = splits or _prepared(options)
@@ -147,7 +161,9 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     models = {reference: Path(tracking.fetch_model(options.teacher))}
     models |= _students(options.student)
     for path in models.values():
-        splits = align(splits, load_classifier(str(path)).labels)
+        classifier = load_classifier(str(path))
+        splits = align(splits, classifier.labels)
+        check_fit(classifier, splits)
     active = mlflow.active_run()
     if active is not None:
         return optimize(active.info.run_id, models, splits, options)
@@ -226,6 +242,8 @@ def _fit_and_log(
     from mlflow_pt_deploy.models import save_classifier
     from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
 
+    if epochs < 0:
+        epochs = EPOCHS[stage][classifier.pretrained]
     schedule = Schedule(
         epochs=epochs,
         learning_rate=options.learning_rate,

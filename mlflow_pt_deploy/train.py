@@ -1,4 +1,4 @@
-"""The one fit loop: length-bucketed batches, a linear schedule, the best epoch kept, resumable.
+"""The one fit loop: batches of like lengths, a linear schedule, the best epoch kept, resumable.
 
 A teacher learns with `cross_entropy`; a student with a loss of `distill`. The loop does not know
 which it trains, and knows nothing of MLflow: it reports epochs to a callback.
@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from mlflow_pt_deploy.data import Split, Splits
-from mlflow_pt_deploy.errors import DataError
+from mlflow_pt_deploy.errors import DataError, RowError
 from mlflow_pt_deploy.hardware import cpu_flags
 from mlflow_pt_deploy.models import Classifier
+from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.variants.base import BF16_FLAGS
 from mlflow_pt_deploy.variants.numpy import STATIC
 
@@ -56,12 +58,14 @@ class Schedule:
     def resolved(self, classifier: Classifier) -> Schedule:
         """The same with numbers for what was left to choose.
 
-        Rows a step: 32; static students 128. Peak: 2e-4 for encoders up to 512 wide and 5e-5
-        above; 2e-3 for static students.
+        Rows a step: 32; static students 128, networks from scratch 64. Peak: 2e-4 for encoders up
+        to 512 wide and 5e-5 above; 2e-3 for static students, 1e-3 for networks from scratch.
         """
         config = classifier.network.config
         if config.model_type == STATIC:
             rows, peak = 128, 2e-3
+        elif not classifier.pretrained:
+            rows, peak = 64, 1e-3
         else:
             rows, peak = 32, 2e-4 if getattr(config, "hidden_size", 768) <= 512 else 5e-5
         return replace(
@@ -89,6 +93,32 @@ def cross_entropy(targets: npt.NDArray[np.int64]) -> Loss:
         return functional.cross_entropy(logits, truth[rows].to(logits.device))
 
     return loss
+
+
+def check_fit(classifier: Classifier, splits: Splits) -> None:
+    """Refuse data that the classifier cannot read, before a long run stumbles over it.
+
+    Raises:
+        DataError: The one reads texts and the other holds images; or an image is broken.
+    """
+    preprocessor = classifier.preprocessor
+    if preprocessor.column != splits.column:
+        raise DataError(
+            f"the model reads a column `{preprocessor.column}`, and {splits.name} has "
+            f"`{splits.column}`. Choose another teacher: minilm or any classifier of texts for "
+            "texts, resnet or any classifier of images for images."
+        )
+    if splits.column == "text":  # every text can be read
+        return
+    for name in ("train", "validation", "test"):
+        for number, row in enumerate(getattr(splits, name).rows, start=1):
+            try:
+                preprocessor.encode([row])
+            except RowError as error:
+                raise DataError(
+                    f"{name}: `{splits.column}` {error.fault}, or remove the row (row {number}; "
+                    "the first row after the header is 1)."
+                ) from error
 
 
 def fit(
@@ -148,9 +178,13 @@ def fit(
 
 
 def predict_logits(
-    classifier: Classifier, rows: Sequence[str], *, device: str = "cpu", batch_size: int = 64
+    classifier: Classifier, rows: Sequence[Row], *, device: str = "cpu", batch_size: int = 64
 ) -> npt.NDArray[np.float32]:
-    """Logits of all rows in their order, float32 (rows, classes)."""
+    """Logits of all rows in their order, float32 (rows, classes).
+
+    Raises:
+        RowError: A row cannot be read.
+    """
     encoded = classifier.preprocessor.encode(rows)
     order = sorted(range(len(rows)), key=lambda row: len(encoded[row]))
     logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
@@ -178,6 +212,9 @@ class _Run:
         self.schedule = schedule
         self.device = device
         self.encoded = classifier.preprocessor.encode(train.rows)
+        self.lone_rows = not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()
+        )
         self.steps_an_epoch = -(-len(train) // schedule.batch_size)
         self.total_steps = self.steps_an_epoch * schedule.epochs
         self.step = 0
@@ -256,8 +293,11 @@ class _Run:
         self.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
 
     def _learn(self, loss: Loss, chosen: npt.NDArray[np.int64]) -> float:
+        # Seeded by the step, so that a resumed training sees what an uninterrupted one would.
+        random = np.random.default_rng((self.schedule.seed, self.step))
+        shown = self.classifier.vary([self.encoded[row] for row in chosen], random)
         with _precision(self.device):
-            logits = _forward(self.classifier, [self.encoded[row] for row in chosen], self.device)
+            logits = _forward(self.classifier, shown, self.device)
         value = loss(logits.float(), torch.from_numpy(chosen))
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
@@ -276,15 +316,15 @@ class _Run:
         order = np.argsort(noisy, kind="stable")
         size = self.schedule.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
+        if len(batches[-1]) == 1 and not self.lone_rows:
+            batches[-1] = np.append(batches[-1], order[0])  # one row has no statistics
         return [batches[index] for index in random.permutation(len(batches))]
 
 
-def _forward(classifier: Classifier, encoded: Sequence[Sequence[int]], device: str) -> torch.Tensor:
+def _forward(classifier: Classifier, encoded: Sequence[Any], device: str) -> torch.Tensor:
     inputs = classifier.preprocessor.collate(encoded)
-    logits: torch.Tensor = classifier(
-        torch.from_numpy(inputs["input_ids"]).to(device),
-        torch.from_numpy(inputs["attention_mask"]).to(device),
-    )
+    tensors = (torch.from_numpy(array).to(device) for array in inputs.values())
+    logits: torch.Tensor = classifier(*tensors)
     return logits.float()
 
 

@@ -13,7 +13,9 @@ import sqlite3
 import string
 import warnings
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 # Hugging Face and MLflow read these when they are imported, and child processes inherit them.
 os.environ |= {
@@ -24,6 +26,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -43,6 +46,7 @@ FILLERS = (
     "much very "
 ).split()
 HEBREW = "אבגדהוזחטיכלמנסעפצקרשתךםןףץ"
+COLOURS = ("blue", "green", "red")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -95,22 +99,68 @@ def tiny_splits(tiny_data: Path) -> Splits:
 
 
 @pytest.fixture(scope="session")
-def exported(
-    once: Callable[[str, Callable[[Path], object]], Path],
+def tiny_images(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder of Parquet files (96, 12 and 12 PNGs of 24 x 18); the strongest colour labels it."""
+    return once("tiny-images", _write_tiny_images)
+
+
+@pytest.fixture(scope="session")
+def image_splits(tiny_images: Path) -> Splits:
+    return load_data(str(tiny_images))
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(
+    once: Callable[[str, Callable[[Path], object]], Path], image_splits: Splits
+) -> Path:
+    """A Hugging Face folder: ResNet, 2 blocks, 32 x 32 pixels, 3 labels, knows `COLOURS`."""
+    return once("tiny-resnet", lambda folder: _write_tiny_images_model(folder, image_splits))
+
+
+@pytest.fixture(scope="session")
+def tiny_mobilenet(
+    once: Callable[[str, Callable[[Path], object]], Path], tiny_resnet: Path, image_splits: Splits
+) -> Path:
+    """A MobileNetV2 of an eighth of the width, beside `tiny_resnet`."""
+    return once(
+        "tiny-mobilenet",
+        lambda folder: _write_tiny_images_model(folder, image_splits, teacher=tiny_resnet),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_models(
     tiny_model: Path,
     tiny_static: Path,
+    tiny_resnet: Path,
+    tiny_mobilenet: Path,
     tiny_splits: Splits,
+    image_splits: Splits,
+) -> dict[str, tuple[Path, Splits]]:
+    """Folders of the tiny models, with the rows that they know."""
+    return {
+        "teacher": (tiny_model, tiny_splits),
+        "static": (tiny_static, tiny_splits),
+        "resnet": (tiny_resnet, image_splits),
+        "mobilenet": (tiny_mobilenet, image_splits),
+    }
+
+
+@pytest.fixture(scope="session")
+def exported(
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tiny_models: dict[str, tuple[Path, Splits]],
 ) -> Callable[..., Path]:
     """Writes a variant of a tiny model, once; read it, or copy it before you change it."""
 
     def export(variant: Variant, model: str = "teacher") -> Path:
-        source = tiny_static if model == "static" else tiny_model
+        source, splits = tiny_models[model]
 
         def write(folder: Path) -> None:
             from mlflow_pt_deploy.models import load_classifier
 
             classifier = load_classifier(str(source))
-            rows = sorted(tiny_splits.train.rows, key=len)
+            rows = sorted(splits.train.rows, key=len)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as the child process of `build` does
                 write_variant(
@@ -118,9 +168,9 @@ def exported(
                     classifier,
                     folder,
                     model=model,
-                    example=classifier.preprocessor([rows[0], rows[45], rows[-1]]),
+                    example=classifier.preprocessor([rows[0], rows[len(rows) // 2], rows[-1]]),
                     calibration=[classifier.preprocessor([row]) for row in rows[::4]],
-                    golden_rows=tiny_splits.validation.rows[:4],
+                    golden_rows=splits.validation.rows[:4],
                 )
 
         return once(variant.name(model), write)
@@ -229,6 +279,80 @@ def _teach_words(network, tokenizer) -> None:
             layer.attention.output.dense.weight += 2 * torch.eye(32)
         network.bert.pooler.dense.weight += torch.eye(32)
         network.classifier.weight[:, :3] += 5 * torch.eye(3)
+
+
+def picture(mode: str, size: tuple[int, int], colour: Any, file: str = "PNG", **options) -> bytes:
+    """An encoded image of one colour."""
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.new(mode, size, colour).save(buffer, file, **options)
+    return buffer.getvalue()
+
+
+def _write_tiny_images(folder: Path) -> None:
+    import pandas as pd
+    from PIL import Image
+
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 96), ("validation", 12), ("test", 12)):
+        rows = []
+        for row in range(count):
+            light, noise, lead = draw.integers((0, 1, 60), (130, 60, 120))
+            pixels = light + draw.integers(0, noise, (18, 24, 3)) - noise // 2
+            pixels[..., 2 - row % 3] += lead  # of red, green, blue
+            pixels = pixels.clip(0, 255)
+            buffer = BytesIO()
+            Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+            rows.append({"image": buffer.getvalue(), "label": COLOURS[row % 3]})
+        pd.DataFrame(rows).to_parquet(folder / f"{split}.parquet")
+
+
+def _write_tiny_images_model(folder: Path, splits: Splits, teacher: Path | None = None) -> None:
+    """Really trained, in seconds: weights by hand would not survive batch statistics."""
+    import torch
+
+    from mlflow_pt_deploy.models import (
+        ImageClassifier,
+        load_classifier,
+        new_mobilenet,
+        save_classifier,
+    )
+    from mlflow_pt_deploy.train import Schedule, cross_entropy, fit
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if teacher is None:
+            classifier, rate = _random_resnet(), 1e-2
+        else:
+            known = load_classifier(str(teacher))
+            assert isinstance(known, ImageClassifier)
+            classifier, rate = new_mobilenet(known, width=0.125), 3e-3
+        loss = cross_entropy(splits.train.targets)
+        fit(classifier, splits, loss, Schedule(epochs=20, learning_rate=rate, batch_size=8))
+    save_classifier(classifier, folder)
+
+
+def _random_resnet():
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from mlflow_pt_deploy.models import ImageClassifier
+
+    config = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=dict(enumerate(COLOURS)),
+        label2id={label: index for index, label in enumerate(COLOURS)},
+    )
+    processor = {
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    return ImageClassifier(ResNetForImageClassification(config), processor)
 
 
 def _tokenizer():

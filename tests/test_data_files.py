@@ -113,11 +113,6 @@ def test_an_unknown_spec_lists_what_is_allowed(spec: str) -> None:
         load_data(spec)
 
 
-def test_digits_are_images_and_come_later() -> None:
-    with pytest.raises(DataError, match="digits holds images. Images are not supported yet"):
-        load_data("digits")
-
-
 def test_a_negative_limit() -> None:
     with pytest.raises(DataError, match="limit is -1. Give a number of rows, or 0"):
         load_data("catalog", limit=-1)

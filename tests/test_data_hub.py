@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlflow_pt_deploy.data import load_data
-from mlflow_pt_deploy.data.hub import splits_from_hub, text_column
+from mlflow_pt_deploy.data.hub import splits_from_hub, input_column
 from mlflow_pt_deploy.errors import DataError, MissingExtraError
 
 
@@ -36,21 +36,21 @@ def test_without_the_library_the_extra_is_named(spec: str) -> None:
         ({"content": "string", "stars": "float32"}, "content"),
     ],
 )
-def test_the_text_column(kinds: dict[str, str], column: str) -> None:
-    assert text_column("train", kinds) == column
+def test_the_input_column(kinds: dict[str, str], column: str) -> None:
+    assert input_column("train", kinds) == column
 
 
 @pytest.mark.parametrize(
     "kinds", [{}, {"title": "string", "content": "string"}, {"id": "string"}, {"text": "int64"}]
 )
-def test_no_or_no_single_text_column(kinds: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="train has no column `text`, nor exactly one string col"):
-        text_column("train", kinds)
+def test_no_or_no_single_input_column(kinds: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="train has no column `text` or `image`, nor exactly one string col"):
+        input_column("train", kinds)
 
 
-def test_image_columns_are_refused() -> None:
-    with pytest.raises(DataError, match="Images are not supported yet"):
-        text_column("train", {"image": ""})
+def test_the_image_column() -> None:
+    assert input_column("train", {"image": "PIL.Image.Image"}) == "image"
+    assert input_column("train", {"image": "PIL.Image.Image", "text": "string"}) == "text"
 
 
 def hub_dataset(labels: list[int | None], names: list[str]) -> Any:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from mlflow_pt_deploy.errors import MissingExtraError, ModelError
 from mlflow_pt_deploy.models import (
-    Classifier,
+    TextClassifier,
     load_classifier,
     new_classifier,
     save_classifier,
@@ -158,7 +158,7 @@ def test_positions_that_start_behind_the_padding(tiny_model: Path) -> None:
         pad_token_id=1,
     )
     tokenizer = load_classifier(str(tiny_model)).tokenizer
-    classifier = Classifier(RobertaForSequenceClassification(config).eval(), tokenizer)
+    classifier = TextClassifier(RobertaForSequenceClassification(config).eval(), tokenizer)
     assert classifier.preprocessor.max_length == 18
     assert predict_logits(classifier, ["card " * 50]).shape == (1, 2)
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import DataError, ModelError
-from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier
+from mlflow_pt_deploy.models import TextClassifier, load_classifier, save_classifier
 from mlflow_pt_deploy.prune import Importance, prune_neurons, prune_vocabulary, taylor_importance
 from mlflow_pt_deploy.train import predict_logits
 
@@ -35,7 +35,7 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
 
 
 @pytest.fixture
-def classifier(tiny_model: Path) -> Classifier:
+def classifier(tiny_model: Path) -> TextClassifier:
     return load_classifier(str(tiny_model))
 
 
@@ -50,35 +50,35 @@ def _network(kind: str, **changes: object) -> nn.Module:
         return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def _reloaded(classifier: Classifier, folder: Path) -> Classifier:
+def _reloaded(classifier: TextClassifier, folder: Path) -> TextClassifier:
     save_classifier(classifier, folder)
     network, info = AutoModelForSequenceClassification.from_pretrained(
         folder, output_loading_info=True
     )
     assert not any(info.values())
-    return Classifier(network, AutoTokenizer.from_pretrained(folder)).eval()
+    return TextClassifier(network, AutoTokenizer.from_pretrained(folder)).eval()
 
 
-def _pieces(classifier: Classifier, text: str) -> list[str]:
+def _pieces(classifier: TextClassifier, text: str) -> list[str]:
     """The pieces of a text, without the special tokens around it."""
     (ids,) = classifier.preprocessor.encode([text])
     return classifier.tokenizer.convert_ids_to_tokens(ids)[1:-1]
 
 
-def _weights(classifier: Classifier) -> dict[str, torch.Tensor]:
+def _weights(classifier: TextClassifier) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
 
 
-def _is_unchanged(classifier: Classifier, before: dict[str, torch.Tensor]) -> bool:
+def _is_unchanged(classifier: TextClassifier, before: dict[str, torch.Tensor]) -> bool:
     after = classifier.state_dict()
     return after.keys() == before.keys() and all(map(torch.equal, after.values(), before.values()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_neurons_that_add_nothing_go_first_and_change_no_logit(
-    kind: str, classifier: Classifier, tmp_path: Path
+    kind: str, classifier: TextClassifier, tmp_path: Path
 ) -> None:
-    wide = Classifier(_network(kind), classifier.tokenizer)
+    wide = TextClassifier(_network(kind), classifier.tokenizer)
     downs = [it for it in wide.modules() if isinstance(it, nn.Linear) and it.in_features == 64]
     with torch.no_grad():
         for down, dead in zip(downs, DEAD, strict=True):
@@ -100,7 +100,7 @@ def test_neurons_that_add_nothing_go_first_and_change_no_logit(
     assert (predict_logits(again, ROWS) == predict_logits(pruned, ROWS)).all()
 
 
-def test_the_most_important_neurons_stay_in_their_order(classifier: Classifier) -> None:
+def test_the_most_important_neurons_stay_in_their_order(classifier: TextClassifier) -> None:
     scores = np.zeros((2, 64))
     scores[0, [9, 3, 50]] = [1, 2, 3]
     scores[1, [0, 62, 63]] = [2, 1, 3]
@@ -119,7 +119,7 @@ def test_the_most_important_neurons_stay_in_their_order(classifier: Classifier) 
     assert all(weight.requires_grad for weight in pruned.parameters())
 
 
-def test_scores_are_what_the_loss_changes_by(classifier: Classifier) -> None:
+def test_scores_are_what_the_loss_changes_by(classifier: TextClassifier) -> None:
     """Turning a part's output up and down a little, row by row, gives the same slopes."""
     classifier.double()
     importance = taylor_importance(classifier, ROWS, TARGETS)
@@ -132,7 +132,7 @@ def test_scores_are_what_the_loss_changes_by(classifier: Classifier) -> None:
             assert _slope(classifier, columns) == pytest.approx(importance.neurons[index, part])
 
 
-def _slope(classifier: Classifier, columns: torch.Tensor) -> float:
+def _slope(classifier: TextClassifier, columns: torch.Tensor) -> float:
     """Mean over the rows of the loss's absolute central difference by a factor on `columns`."""
     step, kept, losses = 1e-4, columns.detach().clone(), []
     inputs = [torch.from_numpy(it) for it in classifier.preprocessor(ROWS).values()]
@@ -145,7 +145,7 @@ def _slope(classifier: Classifier, columns: torch.Tensor) -> float:
     return ((losses[0] - losses[1]) / (2 * step)).abs().mean().item()
 
 
-def test_scores_do_not_depend_on_the_batch_and_leave_no_trace(classifier: Classifier) -> None:
+def test_scores_do_not_depend_on_the_batch_and_leave_no_trace(classifier: TextClassifier) -> None:
     before = _weights(classifier)
     classifier.train()
     alone = taylor_importance(classifier, ROWS, TARGETS, batch_size=1)
@@ -159,26 +159,26 @@ def test_scores_do_not_depend_on_the_batch_and_leave_no_trace(classifier: Classi
 
 
 @pytest.mark.parametrize("keep", [-1, 0, 65])
-def test_a_number_of_neurons_that_there_is_not(classifier: Classifier, keep: int) -> None:
+def test_a_number_of_neurons_that_there_is_not(classifier: TextClassifier, keep: int) -> None:
     importance = Importance(np.ones((2, 4)), np.ones((2, 64)))
     with pytest.raises(ModelError, match=rf"^keep {keep}: choose from 1 to 64, the neurons"):
         prune_neurons(classifier, keep, importance)
 
 
-def test_scores_of_another_classifier(classifier: Classifier) -> None:
+def test_scores_of_another_classifier(classifier: TextClassifier) -> None:
     importance = Importance(np.ones((3, 4)), np.ones((3, 64)))
     with pytest.raises(ModelError, match=r"shape \(3, 64\), the classifier has \(2, 64\)"):
         prune_neurons(classifier, 8, importance)
 
 
 @pytest.mark.parametrize("rows", [(), ROWS[:3]])
-def test_rows_without_their_labels(classifier: Classifier, rows: tuple[str, ...]) -> None:
+def test_rows_without_their_labels(classifier: TextClassifier, rows: tuple[str, ...]) -> None:
     with pytest.raises(DataError, match=rf"^{len(rows)} rows with 4 labels"):
         taylor_importance(classifier, rows, TARGETS)
 
 
-def test_an_architecture_that_is_not_supported(classifier: Classifier) -> None:
-    other = Classifier(_network("albert"), classifier.tokenizer)
+def test_an_architecture_that_is_not_supported(classifier: TextClassifier) -> None:
+    other = TextClassifier(_network("albert"), classifier.tokenizer)
     importance = Importance(np.ones((2, 4)), np.ones((2, 64)))
     for prune in (
         lambda: prune_vocabulary(other, TEXTS),
@@ -190,7 +190,7 @@ def test_an_architecture_that_is_not_supported(classifier: Classifier) -> None:
 
 
 def test_a_pruned_vocabulary_changes_nothing_for_its_texts(
-    classifier: Classifier, tmp_path: Path
+    classifier: TextClassifier, tmp_path: Path
 ) -> None:
     before = _weights(classifier)
     pruned = prune_vocabulary(classifier, TEXTS)
@@ -205,7 +205,7 @@ def test_a_pruned_vocabulary_changes_nothing_for_its_texts(
     assert pruned.tokenizer.name_or_path == classifier.tokenizer.name_or_path
 
 
-def test_what_a_pruned_vocabulary_holds(classifier: Classifier) -> None:
+def test_what_a_pruned_vocabulary_holds(classifier: TextClassifier) -> None:
     old, new = classifier.tokenizer.get_vocab(), prune_vocabulary(classifier, TEXTS)
     pieces = new.tokenizer.get_vocab()
     special = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
@@ -222,7 +222,7 @@ def test_what_a_pruned_vocabulary_holds(classifier: Classifier) -> None:
     assert classifier.network.config.vocab_size == len(old)
 
 
-def test_unseen_words_are_spelled(classifier: Classifier) -> None:
+def test_unseen_words_are_spelled(classifier: TextClassifier) -> None:
     pruned = prune_vocabulary(classifier, TEXTS)
     assert _pieces(classifier, "transfer") == ["transfer"]
     assert _pieces(pruned, "transfer") == ["t", *(f"##{letter}" for letter in "ransfer")]
@@ -230,7 +230,7 @@ def test_unseen_words_are_spelled(classifier: Classifier) -> None:
     assert _pieces(pruned, "🚀 ж") == ["[UNK]", "[UNK]"] == _pieces(classifier, "🚀 ж")
 
 
-def test_words_and_pieces_to_keep(classifier: Classifier) -> None:
+def test_words_and_pieces_to_keep(classifier: TextClassifier) -> None:
     pruned = prune_vocabulary(classifier, TEXTS, keep=["Transfer", "payees"])
     assert _pieces(pruned, "transfer payees") == ["transfer", "payee", "##s"]
     assert _pieces(pruned, "send")[0] == "s"
@@ -240,7 +240,7 @@ def test_words_and_pieces_to_keep(classifier: Classifier) -> None:
     }
 
 
-def test_all_rows_of_real_data(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_all_rows_of_real_data(classifier: TextClassifier, tiny_splits: Splits) -> None:
     rows = tiny_splits.train.rows
     pruned = prune_vocabulary(classifier, rows[:10])
     known = {piece for row in rows[:10] for piece in _pieces(classifier, row)}
@@ -249,7 +249,7 @@ def test_all_rows_of_real_data(classifier: Classifier, tiny_splits: Splits) -> N
         assert same == all(piece in known or len(piece) == 1 for piece in _pieces(classifier, row))
 
 
-def _small(pieces: str, kind: str = "bert", **changes: object) -> Classifier:
+def _small(pieces: str, kind: str = "bert", **changes: object) -> TextClassifier:
     """A random network with a vocabulary of its own: a piece's place is its id."""
     vocabulary = {piece: index for index, piece in enumerate(pieces.split())}
     backend = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
@@ -261,7 +261,7 @@ def _small(pieces: str, kind: str = "bert", **changes: object) -> Classifier:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", **SPECIAL
     )
-    return Classifier(_network(kind, **changes), tokenizer)
+    return TextClassifier(_network(kind, **changes), tokenizer)
 
 
 def test_an_unknown_word_stays_unknown(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_tokens_added_behind_the_vocabulary(tmp_path: Path) -> None:
     tokenizer = classifier.tokenizer
     tokenizer.backend_tokenizer.post_processor = BertProcessing(("[SEP]", 4), ("[CLS]", 3))
     tokenizer.add_tokens(["<order>", "<price>"])  # 7 and 8
-    classifier = Classifier(classifier.network, tokenizer)
+    classifier = TextClassifier(classifier.network, tokenizer)
     assert classifier.preprocessor.encode(["a<price>b"]) == [[3, 5, 8, 6, 4]]
     pruned = prune_vocabulary(classifier, ["b"])
     again = _reloaded(pruned, tmp_path / "pruned")
@@ -322,16 +322,16 @@ def test_ids_in_a_place_that_is_not_known() -> None:
         prune_vocabulary(classifier, ["a a"])
 
 
-def test_a_tokenizer_of_another_kind(classifier: Classifier) -> None:
+def test_a_tokenizer_of_another_kind(classifier: TextClassifier) -> None:
     backend = Tokenizer(BPE({"[PAD]": 0, "[UNK]": 1, "a": 2}, [], unk_token="[UNK]"))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
     with pytest.raises(
         ModelError, match=r"^A BPE tokenizer's vocabulary .* supported is WordPiece"
     ):
-        prune_vocabulary(Classifier(classifier.network, other), TEXTS)
+        prune_vocabulary(TextClassifier(classifier.network, other), TEXTS)
 
 
-def test_no_texts_or_too_few_embeddings(classifier: Classifier) -> None:
+def test_no_texts_or_too_few_embeddings(classifier: TextClassifier) -> None:
     with pytest.raises(DataError, match="^texts is empty"):
         prune_vocabulary(classifier, [])
     classifier.tokenizer.add_tokens(["<order>"])

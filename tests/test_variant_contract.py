@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import picture
 
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import MissingExtraError, VariantError
 from mlflow_pt_deploy.models import Classifier, load_classifier
+from mlflow_pt_deploy.preprocess import row_from_json
 from mlflow_pt_deploy.train import predict_logits
 from mlflow_pt_deploy.variants import (
     ON_REQUEST,
@@ -28,11 +30,12 @@ from mlflow_pt_deploy.variants import (
     verify,
 )
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
+from mlflow_pt_deploy.variants.eager import Eager
 from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
+from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.variants.openvino import OpenVino
 from mlflow_pt_deploy.variants.table import select, suits
 
-LABELS = ("card", "refund", "transfer")
 LARGEST = 5.0  # what the tiny model's logits reach
 # Largest difference to eager fp32, as a share of that. 32 dimensions with three outliers are hard
 # on int8: one scale holds both, and fewer errors cancel out than in a model of real width.
@@ -56,6 +59,22 @@ ALL = (*VARIANTS, *ON_REQUEST)
 CALIBRATED = [variant for variant in ALL if variant.precision in ("int8-static", "int8-accuracy")]
 CONTRACTS = [("teacher", variant) for variant in ALL]
 CONTRACTS += [("static", variant) for variant in STATIC_VARIANTS]
+CONTRACTS += [("resnet", variant) for variant in ALL if suits(variant, "resnet")]
+CONTRACTS += [
+    ("mobilenet", variant)
+    for variant in (Eager(), OnnxRuntime(), OnnxRuntime("int8-static"), OpenVino("int8-static"))
+]
+ODD = {
+    "text": ["", "a", "😀🏳️‍🌈 card 👩‍👩‍👧", "שלום card עולם", "مرحبا", "\u202ecard\x00\t\u200d"],
+    "image": [
+        picture("L", (9, 9), 90),
+        picture("1", (40, 3), 1),
+        picture("CMYK", (30, 60), (0, 90, 200, 10), "JPEG"),
+        picture("RGBA", (8, 8), (200, 0, 0, 60)),
+        picture("RGB", (1, 300), (0, 200, 0)),
+        picture("I;16", (20, 20), 40_000),
+    ],
+}
 LIBRARIES = {"onnx": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 NEED_LIBRARIES = [
     (variant, library) for variant in ALL for library in LIBRARIES.get(variant.extra or "", ())
@@ -99,8 +118,19 @@ def loaded(folder: Path) -> LoadedVariant:
 
 
 @pytest.fixture(scope="module")
-def classifier(model: str, tiny_model: Path, tiny_static: Path) -> Classifier:
-    return load_classifier(str(tiny_static if model == "static" else tiny_model))
+def classifier(model: str, tiny_models: dict[str, tuple[Path, Splits]]) -> Classifier:
+    return load_classifier(str(tiny_models[model][0]))
+
+
+@pytest.fixture(scope="module")
+def splits(model: str, tiny_models: dict[str, tuple[Path, Splits]]) -> Splits:
+    return tiny_models[model][1]
+
+
+@pytest.fixture
+def text_alone(splits: Splits) -> None:
+    if splits.column != "text":
+        pytest.skip("images have neither length nor padding")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +145,12 @@ def off(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_it_comes_back_from_its_folder_as_what_it_was(
-    model: str, variant: Variant, folder: Path, loaded: LoadedVariant, classifier: Classifier
+    model: str,
+    variant: Variant,
+    folder: Path,
+    loaded: LoadedVariant,
+    classifier: Classifier,
+    splits: Splits,
 ) -> None:
     assert folder.name == variant.name(model)
     assert loaded.manifest == verify(folder)
@@ -125,60 +160,60 @@ def test_it_comes_back_from_its_folder_as_what_it_was(
         variant.precision,
     )
     assert loaded.manifest.carries_code == variant.carries_code
-    assert loaded.labels == LABELS
-    rows = ["send the money abroad", "x"]
-    assert loaded.preprocessor.encode(rows) == classifier.preprocessor.encode(rows)
+    assert loaded.labels == splits.labels
+    rows = splits.test.rows[:2]
+    both = zip(loaded.preprocessor.encode(rows), classifier.preprocessor.encode(rows), strict=True)
+    assert all(np.array_equal(here, there) for here, there in both)
 
 
 def test_logits_are_those_of_eager_fp32(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier, tiny_splits: Splits
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, splits: Splits
 ) -> None:
-    rows = tiny_splits.validation.rows
+    rows = splits.validation.rows
     expected = predict_logits(classifier, rows)
     actual = np.concatenate([loaded.logits([row]) for row in rows])
     assert off(actual, expected) < TOLERANCE[variant.precision]
-    assert (actual.argmax(axis=1) == tiny_splits.validation.targets).all()
+    assert (actual.argmax(axis=1) == splits.validation.targets).all()
 
 
 def test_it_really_computes_in_its_precision(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier, tiny_splits: Splits
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, splits: Splits
 ) -> None:
     if variant.precision == "fp32":
         pytest.skip("fp32 is the reference")
     if variant == OpenVino("bf16"):
         pytest.skip("OpenVINO takes bf16 as a hint, and computes in fp32 where there is none")
-    rows = tiny_splits.validation.rows
+    rows = splits.validation.rows
     assert off(loaded.logits(rows), predict_logits(classifier, rows)) > 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 2, 33])
-def test_shape_and_type_of_a_batch(loaded: LoadedVariant, tiny_splits: Splits, size: int) -> None:
-    logits = loaded.logits(tiny_splits.train.rows[:size])
+def test_shape_and_type_of_a_batch(loaded: LoadedVariant, splits: Splits, size: int) -> None:
+    logits = loaded.logits(splits.train.rows[:size])
     assert type(logits) is np.ndarray
     assert logits.dtype == np.float32
     assert logits.shape == (size, 3)
     assert np.isfinite(logits).all()
 
 
-def test_answers_are_the_callers_to_keep(loaded: LoadedVariant) -> None:
-    first = loaded.logits(["my card"])
+def test_answers_are_the_callers_to_keep(loaded: LoadedVariant, splits: Splits) -> None:
+    first = loaded.logits(splits.test.rows[:1])
     kept = first.copy()
-    loaded.logits(["a refund please"])
+    loaded.logits(splits.test.rows[1:2])
     assert (first == kept).all()
 
 
-@pytest.mark.parametrize(
-    "row", ["", "a", "😀🏳️‍🌈 card 👩‍👩‍👧", "שלום card עולם", "مرحبا", "\u202ecard\x00\t\u200d"]
-)
-def test_odd_texts(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier, row: str
+@pytest.mark.parametrize("number", range(6))
+def test_odd_rows(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, number: int
 ) -> None:
+    row = ODD[classifier.preprocessor.column][number]
     expected = predict_logits(classifier, [row])
     assert off(loaded.logits([row]), expected) < TOLERANCE[variant.precision]
 
 
 def test_a_long_text_is_cut_to_what_the_model_can_read(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_alone: None
 ) -> None:
     text = "card pay " * 1111 + "a"
     assert len(text) == 10_000
@@ -189,15 +224,19 @@ def test_a_long_text_is_cut_to_what_the_model_can_read(
     assert off(loaded.logits(["card pay " * 63 + "refund " * 50]), logits) < 1e-6
 
 
-def test_a_row_hardly_depends_on_its_batch_mates(variant: Variant, loaded: LoadedVariant) -> None:
+def test_a_row_hardly_depends_on_its_batch_mates(
+    variant: Variant, loaded: LoadedVariant, splits: Splits
+) -> None:
     rows = ["my card", "refund", "", "please send my money abroad " * 20]
+    if splits.column == "image":
+        rows = [*splits.test.rows[:3], ODD["image"][0]]
     together = loaded.logits(rows)
     alone = np.concatenate([loaded.logits([row]) for row in rows])
     assert off(together, alone) < COMPANY[variant.precision]
 
 
 def test_padding_is_no_content(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_alone: None
 ) -> None:
     def padded(encoded: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         inputs = loaded.preprocessor.collate(encoded)
@@ -212,12 +251,13 @@ def test_padding_is_no_content(
 def test_golden_rows_are_answered_as_when_exported(variant: Variant, folder: Path) -> None:
     golden = json.loads((folder / "golden.json").read_text(encoding="utf8"))
     loaded = load_variant(folder, threads=1, allow_code=True, check_golden=True)
-    actual = np.concatenate([loaded.logits([row]) for row in golden["rows"]])
+    rows = [row_from_json(row) for row in golden["rows"]]
+    actual = np.concatenate([loaded.logits([row]) for row in rows])
     assert off(actual, np.asarray(golden["logits"])) < 1e-5  # the same machine
 
 
-def test_threads_change_no_answer(folder: Path, loaded: LoadedVariant) -> None:
-    rows = ["my card", "where is the refund i want"]
+def test_threads_change_no_answer(folder: Path, loaded: LoadedVariant, splits: Splits) -> None:
+    rows = splits.test.rows[:2]
     one = loaded.logits(rows)
     two = load_variant(folder, threads=2, allow_code=True, check_golden=False).logits(rows)
     loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)  # sets it back
@@ -288,6 +328,9 @@ def test_numpy_runs_static_students_only(transformer: Classifier, tmp_path: Path
 def test_only_what_suits_a_model_is_built() -> None:
     assert [v for v in VARIANTS if suits(v, "bert")] == list(VARIANTS)
     assert not suits(NumPy(), "bert")
+    convolutions = {f"{v.runtime}-{v.precision}" for v in VARIANTS if suits(v, "resnet")}
+    assert {"eager-fp32", "onnxruntime-int8-static", "openvino-int8-static"} < convolutions
+    assert not any("dynamic" in name for name in convolutions)
     static = [v for v in select("") if suits(v, STATIC)]
     assert set(static) == set(STATIC_VARIANTS)
 

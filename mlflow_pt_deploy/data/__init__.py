@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlflow_pt_deploy.data.abo import read_abo
 from mlflow_pt_deploy.data.catalog import read_catalog
-from mlflow_pt_deploy.data.checks import IMAGES_LATER
+from mlflow_pt_deploy.data.digits import read_digits
 from mlflow_pt_deploy.data.files import read_files
 from mlflow_pt_deploy.data.hub import read_hub
 from mlflow_pt_deploy.data.splits import Split, Splits, limit_splits
@@ -19,7 +19,7 @@ __all__ = ["Split", "Splits", "load_data"]
 
 _ALLOWED = (
     "a folder with train, validation and test as .csv, .csv.gz or .parquet; one such file; "
-    "hf:OWNER/NAME or hf:OWNER/NAME:CONFIG; catalog; abo:FOLDER"
+    "hf:OWNER/NAME or hf:OWNER/NAME:CONFIG; catalog; digits; abo:FOLDER"
 )
 
 
@@ -27,7 +27,8 @@ def load_data(spec: str, *, seed: int = 0, limit: int = 0) -> Splits:
     """Read, check and, where a split is missing, cut a data set.
 
     Args:
-        spec: A folder or file, ``hf:OWNER/NAME[:CONFIG]``, ``catalog`` or ``abo:FOLDER``.
+        spec: A folder or file, ``hf:OWNER/NAME[:CONFIG]``, ``catalog``, ``digits`` or
+            ``abo:FOLDER``.
             A folder that bears one of these names is given as ``./catalog``.
         seed: Decides which rows a cut takes, and what ``catalog`` generates.
         limit: At most this many rows a split, for quick trials; 0 is all of them.
@@ -47,7 +48,7 @@ def _load(spec: str, seed: int) -> Splits:
     if spec == "catalog":
         return read_catalog(seed=seed)
     if spec == "digits":
-        raise DataError(f"--data digits holds images. {IMAGES_LATER}")
+        return read_digits(seed=seed)
     if kind == "hf":
         return read_hub(rest, source=spec, seed=seed)
     if kind == "abo":

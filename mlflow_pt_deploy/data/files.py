@@ -1,6 +1,7 @@
 """Splits from CSV and Parquet files: a folder with one file a split, or one file to cut.
 
-Knows file names and file formats; what is wrong with a row or a label, `checks` says.
+A CSV names the files of its images, relative to its own folder; Parquet holds their bytes. Knows
+file names and file formats; what is wrong with a row or a label, `checks` says.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlflow_pt_deploy.data.checks import Pairs, check_columns
+from mlflow_pt_deploy.data.checks import Pairs, check_columns, listed, refuse
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 from mlflow_pt_deploy.errors import DataError
 
@@ -38,11 +39,18 @@ def read_files(path: Path, *, source: str, seed: int) -> Splits:
         DataError: A file is missing, double, unreadable, or has rows that cannot be used.
     """
     files = _find_files(path) if path.is_dir() else {"train": path}
-    given = {split: _read_pairs(split, file) for split, file in files.items()}
+    read = {split: _read_pairs(split, file) for split, file in files.items()}
+    columns = {column for column, _ in read.values()}
+    if len(columns) > 1:
+        raise DataError(
+            f"{path} has the column {listed(sorted(columns))}, one in each file. Give all splits "
+            "the same kind of rows."
+        )
+    given = {split: pairs for split, (_, pairs) in read.items()}
     full_name = path.resolve().name
     suffix = "" if path.is_dir() else _suffix(path)
     name = full_name.removesuffix(suffix) or full_name
-    return build_splits(given, name=name, source=source, seed=seed)
+    return build_splits(given, name=name, source=source, column=columns.pop(), seed=seed)
 
 
 def _find_files(folder: Path) -> dict[str, Path]:
@@ -72,7 +80,8 @@ def _suffix(file: Path) -> str:
     raise DataError(f"{file} is of no format that is read here. Allowed are {_FORMATS}.")
 
 
-def _read_pairs(split: str, file: Path) -> Pairs:
+def _read_pairs(split: str, file: Path) -> tuple[str, Pairs]:
+    """The name of the input column, and the rows."""
     suffix = _suffix(file)
     where = f"{split} ({file.name})"
     try:
@@ -80,7 +89,43 @@ def _read_pairs(split: str, file: Path) -> Pairs:
     # pandas and pyarrow derive their parse errors from ValueError, gzip its own from OSError.
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {_fault(error)}") from error
-    return _column(frame, "text"), _column(frame, "label")
+    column = check_columns(where, [str(name) for name in frame.columns])
+    rows = _column(frame, column)
+    if column == "image":
+        rows = read_images(split, rows, file.parent)
+    return column, (rows, _column(frame, "label"))
+
+
+def read_images(split: str, values: list[object], folder: Path) -> list[object]:
+    """The bytes of each image, from bytes, a path, or Hugging Face's struct of both.
+
+    Args:
+        split: The split, for the message.
+        values: What a table holds; anything else is left as it is, for the checks to refuse.
+        folder: Where relative paths begin.
+
+    Raises:
+        DataError: A path names no file.
+    """
+    found = [_bytes_or_path(value) for value in values]
+    paths = [None if isinstance(value, bytes) or not value else value for value in found]
+    refuse(
+        split,
+        "image",
+        paths,
+        f"names no file in the folder {folder.name}",
+        lambda path: path is not None and not (folder / str(path)).is_file(),
+    )
+    return [
+        value if path is None else (folder / str(path)).read_bytes()
+        for value, path in zip(found, paths, strict=True)
+    ]
+
+
+def _bytes_or_path(value: object) -> object:
+    if isinstance(value, dict):
+        return value.get("bytes") or value.get("path")
+    return value
 
 
 def _read_csv(where: str, file: Path) -> pd.DataFrame:
@@ -93,7 +138,6 @@ def _read_csv(where: str, file: Path) -> pd.DataFrame:
             f"{where}: rows have more fields than the header. Put texts with commas in double "
             'quotes ("...").'
         )
-    check_columns(where, [str(column) for column in frame.columns])
     return frame
 
 
@@ -101,9 +145,9 @@ def _read_parquet(where: str, file: Path) -> pd.DataFrame:
     import pandas as pd
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    # The schema first: a table of images is refused before its bytes are read.
-    check_columns(where, pq.read_schema(file).names)
-    return pd.read_parquet(file, columns=["text", "label"])
+    # The schema first, so that no other column is read.
+    column = check_columns(where, pq.read_schema(file).names)
+    return pd.read_parquet(file, columns=[column, "label"])
 
 
 def _column(frame: pd.DataFrame, name: str) -> list[object]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.data.checks import IMAGES_LATER, Pairs, listed
-from mlflow_pt_deploy.data.files import STEMS
+from mlflow_pt_deploy.data.checks import Pairs, listed
+from mlflow_pt_deploy.data.files import STEMS, read_images
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 from mlflow_pt_deploy.errors import DataError, MissingExtraError
 
@@ -61,24 +62,25 @@ def splits_from_hub(loaded: Mapping[str, Any], *, source: str, seed: int) -> Spl
         DataError: No train split, no usable columns, or rows that cannot be used.
     """
     given: dict[str, Pairs] = {}
-    notes = []
+    notes, column = [], "text"
     for split, stems in STEMS.items():
         stem = next((stem for stem in stems if stem in loaded), None)
         if stem is None:
             continue
-        texts, labels = _pairs(split, loaded[stem])
+        column, (rows, labels) = _pairs(split, loaded[stem])
         # The hub's benchmarks hide the labels of a test split as -1, which ClassLabel cannot name.
         if split != "train" and labels and not any(label is not None for label in labels):
             notes.append(f"the {split} split has no labels on the hub and was not used")
             continue
-        given[split] = texts, labels
+        given[split] = rows, labels
     if "train" not in given:
         raise DataError(f"{source} has no train split; it has {listed(loaded)}.")
     name = source.removeprefix("hf:").partition("/")[2].replace(":", "-")
-    return build_splits(given, name=name, source=source, seed=seed, notes=notes)
+    return build_splits(given, name=name, source=source, column=column, seed=seed, notes=notes)
 
 
-def _pairs(split: str, dataset: Any) -> tuple[list[object], list[object]]:
+def _pairs(split: str, dataset: Any) -> tuple[str, Pairs]:
+    """What the inputs are, ``text`` or ``image``, and the rows."""
     features = dataset.features
     if "label" not in features:
         raise DataError(
@@ -86,15 +88,19 @@ def _pairs(split: str, dataset: Any) -> tuple[list[object], list[object]]:
             "column and give the folder as --data."
         )
     kinds = {name: getattr(kind, "dtype", "") for name, kind in features.items()}
-    text = text_column(split, {name: kind for name, kind in kinds.items() if name != "label"})
+    name = input_column(split, {name: kind for name, kind in kinds.items() if name != "label"})
     labels = list(dataset["label"])
     names = getattr(features["label"], "names", None)
     if names is not None:
         labels = [None if label in (None, -1) else names[label] for label in labels]
-    return list(dataset[text]), labels
+    if name != "image":
+        return "text", (list(dataset[name]), labels)
+    if hasattr(features[name], "decode"):  # the files as they are, and not the library's pictures
+        dataset = dataset.cast_column(name, type(features[name])(decode=False))
+    return name, (read_images(split, list(dataset[name]), Path()), labels)
 
 
-def text_column(split: str, kinds: Mapping[str, str]) -> str:
+def input_column(split: str, kinds: Mapping[str, str]) -> str:
     """Choose the column that holds the input.
 
     Args:
@@ -102,10 +108,11 @@ def text_column(split: str, kinds: Mapping[str, str]) -> str:
         kinds: The data type of each column but the label's, by its Arrow name.
 
     Returns:
-        ``text`` where it exists, else the only string column if it has a usual name.
+        ``text`` where it exists, else the only string column if it has a usual name, else
+        ``image``.
 
     Raises:
-        DataError: There is no such column, or the rows are images.
+        DataError: There is no such column.
     """
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if "text" in strings:
@@ -113,9 +120,9 @@ def text_column(split: str, kinds: Mapping[str, str]) -> str:
     if len(strings) == 1 and strings[0] in _TEXT_COLUMNS:
         return strings[0]
     if "image" in kinds:
-        raise DataError(f"{split} has a column `image` and no `text`. {IMAGES_LATER}")
+        return "image"
     raise DataError(
-        f"{split} has no column `text`, nor exactly one string column named "
+        f"{split} has no column `text` or `image`, nor exactly one string column named "
         f"{', '.join(_TEXT_COLUMNS)}; it has {listed(kinds)}. Download it, name the input column "
         "`text` and give the folder as --data."
     )

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.data.checks import Pairs, check_labels, check_rows, listed
+from mlflow_pt_deploy.data.checks import Pairs, Row, check_labels, check_rows, listed
 from mlflow_pt_deploy.errors import DataError
 
 Targets = npt.NDArray[np.int64]
@@ -28,11 +28,11 @@ class Split:
     """Rows with their targets.
 
     Attributes:
-        rows: One raw input a row (text).
+        rows: One raw input a row: a text, or the bytes of an image file.
         targets: int64 (rows,), an index into `Splits.labels` for each row.
     """
 
-    rows: tuple[str, ...]
+    rows: tuple[Row, ...]
     targets: Targets
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Split:
         """Eight hexadecimal digits that change when a row or a target does."""
         sha = hashlib.sha256()
         for row in self.rows:
-            data = row.encode("utf-8", "surrogatepass")
+            data = row.encode("utf-8", "surrogatepass") if isinstance(row, str) else row
             sha.update(len(data).to_bytes(8, "little") + data)
         sha.update(np.ascontiguousarray(self.targets, dtype="<i8").tobytes())
         return sha.hexdigest()[:8]
@@ -56,7 +56,7 @@ class Splits:
     Attributes:
         name: Short name for tables and for MLflow's dataset, e.g. ``banking77``.
         source: What the user gave as ``--data``.
-        column: The input column, ``text``.
+        column: The input column, ``text`` or ``image``.
         labels: Names of the classes, sorted; targets are indices into it.
         synthetic: True where the rows were generated, not collected.
         notes: What a reader of the results should know (a label seen once, rows cut off, ...).
@@ -78,6 +78,7 @@ def build_splits(
     *,
     name: str,
     source: str,
+    column: str = "text",
     seed: int = 0,
     synthetic: bool = False,
     notes: Sequence[str] = (),
@@ -88,9 +89,10 @@ def build_splits(
     Cuts are stratified and seeded, and leave at least one row of each class in train.
 
     Args:
-        given: Texts and labels of `train` and, where they exist, of `validation` and `test`.
+        given: Inputs and labels of `train` and, where they exist, of `validation` and `test`.
         name: Short name of the data set.
         source: What the user gave as ``--data``.
+        column: What the inputs are, ``text`` or ``image``.
         seed: Decides which rows are cut.
         synthetic: True where the rows were generated.
         notes: What the source itself has to say.
@@ -98,20 +100,20 @@ def build_splits(
     Raises:
         DataError: Rows or labels that cannot be used; the message names them and the cure.
     """
-    cleaned = {split: check_rows(split, pairs) for split, pairs in given.items()}
+    cleaned = {split: check_rows(split, pairs, column) for split, pairs in given.items()}
     classes = check_labels({split: labels for split, (_, labels) in cleaned.items()})
     index = {label: number for number, label in enumerate(classes)}
     parts = {
-        split: Split(texts, np.array([index[label] for label in labels], dtype=np.int64))
-        for split, (texts, labels) in cleaned.items()
+        split: Split(rows, np.array([index[label] for label in labels], dtype=np.int64))
+        for split, (rows, labels) in cleaned.items()
     }
     said = [*notes, *_rare_labels(classes, parts["train"])]
     for split, (share, most) in _CUTS.items():
         if split not in parts:
             size = min(most, max(1, round(share * len(parts["train"]))))
             parts["train"], parts[split] = _cut(parts["train"], split, size, seed)
-            rows = len(parts[split])
-            said.append(f"no {split} split was given: {rows} rows were cut from train, seed {seed}")
+            cut = len(parts[split])
+            said.append(f"no {split} split was given: {cut} rows were cut from train, seed {seed}")
     said += _overlap(parts)
     return Splits(
         name=name,
@@ -120,6 +122,7 @@ def build_splits(
         train=parts["train"],
         validation=parts["validation"],
         test=parts["test"],
+        column=column,
         synthetic=synthetic,
         notes=tuple(said),
     )
@@ -210,14 +213,18 @@ def _rare_labels(classes: Sequence[str], train: Split) -> list[str]:
 
 
 def _overlap(parts: Mapping[str, Split]) -> list[str]:
-    seen = {row.casefold() for split in ("train", "validation") for row in parts[split].rows}
-    known = sum(row.casefold() in seen for row in parts["test"].rows)
+    seen = {_folded(row) for split in ("train", "validation") for row in parts[split].rows}
+    known = sum(_folded(row) in seen for row in parts["test"].rows)
     if not known:
         return []
     return [
         f"{known} of {len(parts['test'])} test rows also occur in train or validation (case "
         "ignored); they make test figures look better than they are"
     ]
+
+
+def _folded(row: Row) -> Row:
+    return row.casefold() if isinstance(row, str) else row
 
 
 def align(splits: Splits, labels: Sequence[str]) -> Splits:

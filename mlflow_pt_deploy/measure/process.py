@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 import mlflow_pt_deploy
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.preprocess import Row, row_to_json
 
 _THREADS = (
     "OMP_NUM_THREADS",
@@ -68,7 +69,7 @@ class Worker:
     def __init__(
         self,
         folder: Path,
-        first_row: str,
+        first_row: Row,
         *,
         device: str = "cpu",
         threads: int = 1,
@@ -76,7 +77,7 @@ class Worker:
     ) -> None:
         self.name = folder.name
         self._timeout_s = timeout_s
-        self._private: tuple[str, ...] = (first_row,)
+        self._private = _texts((first_row,))
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         command = [sys.executable, "-m", "mlflow_pt_deploy.measure.worker", str(folder)]
         start = perf_counter()
@@ -88,7 +89,7 @@ class Worker:
             env=_environment(threads),
         )
         try:
-            facts = self._ask("first", row=first_row)
+            facts = self._ask("first", row=row_to_json(first_row))
         except BaseException:
             self.close()
             raise
@@ -117,10 +118,10 @@ class Worker:
         """Whether the process still runs."""
         return self._process.poll() is None
 
-    def load_rows(self, rows: Sequence[str]) -> None:
+    def load_rows(self, rows: Sequence[Row]) -> None:
         """Hand over the raw rows that later requests name by index."""
-        self._private = tuple(rows)
-        self._ask("rows", rows=list(rows))
+        self._private = _texts(rows)
+        self._ask("rows", rows=[row_to_json(row) for row in rows])
 
     def time(self, indices: Sequence[int], passes: int = 1) -> list[int]:
         """Answer rows one at a time, `passes` times over; nanoseconds of each, in order."""
@@ -225,6 +226,11 @@ class Worker:
             for line in text.splitlines()
         ]
         return " | ".join(line.strip() for line in lines)
+
+
+def _texts(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What a library might repeat; none writes the bytes of an image into a message."""
+    return tuple(row for row in rows if isinstance(row, str))
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -22,6 +22,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.preprocess import Row, row_from_json
 from mlflow_pt_deploy.variants.base import Logits, confidence
 
 if TYPE_CHECKING:
@@ -39,21 +40,21 @@ class Session:
 
     def __init__(self, loaded: LoadedVariant) -> None:
         self._loaded = loaded
-        self._rows: list[str] = []
+        self._rows: list[Row] = []
 
-    def first(self, row: str) -> dict[str, str]:
+    def first(self, row: Any) -> dict[str, str]:
         """Answer one row, and say what this is."""
         manifest = self._loaded.manifest
         return {
-            "label": self._label(row),
+            "label": self._label(row_from_json(row)),
             "model": manifest.model,
             "runtime": manifest.runtime,
             "precision": manifest.precision,
         }
 
-    def rows(self, rows: list[str]) -> int:
+    def rows(self, rows: list[Any]) -> int:
         """Keep the rows that later requests name by index."""
-        self._rows = rows
+        self._rows = [row_from_json(row) for row in rows]
         gc.collect()
         gc.freeze()  # whatever lives by now stays; later collections need not look at it
         return len(rows)
@@ -73,7 +74,7 @@ class Session:
         return elapsed
 
     def batch(self, indices: list[int], size: int) -> int:
-        """Answer rows in batches of `size`, and time all of it, tokenizing and sorting included."""
+        """Answer rows in batches of `size`, and time all of it, reading and sorting included."""
         rows = [self._rows[index] for index in indices]
         with _no_collection():
             start = perf_counter_ns()
@@ -108,12 +109,12 @@ class Session:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return peak if sys.platform == "darwin" else peak * 1024
 
-    def _label(self, row: str) -> str:
+    def _label(self, row: Row) -> str:
         preprocessor = self._loaded.preprocessor
         logits = self._loaded.predict(preprocessor.collate(preprocessor.encode([row])))
         return self._loaded.labels[int(logits[0].argmax())]
 
-    def _sorted_batches(self, rows: Sequence[str], size: int) -> Iterator[tuple[list[int], Logits]]:
+    def _sorted_batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], Logits]]:
         """Positions and logits, batch by batch; rows of like length share one: less padding."""
         preprocessor = self._loaded.preprocessor
         encoded = preprocessor.encode(rows)

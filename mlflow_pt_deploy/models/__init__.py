@@ -1,18 +1,25 @@
 """What teachers and students are made of."""
 
-from mlflow_pt_deploy.models.static import new_static
-from mlflow_pt_deploy.models.text import (
-    Classifier,
+from mlflow_pt_deploy.models.base import Classifier
+from mlflow_pt_deploy.models.image import ImageClassifier, new_mobilenet, new_resnet
+from mlflow_pt_deploy.models.load import (
+    blank_classifier,
     load_classifier,
     new_classifier,
     save_classifier,
-    shrink,
 )
+from mlflow_pt_deploy.models.static import new_static
+from mlflow_pt_deploy.models.text import TextClassifier, shrink
 
 __all__ = [
     "Classifier",
+    "ImageClassifier",
+    "TextClassifier",
+    "blank_classifier",
     "load_classifier",
     "new_classifier",
+    "new_mobilenet",
+    "new_resnet",
     "new_static",
     "save_classifier",
     "shrink",

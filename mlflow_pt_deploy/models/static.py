@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models.text import Classifier
+from mlflow_pt_deploy.models.text import TextClassifier
 
 PRIMES = (1_000_003, 7_368_787, 39_916_801)
 """Multiplier of the id at each place of an n-gram; with ids under 2^20 no product leaves int64."""
@@ -115,8 +115,8 @@ AutoModelForSequenceClassification.register(StaticConfig, StaticForSequenceClass
 
 
 def new_static(
-    teacher: Classifier, *, hidden: int = 512, buckets: int = 32768, ngrams: int = 2
-) -> Classifier:
+    teacher: TextClassifier, *, hidden: int = 512, buckets: int = 32768, ngrams: int = 2
+) -> TextClassifier:
     """A static student that starts from the teacher's embeddings of word pieces.
 
     Args:
@@ -144,4 +144,4 @@ def new_static(
     network = StaticForSequenceClassification(config)
     with torch.no_grad():
         network.pieces.weight.copy_(embedding)
-    return Classifier(network, teacher.tokenizer).eval()
+    return TextClassifier(network, teacher.tokenizer).eval()

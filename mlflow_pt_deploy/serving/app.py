@@ -173,7 +173,7 @@ def score(model: PyFuncModel, body: bytes, content_type: str) -> bytes:
         known = model.metadata.signature
         raise RequestError(
             "'params' or the input columns do not fit the model's signature, which is "
-            f"inputs: {known.inputs or 'any texts'}, params: {known.params}"
+            f"inputs: {known.inputs or 'any'}, params: {known.params}"
         ) from error
     answer = StringIO()
     predictions_to_json(predictions, answer)

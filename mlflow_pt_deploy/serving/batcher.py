@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,11 @@ from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.options import Limits
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
 
-Tokens = Sequence[int]
-Collate = Callable[[Sequence[Tokens]], Inputs]
+Encoded = Any
+"""A row as a preprocessor's `encode` gave it."""
+
+Collate = Callable[[Sequence[Encoded]], Inputs]
+Tokens = Callable[[Encoded], int]
 
 # A call costs about as much as this many tokens before it computes the first one (MiniLM-L6 on
 # two cores, OpenVINO): padding below that is cheaper than a second call.
@@ -68,9 +71,11 @@ class _Row(NamedTuple):
 class _Ticket:
     """One caller's request, from its arrival to its answer."""
 
-    def __init__(self, rows: Sequence[Tokens], limits: Limits, deadline: bool) -> None:
+    def __init__(
+        self, rows: Sequence[Encoded], limits: Limits, tokens: Tokens, deadline: bool
+    ) -> None:
         self.rows = rows
-        self.chunks = _cut(rows, limits)
+        self.chunks = _cut([tokens(row) for row in rows], limits)
         self.answers: list[Logits | None] = [None] * len(rows)
         self.missing = len(rows)
         self.error: Exception | None = None
@@ -106,12 +111,20 @@ class Batcher:
 
     Args:
         predict: The model; never called by two threads at once.
-        collate: Pads token lists to named arrays, batch first.
+        collate: Puts encoded rows together to named arrays, batch first.
         limits: Sizes and times.
+        tokens: What an encoded row costs.
     """
 
-    def __init__(self, predict: Predict, collate: Collate, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        predict: Predict,
+        collate: Collate,
+        limits: Limits | None = None,
+        tokens: Tokens = len,
+    ) -> None:
         self.limits = limits or Limits()
+        self._tokens = tokens
         self._predict = predict
         self._collate = collate
         self._lock = threading.Lock()
@@ -120,11 +133,11 @@ class Batcher:
         self._queued_rows = 0
         self._led = False
 
-    def submit(self, rows: Sequence[Tokens], *, bounded: bool = True) -> Logits:
+    def submit(self, rows: Sequence[Encoded], *, bounded: bool = True) -> Logits:
         """Compute one request; blocks until it is answered.
 
         Args:
-            rows: Token ids of each row, unpadded.
+            rows: Encoded rows, e.g. the token ids of each, unpadded.
             bounded: False for batch scoring: no limit on the queue, and no deadline.
 
         Returns:
@@ -137,7 +150,7 @@ class Batcher:
         """
         if not rows:
             raise ServingError("a request of no rows cannot be computed; send at least one")
-        ticket = _Ticket(rows, self.limits, deadline=bounded)
+        ticket = _Ticket(rows, self.limits, self._tokens, deadline=bounded)
         self._enter(ticket, bounded)
         try:
             if not ticket.leads:
@@ -270,11 +283,11 @@ class Batcher:
         )
 
 
-def _cut(rows: Sequence[Tokens], limits: Limits) -> list[_Chunk]:
+def _cut(lengths: Sequence[int], limits: Limits) -> list[_Chunk]:
     """Chunks of rows of similar length, each within the limits, the longest last."""
     chunks: list[_Chunk] = []
-    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
-        length = len(rows[index])
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
         alone = _Shape(1, length, length)
         wider = chunks[-1].shape.plus(alone) if chunks else alone
         if chunks and wider.fits(limits):

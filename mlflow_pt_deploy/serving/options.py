@@ -19,7 +19,8 @@ class Limits:
     Attributes:
         max_batch_rows: Most rows in one call of the model.
         max_batch_tokens: Most tokens in one call, padding included (rows x longest). A single
-            row that is longer is computed alone.
+            row that is longer is computed alone. An image counts one for each 16 x 16 pixels of
+            the model's input.
         max_wait_ms: How long an idle model waits for company; 0: not at all.
         queue_rows: Most rows that wait, over all callers.
         deadline_ms: A request that is not answered by then is given up; 0: never.

@@ -8,6 +8,8 @@ Knows nothing of HTTP, and nothing of the runtime behind the variant.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import logging
 import math
@@ -21,8 +23,10 @@ from mlflow_pt_deploy.errors import (
     DeadlineError,
     OverloadedError,
     RequestError,
+    RowError,
     ServingError,
 )
+from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.variants.base import Logits
@@ -34,11 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_CONFIG", "Options", "PyFunc", "ScoringError", "scoring_error", "signature"]
 
-COLUMN = "text"
-# Rows tokenized at once in batch scoring: enough to sort by length, little to hold in memory.
-_SLICE_ROWS = 8192
+_WANTED = {
+    "text": "every row must be a text",
+    "image": "every row must be an image file's bytes, or their base64",
+}
 # MLflow (and Spark) name the column of a bare list so.
 _UNNAMED = (0, "0")
+_FILE = (str, bytes, bytearray, memoryview)
 
 _logger = logging.getLogger(__name__)
 
@@ -104,24 +110,30 @@ class PyFunc:
 
     def setup(self) -> None:
         """Build the batcher that all callers share."""
-        self._batcher = Batcher(self.loaded.predict, self.loaded.preprocessor.collate, self.options)
+        preprocessor = self.loaded.preprocessor
+        self._batcher = Batcher(
+            self.loaded.predict, preprocessor.collate, self.options, preprocessor.tokens
+        )
 
-    def decode(self, data: object) -> list[str]:
-        """Texts from whatever MLflow hands over: a text, list, Series, array, dict or table.
+    def decode(self, data: object) -> list[Row]:
+        """Rows from whatever MLflow hands over: one row, a list, Series, array, dict or table.
+
+        A row is a text or, for models of images, a file's bytes or their base64.
 
         Raises:
-            RequestError: No rows, no column `text`, a null or something that is not text; names
+            RequestError: No rows, no column `text` or `image`, a null or something else; names
                 the field and the row, never the content.
         """
-        texts = _column(data)
-        if not texts:
-            raise RequestError(f"'{COLUMN}' is empty; send at least one row")
-        for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise RequestError(
-                    f"'{COLUMN}' row {number} is {_kind(text)}; every row must be a text"
-                )
-        return texts
+        column = self.loaded.preprocessor.column
+        rows = _column(data, column)
+        if not rows:
+            raise RequestError(f"'{column}' is empty; send at least one row")
+        for number, row in enumerate(rows):
+            if not isinstance(row, str if column == "text" else _FILE):
+                raise RequestError(f"'{column}' row {number} is {_kind(row)}; {_WANTED[column]}")
+        if column == "text":
+            return rows
+        return [_file(row, number) for number, row in enumerate(rows)]
 
     def predict(self, data: object, params: Mapping[str, Any] | None = None) -> list[Any]:
         """Score rows.
@@ -141,16 +153,19 @@ class PyFunc:
         serving = _is_serving()
         try:
             top_k = self._top_k(params)
-            texts = self.decode(data)
-            if serving and len(texts) > self.options.queue_rows:
+            rows = self.decode(data)
+            if serving and len(rows) > self.options.queue_rows:
+                column = self.loaded.preprocessor.column
                 raise RequestError(
-                    f"'{COLUMN}' has {len(texts)} rows; one request may have "
+                    f"'{column}' has {len(rows)} rows; one request may have "
                     f"{self.options.queue_rows} (queue_rows). Send several smaller requests."
                 )
             answers: list[Any] = []
-            for start in range(0, len(texts), _SLICE_ROWS):
-                tokens = self.loaded.preprocessor.encode(texts[start : start + _SLICE_ROWS])
-                logits = self._batcher.submit(tokens, bounded=serving)
+            size = self.loaded.preprocessor.slice_rows
+            for start in range(0, len(rows), size):
+                logits = self._batcher.submit(
+                    self._read(rows[start : start + size], start), bounded=serving
+                )
                 answers += self.encode(logits, top_k)
             return answers
         except Exception as error:
@@ -178,6 +193,14 @@ class PyFunc:
         """What ``PyFuncModel.get_raw_model`` answers."""
         return self.loaded
 
+    def _read(self, rows: Sequence[Row], start: int) -> Sequence[Any]:
+        """Encoded rows; `start` is the number of the first in its request."""
+        try:
+            return self.loaded.preprocessor.encode(rows)
+        except RowError as error:
+            column = self.loaded.preprocessor.column
+            raise RequestError(f"'{column}' row {start + error.row} {error.fault}") from error
+
     def _top_k(self, params: Mapping[str, Any] | None) -> int:
         top_k = (params or {}).get("top_k")
         if top_k is None:
@@ -192,6 +215,7 @@ class PyFunc:
 def signature() -> ModelSignature:
     """The signature that lets every request format through: `top_k` and the answer, no inputs.
 
+    Without it a row of base64 needs no type `binary` either: `PyFunc.decode` reads it.
     With a declared input MLflow itself refuses some formats (a bare list in a notebook, or
     ``{"inputs": "a"}``), turns null into the text ``None``, repeats the caller's data in the
     answer where a column is missing, and takes five times as long (0.9 instead of 0.2 ms a
@@ -213,44 +237,57 @@ def _is_serving() -> bool:
     return bool(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())
 
 
-def _column(data: Any) -> list[Any]:
-    """The rows of the column `text`, unchecked."""
+def _column(data: Any, column: str) -> list[Any]:
+    """The rows of a column, unchecked."""
     if isinstance(data, Mapping):
-        data = _cell(data)
+        data = _cell(data, column)
     elif hasattr(data, "columns"):  # pandas, without importing it
-        data = _table_column(data)
-    if hasattr(data, "tolist"):
-        data = _flat(data).tolist()
-    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
-        return [_cell(row) for row in data]
+        data = _table_column(data, column)
+    if hasattr(data, "tolist") and not isinstance(data, _FILE):
+        data = _flat(data, column).tolist()
+    if isinstance(data, Sequence) and not isinstance(data, _FILE):
+        return [_cell(row, column) for row in data]
     return [data]
 
 
-def _table_column(table: Any) -> Any:
+def _file(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
+    """An image file's bytes, from themselves or from base64."""
+    if not isinstance(row, str):
+        return bytes(row)
+    try:
+        # What a browser writes in front of it, "data:image/png;base64,", may stay.
+        return base64.b64decode(row.rpartition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(
+            f"'image' row {number} is a text that is not base64; {_WANTED['image']}"
+        ) from error
+
+
+def _table_column(table: Any, column: str) -> Any:
     names = list(table.columns)
     if not names:
         return []
-    for name in (COLUMN, *_UNNAMED):
+    for name in (column, *_UNNAMED):
         if name in names:
             return table.iloc[:, names.index(name)]
-    raise RequestError(f"the column '{COLUMN}' is missing")
+    raise RequestError(f"the column '{column}' is missing")
 
 
-def _flat(array: Any) -> Any:
+def _flat(array: Any, column: str) -> Any:
     """(rows, 1) as (rows,); anything flat unchanged."""
     if array.ndim == 2 and array.shape[1] == 1:
         return array[:, 0]
     if array.ndim > 1:
-        raise RequestError(f"'{COLUMN}' must be a flat list of texts, not a nested one")
+        raise RequestError(f"'{column}' must be a flat list of {column}s, not a nested one")
     return array
 
 
-def _cell(row: Any) -> Any:
+def _cell(row: Any, column: str) -> Any:
     """One row of a list, which may be a record or a list of one."""
     if isinstance(row, Mapping):
-        if COLUMN not in row:
-            raise RequestError(f"the column '{COLUMN}' is missing")
-        return row[COLUMN]
+        if column not in row:
+            raise RequestError(f"the column '{column}' is missing")
+        return row[column]
     if isinstance(row, list) and len(row) == 1:
         return row[0]
     return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import torch
 
     from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.preprocess import Axis
 
 _FILE = "model.pt2"
 # Inductor compiles with -march=native, so the library may use all of these that the host has.
 _COMPILED_FOR = frozenset({"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}) | VNNI_FLAGS
-_NAMES = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class AOTInductor(Variant):
             _need_torchao()
             check_calibration(calibration)
         source = copy.deepcopy(module).bfloat16() if self.precision == "bf16" else module
-        length = module.preprocessor.max_length
+        axes = module.preprocessor.axes
         try:
             with torch.no_grad():
-                program = _traced(source, example, length)
+                program = _traced(source, example, axes)
                 if static:
-                    program = _traced(_calibrate(program, calibration), example, length)
+                    program = _traced(_calibrate(program, calibration), example, axes)
                 aoti_compile_and_package(
                     program,
                     package_path=str(folder / _FILE),
@@ -125,20 +125,19 @@ def _need_torchao() -> None:
 def _tensors(batch: Inputs) -> tuple[torch.Tensor, ...]:
     import torch
 
-    return tuple(torch.from_numpy(batch[name]) for name in _NAMES)
+    return tuple(torch.from_numpy(array) for array in batch.values())
 
 
-def _traced(module: torch.nn.Module, example: Inputs, longest: int) -> Any:
-    """The module's graph, its batch and its length (2 to `longest`) left free."""
+def _traced(
+    module: torch.nn.Module, example: Inputs, axes: Mapping[str, Mapping[int, Axis]]
+) -> Any:
+    """The module's graph, the axes of its inputs left free within their bounds."""
     import torch
 
-    axes = {
-        0: torch.export.Dim("batch", min=1, max=65536),
-        1: torch.export.Dim("length", min=2, max=longest),
-    }
-    return torch.export.export(
-        module, _tensors(example), dynamic_shapes=dict.fromkeys(_NAMES, axes)
-    )
+    named = {axis for free in axes.values() for axis in free.values()}
+    free = {axis: torch.export.Dim(axis.name, min=axis.least, max=axis.most) for axis in named}
+    shapes = {name: {at: free[axis] for at, axis in axes[name].items()} for name in example}
+    return torch.export.export(module, _tensors(example), dynamic_shapes=shapes)
 
 
 def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,9 @@ from mlflow_pt_deploy.hardware import cpu_flags
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
-Inputs = Mapping[str, npt.NDArray[np.int64]]
+Inputs = Mapping[str, npt.NDArray[Any]]
+"""Named arrays, batch first, in the order of the model's arguments."""
+
 Logits = npt.NDArray[np.float32]
 Predict = Callable[[Inputs], Logits]
 """Named inputs, batch first, to logits: float32 (batch, classes)."""
@@ -28,6 +30,13 @@ Predict = Callable[[Inputs], Logits]
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 MIN_CALIBRATION_ROWS = 16
+CONVOLUTIONAL = frozenset(
+    {
+        *("bit", "convnext", "convnextv2", "efficientnet", "hgnet_v2", "mobilenet_v1"),
+        *("mobilenet_v2", "poolformer", "pp_lcnet", "regnet", "resnet", "textnet"),
+    }
+)
+"""`model_type` of networks that consist of convolutions."""
 
 
 def no_native_bf16() -> str | None:
@@ -57,7 +66,7 @@ def check_calibration(calibration: Sequence[Inputs]) -> None:
     Raises:
         VariantError: There are fewer than `MIN_CALIBRATION_ROWS`.
     """
-    rows = sum(len(batch["input_ids"]) for batch in calibration)
+    rows = sum(len(array) for batch in calibration for array in list(batch.values())[:1])
     if rows < MIN_CALIBRATION_ROWS:
         raise VariantError(
             f"static int8 needs at least {MIN_CALIBRATION_ROWS} rows of train to calibrate, "
@@ -117,7 +126,7 @@ class Variant(ABC):
 
         Args:
             module: The model in eager fp32, in evaluation mode, on the CPU.
-            example: A batch of more than one row and of mixed lengths, for tracing.
+            example: A batch of more than one row, texts of mixed lengths, for tracing.
             calibration: Batches of one row from `train`, for static quantization.
             folder: Where to write; the caller moves it into place when all is there.
 

@@ -29,6 +29,7 @@ import numpy as np
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
+from mlflow_pt_deploy.preprocess import Row, row_from_json, row_to_json
 from mlflow_pt_deploy.variants.base import Inputs, Variant
 from mlflow_pt_deploy.variants.folder import verify, write_variant
 from mlflow_pt_deploy.variants.table import VARIANTS, suits
@@ -146,21 +147,22 @@ def _slow_first(task: tuple[str, Variant]) -> tuple[bool, bool, str]:
     return not variant.compiles, not variant.precision.startswith("int8-static"), model
 
 
-def _rows(splits: Splits) -> dict[str, list[str]]:
-    """Rows for tracing (mixed lengths), calibration and golden answers."""
+def _rows(splits: Splits) -> dict[str, list[Any]]:
+    """As JSON: rows for tracing (mixed lengths), calibration and golden answers."""
     train = splits.train.rows
     by_length = sorted(range(len(train)), key=lambda row: len(train[row]))
     random = np.random.default_rng(0)
     chosen = random.permutation(len(train))[:_CALIBRATION_ROWS]
     example = [train[by_length[int(share * (len(train) - 1))]] for share in (0.05, 0.5, 0.9)]
-    return {
+    rows = {
         "example": example,
         "calibration": [train[i] for i in chosen],
         "golden": golden_rows(splits),
     }
+    return {use: [row_to_json(row) for row in found] for use, found in rows.items()}
 
 
-def golden_rows(splits: Splits) -> list[str]:
+def golden_rows(splits: Splits) -> list[Row]:
     """A few rows of all lengths, whose answers are kept with each variant."""
     rows = sorted(splits.validation.rows, key=len)
     return rows[:: max(1, len(rows) // 6)][:6]
@@ -330,8 +332,9 @@ class _Source:
 
         classifier = load_classifier(folder)
         preprocess = classifier.preprocessor
-        calibration = [preprocess([row]) for row in job["calibration"]]
-        return cls(classifier, preprocess(job["example"]), calibration)
+        calibration = [preprocess([row_from_json(row)]) for row in job["calibration"]]
+        example = preprocess([row_from_json(row) for row in job["example"]])
+        return cls(classifier, example, calibration)
 
 
 def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) -> None:
@@ -345,7 +348,7 @@ def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) ->
         model=task["model"],
         example=source.example,
         calibration=source.calibration,
-        golden_rows=job["golden"],
+        golden_rows=[row_from_json(row) for row in job["golden"]],
     )
 
 

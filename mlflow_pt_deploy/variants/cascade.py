@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.preprocess import Row, load_preprocessor
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant, confidence
 
 if TYPE_CHECKING:
@@ -80,13 +81,18 @@ class Cascade(Variant):
             logits = fast(inputs)
             unsure = confidence(logits) < self.threshold
             if unsure.any():
-                kept = {name: array[unsure] for name, array in inputs.items()}
-                longest = int(kept["attention_mask"].sum(1).max())
-                shorter = {name: array[:, :longest] for name, array in kept.items()}
-                logits[unsure] = strong(shorter)
+                logits[unsure] = strong(_shortened({n: a[unsure] for n, a in inputs.items()}))
             return logits
 
         return predict
+
+
+def _shortened(inputs: Inputs) -> Inputs:
+    """The same without the padding that all rows share; images have none."""
+    if "attention_mask" not in inputs:
+        return inputs
+    longest = int(inputs["attention_mask"].sum(1).max())
+    return {name: array[:, :longest] for name, array in inputs.items()}
 
 
 def write_cascade(
@@ -95,7 +101,7 @@ def write_cascade(
     strong: Path,
     *,
     threshold: float,
-    golden_rows: Sequence[str],
+    golden_rows: Sequence[Row],
 ) -> Manifest:
     """Put two variants together into `target`, which appears complete or not at all.
 
@@ -113,8 +119,9 @@ def write_cascade(
     from mlflow_pt_deploy.variants.folder import load_variant, staged, verify, write_golden
 
     first, second = verify(fast), verify(strong)
-    for part in ("labels.json", "tokenizer.json", "preprocessor.json"):
-        if first.files[part] != second.files[part]:
+    shared = ("labels.json", *load_preprocessor(fast).files)
+    for part in shared:
+        if first.files[part] != second.files.get(part):
             raise VariantError(
                 f"{first.name} and {second.name} cannot form a cascade: their {part} differ. "
                 "Distill both from the same teacher."
@@ -129,7 +136,7 @@ def write_cascade(
     with staged(target, cascade, CASCADE) as folder:
         shutil.copytree(fast, folder / FAST)
         shutil.copytree(strong, folder / STRONG)
-        for part in ("labels.json", "tokenizer.json", "preprocessor.json"):
+        for part in shared:
             shutil.copyfile(fast / part, folder / part)
         surest = load_variant(fast, threads=1, allow_code=True, check_golden=False)
         sure = confidence(np.concatenate([surest.logits([row]) for row in golden_rows]))

@@ -37,7 +37,7 @@ class Eager(Variant):
 
         if self.precision == "int8-dynamic":
             module.network.config.save_pretrained(folder)
-            module.tokenizer.save_pretrained(folder)
+            module.save_reader(folder)
             _save_int8(quantize_linears(module), folder / _INT8)
         else:
             save_classifier(module, folder)
@@ -59,11 +59,11 @@ class Eager(Variant):
 
 
 def torch_predict(module: Any, device: str) -> Predict:
-    """Wrap anything that is called with two int64 tensors and returns logits."""
+    """Wrap anything that is called with the inputs as tensors and returns logits."""
     import torch
 
     def predict(inputs: Inputs) -> Logits:
-        tensors = [torch.from_numpy(inputs[name]) for name in ("input_ids", "attention_mask")]
+        tensors = (torch.from_numpy(array) for array in inputs.values())
         with torch.inference_mode():
             logits = module(*(tensor.to(device) for tensor in tensors))
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
@@ -102,14 +102,10 @@ def _save_int8(module: torch.nn.Module, path: Path) -> None:
 def _load_int8(folder: Path) -> torch.nn.Module:
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.models import blank_classifier
 
-    config = AutoConfig.from_pretrained(folder)
-    network = AutoModelForSequenceClassification.from_config(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    module = quantize_linears(Classifier(network, tokenizer).eval())
+    module = quantize_linears(blank_classifier(folder))
     tensors = load_file(folder / _INT8)
     for name, layer in _int8_linears(module):
         weight = torch._make_per_tensor_quantized_tensor(

@@ -4,7 +4,7 @@
     ├── manifest.json        what this is, and the SHA-256 of every other file
     ├── labels.json          names of the classes
     ├── golden.json          a few rows and the logits that this very artifact gave for them
-    ├── preprocessor.json, tokenizer.json
+    ├── preprocessor.json, for texts tokenizer.json
     └── ...                  the runtime's own files
 
 Knows the format; does not know how any runtime writes or reads its files.
@@ -27,7 +27,13 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError
 from mlflow_pt_deploy.hardware import cpu_flags, library_versions, usable_cores
-from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.preprocess import (
+    Preprocessor,
+    Row,
+    load_preprocessor,
+    row_from_json,
+    row_to_json,
+)
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.table import RUNTIMES
@@ -100,11 +106,11 @@ class LoadedVariant:
     """
 
     manifest: Manifest
-    preprocessor: TextPreprocessor
+    preprocessor: Preprocessor
     labels: tuple[str, ...]
     predict: Predict
 
-    def logits(self, rows: Sequence[str]) -> Logits:
+    def logits(self, rows: Sequence[Row]) -> Logits:
         """Logits of raw rows, float32 (rows, classes), as one batch."""
         return self.predict(self.preprocessor(rows))
 
@@ -117,7 +123,7 @@ def write_variant(
     model: str,
     example: Inputs,
     calibration: Sequence[Inputs] = (),
-    golden_rows: Sequence[str],
+    golden_rows: Sequence[Row],
 ) -> Manifest:
     """Export a variant into `target`, which appears complete or not at all.
 
@@ -159,12 +165,12 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
 
 
 def write_golden(
-    folder: Path, variant: Variant, preprocessor: TextPreprocessor, rows: Sequence[str]
+    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
 ) -> None:
     """Keep a few rows and the logits that the files in `folder` give for them."""
     predict = variant.load(folder, device="cpu", threads=1)
     logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
-    _write_json(folder / _GOLDEN, {"rows": list(rows), "logits": logits})
+    _write_json(folder / _GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -253,7 +259,7 @@ def load_variant(
     variant = RUNTIMES[manifest.runtime](precision=manifest.precision, **manifest.options)
     loaded = LoadedVariant(
         manifest,
-        TextPreprocessor.load(folder),
+        load_preprocessor(folder),
         tuple(json.loads((folder / _LABELS).read_text(encoding="utf8"))),
         variant.load(folder, device=device, threads=threads or usable_cores()),
     )
@@ -265,7 +271,8 @@ def load_variant(
 def _check_golden(loaded: LoadedVariant, folder: Path) -> None:
     golden = json.loads((folder / _GOLDEN).read_text(encoding="utf8"))
     expected = np.asarray(golden["logits"], dtype=np.float32)
-    actual = np.concatenate([loaded.logits([row]) for row in golden["rows"]])
+    rows = [row_from_json(row) for row in golden["rows"]]
+    actual = np.concatenate([loaded.logits([row]) for row in rows])
     worst = float(np.abs(actual - expected).max())
     allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
     if not worst <= allowed:  # also catches NaN

@@ -1,4 +1,4 @@
-"""ONNX Runtime: transformer fusions in fp32, dynamic int8, or int8 calibrated on rows of train."""
+"""ONNX Runtime: fused fp32, dynamic int8, or int8 calibrated on rows of train."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError
 from mlflow_pt_deploy.variants.base import (
+    CONVOLUTIONAL,
     Inputs,
     Logits,
     Predict,
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 FILE = "model.onnx"
-_NAMES = ("input_ids", "attention_mask")
 _QUANTIZED = ("MatMul", "Gemm", "Gather")
+# Between convolutions everything stays int8: each step out of it and back would cost more.
+_CONVOLUTIONS = ("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool")
 
 
 @dataclass(frozen=True)
 class OnnxRuntime(Variant):
-    """An ONNX graph with free batch and length.
+    """An ONNX graph with free batch and, for texts, length.
 
     ``int8-static`` fixes the ranges of activations on rows of `train`, which saves measuring them
     at each call: QDQ format, weights per channel (Jacob et al. 2018), attention, softmax and
-    layer norm in fp32.
+    layer norm in fp32; of convolutional networks everything is int8.
     """
 
     runtime: ClassVar[str] = "onnxruntime"
@@ -52,9 +54,9 @@ class OnnxRuntime(Variant):
             _quantize(path)
         elif self.precision == "int8-static":
             check_calibration(calibration)
-            _calibrate(path, calibration)
-        elif hasattr(module.network.config, "num_attention_heads"):  # a static student has none
-            _fuse(path, module.network.config)
+            _calibrate(path, calibration, module.network.config.model_type in CONVOLUTIONAL)
+        elif _has_attention(module):
+            _fuse(path, module)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         try:
@@ -70,8 +72,7 @@ class OnnxRuntime(Variant):
         session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=[provider])
 
         def predict(inputs: Inputs) -> Logits:
-            feed = {name: inputs[name] for name in _NAMES}
-            return np.asarray(session.run(["logits"], feed)[0], dtype=np.float32)
+            return np.asarray(session.run(["logits"], dict(inputs))[0], dtype=np.float32)
 
         return predict
 
@@ -84,12 +85,14 @@ def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:
         raise MissingExtraError(error.name or "onnx", "onnx") from error
     import torch
 
-    tensors = tuple(torch.from_numpy(example[name]) for name in _NAMES)
-    axes = {0: "batch", 1: "length"}
+    tensors = tuple(torch.from_numpy(array) for array in example.values())
+    free = module.preprocessor.axes
+    axes = {name: {at: axis.name for at, axis in free[name].items()} for name in example}
     # The TorchScript-based exporter takes 2 s where dynamo takes 20, and writes the graph that
     # ONNX Runtime's fusions know; they also expect attention as plain matrix products.
-    attention = module.network.config._attn_implementation
-    module.network.set_attn_implementation("eager")
+    attention = module.network.config._attn_implementation if _has_attention(module) else None
+    if attention:
+        module.network.set_attn_implementation("eager")
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
@@ -97,26 +100,32 @@ def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:
                 module,
                 tensors,
                 str(path),
-                input_names=list(_NAMES),
+                input_names=list(example),
                 output_names=["logits"],
-                dynamic_axes={**dict.fromkeys(_NAMES, axes), "logits": {0: "batch"}},
+                dynamic_axes={**axes, "logits": {0: "batch"}},
                 opset_version=17,
                 dynamo=False,
             )
     except (RuntimeError, ValueError) as error:
         raise VariantError(f"export to ONNX failed: {first_line(error)}") from error
     finally:
-        module.network.set_attn_implementation(attention)
+        if attention:
+            module.network.set_attn_implementation(attention)
     onnx.checker.check_model(str(path))
 
 
-def _fuse(path: Path, config: Any) -> None:
+def _has_attention(module: Classifier) -> bool:
+    return hasattr(module.network.config, "num_attention_heads")
+
+
+def _fuse(path: Path, module: Classifier) -> None:
     from onnxruntime.transformers import optimizer
 
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+    config = module.network.config
     fused = optimizer.optimize_model(
         str(path),
-        model_type="bert",
+        model_type="vit" if "pixel_values" in module.preprocessor.axes else "bert",
         num_heads=getattr(config, "num_attention_heads", 0),
         hidden_size=getattr(config, "hidden_size", 0),
         opt_level=0,
@@ -149,10 +158,10 @@ class _Rows:
 
     def get_next(self) -> dict[str, Any] | None:
         batch = next(self._batches, None)
-        return None if batch is None else {name: batch[name] for name in _NAMES}
+        return None if batch is None else dict(batch)
 
 
-def _calibrate(path: Path, calibration: Sequence[Inputs]) -> None:
+def _calibrate(path: Path, calibration: Sequence[Inputs], convolutional: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -165,16 +174,19 @@ def _calibrate(path: Path, calibration: Sequence[Inputs]) -> None:
                 prepared,
                 str(path),
                 _Rows(calibration),
-                op_types_to_quantize=list(_QUANTIZED),
-                nodes_to_exclude=_without_weight(prepared),
+                op_types_to_quantize=list(_CONVOLUTIONS if convolutional else _QUANTIZED),
+                nodes_to_exclude=[] if convolutional else _without_weight(prepared),
                 per_channel=True,
                 reduce_range=int8_saturates(),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 extra_options={
-                    # The mean of the rows' extremes: a row's outlier widens no other's steps.
-                    "CalibMovingAverage": True,
-                    "OpTypesToExcludeOutputQuantization": list(_QUANTIZED),
+                    # The mean of the rows' extremes: a row's outlier widens no other's steps. But
+                    # a bright image is no outlier, and cutting it off would cost more.
+                    "CalibMovingAverage": not convolutional,
+                    "OpTypesToExcludeOutputQuantization": (
+                        [] if convolutional else list(_QUANTIZED)
+                    ),
                 },
             )
     except Exception as error:  # ONNX Runtime's own derive from Exception alone

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError
 from mlflow_pt_deploy.variants.base import (
+    CONVOLUTIONAL,
     Inputs,
     Logits,
     Predict,
@@ -27,18 +28,17 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 _FILE = "model.xml"
-_NAMES = ("input_ids", "attention_mask")
 _Item = tuple[Inputs, npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class OpenVino(Variant):
-    """OpenVINO IR with free batch and length.
+    """OpenVINO IR with free batch and, for texts, length.
 
     ``int8-static`` calibrates activations on rows of `train` (NNCF post-training quantization,
-    transformer mode). ``int8-accuracy`` calibrates on half of them and compares labels with the
-    fp32 model's own on the other half; while too many differ, it puts the layer that costs most
-    back to fp32. That can take minutes.
+    for transformers in their mode). ``int8-accuracy`` calibrates on half of them and compares
+    labels with the fp32 model's own on the other half; while too many differ, it puts the layer
+    that costs most back to fp32. That can take minutes.
 
     Attributes:
         max_drop: Share of held-out rows, 0 to 1, whose label ``int8-accuracy`` may change.
@@ -55,7 +55,7 @@ class OpenVino(Variant):
         openvino = _openvino()
         model = _convert(openvino, module, example)
         if self.precision == "int8-static":
-            model = _calibrate(model, calibration)
+            model = _calibrate(model, calibration, _family(module))
         elif self.precision == "int8-accuracy":
             model = _calibrate_held_to(self.max_drop, model, module, calibration)
         openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
@@ -76,7 +76,7 @@ class OpenVino(Variant):
         request = compiled.create_infer_request()
 
         def predict(inputs: Inputs) -> Logits:
-            result = request.infer({name: inputs[name] for name in _NAMES}, share_inputs=True)
+            result = request.infer(dict(inputs), share_inputs=True)
             return np.array(result[0], dtype=np.float32)
 
         return predict
@@ -93,28 +93,47 @@ def _openvino() -> Any:
 def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
     import torch
 
-    tensors = {name: torch.from_numpy(example[name]) for name in _NAMES}
+    tensors = {name: torch.from_numpy(array) for name, array in example.items()}
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             model = openvino.convert_model(module, example_input=tensors)
     except Exception as error:  # OpenVINO's own exceptions derive from Exception alone
         raise VariantError(f"OpenVINO: {first_line(error)}") from error
-    for port, name in zip(model.inputs, _NAMES, strict=True):
+    for port, name in zip(model.inputs, example, strict=True):
         port.get_tensor().set_names({name})
+    axes = module.preprocessor.axes
+    model.reshape(
+        {
+            name: [-1 if at in axes[name] else size for at, size in enumerate(array.shape)]
+            for name, array in example.items()
+        }
+    )
     model.output(0).get_tensor().set_names({"logits"})  # NNCF compares outputs by name
     return model
 
 
-def _calibrate(model: Any, calibration: Sequence[Inputs]) -> Any:
+def _family(module: Classifier) -> dict[str, Any]:
+    """What NNCF should know of the model: transformers have layers of their own rules."""
+    nncf = _nncf()
+    if module.network.config.model_type not in CONVOLUTIONAL:
+        return {"model_type": nncf.ModelType.TRANSFORMER}
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Ranges
+
+    # By default the mean of the rows' extremes, which cuts bright images off.
+    widest = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=Ranges.MINMAX)
+    return {"advanced_parameters": widest}
+
+
+def _calibrate(model: Any, calibration: Sequence[Inputs], family: dict[str, Any]) -> Any:
     nncf = _nncf()
     check_calibration(calibration)
     try:
         return nncf.quantize(
             model,
-            nncf.Dataset(calibration, _feed),
-            model_type=nncf.ModelType.TRANSFORMER,
+            nncf.Dataset(calibration, dict),
             subset_size=len(calibration),
+            **family,
         )
     except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
         raise VariantError(f"NNCF: {first_line(error)}") from error
@@ -134,13 +153,13 @@ def _calibrate_held_to(
     try:
         held = nncf.quantize_with_accuracy_control(
             model,
-            nncf.Dataset(fitted, _feed),
-            nncf.Dataset(held_out, lambda item: _feed(item[0])),
+            nncf.Dataset(fitted, dict),
+            nncf.Dataset(held_out, lambda item: dict(item[0])),
             _agreement,
             max_drop=max_drop,
-            model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(fitted),
             advanced_quantization_parameters=parameters,
+            **_family(module),
         )
     except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
         raise VariantError(f"NNCF: {first_line(error)}") from error
@@ -168,10 +187,6 @@ def _nncf() -> Any:
     return nncf
 
 
-def _feed(batch: Inputs) -> dict[str, Any]:
-    return {name: batch[name] for name in _NAMES}
-
-
 def _labelled(module: Classifier, batches: Sequence[Inputs]) -> list[_Item]:
     """Batches with the labels that the fp32 model gives them, int64 (batch,)."""
     predict = torch_predict(module, "cpu")
@@ -182,6 +197,6 @@ def _agreement(compiled: Any, items: Iterable[_Item]) -> tuple[float, list[list[
     """Share of rows that keep their label, and each batch's logits, by which NNCF ranks layers."""
     logits, kept = [], []
     for batch, labels in items:
-        logits.append([np.array(compiled(_feed(batch))[0], dtype=np.float32)])
+        logits.append([np.array(compiled(dict(batch))[0], dtype=np.float32)])
         kept.extend(logits[-1][0].argmax(axis=1) == labels)
     return float(np.mean(kept)), logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.variants.aotinductor import AOTInductor
-from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.base import CONVOLUTIONAL, Variant
 from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.eager import Eager
 from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
@@ -40,6 +40,11 @@ ON_REQUEST: tuple[Variant, ...] = (
 )
 # A static student computes so little that a runtime's own cost decides.
 STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
+
+# Of a network of convolutions these would quantize the last layer alone.
+_LINEAR_ONLY = {variant for variant in VARIANTS if variant.precision == "int8-dynamic"} | {
+    AOTInductor("int8-static")
+}
 
 
 def select(names: str) -> tuple[Variant, ...]:
@@ -78,6 +83,8 @@ def suits(variant: Variant, model_type: str) -> bool:
     """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
     if model_type == STATIC:
         return variant in STATIC_VARIANTS
+    if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
+        return False
     return not isinstance(variant, NumPy)
 
 

@@ -31,7 +31,7 @@ class TorchScript(Variant):
         import torch
 
         source = quantize_linears(module) if self.precision == "int8-dynamic" else module
-        tensors = tuple(torch.from_numpy(example[name]) for name in ("input_ids", "attention_mask"))
+        tensors = tuple(torch.from_numpy(array) for array in example.values())
         with warnings.catch_warnings(), torch.inference_mode():
             # PyTorch calls TorchScript deprecated and the tracer warns of every Python branch;
             # that the trace is right for other shapes is checked, not assumed.

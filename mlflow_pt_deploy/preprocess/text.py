@@ -1,13 +1,9 @@
-"""Raw rows to named arrays, kept as plain files beside each variant.
-
-The tokenizer runs on the `tokenizers` library alone: a server that scores with ONNX Runtime or
-OpenVINO imports neither torch nor transformers.
-"""
+"""Texts to token ids, with the `tokenizers` library alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
+from mlflow_pt_deploy.preprocess.base import BATCH, Axis
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 _SETTINGS = "preprocessor.json"
 _TOKENIZER = "tokenizer.json"
@@ -28,8 +23,7 @@ _TOKENIZER = "tokenizer.json"
 class TextPreprocessor:
     """Texts to token ids.
 
-    Two steps, so that a server can tokenize each request in its own thread and pad a whole batch
-    at once: `encode` (row by row), then `collate` (pads to the longest row of the batch only).
+    `collate` pads to the longest row of the batch only.
 
     Args:
         tokenizer: A `tokenizers.Tokenizer`; its padding is switched off, its truncation set.
@@ -38,7 +32,8 @@ class TextPreprocessor:
     """
 
     column = "text"
-    files = (_SETTINGS, _TOKENIZER)
+    files: tuple[str, ...] = (_SETTINGS, _TOKENIZER)
+    slice_rows = 8192
 
     def __init__(self, tokenizer: Tokenizer, *, max_length: int, pad_id: int) -> None:
         tokenizer.no_padding()
@@ -94,6 +89,12 @@ class TextPreprocessor:
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf8")
         self._tokenizer.save(str(folder / _TOKENIZER))
 
+    @property
+    def axes(self) -> dict[str, dict[int, Axis]]:
+        """``input_ids`` and ``attention_mask``, free in batch and length."""
+        free = {0: BATCH, 1: Axis("length", 2, self.max_length)}
+        return {"input_ids": free, "attention_mask": free}
+
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
         """Token ids of each row, unpadded, at most `max_length` long."""
         clean = [row.encode("utf8", "replace").decode("utf8") for row in rows]  # lone surrogates
@@ -112,6 +113,10 @@ class TextPreprocessor:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def tokens(self, encoded: Sequence[int]) -> int:
+        """The length of an encoded row."""
+        return len(encoded)
 
     def __call__(self, rows: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
         """`encode` and `collate` in one step."""
