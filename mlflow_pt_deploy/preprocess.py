@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
+from mlflow_pt_deploy.wordpiece import WordMemory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,6 +45,7 @@ class TextPreprocessor:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length=max_length)
         self._tokenizer = tokenizer
+        self._memory = WordMemory(tokenizer, max_length) if WordMemory.suits(tokenizer) else None
         self.max_length = max_length
         self.pad_id = pad_id
 
@@ -96,8 +98,13 @@ class TextPreprocessor:
 
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
         """Token ids of each row, unpadded, at most `max_length` long."""
-        clean = [row.encode("utf8", "replace").decode("utf8") for row in rows]  # lone surrogates
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean)]
+        found = [self._memory.encode(row) if self._memory else None for row in rows]
+        if rest := [index for index, ids in enumerate(found) if ids is None]:
+            # What a lone surrogate cannot be encoded as is replaced.
+            clean = [rows[index].encode("utf8", "replace").decode("utf8") for index in rest]
+            for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
+                found[index] = encoding.ids
+        return cast(list[list[int]], found)
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
         """Pad encoded rows to the longest of them.

@@ -19,6 +19,7 @@ ROOMS = (
     "hardware",
     "home",
     "data",
+    "wordpiece",
     "preprocess",
     "models",
     "variants",
