@@ -1,7 +1,7 @@
 """A word's pieces, remembered: BERT's tokenizer for plain text at a fraction of its cost.
 
 A tokenizer spends most of its time on words that it has met before. Where it is a WordPiece over
-BERT's words, one regular expression cuts a row of printable ASCII into words, and each word's ids
+BERT's words, one regular expression cuts a row of plain text into words, and each word's ids
 come from a dictionary, which the real tokenizer fills when it meets a new one. All other rows are
 the real tokenizer's. The ids are the same; tests compare them.
 """
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# BERT's words in printable ASCII: runs of letters and digits; every other sign is one by itself.
+# Printable ASCII and the signs that editors put in its place; no normalizer changes those.
+_PLAIN = re.compile(r"[ -~\u2018\u2019\u201c\u201d\u2013\u2014\u2026]*").fullmatch
+# BERT's words therein: runs of letters and digits; every other sign is one by itself.
 _WORDS = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]").findall
 _MOST_WORDS = 100_000  # some 20 MB; then they are learned anew
 _LONGEST_WORD = 40  # longer ones are no words, and would fill the memory
@@ -55,7 +57,7 @@ class WordMemory:
 
     def encode(self, row: str) -> list[int] | None:
         """Token ids of a row, special tokens included; None if the row is not plain text."""
-        if not (row.isascii() and row.isprintable()):
+        if not _PLAIN(row):
             return None
         lower = row.lower()
         for sign in self._signs:

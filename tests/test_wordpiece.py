@@ -28,6 +28,7 @@ ROWS = (
     "mask me [mask]",
     "tab\tand\nnewline",
     "naïve café",
+    "“It’s – well — fine…” ‘quoted’",
     "日本 😀 refund",
     "\ud800 half a pair",
     "x" * 150,
@@ -64,7 +65,7 @@ def test_the_ids_are_the_tokenizers(tokenizer: Tokenizer, max_length: int) -> No
 def test_random_rows(tokenizer: Tokenizer) -> None:
     draw = random.Random(0)
     plain = string.ascii_letters + string.digits + string.punctuation + "    "
-    signs = [*plain, *plain, *plain, "[PAD]", "[UNK]", "é", "\t", "card", "refund"]
+    signs = [*plain, *plain, *plain, "[PAD]", "[UNK]", "é", "\t", *"‘’“”–—…", "card", "refund"]
     rows = ["".join(draw.choices(signs, k=draw.randint(0, 60))) for _ in range(3000)]
     preprocessor = TextPreprocessor(tokenizer, max_length=40, pad_id=0)
     assert preprocessor.encode(rows) == _reference(tokenizer, rows, 40)
