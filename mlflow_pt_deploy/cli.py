@@ -287,13 +287,19 @@ def _next_steps(done: Lifecycle) -> None:
 
     uri = mlflow.get_tracking_uri()
     local = uri.startswith("sqlite:")
-    look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if local else f"open {uri}"
+    start = f"mlflow ui --backend-store-uri {shlex.quote(uri)}   # and open" if local else "open"
+    address = "http://127.0.0.1:5000" if local else uri
+    experiment = mlflow.get_run(done.run_id).info.experiment_id
+    pages = f"{address}/#/experiments/{experiment}"
+    view = "?workflowType=machine_learning"  # else the UI opens among traces of agents
     prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
     print(f"""
 promoted: {done.promotion.uri} is version {done.promotion.version}   ({times})
 
-look:   {look}
+look:   {start}
+        {pages}/runs/{done.run_id}{view}   (the choice)
+        {pages}/models{view}   (all variants)
 serve:  {prefix}mlflow models serve -m {done.promotion.uri} --env-manager local -p 5001
    or:  {prefix}pt-deploy serve {done.promotion.uri} --port 5001
 score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\
