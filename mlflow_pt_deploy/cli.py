@@ -44,6 +44,7 @@ _TEACHER = {
 _STUDENT = {
     "--student-epochs": (int, 6, "passes over train for the transformer student; 0: none"),
     "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
+    "--student-neurons": (int, 0, "feed-forward neurons it keeps in each of them; 0: all"),
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),

@@ -26,6 +26,7 @@ class Options:
         epochs: Passes over train for the teacher; 0 takes it as it is.
         student_epochs: Passes for the transformer student; 0 makes none.
         student_layers: Layers that it keeps of the teacher's; 0, for `distill` alone: static.
+        student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
         vocabulary: ``all``, or ``train``: students keep only the word pieces that train uses.
         static_epochs: Passes for the static student; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
@@ -59,6 +60,7 @@ class Options:
     epochs: int = 5
     student_epochs: int = 6
     student_layers: int = 3
+    student_neurons: int = 0
     vocabulary: str = "all"
     static_epochs: int = 12
     learning_rate: float = 0.0

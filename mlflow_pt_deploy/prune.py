@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import prune_linear_layer
 
+from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.train import predict_logits
@@ -176,6 +177,23 @@ def taylor_importance(
             scores = torch.stack(gradients[kind::2]).abs().sum(dim=(1, 2, 4))
             total[kind] = total[kind] + scores.double().cpu().numpy()
     return Importance(total[0] / len(rows), total[1] / len(rows))
+
+
+def teacher_importance(
+    teacher: Classifier, train: Split, layers: Sequence[int], *, rows: int = 1024
+) -> Importance:
+    """Scores of the teacher's parts in the layers that a student takes over.
+
+    Args:
+        teacher: The fine-tuned teacher; it is not changed.
+        train: Rows to draw from.
+        layers: Indices of the layers.
+        rows: How many to draw.
+    """
+    drawn = np.random.default_rng(0).permutation(len(train))[:rows]
+    found = taylor_importance(teacher, [train.rows[i] for i in drawn], train.targets[drawn])
+    kept = list(layers)
+    return Importance(found.heads[kept], found.neurons[kept])
 
 
 def _gate(module: nn.Module, groups: int, gates: list[torch.Tensor]) -> None:

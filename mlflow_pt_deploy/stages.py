@@ -80,14 +80,14 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """
     import torch
 
-    from mlflow_pt_deploy.distill import soft_labels, start_student, teacher_logits
+    from mlflow_pt_deploy.distill import soft_labels, teacher_logits
     from mlflow_pt_deploy.models import load_classifier
 
     splits = splits or _prepared(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     torch.manual_seed(options.seed)
-    student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
+    student = _start_student(teacher, options, splits)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
     logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
     loss = soft_labels(
@@ -100,10 +100,20 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
 
 
-def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
-    from mlflow_pt_deploy.prune import prune_vocabulary
+def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
+    """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
+    from mlflow_pt_deploy.distill import spread, start_student
+    from mlflow_pt_deploy.prune import prune_neurons, prune_vocabulary, teacher_importance
 
-    return teacher if options.vocabulary == "all" else prune_vocabulary(teacher, splits.train.rows)
+    layers = options.student_layers
+    if options.vocabulary != "all":
+        teacher = prune_vocabulary(teacher, splits.train.rows)
+    student = start_student(teacher, layers)
+    if layers and options.student_neurons:
+        depth = teacher.network.config.num_hidden_layers
+        importance = teacher_importance(teacher, splits.train, spread(depth, layers))
+        student = prune_neurons(student, options.student_neurons, importance)
+    return student
 
 
 def distill_stage(options: Options) -> str:

@@ -21,10 +21,17 @@ from transformers import (
 )
 
 from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.distill import soft_labels, start_student
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier
-from mlflow_pt_deploy.prune import Importance, prune_neurons, prune_vocabulary, taylor_importance
-from mlflow_pt_deploy.train import predict_logits
+from mlflow_pt_deploy.prune import (
+    Importance,
+    prune_neurons,
+    prune_vocabulary,
+    taylor_importance,
+    teacher_importance,
+)
+from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
 
 TEXTS = ("My card!", "refund 🙂 it", "wire שלום", "")
 ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")
@@ -156,6 +163,21 @@ def test_scores_do_not_depend_on_the_batch_and_leave_no_trace(classifier: Classi
     assert _is_unchanged(classifier, before)
     assert all(it.requires_grad and it.grad is None for it in classifier.parameters())
     assert not any(module._forward_pre_hooks for module in classifier.modules())
+
+
+def test_a_student_takes_the_teachers_best_neurons_and_heals(
+    classifier: Classifier, tiny_splits: Splits
+) -> None:
+    found = teacher_importance(classifier, tiny_splits.train, (1,))
+    assert found.neurons.shape == (1, 64)
+    student = prune_neurons(
+        start_student(classifier, 1), 8, teacher_importance(classifier, tiny_splits.train, (0,))
+    )
+    assert student.network.config.intermediate_size == 8
+    logits = predict_logits(classifier, tiny_splits.train.rows)
+    loss = soft_labels(logits, tiny_splits.train.targets)
+    fit(student, tiny_splits, loss, Schedule(epochs=3, learning_rate=0.01))
+    assert evaluate(student, tiny_splits.validation) > 0.8
 
 
 @pytest.mark.parametrize("keep", [-1, 0, 65])
