@@ -27,7 +27,7 @@ class Options:
         student_epochs: Passes for the transformer student; 0 makes none.
         student_layers: Layers that it keeps of the teacher's; 0, for `distill` alone: static.
         student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
-        vocabulary: ``all``, or ``train``: students keep only the word pieces that train uses.
+        vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step; 0 chooses by the model.

@@ -99,6 +99,20 @@ def prune_vocabulary(
     return pruned
 
 
+def frequent_pieces(classifier: Classifier, count: int = 8000) -> list[str]:
+    """Pieces that texts outside of train are likely to need, for `prune_vocabulary`'s `keep`.
+
+    BERT's vocabularies are sorted by how often a piece occurred, signs and characters first.
+
+    Args:
+        classifier: Its tokenizer is a WordPiece.
+        count: How many, special and unused ones left out.
+    """
+    pieces = sorted(classifier.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    named = [piece for piece, _ in pieces if not (piece[0] == "[" and piece[-1] == "]")]
+    return named[:count]
+
+
 def prune_neurons(classifier: Classifier, keep: int, importance: Importance) -> Classifier:
     """Keep only the most important feed-forward neurons, the same number in every layer.
 

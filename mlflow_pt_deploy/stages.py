@@ -103,11 +103,17 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
     from mlflow_pt_deploy.distill import spread, start_student
-    from mlflow_pt_deploy.prune import prune_neurons, prune_vocabulary, teacher_importance
+    from mlflow_pt_deploy.prune import (
+        frequent_pieces,
+        prune_neurons,
+        prune_vocabulary,
+        teacher_importance,
+    )
 
     layers = options.student_layers
     if options.vocabulary != "all":
-        teacher = prune_vocabulary(teacher, splits.train.rows)
+        common = frequent_pieces(teacher)
+        teacher = prune_vocabulary(teacher, splits.train.rows, keep=common)
     student = start_student(teacher, layers)
     if layers and options.student_neurons:
         depth = teacher.network.config.num_hidden_layers

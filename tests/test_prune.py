@@ -26,6 +26,7 @@ from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier
 from mlflow_pt_deploy.prune import (
     Importance,
+    frequent_pieces,
     prune_neurons,
     prune_vocabulary,
     taylor_importance,
@@ -250,6 +251,19 @@ def test_unseen_words_are_spelled(classifier: Classifier) -> None:
     assert _pieces(pruned, "transfer") == ["t", *(f"##{letter}" for letter in "ransfer")]
     assert _pieces(pruned, "תודה!") == ["ת", "##ו", "##ד", "##ה", "!"]
     assert _pieces(pruned, "🚀 ж") == ["[UNK]", "[UNK]"] == _pieces(classifier, "🚀 ж")
+
+
+def test_frequent_pieces_come_first_in_a_vocabulary(classifier: Classifier) -> None:
+    few = frequent_pieces(classifier, 3)
+    assert (
+        few
+        == sorted(
+            (piece for piece in classifier.tokenizer.get_vocab() if piece[0] != "["),
+            key=classifier.tokenizer.convert_tokens_to_ids,
+        )[:3]
+    )
+    pruned = prune_vocabulary(classifier, ["my card"], keep=few)
+    assert set(few) <= set(pruned.tokenizer.get_vocab())
 
 
 def test_words_and_pieces_to_keep(classifier: Classifier) -> None:
