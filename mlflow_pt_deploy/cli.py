@@ -73,6 +73,10 @@ _SERVE = {
     "--port": (int, 5000, "0: any free one"),
     "--poll-s": (float, 5.0, "seconds between looks at the registry; 0: do not follow it"),
     "--grace-s": (int, 30, "seconds for requests in flight to finish when told to stop"),
+    "--max-body-mb": (float, 4.0, "longest request body"),
+    "--max-connections": (int, 1024, "most connections at a time"),
+    "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),
+    "--tls-key": (str, "", "PEM file with its key"),
 }
 _NAME = {"--name": (str, "pt-deploy-demo", "registered model to promote into")}
 
@@ -164,6 +168,10 @@ def _special(name: str, stage: argparse.ArgumentParser) -> None:
         stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
         about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
         stage.add_argument("-C", dest="config", action="append", default=[], help=about)
+        about = "a line of JSON for each request, without anything a client wrote"
+        stage.add_argument("--access-log", action="store_true", help=about)
+        about = "listen beyond this machine without PT_DEPLOY_TOKEN"
+        stage.add_argument("--insecure", action="store_true", help=about)
 
 
 def _quiet_libraries() -> None:
@@ -281,7 +289,8 @@ def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.serving.options import parse_config
     from mlflow_pt_deploy.serving.server import serve
 
-    settings = {key: getattr(parsed, key) for key in ("host", "port", "poll_s", "grace_s")}
+    names = [flag.removeprefix("--").replace("-", "_") for flag in _SERVE]
+    settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure")}
     serve(parsed.uri, *parsed.more, model_config=parse_config(parsed.config), **settings)
     return {"stage": "serve", "uri": parsed.uri}
 

@@ -7,20 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
 import requests
-import uvicorn
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny_serving import save_tiny
+from tiny_serving import running, save_tiny
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.serving.app import App
@@ -43,22 +39,6 @@ def model(folder: Path) -> Iterator[PyFuncModel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
         yield mlflow.pyfunc.load_model(str(folder))
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import requests
-import uvicorn
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tiny_serving import save_tiny
+from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError
 from mlflow_pt_deploy.serving.app import App
@@ -55,29 +54,16 @@ def registry(tracking: str, tmp_path: Path) -> Registry:
 
 
 @contextmanager
-def running(slots: Sequence[Slot]) -> Iterator[str]:
+def following(slots: Sequence[Slot]) -> Iterator[str]:
     """The application on a free port, and the watcher that opens and follows its slots."""
-    app = App({slot.name: slot for slot in slots})
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started)
     watcher = Watcher(slots, POLL_S, opened=lambda: None, failed=lambda error: None)
-    watcher.start()
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        watcher.stop()
-        watcher.join(10)
-        server.should_exit = True
-        thread.join(10)
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.005)
+    with running(App({slot.name: slot for slot in slots})) as url:
+        watcher.start()
+        try:
+            yield url
+        finally:
+            watcher.stop()
+            watcher.join(10)
 
 
 def ask(url: str, session: Any = requests) -> requests.Response:
@@ -90,7 +76,7 @@ def version(url: str) -> str:
 
 def test_ready_only_when_loaded_and_warm(registry: Registry) -> None:
     registry.promote(registry.add(label="slow", load_s=0.5))
-    with running([Slot("tiny", source(URI))]) as url:
+    with following([Slot("tiny", source(URI))]) as url:
         assert requests.get(f"{url}/livez", timeout=5).status_code == 200
         for path in ("/readyz", "/ping"):
             assert requests.get(url + path, timeout=5).status_code == 503
@@ -120,7 +106,7 @@ def test_swaps_under_load_fail_no_request_and_mix_no_versions(registry: Registry
                 seen.add(told)
         return seen
 
-    with running([slot]) as url, ThreadPoolExecutor(8) as pool:
+    with following([slot]) as url, ThreadPoolExecutor(8) as pool:
         until(lambda: slot.current)
         clients = [pool.submit(client, number) for number in range(8)]
         try:
@@ -138,7 +124,7 @@ def test_requests_in_flight_end_on_the_old_version_which_is_then_freed(
 ) -> None:
     registry.promote(registry.add(label="slow", predict_s=0.4))
     slot = Slot("tiny", source(URI))
-    with running([slot]) as url, ThreadPoolExecutor(1) as pool:
+    with following([slot]) as url, ThreadPoolExecutor(1) as pool:
         until(lambda: slot.current)
         old = weakref.ref(slot.current)
         in_flight = pool.submit(ask, url)
@@ -162,7 +148,7 @@ def test_an_unfit_version_is_refused_and_not_tried_again_at_once(
         return load_version(address, target)
 
     slot = Slot("tiny", source(URI), load=load)
-    with running([slot]) as url:
+    with following([slot]) as url:
         until(lambda: slot.current)
         registry.promote(registry.add(refuse="it answers differently here"))
         until(lambda: slot.refused)
@@ -219,7 +205,7 @@ def test_a_registry_that_is_lost_takes_nothing_down_and_is_told_once(
 
     caplog.set_level(logging.INFO, "mlflow_pt_deploy")
     slot = Slot("tiny", source(URI), find=find)
-    with running([slot]) as url:
+    with following([slot]) as url:
         until(lambda: slot.current)
         lost.set()
         until(lambda: slot.lost)
@@ -279,7 +265,7 @@ def test_nothing_stays_on_disk_after_a_version(
 def test_model_tells_what_was_logged_beside_what_is_observed(registry: Registry) -> None:
     registry.client.set_model_version_tag("tiny", "1", "latency_p50_ms", "0.5")
     slot = Slot("tiny", source(URI))
-    with running([slot]) as url:
+    with following([slot]) as url:
         until(lambda: slot.current)
         ask(url)
         about = requests.get(f"{url}/model", timeout=5).json()

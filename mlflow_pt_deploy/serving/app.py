@@ -11,8 +11,11 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.protocol import Answer, answer, failure
 from mlflow_pt_deploy.serving.slot import Slot
@@ -31,8 +34,8 @@ BODY_S = 30.0
 THREADS = 256
 # Whether a client left is looked at only when his answer takes longer than this.
 _PATIENCE_S = 0.05
-_JSON = (b"content-type", b"application/json")
 _CLOSE = (b"connection", b"close")
+_LATER = (b"retry-after", b"1")
 DEADLINE_HEADER = b"x-deadline-ms"
 
 
@@ -41,7 +44,9 @@ class App:
 
     Args:
         slots: Models by name; ``/invocations`` is for the first.
+        guard: Who may score and who may look.
         metrics: Told of each answer.
+        access: Told of each answer too, if anything.
         max_body_bytes: Longest request body.
     """
 
@@ -49,80 +54,100 @@ class App:
         self,
         slots: Mapping[str, Slot],
         *,
+        guard: Guard | None = None,
         metrics: Metrics | None = None,
+        access: AccessLog | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._slots = slots
+        self._guard = guard or Guard()
         self._metrics = metrics or Metrics()
+        self._access = access
         self._max_body_bytes = max_body_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
-        self._in_flight = 0
+        self._in_flight = dict.fromkeys(slots, 0)
         first = next(iter(slots.values()))
         self._scored = {f"/models/{name}/invocations": slot for name, slot in slots.items()}
         self._scored["/invocations"] = first
-        self._pages: dict[str, Page] = {
+        self._probes: dict[str, Page] = {
             "/ping": self._ping,
             "/health": self._ping,
             "/version": _mlflow_version,
             "/livez": lambda: Answer(200, b"{}"),
             "/readyz": self._ready,
+        }
+        self._looks: dict[str, Page] = {
+            "/metrics": self._exposed,
             "/model": lambda: _page(first.about()),
             "/models": lambda: _page([slot.about() for slot in slots.values()]),
             **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
         }
+        for name, slot in slots.items():
+            self._metrics.gauge("queue_rows", name, _queued(slot))
+            self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        path, method = scope["path"], scope["method"]
-        slot = self._scored.get(path)
-        if slot is not None and method == "POST":
-            await self._invoke(slot, scope, receive, send)
-        elif path in self._pages and method in ("GET", "HEAD"):
-            await _respond(send, self._pages[path]())
-        elif slot is not None or path in self._pages:
-            allowed = b"POST" if slot else b"GET, HEAD"
-            message = f"this path takes {allowed.decode()}"
-            error = failure(405, "INVALID_PARAMETER_VALUE", message, (b"allow", allowed))
-            await _respond(send, error)
-        else:
-            await _respond(send, failure(404, "ENDPOINT_NOT_FOUND", "there is no such path"))
-
-    async def _invoke(self, slot: Slot, scope: Scope, receive: Receive, send: Send) -> None:
         start = time.perf_counter()
-        headers = dict(scope["headers"])
-        body = await _read(receive, headers.get(b"content-length"), self._max_body_bytes)
-        version = slot.current
-        if isinstance(body, Answer):
-            result = body
-        elif version is None:
-            message = "the model is still loading"
-            result = failure(503, "TEMPORARILY_UNAVAILABLE", message, (b"retry-after", b"1"))
-        elif self._in_flight >= THREADS:
-            message = f"{THREADS} requests are waiting already. Try again later."
-            result = failure(429, "RESOURCE_EXHAUSTED", message, (b"retry-after", b"1"))
+        path = scope["path"]
+        slot = self._scored.get(path)
+        version = None
+        if slot is not None and scope["method"] == "POST":
+            result = await self._invoke(slot, dict(scope["headers"]), receive)
+            version = result.version
         else:
-            caller = Caller(_deadline(headers.get(DEADLINE_HEADER)))
-            media = headers.get(b"content-type", b"").decode("latin1")
-            self._in_flight += 1
-            watch = _Watch(receive, caller)
-            try:
-                loop = asyncio.get_running_loop()
-                result = await loop.run_in_executor(
-                    self._threads, answer, version, body, media, caller
-                )
-            finally:
-                self._in_flight -= 1
-                watch.end()
-            if caller.left:
-                result = _LEFT
-        await _respond(send, result, *([version.header] if version else []))
+            result = self._read_only(path, scope)
+        await _respond(send, result)
         seconds = time.perf_counter() - start
-        if version and result.status == 200:
-            version.seconds.append(seconds)
         label = version.label if version else ""
-        self._metrics.answered(slot.name, label, result, seconds)
+        if slot is not None:
+            self._metrics.answered(slot.name, label, result, seconds)
+            if version and result.status == 200:
+                version.seconds.append(seconds)
+        if self._access is not None and path not in self._probes:
+            route = path if slot or path in self._looks else "-"
+            self._access.write(route, label, result, seconds)
+
+    def _read_only(self, path: str, scope: Scope) -> Answer:
+        """Any path but a request to score."""
+        page = self._probes.get(path) or self._looks.get(path)
+        if page is None and path not in self._scored:
+            return failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
+        if page is None or scope["method"] not in ("GET", "HEAD"):
+            allowed = "GET, HEAD" if page else "POST"
+            header = (b"allow", allowed.encode())
+            return failure(405, "INVALID_PARAMETER_VALUE", f"this path takes {allowed}", header)
+        authorization = dict(scope["headers"]).get(b"authorization")
+        if path in self._looks and not self._guard.may_look(authorization):
+            return _who("an admin token")
+        return page()
+
+    async def _invoke(self, slot: Slot, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
+        """Read and score one request."""
+        if not self._guard.may_score(headers.get(b"authorization")):
+            return _who("a token")
+        body = await _read(receive, headers.get(b"content-length"), self._max_body_bytes)
+        if isinstance(body, Answer):
+            return body
+        version = slot.current  # from here on this one, whatever is promoted meanwhile
+        if version is None:
+            return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", _LATER)
+        if sum(self._in_flight.values()) >= THREADS:
+            message = f"{THREADS} requests are waiting already. Try again later."
+            return failure(429, "RESOURCE_EXHAUSTED", message, _LATER)
+        caller = Caller(_deadline(headers.get(DEADLINE_HEADER)))
+        media = headers.get(b"content-type", b"").decode("latin1")
+        self._in_flight[slot.name] += 1
+        watch = _Watch(receive, caller)
+        try:
+            work = partial(answer, version, body, media, caller)
+            result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._in_flight[slot.name] -= 1
+            watch.end()
+        return _LEFT if caller.left else result
 
     def _ready(self) -> Answer:
         if all(slot.current for slot in self._slots.values()):
@@ -131,6 +156,13 @@ class App:
 
     def _ping(self) -> Answer:
         return Answer(self._ready().status, b"\n")
+
+    def _exposed(self) -> Answer:
+        text = self._metrics.expose()
+        if text is None:
+            message = "metrics need an extra: pip install 'mlflow-pt-deploy[serve]'"
+            return failure(501, "NOT_IMPLEMENTED", message)
+        return Answer(200, text, content_type=self._metrics.content_type)
 
 
 class _Watch:
@@ -157,6 +189,15 @@ class _Watch:
 
 
 _LEFT = failure(499, "CANCELLED", "the client left")
+
+
+def _who(token: str) -> Answer:
+    message = f"send {token}: Authorization: Bearer ..."
+    return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), _CLOSE)
+
+
+def _queued(slot: Slot) -> Callable[[], int]:
+    return lambda: slot.current.pyfunc.batcher.queued_rows if slot.current else 0
 
 
 async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | Answer:
@@ -206,8 +247,13 @@ def _page(content: object) -> Answer:
     return Answer(200, json.dumps(content).encode())
 
 
-async def _respond(send: Send, result: Answer, *more: tuple[bytes, bytes]) -> None:
-    length = (b"content-length", str(len(result.body)).encode())
-    headers = [_JSON, length, *result.headers, *more]
+async def _respond(send: Send, result: Answer) -> None:
+    headers = [
+        (b"content-type", result.content_type),
+        (b"content-length", str(len(result.body)).encode()),
+        *result.headers,
+    ]
+    if result.version is not None:
+        headers.append(result.version.header)
     await send({"type": "http.response.start", "status": result.status, "headers": headers})
     await send({"type": "http.response.body", "body": result.body})

@@ -1,6 +1,6 @@
-"""What is counted while serving. This one forgets everything; see `prometheus` for one that tells.
+"""What is counted while serving; this one forgets everything, `prometheus` keeps and tells it.
 
-Knows neither HTTP nor the format of `/metrics`.
+Knows neither HTTP nor the format of ``/metrics``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 class Metrics:
     """Told of what happens; counts nothing."""
 
+    content_type = b"application/json"
+
     def answered(self, name: str, label: str, result: Answer, seconds: float) -> None:
-        """A request for model `name` was answered by version `label`."""
+        """A request for model `name` was answered by version `label`, empty where by none."""
 
     def swapped(self, name: str, version: Version, seconds: float) -> None:
         """A version serves from now on; its preparation took `seconds`."""
@@ -28,5 +30,18 @@ class Metrics:
     def registry(self, name: str, answers: bool) -> None:
         """The registry began or ceased to answer."""
 
-    def gauge(self, name: str, value: Callable[[], int]) -> None:
-        """Rows of a model that wait may be asked for."""
+    def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
+        """`value` may be asked for model `name`'s ``queue_rows`` or ``in_flight``."""
+
+    def expose(self) -> bytes | None:
+        """All series in Prometheus' text format; None: this one has none."""
+        return None
+
+
+def best_metrics() -> Metrics:
+    """Those that tell, where the extra `serve` is installed."""
+    try:
+        from mlflow_pt_deploy.serving.prometheus import PrometheusMetrics
+    except ModuleNotFoundError:
+        return Metrics()
+    return PrometheusMetrics()

@@ -11,7 +11,7 @@ from io import BytesIO, StringIO
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import RequestError
-from mlflow_pt_deploy.serving.pyfunc import ScoringError, scoring_error
+from mlflow_pt_deploy.serving.pyfunc import scoring_error
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.serving.version import Version
 
@@ -28,12 +28,16 @@ class Answer(NamedTuple):
         body: JSON.
         error: MLflow's error code, empty where all went well.
         headers: More headers.
+        content_type: Of the body.
+        version: What answered, where a model was asked.
     """
 
     status: int
     body: bytes
     error: str = ""
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    content_type: bytes = b"application/json"
+    version: Version | None = None
 
 
 def failure(status: int, error: str, message: str, *headers: tuple[bytes, bytes]) -> Answer:
@@ -47,21 +51,17 @@ def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> 
     try:
         data, params = _parse(version, body, content_type)
         predictions = version.pyfunc.predict(data, params, caller=caller)
-        return Answer(200, json.dumps({"predictions": predictions}).encode())
-    except _UnsupportedMediaError as error:
-        return _failed(scoring_error(error), 415)
+        return Answer(200, json.dumps({"predictions": predictions}).encode(), version=version)
     except Exception as error:
-        return _failed(scoring_error(error))
+        failed = scoring_error(error)
+        status = 415 if isinstance(error, _UnsupportedMediaError) else failed.status
+        later = ((b"retry-after", b"1"),) if status == 429 else ()
+        text, code = failed.serialize_as_json().encode(), str(failed.error_code)
+        return Answer(status, text, code, later, version=version)
 
 
 class _UnsupportedMediaError(RequestError):
     """The body is of a type that MLflow's protocol does not know."""
-
-
-def _failed(error: ScoringError, status: int | None = None) -> Answer:
-    status = status or error.status
-    later = ((b"retry-after", b"1"),) if status == 429 else ()
-    return Answer(status, error.serialize_as_json().encode(), str(error.error_code), later)
 
 
 def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:

@@ -20,7 +20,10 @@ import uvicorn
 
 from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
 from mlflow_pt_deploy.hardware import usable_cores
+from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.guard import check_exposure, guard_from_environment
+from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.watcher import Watcher
@@ -38,12 +41,37 @@ class Settings:
         port: TCP port; 0 takes a free one.
         poll_s: Seconds between looks at the registry; 0: serve what was found at the start.
         grace_s: Seconds that requests in flight have to finish after the server was told to stop.
+        access_log: Write a line of JSON for each request to standard error.
+        insecure: Listen beyond this machine though no token is set.
+        tls_cert: A PEM file with the certificate and its chain; with `tls_key`, the server speaks
+            HTTPS and nothing else.
+        tls_key: A PEM file with its key.
+        max_body_mb: Longest request body.
+        max_connections: Most connections at a time; more are answered with 503.
     """
 
     host: str = "127.0.0.1"
     port: int = 5000
     poll_s: float = 5.0
     grace_s: int = 30
+    access_log: bool = False
+    insecure: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
+    max_body_mb: float = 4.0
+    max_connections: int = 1024
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ServingError("tls_cert and tls_key belong together; give both, or neither")
+        for path in filter(None, (self.tls_cert, self.tls_key)):
+            if not os.access(path, os.R_OK):
+                raise ServingError(f"{path} cannot be read; give a PEM file")
+        for name in ("poll_s", "grace_s"):
+            if getattr(self, name) < 0:
+                raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
+        if self.max_body_mb <= 0 or self.max_connections < 1:
+            raise ServingError("max_body_mb and max_connections must be above 0")
 
 
 def serve(*models: str, model_config: Mapping[str, Any] | None = None, **settings: Any) -> None:
@@ -61,17 +89,30 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         TrackingError: A model cannot be found or fetched.
         PtDeployError: A model may not serve.
     """
-    chosen = Settings(**settings)
-    slots = name_slots(models, model_config)
+    chosen, guard, metrics = Settings(**settings), guard_from_environment(), best_metrics()
+    check_exposure(chosen.host, guard, chosen.insecure)
+    slots = name_slots(models, model_config, metrics)
+    app = App(
+        slots,
+        guard=guard,
+        metrics=metrics,
+        access=AccessLog() if chosen.access_log else None,
+        max_body_bytes=int(chosen.max_body_mb * 2**20),
+    )
     os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"  # as MLflow's own server does
-    server = _Server(App(slots), slots, chosen)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    server = _Server(app, slots, chosen)
     with _our_log(), _quiet_end():
         server.run()
     if server.failure is not None:
         raise _in_words(server.failure) from server.failure
 
 
-def name_slots(models: Sequence[str], model_config: Mapping[str, Any] | None) -> dict[str, Slot]:
+def name_slots(
+    models: Sequence[str],
+    model_config: Mapping[str, Any] | None = None,
+    metrics: Metrics | None = None,
+) -> dict[str, Slot]:
     """A slot for each word of the command line, under the name it has or is given.
 
     Raises:
@@ -83,7 +124,7 @@ def name_slots(models: Sequence[str], model_config: Mapping[str, Any] | None) ->
         name, uri = (named[1], named[2]) if named else (_name(word), word)
         if name in slots:
             raise ServingError(f"two models are called {name}; name them: {name}=... other=...")
-        slots[name] = Slot(name, source(uri, model_config))
+        slots[name] = Slot(name, source(uri, model_config), metrics=metrics)
     if not slots:
         raise ServingError("there is nothing to serve; give models:/NAME@champion")
     return slots
@@ -111,6 +152,9 @@ class _Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=settings.grace_s,
+            limit_concurrency=settings.max_connections,
+            ssl_certfile=settings.tls_cert or None,
+            ssl_keyfile=settings.tls_key or None,
         )
         super().__init__(config)
         self.failure: Exception | None = None
@@ -136,7 +180,7 @@ class _Server(uvicorn.Server):
     def _say(self) -> None:
         port = self.servers[0].sockets[0].getsockname()[1]
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        url = f"http://{host}:{port}"
+        url = f"http{'s' if self.config.is_ssl else ''}://{host}:{port}"
         example = """-H 'Content-Type: application/json' -d '{"inputs": ["some text"]}'"""
         first = next(iter(self._slots.values()))
         assert first.current is not None
