@@ -98,11 +98,11 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
 
 
 @contextmanager
-def running(app: Any) -> Iterator[str]:
+def running(app: Any, **settings: Any) -> Iterator[str]:
     """An application on a free port; its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

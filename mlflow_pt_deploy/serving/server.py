@@ -147,6 +147,7 @@ class _Server(uvicorn.Server):
             port=settings.port,
             lifespan="off",
             ws="none",
+            http=_http(),
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -202,6 +203,15 @@ def describe(slot: Slot, poll_s: float) -> str:
         f"{options.max_batch_rows} rows and {options.max_batch_tokens} tokens, queue of "
         f"{options.queue_rows} rows, deadline {options.deadline_ms:g} ms"
     )
+
+
+def _http() -> Any:
+    """The parser in C with our limits; without the extra `serve`, h11, which has its own."""
+    try:
+        from mlflow_pt_deploy.serving.connection import BoundedProtocol
+    except ModuleNotFoundError:
+        return "h11"
+    return BoundedProtocol
 
 
 def _in_words(error: Exception) -> PtDeployError:
