@@ -72,7 +72,9 @@ class Slot:
     Attributes:
         current: The version that answers; None until the first is ready.
         refused: The version that should serve but may not, or None.
+        uri: What `current` was asked for as.
         lost: Since when the registry has not answered, or None while it does.
+        looks: How often was looked what is wanted.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Slot:
         self.refused: Refusal | None = None
         self.lost: str | None = None
         self.uri = ""
+        self.looks = 0
         self._source = source
         self._metrics = metrics or Metrics()
         self._find = find
@@ -110,6 +113,12 @@ class Slot:
         A registry that does not answer changes nothing; it is logged once.
         """
         try:
+            self._look()
+        finally:
+            self.looks += 1
+
+    def _look(self) -> None:
+        try:
             target, address = self._wanted()
         except Exception as error:
             self._lose(error)
@@ -119,7 +128,7 @@ class Slot:
             self.lost = None
             self._metrics.registry(self.name, True)
         if self.current and self.current.serves(address, target):
-            self.refused = None
+            self.uri, self.refused = target.uri, None
         elif not self._refused_already(address, target):
             self._try(address, target)
 
@@ -132,13 +141,12 @@ class Slot:
             **(version.about() if version else {}),
             "refused": self.refused.about() if self.refused else None,
             "registry_lost_since": self.lost,
+            "looks": self.looks,
         }
 
     def _wanted(self) -> tuple[Target, Address]:
         target = self._source()
-        address = self._find(target.uri)
-        self.uri = target.uri
-        return target, address
+        return target, self._find(target.uri)
 
     def _lose(self, error: Exception) -> None:
         if self.lost:
@@ -170,7 +178,7 @@ class Slot:
     def _take_over(self, version: Version, seconds: float) -> None:
         self._metrics.swapped(self.name, version, seconds)
         before, self.current = self.current, version
-        self.refused = None
+        self.uri, self.refused = version.target.uri, None
         if before:
             _logger.info(
                 "%s: version %s took over from %s after %.1f s of preparation",
