@@ -69,6 +69,16 @@ _POLICY = {
     "--max-artifact-mb": (float, 0.0, "0: no limit"),
     "--max-peak-rss-mb": (float, 0.0, "0: no limit"),
 }
+_SERVE = {
+    "--host": (str, "127.0.0.1", "address to listen on"),
+    "--port": (int, 5000, "0: any free one"),
+    "--poll-s": (float, 5.0, "seconds between looks at the registry; 0: do not follow it"),
+    "--grace-s": (int, 30, "seconds for requests in flight to finish when told to stop"),
+    "--max-body-mb": (float, 4.0, "longest request body"),
+    "--max-connections": (int, 1024, "most connections at a time"),
+    "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),
+    "--tls-key": (str, "", "PEM file with its key"),
+}
 _NAME = {"--name": (str, "pt-deploy-demo", "registered model to promote into")}
 
 
@@ -124,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
             "choose a variant of a run and move the alias champion",
             {**_POLICY, **_NAME},
         ),
-        ("serve", _serve, "serve a registered or logged model", {}),
+        ("serve", _serve, "serve registered or logged models, and follow promotions", _SERVE),
     ):
         stage = stages.add_parser(name, help=about, description=about, allow_abbrev=False)
         _add(stage, tables)
@@ -154,9 +164,15 @@ def _special(name: str, stage: argparse.ArgumentParser) -> None:
     if name == "promote":
         stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
     if name == "serve":
-        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a path")
-        stage.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-        stage.add_argument("--port", type=int, default=5000, help="0: any free one (5000)")
+        about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI names it"
+        stage.add_argument("uri", help=about)
+        stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
+        about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
+        stage.add_argument("-C", dest="config", action="append", default=[], help=about)
+        about = "a line of JSON for each request, without anything a client wrote"
+        stage.add_argument("--access-log", action="store_true", help=about)
+        about = "listen beyond this machine without PT_DEPLOY_TOKEN"
+        stage.add_argument("--insecure", action="store_true", help=about)
 
 
 def _quiet_libraries() -> None:
@@ -271,9 +287,12 @@ def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.serving.app import serve
+    from mlflow_pt_deploy.serving.options import parse_config
+    from mlflow_pt_deploy.serving.server import serve
 
-    serve(parsed.uri, host=parsed.host, port=parsed.port)
+    names = [flag.removeprefix("--").replace("-", "_") for flag in _SERVE]
+    settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure")}
+    serve(parsed.uri, *parsed.more, model_config=parse_config(parsed.config), **settings)
     return {"stage": "serve", "uri": parsed.uri}
 
 

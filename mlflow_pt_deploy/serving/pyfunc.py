@@ -25,6 +25,7 @@ from mlflow_pt_deploy.errors import (
 )
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.variants.base import Logits
 
 if TYPE_CHECKING:
@@ -104,7 +105,20 @@ class PyFunc:
 
     def setup(self) -> None:
         """Build the batcher that all callers share."""
-        self._batcher = Batcher(self.loaded.predict, self.loaded.preprocessor.collate, self.options)
+        self.batcher = Batcher(self.loaded.predict, self.loaded.preprocessor.collate, self.options)
+
+    def warm_up(self) -> None:
+        """Let the model meet a few shapes, so that the first callers do not pay for them.
+
+        Raises:
+            ServingError: An answer holds NaN or infinity; or whatever the model raises.
+        """
+        if self.loaded.preprocessor.column != COLUMN:  # its golden rows were computed at load
+            return
+        for words in (3, 12, 48):
+            tokens = self.loaded.preprocessor.encode([" ".join(["a"] * words)])
+            for rows in {1, 4, min(16, self.options.max_batch_rows)}:
+                self.encode(self.batcher.submit(tokens * rows, bounded=False))
 
     def decode(self, data: object) -> list[str]:
         """Texts from whatever MLflow hands over: a text, list, Series, array, dict or table.
@@ -123,12 +137,19 @@ class PyFunc:
                 )
         return texts
 
-    def predict(self, data: object, params: Mapping[str, Any] | None = None) -> list[Any]:
+    def predict(
+        self,
+        data: object,
+        params: Mapping[str, Any] | None = None,
+        *,
+        caller: Caller | None = None,
+    ) -> list[Any]:
         """Score rows.
 
         Args:
             data: See `decode`.
             params: ``top_k``: how many labels a row, the best first.
+            caller: Who waits for the answer, where a server knows it.
 
         Returns:
             A ``{"label", "score"}`` per row, in order; with ``top_k`` above 1 a list of them per
@@ -149,8 +170,9 @@ class PyFunc:
                 )
             answers: list[Any] = []
             for start in range(0, len(texts), _SLICE_ROWS):
-                tokens = self.loaded.preprocessor.encode(texts[start : start + _SLICE_ROWS])
-                logits = self._batcher.submit(tokens, bounded=serving)
+                part = texts[start : start + _SLICE_ROWS]
+                tokens = self.loaded.preprocessor.encode(part)
+                logits = self.batcher.submit(tokens, keys=part, bounded=serving, caller=caller)
                 answers += self.encode(logits, top_k)
             return answers
         except Exception as error:
