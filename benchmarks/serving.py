@@ -165,12 +165,10 @@ def _save_teacher(teacher: Path, folder: Path) -> Path:
 
 def _commands(model: str, teacher: Path) -> dict[str, list[str]]:
     stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
-    ours = "import sys; from mlflow_pt_deploy.serving.app import serve; "
-    ours += "serve(sys.argv[1], port=int(sys.argv[3]))"
     return {
         TEACHER: [*stock, str(teacher)],
         OURS: [*stock, model],
-        PT_DEPLOY: [sys.executable, "-c", ours, model],
+        PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
     }
 
 

@@ -52,6 +52,7 @@ _TEACHER = {
 _STUDENT = {
     "--student-epochs": (int, -1, "passes over train for the student; 0: none; -1: choose"),
     "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
+    "--student-neurons": (int, 0, "feed-forward neurons it keeps in each of them; 0: all"),
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),
@@ -75,6 +76,16 @@ _POLICY = {
     "--max-latency-p95-ms": (float, 0.0, "0: no limit"),
     "--max-artifact-mb": (float, 0.0, "0: no limit"),
     "--max-peak-rss-mb": (float, 0.0, "0: no limit"),
+}
+_SERVE = {
+    "--host": (str, "127.0.0.1", "address to listen on"),
+    "--port": (int, 5000, "0: any free one"),
+    "--poll-s": (float, 5.0, "seconds between looks at the registry; 0: do not follow it"),
+    "--grace-s": (int, 30, "seconds for requests in flight to finish when told to stop"),
+    "--max-body-mb": (float, 4.0, "longest request body"),
+    "--max-connections": (int, 1024, "most connections at a time"),
+    "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),
+    "--tls-key": (str, "", "PEM file with its key"),
 }
 _NAME = {"--name": (str, "pt-deploy-demo", "registered model to promote into")}
 
@@ -131,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
             "choose a variant of a run and move the alias champion",
             {**_POLICY, **_NAME},
         ),
-        ("serve", _serve, "serve a registered or logged model", {}),
+        ("serve", _serve, "serve registered or logged models, and follow promotions", _SERVE),
     ):
         stage = stages.add_parser(name, help=about, description=about, allow_abbrev=False)
         _add(stage, tables)
@@ -161,9 +172,15 @@ def _special(name: str, stage: argparse.ArgumentParser) -> None:
     if name == "promote":
         stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
     if name == "serve":
-        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a path")
-        stage.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-        stage.add_argument("--port", type=int, default=5000, help="0: any free one (5000)")
+        about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI names it"
+        stage.add_argument("uri", help=about)
+        stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
+        about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
+        stage.add_argument("-C", dest="config", action="append", default=[], help=about)
+        about = "a line of JSON for each request, without anything a client wrote"
+        stage.add_argument("--access-log", action="store_true", help=about)
+        about = "listen beyond this machine without PT_DEPLOY_TOKEN"
+        stage.add_argument("--insecure", action="store_true", help=about)
 
 
 def _quiet_libraries() -> None:
@@ -278,9 +295,12 @@ def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.serving.app import serve
+    from mlflow_pt_deploy.serving.options import parse_config
+    from mlflow_pt_deploy.serving.server import serve
 
-    serve(parsed.uri, host=parsed.host, port=parsed.port)
+    names = [flag.removeprefix("--").replace("-", "_") for flag in _SERVE]
+    settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure")}
+    serve(parsed.uri, *parsed.more, model_config=parse_config(parsed.config), **settings)
     return {"stage": "serve", "uri": parsed.uri}
 
 
@@ -295,14 +315,20 @@ def _next_steps(done: Lifecycle) -> None:
 
     uri = mlflow.get_tracking_uri()
     local = uri.startswith("sqlite:")
-    look = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if local else f"open {uri}"
+    start = f"mlflow ui --backend-store-uri {shlex.quote(uri)}   # and open" if local else "open"
+    address = "http://127.0.0.1:5000" if local else uri
+    experiment = mlflow.get_run(done.run_id).info.experiment_id
+    pages = f"{address}/#/experiments/{experiment}"
+    view = "?workflowType=machine_learning"  # else the UI opens among traces of agents
     prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
     row = "a text to classify" if done.column == "text" else "'$(base64 -w0 FILE)'"
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
     print(f"""
 promoted: {done.promotion.uri} is version {done.promotion.version}   ({times})
 
-look:   {look}
+look:   {start}
+        {pages}/runs/{done.run_id}{view}   (the choice)
+        {pages}/models{view}   (all variants)
 serve:  {prefix}mlflow models serve -m {done.promotion.uri} --env-manager local -p 5001
    or:  {prefix}pt-deploy serve {done.promotion.uri} --port 5001
 score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\

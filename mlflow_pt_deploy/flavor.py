@@ -35,11 +35,11 @@ from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.hardware import library_versions
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, verify
 from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
 
 FLAVOR_NAME = "pt_deploy"
-DIGEST_TAG = "pt_deploy.digest"
 ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"
 _FOLDER = "variant"
 _NEEDS = {

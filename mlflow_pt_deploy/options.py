@@ -27,7 +27,8 @@ class Options:
             one from scratch.
         student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
         student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
-        vocabulary: ``all``, or ``train``: students keep only the word pieces that train uses.
+        student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
+        vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student of texts; 0 makes none.
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step; 0 chooses by the model.
@@ -60,6 +61,7 @@ class Options:
     epochs: int = -1
     student_epochs: int = -1
     student_layers: int = 3
+    student_neurons: int = 0
     vocabulary: str = "all"
     static_epochs: int = 12
     learning_rate: float = 0.0

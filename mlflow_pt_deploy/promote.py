@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import TrackingError
-from mlflow_pt_deploy.flavor import DIGEST_TAG, FLAVOR_NAME
+from mlflow_pt_deploy.flavor import FLAVOR_NAME
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 
 CHAMPION = "champion"
 PREVIOUS = "previous"

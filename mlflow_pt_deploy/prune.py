@@ -25,6 +25,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import prune_linear_layer
 
+from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier
 from mlflow_pt_deploy.train import predict_logits
@@ -96,6 +97,20 @@ def prune_vocabulary(
     pruned = TextClassifier(network, _rewrite(classifier.tokenizer, specification, new_ids)).eval()
     _verify(classifier, pruned, rows, new_ids)
     return pruned
+
+
+def frequent_pieces(classifier: TextClassifier, count: int = 8000) -> list[str]:
+    """Pieces that texts outside of train are likely to need, for `prune_vocabulary`'s `keep`.
+
+    BERT's vocabularies are sorted by how often a piece occurred, signs and characters first.
+
+    Args:
+        classifier: Its tokenizer is a WordPiece.
+        count: How many, special and unused ones left out.
+    """
+    pieces = sorted(classifier.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    named = [piece for piece, _ in pieces if not (piece[0] == "[" and piece[-1] == "]")]
+    return named[:count]
 
 
 def prune_neurons(classifier: TextClassifier, keep: int, importance: Importance) -> TextClassifier:
@@ -176,6 +191,24 @@ def taylor_importance(
             scores = torch.stack(gradients[kind::2]).abs().sum(dim=(1, 2, 4))
             total[kind] = total[kind] + scores.double().cpu().numpy()
     return Importance(total[0] / len(rows), total[1] / len(rows))
+
+
+def teacher_importance(
+    teacher: TextClassifier, train: Split, layers: Sequence[int], *, rows: int = 1024
+) -> Importance:
+    """Scores of the teacher's parts in the layers that a student takes over.
+
+    Args:
+        teacher: The fine-tuned teacher; it is not changed.
+        train: Rows to draw from.
+        layers: Indices of the layers.
+        rows: How many to draw.
+    """
+    drawn = np.random.default_rng(0).permutation(len(train))[:rows]
+    texts = [str(train.rows[i]) for i in drawn]
+    found = taylor_importance(teacher, texts, train.targets[drawn])
+    kept = list(layers)
+    return Importance(found.heads[kept], found.neurons[kept])
 
 
 def _gate(module: nn.Module, groups: int, gates: list[torch.Tensor]) -> None:

@@ -86,7 +86,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """
     import torch
 
-    from mlflow_pt_deploy.distill import soft_labels, start_student, teacher_logits
+    from mlflow_pt_deploy.distill import soft_labels, teacher_logits
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.train import check_fit
 
@@ -95,7 +95,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     splits = align(splits, teacher.labels)
     check_fit(teacher, splits)
     torch.manual_seed(options.seed)
-    student = start_student(_with_vocabulary(teacher, options, splits), options.student_layers)
+    student = _start_student(teacher, options, splits)
     print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
     logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
     loss = soft_labels(
@@ -108,14 +108,31 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
 
 
-def _with_vocabulary(teacher: Any, options: Options, splits: Splits) -> Any:
-    from mlflow_pt_deploy.prune import prune_vocabulary
+def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
+    """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
+    from mlflow_pt_deploy.distill import spread, start_student
+    from mlflow_pt_deploy.prune import (
+        frequent_pieces,
+        prune_neurons,
+        prune_vocabulary,
+        teacher_importance,
+    )
 
-    if options.vocabulary == "all":
-        return teacher
-    if splits.column != "text":
-        raise ModelError("vocabulary is train, but images have no word pieces. Leave it out.")
-    return prune_vocabulary(teacher, cast(Sequence[str], splits.train.rows))
+    layers = options.student_layers
+    if splits.column != "text" and (options.vocabulary != "all" or options.student_neurons):
+        raise ModelError(
+            "vocabulary and student_neurons cut transformers of texts, and these are images. "
+            "Leave both out."
+        )
+    if options.vocabulary != "all":
+        texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
+        teacher = prune_vocabulary(teacher, texts, keep=common)
+    student = start_student(teacher, layers)
+    if layers and options.student_neurons:
+        depth = teacher.network.config.num_hidden_layers
+        importance = teacher_importance(teacher, splits.train, spread(depth, layers))
+        student = prune_neurons(student, options.student_neurons, importance)
+    return student
 
 
 def distill_stage(options: Options) -> str:

@@ -12,6 +12,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ArtifactError, TrackingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.promote import champion, promote
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 from mlflow_pt_deploy.variants import Variant, load_variant, write_variant
 from mlflow_pt_deploy.variants.eager import Eager
 from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
@@ -91,7 +92,7 @@ def test_code_is_loaded_only_when_somebody_vouches_for_it(
     promotion = promote(uri, "tiny", "a person looked at it")
     mlflow.pyfunc.load_model(promotion.uri)
     client = MlflowClient()
-    client.set_model_version_tag("tiny", promotion.version, flavor.DIGEST_TAG, "0" * 64)
+    client.set_model_version_tag("tiny", promotion.version, DIGEST_TAG, "0" * 64)
     with pytest.raises(UntrustedError, match="carries executable code"):
         mlflow.pyfunc.load_model(promotion.uri)
 

@@ -21,10 +21,18 @@ from transformers import (
 )
 
 from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.distill import soft_labels, start_student
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier, load_classifier, save_classifier
-from mlflow_pt_deploy.prune import Importance, prune_neurons, prune_vocabulary, taylor_importance
-from mlflow_pt_deploy.train import predict_logits
+from mlflow_pt_deploy.prune import (
+    Importance,
+    frequent_pieces,
+    prune_neurons,
+    prune_vocabulary,
+    taylor_importance,
+    teacher_importance,
+)
+from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
 
 TEXTS = ("My card!", "refund 🙂 it", "wire שלום", "")
 ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")
@@ -158,6 +166,21 @@ def test_scores_do_not_depend_on_the_batch_and_leave_no_trace(classifier: TextCl
     assert not any(module._forward_pre_hooks for module in classifier.modules())
 
 
+def test_a_student_takes_the_teachers_best_neurons_and_heals(
+    classifier: TextClassifier, tiny_splits: Splits
+) -> None:
+    found = teacher_importance(classifier, tiny_splits.train, (1,))
+    assert found.neurons.shape == (1, 64)
+    student = prune_neurons(
+        start_student(classifier, 1), 8, teacher_importance(classifier, tiny_splits.train, (0,))
+    )
+    assert student.network.config.intermediate_size == 8
+    logits = predict_logits(classifier, tiny_splits.train.rows)
+    loss = soft_labels(logits, tiny_splits.train.targets)
+    fit(student, tiny_splits, loss, Schedule(epochs=3, learning_rate=0.01))
+    assert evaluate(student, tiny_splits.validation) > 0.8
+
+
 @pytest.mark.parametrize("keep", [-1, 0, 65])
 def test_a_number_of_neurons_that_there_is_not(classifier: TextClassifier, keep: int) -> None:
     importance = Importance(np.ones((2, 4)), np.ones((2, 64)))
@@ -228,6 +251,19 @@ def test_unseen_words_are_spelled(classifier: TextClassifier) -> None:
     assert _pieces(pruned, "transfer") == ["t", *(f"##{letter}" for letter in "ransfer")]
     assert _pieces(pruned, "תודה!") == ["ת", "##ו", "##ד", "##ה", "!"]
     assert _pieces(pruned, "🚀 ж") == ["[UNK]", "[UNK]"] == _pieces(classifier, "🚀 ж")
+
+
+def test_frequent_pieces_come_first_in_a_vocabulary(classifier: TextClassifier) -> None:
+    few = frequent_pieces(classifier, 3)
+    assert (
+        few
+        == sorted(
+            (piece for piece in classifier.tokenizer.get_vocab() if piece[0] != "["),
+            key=classifier.tokenizer.convert_tokens_to_ids,
+        )[:3]
+    )
+    pruned = prune_vocabulary(classifier, ["my card"], keep=few)
+    assert set(few) <= set(pruned.tokenizer.get_vocab())
 
 
 def test_words_and_pieces_to_keep(classifier: TextClassifier) -> None:

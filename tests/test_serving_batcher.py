@@ -11,6 +11,7 @@ import pytest
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import Limits
+from mlflow_pt_deploy.serving.ticket import Caller
 
 BAD = 666
 
@@ -215,6 +216,86 @@ def test_one_bad_row_fails_alone(model: GatedModel, pool: ThreadPoolExecutor) ->
     assert [int(f.result()[0, 0]) for f in good] == [2, 3, 4, 5, 6, 7]
     assert first.result().tolist() == [[1, 1]]
     assert under.submit([[1]]).tolist() == [[1, 1]], "the model is free again"
+
+
+def test_the_same_row_is_computed_once_in_a_batch_and_while_in_flight(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    model.gate.clear()
+    first = pool.submit(under.submit, [[1]], keys=["one"])
+    until(lambda: len(model.batches) == 1)
+    joined = [pool.submit(under.submit, [[1], [1]], keys=["one", "one"]) for _ in range(3)]
+    mixed = pool.submit(under.submit, [[2], [1], [2]], keys=["two", "one", "two"])
+    more = pool.submit(under.submit, [[2]], keys=["two"])
+    until(lambda: under.queued_rows == 3 and len(under._computing["one"]) == 8)
+    model.gate.set()
+    assert first.result().tolist() == [[1, 1]]
+    for future in joined:
+        assert future.result().tolist() == [[1, 1], [1, 1]]
+    assert mixed.result().tolist() == [[2, 1], [1, 1], [2, 1]]
+    assert more.result().tolist() == [[2, 1]]
+    assert model.batches == [[[1]], [[2]]]
+    assert under.submit([[1]], keys=["one"]).tolist() == [[1, 1]], "answers are not kept"
+    assert len(model.batches) == 3
+
+
+def test_who_shares_a_bad_row_shares_its_failure(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    model.gate.clear()
+    first = pool.submit(under.submit, [[BAD]], keys=["bad"])
+    until(lambda: len(model.batches) == 1)
+    second = pool.submit(under.submit, [[BAD]], keys=["bad"])
+    until(lambda: len(under._computing["bad"]) == 2)
+    model.gate.set()
+    for future in (first, second):
+        with pytest.raises(ValueError, match="bad row"):
+            future.result(timeout=2)
+    assert not under._led
+
+
+def test_rows_of_callers_that_left_are_not_computed(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    caller = Caller()
+    gone = pool.submit(under.submit, [[7]], caller=caller)
+    until(lambda: under.queued_rows == 1)
+    (stays,) = queue(under, pool, [[[8]]])
+    caller.left = True
+    model.gate.set()
+    with pytest.raises(DeadlineError):
+        gone.result(timeout=2)
+    assert stays.result().tolist() == [[8, 1]]
+    first.result()
+    assert [[7]] not in model.batches
+    assert under.queued_rows == 0
+
+
+def test_a_callers_own_deadline_counts_where_it_is_earlier(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model, deadline_ms=60_000)
+    first = hold(model, under, pool)
+    caller = Caller(expires=time.monotonic() + 0.05)
+    late = pool.submit(under.submit, [[7]], caller=caller, bounded=False)
+    with pytest.raises(DeadlineError, match="the request's own deadline"):
+        late.result(timeout=2)
+    model.gate.set()
+    first.result()
+    assert [[7]] not in model.batches
+
+
+def test_each_call_of_the_model_is_told(model: GatedModel) -> None:
+    under = batcher(model)
+    told: list[tuple[int, int, int, float]] = []
+    under.observe = lambda *numbers: told.append(numbers)
+    under.submit([[5] * 3, [6], [7] * 2])
+    assert [numbers[:3] for numbers in told] == [(3, 6, 9)]
+    assert 0 < told[0][3] < 1
 
 
 def test_an_interrupted_leader_passes_the_lead_on(

@@ -197,16 +197,16 @@ def test_overload_is_429_and_a_missed_deadline_504(serving: None) -> None:
     model = PyFunc(variant, {"queue_rows": 1, "deadline_ms": 150})  # type: ignore[arg-type]
     errors: list[MlflowException] = []
 
-    def call() -> None:
+    def call(color: str) -> None:
         try:
-            model.predict(["red"])
+            model.predict([color])
         except MlflowException as error:
             errors.append(error)
 
-    first = threading.Thread(target=call)
+    first = threading.Thread(target=call, args=["red"])
     first.start()
     assert entered.wait(5)
-    others = [threading.Thread(target=call) for _ in range(2)]
+    others = [threading.Thread(target=call, args=[color]) for color in ("green", "blue")]
     for thread in others:
         thread.start()
     for thread in others:

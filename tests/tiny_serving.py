@@ -5,13 +5,18 @@ It is also an MLflow loader module, so that MLflow itself loads what `save_tiny`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.preprocess import TextPreprocessor
 from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
 from mlflow_pt_deploy.variants.base import Inputs, Logits
@@ -59,11 +64,28 @@ def tiny_variant() -> TinyVariant:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFunc:
-    return PyFunc(tiny_variant(), model_config)  # type: ignore[arg-type]
+    habits = json.loads((Path(path) / "habits.json").read_text())
+    time.sleep(habits.get("load_s", 0))
+    if "refuse" in habits:
+        raise ArtifactError(habits["refuse"])
+    variant = tiny_variant()
+    if "label" in habits:
+        variant = replace(variant, labels=(habits["label"], "green", "blue"))
+    if "predict_s" in habits:
+
+        def slow(inputs: Inputs) -> Logits:
+            time.sleep(habits["predict_s"])
+            return predict(inputs)
+
+        variant = replace(variant, predict=slow)
+    return PyFunc(variant, model_config)  # type: ignore[arg-type]
 
 
-def save_tiny(folder: Path) -> Path:
-    """Write an MLmodel that loads the tiny model."""
+def save_tiny(folder: Path, **habits: Any) -> Path:
+    """Write an MLmodel that loads the tiny model.
+
+    Habits: `label` for red, `load_s` and `predict_s` to take their time, `refuse` to fail to load.
+    """
     from mlflow import pyfunc
     from mlflow.models import Model
 
@@ -71,4 +93,32 @@ def save_tiny(folder: Path) -> Path:
     model = Model(signature=signature())
     pyfunc.add_to_model(model, loader_module="tiny_serving", model_config=MODEL_CONFIG)
     model.save(str(folder / "MLmodel"))
+    (folder / "habits.json").write_text(json.dumps(habits))
     return folder
+
+
+@contextmanager
+def running(app: Any, **settings: Any) -> Iterator[str]:
+    """An application on a free port; its address."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **settings))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.005)

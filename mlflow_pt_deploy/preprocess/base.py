@@ -54,6 +54,9 @@ class Preprocessor(Protocol):
     def collate(self, encoded: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
         """Encoded rows as one batch: named arrays, batch first, in the order of `axes`."""
 
+    def samples(self) -> Sequence[Any]:
+        """Encoded rows of a few sizes, for a model to warm up with."""
+
     def tokens(self, encoded: Any) -> int:
         """What one encoded row costs a model, in tokens."""
 

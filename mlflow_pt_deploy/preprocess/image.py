@@ -169,6 +169,10 @@ class ImagePreprocessor:
         pixels += self._shift
         return {"pixel_values": pixels}
 
+    def samples(self) -> list[Pixels]:
+        """A grey picture, for a model to warm up with."""
+        return [np.full((self.settings.height, self.settings.width, 3), 128, dtype=np.uint8)]
+
     def tokens(self, encoded: Pixels) -> int:
         """Patches of 16 x 16 pixels, which vision transformers take for a token."""
         return max(1, encoded.size // (3 * 256))

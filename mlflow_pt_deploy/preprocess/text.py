@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
 from mlflow_pt_deploy.preprocess.base import BATCH, Axis
+from mlflow_pt_deploy.preprocess.wordpiece import WordMemory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,6 +40,7 @@ class TextPreprocessor:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length=max_length)
         self._tokenizer = tokenizer
+        self._memory = WordMemory(tokenizer, max_length) if WordMemory.suits(tokenizer) else None
         self.max_length = max_length
         self.pad_id = pad_id
 
@@ -97,8 +99,13 @@ class TextPreprocessor:
 
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
         """Token ids of each row, unpadded, at most `max_length` long."""
-        clean = [row.encode("utf8", "replace").decode("utf8") for row in rows]  # lone surrogates
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean)]
+        found = [self._memory.encode(row) if self._memory else None for row in rows]
+        if rest := [index for index, ids in enumerate(found) if ids is None]:
+            # What a lone surrogate cannot be encoded as is replaced.
+            clean = [rows[index].encode("utf8", "replace").decode("utf8") for index in rest]
+            for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
+                found[index] = encoding.ids
+        return cast(list[list[int]], found)
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
         """Pad encoded rows to the longest of them.
@@ -113,6 +120,10 @@ class TextPreprocessor:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def samples(self) -> list[list[int]]:
+        """Encoded rows of a few lengths, for a model to warm up with."""
+        return self.encode([" ".join(["a"] * words) for words in (3, 12, 48)])
 
     def tokens(self, encoded: Sequence[int]) -> int:
         """The length of an encoded row."""

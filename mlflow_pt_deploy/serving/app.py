@@ -1,258 +1,259 @@
-"""The small server behind ``pt-deploy serve``: MLflow's protocol, faster and tidier.
+"""The ASGI application of ``pt-deploy serve``: routes, limits, and who answers.
 
-MLflow answers ``/ping``, ``/health`` and ``/version`` and parses the tables; ``/invocations`` goes
-past its middleware straight to the model (2.3 times the requests per second for a model that
-takes no time), and errors are written here, so that none carries a traceback or the caller's data.
-
-Knows nothing of registries and aliases: it serves what it was given.
+A request is read here and scored in a thread of its own, which waits in the batcher. Knows
+nothing of registries: it asks a slot for its version, once for each request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
-from io import BytesIO, StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import uvicorn
-
-from mlflow_pt_deploy.errors import ModelError, OverloadedError, RequestError
-from mlflow_pt_deploy.serving.pyfunc import ScoringError, scoring_error
-
-if TYPE_CHECKING:
-    from mlflow.pyfunc import PyFuncModel
+from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.serving.guard import Guard
+from mlflow_pt_deploy.serving.metrics import Metrics
+from mlflow_pt_deploy.serving.protocol import Answer, answer, failure
+from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.ticket import Caller
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Page = Callable[[], Answer]
 
 MAX_BODY_BYTES = 4 * 2**20
+# A body must have come within this time, or a slow client would hold its connection for ever.
+BODY_S = 30.0
 # A request holds a thread while it waits for its batch; asyncio's own pool (cores + 4) would keep
 # batches small. More requests than threads are refused, so that none waits outside the deadline.
 THREADS = 256
-_JSON, _CSV, _PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
-_LISTS = ("inputs", "instances")
-_FORMATS = (*_LISTS, "dataframe_split", "dataframe_records")
+# Whether a client left is looked at only when his answer takes longer than this.
+_PATIENCE_S = 0.05
+_CLOSE = (b"connection", b"close")
+_LATER = (b"retry-after", b"1")
+DEADLINE_HEADER = b"x-deadline-ms"
 
 
 class App:
-    """The ASGI application for one model.
+    """The application for one or more models.
 
     Args:
-        model: A pyfunc of the `pt_deploy` flavor.
+        slots: Models by name; ``/invocations`` is for the first.
+        guard: Who may score and who may look.
+        metrics: Told of each answer.
+        access: Told of each answer too, if anything.
         max_body_bytes: Longest request body.
-
-    Raises:
-        ModelError: The model is of another flavor.
     """
 
-    def __init__(self, model: PyFuncModel, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        from mlflow.pyfunc import scoring_server
-
-        self.model = model
-        self.about = _about(model)
-        self.max_body_bytes = max_body_bytes
-        self._mlflow = scoring_server.init(model)
+    def __init__(
+        self,
+        slots: Mapping[str, Slot],
+        *,
+        guard: Guard | None = None,
+        metrics: Metrics | None = None,
+        access: AccessLog | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
+        self._slots = slots
+        self._guard = guard or Guard()
+        self._metrics = metrics or Metrics()
+        self._access = access
+        self._max_body_bytes = max_body_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
-        self._in_flight = 0
+        self._in_flight = dict.fromkeys(slots, 0)
+        first = next(iter(slots.values()))
+        self._scored = {f"/models/{name}/invocations": slot for name, slot in slots.items()}
+        self._scored["/invocations"] = first
+        self._probes: dict[str, Page] = {
+            "/ping": self._ping,
+            "/health": self._ping,
+            "/version": _mlflow_version,
+            "/livez": lambda: Answer(200, b"{}"),
+            "/readyz": self._ready,
+        }
+        self._looks: dict[str, Page] = {
+            "/metrics": self._exposed,
+            "/model": lambda: _page(first.about()),
+            "/models": lambda: _page([slot.about() for slot in slots.values()]),
+            **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
+        }
+        for name, slot in slots.items():
+            self._metrics.gauge("queue_rows", name, _queued(slot))
+            self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        route = (scope.get("method"), scope["path"]) if scope["type"] == "http" else None
-        if route == ("POST", "/invocations"):
-            await self._invoke(scope, receive, send)
-        elif route in (("GET", "/livez"), ("GET", "/readyz")):
-            await _respond(send, 200, b"{}")
-        elif route == ("GET", "/model"):
-            await _respond(send, 200, json.dumps(self.about).encode())
+        if scope["type"] != "http":
+            return
+        start = time.perf_counter()
+        path = scope["path"]
+        slot = self._scored.get(path)
+        version = None
+        if slot is not None and scope["method"] == "POST":
+            result = await self._invoke(slot, dict(scope["headers"]), receive)
+            version = result.version
         else:
-            await self._mlflow(scope, receive, send)
+            result = self._read_only(path, scope)
+        await _respond(send, result)
+        seconds = time.perf_counter() - start
+        label = version.label if version else ""
+        if slot is not None:
+            self._metrics.answered(slot.name, label, result, seconds)
+            if version and result.status == 200:
+                version.seconds.append(seconds)
+        if self._access is not None and path not in self._probes:
+            route = path if slot or path in self._looks else "-"
+            self._access.write(route, label, result, seconds)
 
-    async def _invoke(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = {name.lower(): value.decode("latin1") for name, value in scope["headers"]}
-        body = await _read(receive, headers.get(b"content-length"), self.max_body_bytes)
-        if body is None:
-            message = f"the body is longer than {self.max_body_bytes} bytes; send fewer rows"
-            error = {"error_code": "INVALID_PARAMETER_VALUE", "message": message}
-            await _respond(send, 413, json.dumps(error).encode(), (b"connection", b"close"))
-            return
-        status, answer = await self._score(body, headers.get(b"content-type", ""))
-        later = [(b"retry-after", b"1")] if status == 429 else []
-        await _respond(send, status, answer, *later)
+    def _read_only(self, path: str, scope: Scope) -> Answer:
+        """Any path but a request to score."""
+        page = self._probes.get(path) or self._looks.get(path)
+        if page is None and path not in self._scored:
+            return failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
+        if page is None or scope["method"] not in ("GET", "HEAD"):
+            allowed = "GET, HEAD" if page else "POST"
+            header = (b"allow", allowed.encode())
+            return failure(405, "INVALID_PARAMETER_VALUE", f"this path takes {allowed}", header)
+        authorization = dict(scope["headers"]).get(b"authorization")
+        if path in self._looks and not self._guard.may_look(authorization):
+            return _who("an admin token")
+        return page()
 
-    async def _score(self, body: bytes, content_type: str) -> tuple[int, bytes]:
+    async def _invoke(self, slot: Slot, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
+        """Read and score one request."""
+        if not self._guard.may_score(headers.get(b"authorization")):
+            return _who("a token")
+        body = await _read(receive, headers.get(b"content-length"), self._max_body_bytes)
+        if isinstance(body, Answer):
+            return body
+        version = slot.current  # from here on this one, whatever is promoted meanwhile
+        if version is None:
+            return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", _LATER)
+        if sum(self._in_flight.values()) >= THREADS:
+            message = f"{THREADS} requests are waiting already. Try again later."
+            return failure(429, "RESOURCE_EXHAUSTED", message, _LATER)
+        caller = Caller(_deadline(headers.get(DEADLINE_HEADER)))
+        media = headers.get(b"content-type", b"").decode("latin1")
+        self._in_flight[slot.name] += 1
+        watch = _Watch(receive, caller)
         try:
-            if self._in_flight >= THREADS:
-                raise OverloadedError(f"{THREADS} requests are waiting already. Try again later.")
-            self._in_flight += 1
-            try:
-                loop = asyncio.get_running_loop()
-                work = partial(score, self.model, body, content_type)
-                return 200, await loop.run_in_executor(self._threads, work)
-            finally:
-                self._in_flight -= 1
-        except _UnsupportedMediaError as error:
-            return 415, scoring_error(error).serialize_as_json().encode()
-        except Exception as error:
-            failure = scoring_error(error)
-            return failure.status, failure.serialize_as_json().encode()
+            work = partial(answer, version, body, media, caller)
+            result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self._in_flight[slot.name] -= 1
+            watch.end()
+        return _LEFT if caller.left else result
+
+    def _ready(self) -> Answer:
+        if all(slot.current for slot in self._slots.values()):
+            return Answer(200, b'{"status": "ready"}')
+        return Answer(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
+
+    def _ping(self) -> Answer:
+        return Answer(self._ready().status, b"\n")
+
+    def _exposed(self) -> Answer:
+        text = self._metrics.expose()
+        if text is None:
+            message = "metrics need an extra: pip install 'mlflow-pt-deploy[serve]'"
+            return failure(501, "NOT_IMPLEMENTED", message)
+        return Answer(200, text, content_type=self._metrics.content_type)
 
 
-class _UnsupportedMediaError(RequestError):
-    """The body is of a type that MLflow's protocol does not know."""
+class _Watch:
+    """Notices that a client left while his answer is on its way."""
+
+    def __init__(self, receive: Receive, caller: Caller) -> None:
+        self._receive = receive
+        self._caller = caller
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self._begin)
+
+    def end(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._caller.left = True
 
 
-def serve(
-    model_uri: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 5000,
-    model_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Load a model and serve it until told to stop.
-
-    Args:
-        model_uri: Anything that MLflow loads: ``models:/NAME@champion``, a run's model, a folder.
-        host: Address to listen on; only this machine by default.
-        port: TCP port; 0 takes a free one.
-        model_config: Serving options, see `mlflow_pt_deploy.serving.pyfunc.MODEL_CONFIG`.
-
-    Raises:
-        MlflowException: The model cannot be loaded.
-        ModelError: The model is of another flavor.
-    """
-    import mlflow
-
-    config = dict(model_config) if model_config else None
-    app = App(mlflow.pyfunc.load_model(model_uri, model_config=config))
-    settings = uvicorn.Config(
-        app, host=host, port=port, access_log=False, log_level="warning", server_header=False
-    )
-    _Server(settings, app.about["name"]).run()
+_LEFT = failure(499, "CANCELLED", "the client left")
 
 
-class _Server(uvicorn.Server):
-    """Says where it listens, once it does."""
-
-    def __init__(self, config: uvicorn.Config, name: str) -> None:
-        super().__init__(config)
-        self._name = name
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if not self.started:
-            return
-        port = self.servers[0].sockets[0].getsockname()[1]
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        url = f"http://{host}:{port}"
-        example = """-H 'Content-Type: application/json' -d '{"inputs": ["some text"]}'"""
-        print(f"{self._name} on {url}   try: curl {url}/invocations {example}", flush=True)
+def _who(token: str) -> Answer:
+    message = f"send {token}: Authorization: Bearer ..."
+    return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), _CLOSE)
 
 
-def score(model: PyFuncModel, body: bytes, content_type: str) -> bytes:
-    """Answer one body of MLflow's protocol, as JSON.
-
-    Raises:
-        RequestError: The body cannot be read; names the field.
-        MlflowException: The model refused or failed, see `PyFunc.predict`.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.pyfunc.scoring_server import predictions_to_json
-
-    data, params = _parse(model, body, content_type)
-    try:
-        predictions = model.predict(data, params=params)
-    except ScoringError:
-        raise
-    except MlflowException as error:  # MLflow's own check, whose message repeats the data
-        known = model.metadata.signature
-        raise RequestError(
-            "'params' or the input columns do not fit the model's signature, which is "
-            f"inputs: {known.inputs or 'any'}, params: {known.params}"
-        ) from error
-    answer = StringIO()
-    predictions_to_json(predictions, answer)
-    return answer.getvalue().encode()
+def _queued(slot: Slot) -> Callable[[], int]:
+    return lambda: slot.current.pyfunc.batcher.queued_rows if slot.current else 0
 
 
-def _parse(model: PyFuncModel, body: bytes, content_type: str) -> tuple[Any, Any]:
-    """Data and params of a body."""
-    from mlflow.pyfunc import scoring_server
-
-    media, _, rest = (part.strip().lower() for part in content_type.partition(";"))
-    charset = rest.removeprefix("charset=").strip('"') or "utf-8"
-    if media not in (_JSON, _CSV, _PARQUET) or charset not in ("utf-8", "utf8"):
-        raise _UnsupportedMediaError(
-            f"'Content-Type' must be {_JSON}, {_CSV} or {_PARQUET}, and the text UTF-8"
-        )
-    schema = model.metadata.signature and model.metadata.signature.inputs
-    if media == _JSON:
-        return _parse_json(body, schema)
-    try:
-        if media == _PARQUET:
-            return scoring_server.parse_parquet_input(BytesIO(body)), None
-        return scoring_server.parse_csv_input(StringIO(body.decode()), schema), None
-    except Exception as error:
-        raise RequestError(f"the body cannot be read as {media}") from error
-
-
-def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
-    from mlflow.pyfunc.scoring_server import infer_and_parse_data
-
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError("the body is not valid JSON") from error
-    given = [name for name in _FORMATS if isinstance(request, dict) and name in request]
-    if len(given) != 1:
-        raise RequestError(f"the body must be an object with exactly one of {', '.join(_FORMATS)}")
-    params = request.get("params")
-    if params is not None and not isinstance(params, dict):
-        raise RequestError("'params' must be an object")
-    if given[0] in _LISTS and schema is None:
-        # MLflow would make a NumPy array of it, as wide in every row as the longest text: a few
-        # megabytes of JSON become gigabytes.
-        return request[given[0]], params
-    try:
-        return infer_and_parse_data({given[0]: request[given[0]]}, schema), params
-    except Exception as error:
-        raise RequestError(f"'{given[0]}' is not in MLflow's format of that name") from error
-
-
-def _about(model: PyFuncModel) -> dict[str, str]:
-    """What ``/model`` answers."""
-    try:
-        manifest = model.get_raw_model().manifest
-    except (NotImplementedError, AttributeError) as error:
-        raise ModelError(
-            "this model is not of the pt_deploy flavor. Serve it with mlflow models serve, or "
-            "build one with pt-deploy optimize."
-        ) from error
-    about = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
-    return about | {"since": datetime.now(UTC).isoformat(timespec="seconds")}
-
-
-async def _read(receive: Receive, length: str | None, limit: int) -> bytes | None:
-    """The whole body, or None where it is longer than `limit` bytes."""
-    if length and length.isdecimal() and int(length) > limit:
-        return None
+async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | Answer:
+    """The whole body, or why it is not taken."""
+    if length and length.isdigit() and int(length) > limit:
+        return _too_long(limit)
     body = bytearray()
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > limit:
-            return None
-        if not message.get("more_body"):
-            return bytes(body)
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                part = await receive()
+                if part["type"] == "http.disconnect":
+                    return _LEFT
+                body += part.get("body", b"")
+                if len(body) > limit:
+                    return _too_long(limit)
+                if not part.get("more_body"):
+                    return bytes(body)
+    except TimeoutError:
+        message = f"the body did not come within {BODY_S:g} s"
+        return failure(408, "DEADLINE_EXCEEDED", message, _CLOSE)
 
 
-async def _respond(send: Send, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
-    length = (b"content-length", str(len(body)).encode())
-    headers = [(b"content-type", b"application/json"), length, *more]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _too_long(limit: int) -> Answer:
+    message = f"the body is longer than {limit} bytes; send fewer rows"
+    return failure(413, "INVALID_PARAMETER_VALUE", message, _CLOSE)
+
+
+def _deadline(header: bytes | None) -> float | None:
+    """A client's own deadline in milliseconds from now, by `time.monotonic`; nonsense is none."""
+    if header is None or not header.isdigit() or len(header) > 9:
+        return None
+    return time.monotonic() + int(header) / 1000
+
+
+def _mlflow_version() -> Answer:
+    from mlflow.version import VERSION
+
+    return Answer(200, VERSION.encode())
+
+
+def _about(slot: Slot) -> Page:
+    return lambda: _page(slot.about())
+
+
+def _page(content: object) -> Answer:
+    return Answer(200, json.dumps(content).encode())
+
+
+async def _respond(send: Send, result: Answer) -> None:
+    headers = [
+        (b"content-type", result.content_type),
+        (b"content-length", str(len(result.body)).encode()),
+        *result.headers,
+    ]
+    if result.version is not None:
+        headers.append(result.version.header)
+    await send({"type": "http.response.start", "status": result.status, "headers": headers})
+    await send({"type": "http.response.body", "body": result.body})

@@ -12,102 +12,26 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.options import Limits
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Ticket, cut
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
-
-Encoded = Any
-"""A row as a preprocessor's `encode` gave it."""
 
 Collate = Callable[[Sequence[Encoded]], Inputs]
 Tokens = Callable[[Encoded], int]
-
-# A call costs about as much as this many tokens before it computes the first one (MiniLM-L6 on
-# two cores, OpenVINO): padding below that is cheaper than a second call.
-_CALL_TOKENS = 64
-_PADDING_SHARE = 0.25
-
-
-class _Shape(NamedTuple):
-    """What decides whether rows go together: their number, the longest, tokens unpadded."""
-
-    rows: int = 0
-    longest: int = 0
-    tokens: int = 0
-
-    def plus(self, other: _Shape) -> _Shape:
-        return _Shape(
-            self.rows + other.rows,
-            max(self.longest, other.longest),
-            self.tokens + other.tokens,
-        )
-
-    def fits(self, limits: Limits) -> bool:
-        padded = self.rows * self.longest
-        return (
-            self.rows <= limits.max_batch_rows
-            and padded <= limits.max_batch_tokens
-            and padded - self.tokens <= _CALL_TOKENS + _PADDING_SHARE * self.tokens
-        )
-
-
-class _Chunk(NamedTuple):
-    """Rows of one request that are computed together."""
-
-    indices: list[int]
-    shape: _Shape
-
-
-class _Row(NamedTuple):
-    ticket: _Ticket
-    at: int
-
-
-class _Ticket:
-    """One caller's request, from its arrival to its answer."""
-
-    def __init__(
-        self, rows: Sequence[Encoded], limits: Limits, tokens: Tokens, deadline: bool
-    ) -> None:
-        self.rows = rows
-        self.chunks = _cut([tokens(row) for row in rows], limits)
-        self.answers: list[Logits | None] = [None] * len(rows)
-        self.missing = len(rows)
-        self.error: Exception | None = None
-        self.leads = False
-        self.wake = threading.Event()
-        seconds = limits.deadline_ms / 1000
-        self.expires = time.monotonic() + seconds if deadline and seconds else None
-
-    @property
-    def done(self) -> bool:
-        return self.error is not None or not self.missing
-
-    def put(self, index: int, answer: Logits) -> None:
-        self.answers[index] = answer
-        self.missing -= 1
-
-    def left_s(self) -> float | None:
-        """Seconds until the deadline, never below 0; None without one."""
-        return None if self.expires is None else max(0.0, self.expires - time.monotonic())
-
-    def result(self) -> Logits:
-        if self.error is not None:
-            raise self.error
-        return np.stack([answer for answer in self.answers if answer is not None])
+Observe = Callable[[int, int, int, float], None]
+"""Told of each call of the model: rows, tokens, tokens with padding, seconds."""
 
 
 class Batcher:
     """Gathers the rows of concurrent callers into batches of similar length.
 
     The oldest request is always in the next batch; younger ones join it where they add little
-    padding. A request with many rows is cut into chunks and takes turns with the others. A batch
-    that fails is halved until the row at fault is alone, so that only its request fails.
+    padding. A request with many rows is cut into chunks and takes turns with the others. A row
+    that is in the batch already, or is being computed, is not computed again. A batch that fails
+    is halved until the row at fault is alone, so that only the requests that hold it fail.
 
     Args:
         predict: The model; never called by two threads at once.
@@ -124,21 +48,37 @@ class Batcher:
         tokens: Tokens = len,
     ) -> None:
         self.limits = limits or Limits()
-        self._tokens = tokens
         self._predict = predict
+        self._tokens = tokens
         self._collate = collate
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._queue: deque[_Ticket] = deque()
+        self._queue: deque[Ticket] = deque()
         self._queued_rows = 0
         self._led = False
+        self._computing: dict[Hashable, list[Row]] = {}
+        self.observe: Observe | None = None
 
-    def submit(self, rows: Sequence[Encoded], *, bounded: bool = True) -> Logits:
+    @property
+    def queued_rows(self) -> int:
+        """Rows that wait, those in the model left out."""
+        return self._queued_rows
+
+    def submit(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        keys: Sequence[Hashable] | None = None,
+        bounded: bool = True,
+        caller: Caller | None = None,
+    ) -> Logits:
         """Compute one request; blocks until it is answered.
 
         Args:
             rows: Encoded rows, e.g. the token ids of each, unpadded.
-            bounded: False for batch scoring: no limit on the queue, and no deadline.
+            keys: What makes rows the same, one a row; None: all are different.
+            bounded: False for batch scoring: no limit on the queue, and no deadline of ours.
+            caller: Who waits; may have a deadline of his own, and may leave.
 
         Returns:
             float32 (rows, classes), in the order of `rows`.
@@ -150,7 +90,8 @@ class Batcher:
         """
         if not rows:
             raise ServingError("a request of no rows cannot be computed; send at least one")
-        ticket = _Ticket(rows, self.limits, self._tokens, deadline=bounded)
+        ticket = Ticket(rows, keys, self.limits, bounded, caller)
+        ticket.chunks = cut([self._tokens(row) for row in rows], self._join(ticket), self.limits)
         self._enter(ticket, bounded)
         try:
             if not ticket.leads:
@@ -162,19 +103,33 @@ class Batcher:
                 self._leave(ticket)
         return ticket.result()
 
-    def _enter(self, ticket: _Ticket, bounded: bool) -> None:
+    def _join(self, ticket: Ticket) -> list[int]:
+        """Wait for rows that are being computed already; returns the indices of all others."""
+        others = []
         with self._lock:
-            if bounded and self._queued_rows + len(ticket.rows) > self.limits.queue_rows:
+            for at, key in enumerate(ticket.keys if self._computing else ()):
+                if key in self._computing:
+                    self._computing[key].append(Row(ticket, at))
+                else:
+                    others.append(at)
+            return others if self._computing else list(range(len(ticket.rows)))
+
+    def _enter(self, ticket: Ticket, bounded: bool) -> None:
+        rows = sum(chunk.shape.rows for chunk in ticket.chunks)
+        if not rows:
+            return
+        with self._lock:
+            if bounded and self._queued_rows + rows > self.limits.queue_rows:
                 raise OverloadedError(
-                    f"the queue has no room: {self._queued_rows} rows wait, {len(ticket.rows)} "
+                    f"the queue has no room: {self._queued_rows} rows wait, {rows} "
                     f"more came, queue_rows is {self.limits.queue_rows}. Try again later."
                 )
             self._queue.append(ticket)
-            self._queued_rows += len(ticket.rows)
+            self._queued_rows += rows
             ticket.leads, self._led = not self._led, True
             self._arrived.notify()
 
-    def _follow(self, ticket: _Ticket) -> None:
+    def _follow(self, ticket: Ticket) -> None:
         """Sleep until answered or told to lead, or until the deadline."""
         if ticket.wake.wait(ticket.left_s()):
             return
@@ -182,17 +137,17 @@ class Batcher:
             if not (ticket.done or ticket.leads):
                 ticket.error = self._late()
 
-    def _leave(self, ticket: _Ticket) -> None:
+    def _leave(self, ticket: Ticket) -> None:
         """Forget the request and pass the lead on; on every way out, errors included."""
         self._withdraw(ticket)
         self._hand_over(ticket)
 
-    def _withdraw(self, ticket: _Ticket) -> None:
+    def _withdraw(self, ticket: Ticket) -> None:
         if ticket in self._queue:
             self._queue.remove(ticket)
             self._queued_rows -= sum(chunk.shape.rows for chunk in ticket.chunks)
 
-    def _hand_over(self, ticket: _Ticket) -> None:
+    def _hand_over(self, ticket: Ticket) -> None:
         if not ticket.leads:
             return
         ticket.leads = False
@@ -201,27 +156,38 @@ class Batcher:
             self._queue[0].leads = True
             self._queue[0].wake.set()
 
-    def _step(self, leader: _Ticket) -> None:
+    def _step(self, leader: Ticket) -> None:
         """Compute one batch and hand out its answers."""
         with self._lock:
             self._wait_for_company()
-            self._drop_expired()
-            batch = self._take()
+            self._drop_pointless()
+            batch = self._computing = self._take()
+        answers: dict[Hashable, Logits | Exception] = {}
         try:
-            self._compute(batch)
-        except BaseException:
-            for row in batch:
-                row.ticket.error = row.ticket.error or ServingError("the server was interrupted")
-            raise
+            if batch:
+                self._compute(list(batch.items()), answers)
         finally:
             with self._lock:
-                finished = {row.ticket for row in batch if row.ticket.done} - {leader}
-                for ticket in finished:
-                    self._withdraw(ticket)
-                if leader.done:  # first the next leader, so that the model is not kept idle
-                    self._leave(leader)
-                for ticket in finished:
-                    ticket.wake.set()
+                self._computing = {}
+                self._hand_out(batch, answers, leader)
+
+    def _hand_out(
+        self,
+        batch: dict[Hashable, list[Row]],
+        answers: dict[Hashable, Logits | Exception],
+        leader: Ticket,
+    ) -> None:
+        interrupted = ServingError("the server was interrupted")
+        for key, rows in batch.items():
+            for row in rows:
+                row.ticket.put(row.at, answers.get(key, interrupted))
+        finished = {row.ticket for rows in batch.values() for row in rows if row.ticket.done}
+        for ticket in finished - {leader}:
+            self._withdraw(ticket)
+        if leader.done:  # first the next leader, so that the model is not kept idle
+            self._leave(leader)
+        for ticket in finished - {leader}:
+            ticket.wake.set()
 
     def _wait_for_company(self) -> None:
         until = time.monotonic() + self.limits.max_wait_ms / 1000
@@ -231,16 +197,16 @@ class Batcher:
                 return
             self._arrived.wait(left)
 
-    def _drop_expired(self) -> None:
-        for ticket in [ticket for ticket in self._queue if ticket.left_s() == 0]:
+    def _drop_pointless(self) -> None:
+        for ticket in [ticket for ticket in self._queue if ticket.pointless]:
             ticket.error = self._late()
             self._withdraw(ticket)
             ticket.wake.set()
 
-    def _take(self) -> list[_Row]:
-        """The oldest request's next chunk, and what goes well with it."""
+    def _take(self) -> dict[Hashable, list[Row]]:
+        """The oldest request's next chunk, and what goes well with it; the same rows together."""
         if not self._queue:
-            return []
+            return {}
         oldest = self._queue[0].chunks[-1].shape
         taken, shape = [self._queue[0]], oldest
         younger = sorted(
@@ -252,47 +218,43 @@ class Batcher:
                 taken.append(ticket)
                 shape = wider
         self._queued_rows -= shape.rows
-        batch = [_Row(ticket, at) for ticket in taken for at in ticket.chunks.pop().indices]
+        batch: dict[Hashable, list[Row]] = {}
+        for ticket in taken:
+            for at in ticket.chunks.pop().indices:
+                batch.setdefault(ticket.keys[at], []).append(Row(ticket, at))
         waiting = [ticket for ticket in self._queue if ticket not in taken]
         self._queue = deque(waiting + [ticket for ticket in taken if ticket.chunks])
         return batch
 
-    def _compute(self, batch: list[_Row]) -> None:
-        batch = [row for row in batch if row.ticket.error is None]
-        if not batch:
-            return
+    def _compute(
+        self,
+        batch: list[tuple[Hashable, list[Row]]],
+        answers: dict[Hashable, Logits | Exception],
+    ) -> None:
         try:
-            logits = self._predict(self._collate([row.ticket.rows[row.at] for row in batch]))
-            if len(logits) != len(batch):
-                raise ServingError(f"the model answered {len(logits)} of {len(batch)} rows")
+            logits = self._call([rows[0].ticket.rows[rows[0].at] for _, rows in batch])
         except Exception as error:
             if len(batch) == 1:
-                batch[0].ticket.error = error
+                answers[batch[0][0]] = error
                 return
-            middle = len(batch) // 2
-            self._compute(batch[:middle])
-            self._compute(batch[middle:])
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                self._compute(half, answers)
             return
-        for row, answer in zip(batch, logits, strict=True):
-            row.ticket.put(row.at, answer)
+        answers.update(zip((key for key, _ in batch), logits, strict=True))
+
+    def _call(self, rows: list[Encoded]) -> Logits:
+        start = time.perf_counter()
+        logits = self._predict(self._collate(rows))
+        if self.observe is not None:
+            lengths = [self._tokens(row) for row in rows]
+            padded = len(rows) * max(lengths)
+            self.observe(len(rows), sum(lengths), padded, time.perf_counter() - start)
+        if len(logits) != len(rows):
+            raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
+        return logits
 
     def _late(self) -> DeadlineError:
         return DeadlineError(
-            f"not computed within {self.limits.deadline_ms:g} ms (deadline_ms). Try again later, "
-            "or send fewer rows."
+            f"not computed within {self.limits.deadline_ms:g} ms (deadline_ms) or the request's "
+            "own deadline. Try again later, or send fewer rows."
         )
-
-
-def _cut(lengths: Sequence[int], limits: Limits) -> list[_Chunk]:
-    """Chunks of rows of similar length, each within the limits, the longest last."""
-    chunks: list[_Chunk] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        length = lengths[index]
-        alone = _Shape(1, length, length)
-        wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.fits(limits):
-            chunks[-1].indices.append(index)
-            chunks[-1] = chunks[-1]._replace(shape=wider)
-        else:
-            chunks.append(_Chunk([index], alone))
-    return chunks

@@ -5,7 +5,7 @@ Knows neither MLflow nor the batcher that obeys them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,34 @@ class Options(Limits):
 
 MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(Options())
 """Every serving option with its default; MLflow drops keys that the MLmodel does not declare."""
+
+
+def parse_config(pairs: Sequence[str]) -> dict[str, Any]:
+    """A ``model_config`` from words such as ``num_threads=2``.
+
+    Raises:
+        ServingError: A word has no ``=``; names it.
+    """
+    config: dict[str, Any] = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ServingError(f"{pair} is no option; write it as KEY=VALUE")
+        config[key] = parse_value(text)
+    return config
+
+
+def parse_value(text: str) -> str | int | float | bool:
+    """The number or truth value that a word of the command line means, or the word itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
 
 _AT_LEAST_ONE = ("max_batch_rows", "max_batch_tokens", "queue_rows")
 

@@ -8,11 +8,8 @@ Knows nothing of HTTP, and nothing of the runtime behind the variant.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +26,8 @@ from mlflow_pt_deploy.errors import (
 from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.rows import read_rows
+from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.variants.base import Logits
 
 if TYPE_CHECKING:
@@ -37,14 +36,6 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.variants.folder import LoadedVariant
 
 __all__ = ["MODEL_CONFIG", "Options", "PyFunc", "ScoringError", "scoring_error", "signature"]
-
-_WANTED = {
-    "text": "every row must be a text",
-    "image": "every row must be an image file's bytes, or their base64",
-}
-# MLflow (and Spark) name the column of a bare list so.
-_UNNAMED = (0, "0")
-_FILE = (str, bytes, bytearray, memoryview)
 
 _logger = logging.getLogger(__name__)
 
@@ -111,36 +102,41 @@ class PyFunc:
     def setup(self) -> None:
         """Build the batcher that all callers share."""
         preprocessor = self.loaded.preprocessor
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             self.loaded.predict, preprocessor.collate, self.options, preprocessor.tokens
         )
 
-    def decode(self, data: object) -> list[Row]:
-        """Rows from whatever MLflow hands over: one row, a list, Series, array, dict or table.
-
-        A row is a text or, for models of images, a file's bytes or their base64.
+    def warm_up(self) -> None:
+        """Let the model meet a few shapes, so that the first callers do not pay for them.
 
         Raises:
-            RequestError: No rows, no column `text` or `image`, a null or something else; names
-                the field and the row, never the content.
+            ServingError: An answer holds NaN or infinity; or whatever the model raises.
         """
-        column = self.loaded.preprocessor.column
-        rows = _column(data, column)
-        if not rows:
-            raise RequestError(f"'{column}' is empty; send at least one row")
-        for number, row in enumerate(rows):
-            if not isinstance(row, str if column == "text" else _FILE):
-                raise RequestError(f"'{column}' row {number} is {_kind(row)}; {_WANTED[column]}")
-        if column == "text":
-            return rows
-        return [_file(row, number) for number, row in enumerate(rows)]
+        for sample in self.loaded.preprocessor.samples():
+            for rows in {1, 4, min(16, self.options.max_batch_rows)}:
+                self.encode(self.batcher.submit([sample] * rows, bounded=False))
 
-    def predict(self, data: object, params: Mapping[str, Any] | None = None) -> list[Any]:
+    def decode(self, data: object) -> list[Row]:
+        """Rows from whatever MLflow hands over; see `rows.read_rows`.
+
+        Raises:
+            RequestError: Names the field and the row, never the content.
+        """
+        return read_rows(data, self.loaded.preprocessor.column)
+
+    def predict(
+        self,
+        data: object,
+        params: Mapping[str, Any] | None = None,
+        *,
+        caller: Caller | None = None,
+    ) -> list[Any]:
         """Score rows.
 
         Args:
             data: See `decode`.
             params: ``top_k``: how many labels a row, the best first.
+            caller: Who waits for the answer, where a server knows it.
 
         Returns:
             A ``{"label", "score"}`` per row, in order; with ``top_k`` above 1 a list of them per
@@ -163,8 +159,9 @@ class PyFunc:
             answers: list[Any] = []
             size = self.loaded.preprocessor.slice_rows
             for start in range(0, len(rows), size):
-                logits = self._batcher.submit(
-                    self._read(rows[start : start + size], start), bounded=serving
+                part = rows[start : start + size]
+                logits = self.batcher.submit(
+                    self._read(part, start), keys=part, bounded=serving, caller=caller
                 )
                 answers += self.encode(logits, top_k)
             return answers
@@ -215,11 +212,11 @@ class PyFunc:
 def signature() -> ModelSignature:
     """The signature that lets every request format through: `top_k` and the answer, no inputs.
 
-    Without it a row of base64 needs no type `binary` either: `PyFunc.decode` reads it.
+    Without it a row of base64 needs no type `binary` either: `rows.read_rows` reads it.
     With a declared input MLflow itself refuses some formats (a bare list in a notebook, or
     ``{"inputs": "a"}``), turns null into the text ``None``, repeats the caller's data in the
     answer where a column is missing, and takes five times as long (0.9 instead of 0.2 ms a
-    request). `PyFunc.decode` checks instead.
+    request). `rows.read_rows` checks instead.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -235,68 +232,3 @@ def _is_serving() -> bool:
     from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 
     return bool(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())
-
-
-def _column(data: Any, column: str) -> list[Any]:
-    """The rows of a column, unchecked."""
-    if isinstance(data, Mapping):
-        data = _cell(data, column)
-    elif hasattr(data, "columns"):  # pandas, without importing it
-        data = _table_column(data, column)
-    if hasattr(data, "tolist") and not isinstance(data, _FILE):
-        data = _flat(data, column).tolist()
-    if isinstance(data, Sequence) and not isinstance(data, _FILE):
-        return [_cell(row, column) for row in data]
-    return [data]
-
-
-def _file(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
-    """An image file's bytes, from themselves or from base64."""
-    if not isinstance(row, str):
-        return bytes(row)
-    try:
-        # What a browser writes in front of it, "data:image/png;base64,", may stay.
-        return base64.b64decode(row.rpartition(",")[2], validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(
-            f"'image' row {number} is a text that is not base64; {_WANTED['image']}"
-        ) from error
-
-
-def _table_column(table: Any, column: str) -> Any:
-    names = list(table.columns)
-    if not names:
-        return []
-    for name in (column, *_UNNAMED):
-        if name in names:
-            return table.iloc[:, names.index(name)]
-    raise RequestError(f"the column '{column}' is missing")
-
-
-def _flat(array: Any, column: str) -> Any:
-    """(rows, 1) as (rows,); anything flat unchanged."""
-    if array.ndim == 2 and array.shape[1] == 1:
-        return array[:, 0]
-    if array.ndim > 1:
-        raise RequestError(f"'{column}' must be a flat list of {column}s, not a nested one")
-    return array
-
-
-def _cell(row: Any, column: str) -> Any:
-    """One row of a list, which may be a record or a list of one."""
-    if isinstance(row, Mapping):
-        if column not in row:
-            raise RequestError(f"the column '{column}' is missing")
-        return row[column]
-    if isinstance(row, list) and len(row) == 1:
-        return row[0]
-    return row
-
-
-def _kind(value: object) -> str:
-    """What a value is, in words that do not repeat it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' null
-        return "null"
-    if isinstance(value, (bool, int, float)):
-        return "a number or a truth value"
-    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, "of another type")

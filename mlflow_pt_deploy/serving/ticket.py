@@ -1,0 +1,140 @@
+"""One request on its way through the batcher: its rows, its chunks, its caller, its answer.
+
+Knows neither threads' turns nor the model; see `batcher` for who computes what when.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlflow_pt_deploy.serving.options import Limits
+from mlflow_pt_deploy.variants.base import Logits
+
+Encoded = Any
+"""A row as a preprocessor's `encode` gave it."""
+
+# A call costs about as much as this many tokens before it computes the first one (MiniLM-L6 on
+# two cores, OpenVINO): padding below that is cheaper than a second call.
+_CALL_TOKENS = 64
+_PADDING_SHARE = 0.25
+
+
+class Shape(NamedTuple):
+    """What decides whether rows go together: their number, the longest, tokens unpadded."""
+
+    rows: int = 0
+    longest: int = 0
+    tokens: int = 0
+
+    def plus(self, other: Shape) -> Shape:
+        return Shape(
+            self.rows + other.rows,
+            max(self.longest, other.longest),
+            self.tokens + other.tokens,
+        )
+
+    def fits(self, limits: Limits) -> bool:
+        padded = self.rows * self.longest
+        return (
+            self.rows <= limits.max_batch_rows
+            and padded <= limits.max_batch_tokens
+            and padded - self.tokens <= _CALL_TOKENS + _PADDING_SHARE * self.tokens
+        )
+
+
+class Chunk(NamedTuple):
+    """Rows of one request that are computed together."""
+
+    indices: list[int]
+    shape: Shape
+
+
+class Row(NamedTuple):
+    ticket: Ticket
+    at: int
+
+
+class Caller:
+    """Somebody who waits for an answer; whoever holds this may call the request off.
+
+    Attributes:
+        expires: When he waits no longer, by `time.monotonic`, in seconds; None: he does not say.
+        left: True once he is gone; his rows are then not computed any more.
+    """
+
+    __slots__ = ("expires", "left")
+
+    def __init__(self, expires: float | None = None) -> None:
+        self.expires = expires
+        self.left = False
+
+
+class Ticket:
+    """One caller's request, from its arrival to its answer."""
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        keys: Sequence[Hashable] | None,
+        limits: Limits,
+        deadline: bool,
+        caller: Caller | None,
+    ) -> None:
+        self.rows = rows
+        self.keys = keys or [(id(self), at) for at in range(len(rows))]
+        self.chunks: list[Chunk] = []
+        self.answers: list[Logits | None] = [None] * len(rows)
+        self.missing = len(rows)
+        self.error: Exception | None = None
+        self.leads = False
+        self.wake = threading.Event()
+        self.caller = caller or Caller()
+        seconds = limits.deadline_ms / 1000
+        own = [time.monotonic() + seconds] if deadline and seconds else []
+        his = [self.caller.expires] if self.caller.expires is not None else []
+        self.expires = min(own + his, default=None)
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or not self.missing
+
+    @property
+    def pointless(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return self.caller.left or self.left_s() == 0
+
+    def put(self, index: int, answer: Logits | Exception) -> None:
+        if isinstance(answer, Exception):
+            self.error = self.error or answer
+        else:
+            self.answers[index] = answer
+            self.missing -= 1
+
+    def left_s(self) -> float | None:
+        """Seconds until the deadline, never below 0; None without one."""
+        return None if self.expires is None else max(0.0, self.expires - time.monotonic())
+
+    def result(self) -> Logits:
+        if self.error is not None:
+            raise self.error
+        return np.stack([answer for answer in self.answers if answer is not None])
+
+
+def cut(lengths: Sequence[int], indices: list[int], limits: Limits) -> list[Chunk]:
+    """Chunks of rows of similar length, each within the limits, the longest last."""
+    chunks: list[Chunk] = []
+    for index in sorted(indices, key=lengths.__getitem__):
+        length = lengths[index]
+        alone = Shape(1, length, length)
+        wider = chunks[-1].shape.plus(alone) if chunks else alone
+        if chunks and wider.fits(limits):
+            chunks[-1].indices.append(index)
+            chunks[-1] = chunks[-1]._replace(shape=wider)
+        else:
+            chunks.append(Chunk([index], alone))
+    return chunks

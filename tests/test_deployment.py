@@ -1,0 +1,230 @@
+"""``mlflow deployments -t pt-deploy``, with real servers that outlive who started them."""
+
+import configparser
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import requests
+from click.testing import CliRunner
+from mlflow.deployments import cli, interface
+from mlflow.exceptions import MlflowException
+from tiny_serving import save_tiny, until
+
+from mlflow_pt_deploy.home import home
+from mlflow_pt_deploy.plugins import deployment, servers
+from mlflow_pt_deploy.plugins.deployment import PtDeployClient
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Children find the tiny model; no server outlives its test."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    yield
+    for name in servers.names():
+        state = servers.read_state(name)
+        assert state
+        servers.stop(state, 5)
+
+
+@pytest.fixture
+def client() -> PtDeployClient:
+    return PtDeployClient("pt-deploy")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    return str(save_tiny(tmp_path / "one", label="one"))
+
+
+def mlflow(*words: str) -> str:
+    """What ``mlflow deployments ...`` prints."""
+    interface.plugin_store.register("pt-deploy", deployment.__name__)
+    run = CliRunner().invoke(cli.commands, [*words[:1], "-t", "pt-deploy", *words[1:]])
+    if run.exception:
+        raise run.exception
+    return run.output
+
+
+def test_mlflow_finds_the_plugin() -> None:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    points = parser["options.entry_points"]["mlflow.deployments"]
+    assert points.strip() == f"pt-deploy = {deployment.__name__}"
+    told = mlflow("help")
+    assert "max_batch_rows (32)" in told
+    assert "port (0)" in told
+    assert isinstance(interface.get_deploy_client("pt-deploy"), PtDeployClient)
+
+
+def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient) -> None:
+    code = (
+        "import sys; from mlflow_pt_deploy.plugins.deployment import PtDeployClient\n"
+        "config = dict(num_threads='1')\n"
+        "PtDeployClient('pt-deploy').create_deployment('shop', sys.argv[1], config=config)"
+    )
+    subprocess.run([sys.executable, "-c", code, tiny], check=True)
+    with pytest.raises(MlflowException, match="there is a deployment shop already"):
+        client.create_deployment("shop", tiny)
+    assert "shop" in mlflow("list")
+    told = mlflow("get", "--name", "shop")
+    assert "status: running" in told
+    assert "'num_threads': 1" in told
+    rows = tmp_path / "rows.json"
+    pd.DataFrame({"text": ["red", "blue"]}).to_json(rows)
+    answer = json.loads(mlflow("predict", "--name", "shop", "-I", str(rows)))
+    assert [row["label"] for row in answer["predictions"]] == ["one", "blue"]
+    assert client.predict("shop", ["red"]).get_predictions()["label"].tolist() == ["one"]
+    with pytest.raises(MlflowException, match="'text' is empty"):
+        client.predict("shop", [])
+
+    pid = servers.read_state("shop").pid  # type: ignore[union-attr]
+    seen = _ask_while(
+        client,
+        lambda: mlflow(
+            "update",
+            "--name",
+            "shop",
+            "-m",
+            str(save_tiny(tmp_path / "two", label="two")),
+            "-C",
+            "max_batch_rows=4",
+        ),
+    )
+    assert seen == {"one", "two"}
+    now = client.get_deployment("shop")
+    assert now["pid"] == pid
+    assert now["served"]["model_config"] == {"num_threads": 1, "max_batch_rows": 4}
+
+    bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
+    with pytest.raises(MlflowException, match="not updated: it answers differently here"):
+        client.update_deployment("shop", bad)
+    with pytest.raises(MlflowException, match="cannot be found in the registry"):
+        client.update_deployment("shop", "models:/nothing@champion")
+    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "two"
+    assert client.get_deployment("shop")["model_uri"].endswith("two")
+    with pytest.raises(MlflowException, match="port cannot change while the server runs"):
+        client.update_deployment("shop", config={"port": "5001"})
+
+    assert "shop is deleted" in mlflow("delete", "--name", "shop")
+    assert not (home() / "deployments" / "shop").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    for gone in (client.get_deployment, client.delete_deployment, client.predict):
+        with pytest.raises(MlflowException, match="there is no deployment shop; there is: none"):
+            gone("shop")
+
+
+def _ask_while(client: PtDeployClient, work: Any) -> set[str]:
+    """Labels that clients got while `work` was done; none of them may fail."""
+    url, stop = client.get_deployment("shop")["url"], threading.Event()
+    seen: set[str] = set()
+    failed: list[str] = []
+
+    def ask() -> None:
+        with requests.Session() as session:
+            while not stop.is_set():
+                answer = session.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=10)
+                if answer.status_code != 200:
+                    failed.append(answer.text)
+                seen.add(answer.json()["predictions"][0]["label"])
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        until(lambda: seen)
+        work()
+        until(lambda: len(seen) == 2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    return seen
+
+
+def test_a_server_that_died_is_told_and_started_again(
+    tracking: str, tiny: str, client: PtDeployClient
+) -> None:
+    client.create_deployment("shop", tiny)
+    first = servers.read_state("shop")
+    assert first and first.alive
+    os.kill(first.pid, signal.SIGKILL)
+    until(lambda: not first.alive)
+    assert client.list_deployments()[0]["status"].startswith("dead")
+    with pytest.raises(MlflowException, match="does not answer"):
+        client.predict("shop", ["red"])
+    again = client.update_deployment("shop")
+    assert again["status"] == "running"
+    assert again["pid"] != first.pid
+    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
+    client.delete_deployment("shop")
+
+
+def test_what_cannot_be_created_leaves_nothing(
+    tracking: str, tmp_path: Path, client: PtDeployClient
+) -> None:
+    bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
+    with pytest.raises(MlflowException, match=r"(?s)ended with status 1.*answers differently"):
+        client.create_deployment("shop", bad)
+    slow = str(save_tiny(tmp_path / "slow", load_s=60))
+    with pytest.raises(MlflowException, match=r"not ready within 0.5 s \(ready_s\)"):
+        client.create_deployment("shop", slow, config={"ready_s": "0.5"})
+    assert client.list_deployments() == []
+    assert not (home() / "deployments" / "shop").exists()
+
+
+def test_tokens_guard_deployments_too(
+    tracking: str, tiny: str, client: PtDeployClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PT_DEPLOY_TOKEN", "score-score-score-score")
+    monkeypatch.setenv("PT_DEPLOY_ADMIN_TOKEN", "admin-admin-admin-admin")
+    url = client.create_deployment("shop", tiny)["url"]
+    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
+    assert client.get_deployment("shop")["served"]["version"]
+    assert (
+        requests.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=5).status_code == 401
+    )
+    monkeypatch.delenv("PT_DEPLOY_TOKEN")
+    with pytest.raises(MlflowException, match="send a token"):
+        client.predict("shop", ["red"])
+    text = (home() / "deployments" / "shop" / "state.json").read_text()
+    assert "score-score" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("shop", {"threads": "2"}, "there is no option threads; there is host"),
+        ("shop", {"port": "http"}, "port must be a int"),
+        ("shop", {"access_log": "1"}, "access_log must be a bool"),
+        ("shop", {"max_batch_rows": "0"}, "max_batch_rows must be a whole number of at least 1"),
+        ("../shop", {}, "cannot be a deployment's name"),
+        ("", {}, "cannot be a deployment's name"),
+    ],
+)
+def test_options_and_names_are_checked(
+    client: PtDeployClient, name: str, config: dict[str, str], message: str
+) -> None:
+    with pytest.raises(MlflowException, match=message):
+        client.create_deployment(name, "models:/tiny@champion", config=config)
+    with pytest.raises(MlflowException, match="serves the flavor pt_deploy, not sklearn"):
+        client.create_deployment(name, "models:/tiny@champion", flavor="sklearn")
+
+
+def test_run_local_says_what_is_wrong(tmp_path: Path) -> None:
+    bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
+    with pytest.raises(MlflowException, match="it answers differently here"):
+        mlflow("run-local", "--name", "shop", "-m", bad)

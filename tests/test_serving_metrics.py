@@ -1,0 +1,102 @@
+"""What `/metrics` and the access log tell, and what they do not."""
+
+import json
+import re
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import requests
+from tiny_serving import running, save_tiny, until
+
+from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
+from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.slot import Slot
+
+SECRET = "zanzibar"
+
+
+def ask(url: str, texts: list[str], path: str = "/invocations") -> int:
+    return requests.post(url + path, json={"inputs": texts}, timeout=10).status_code
+
+
+def read(url: str) -> Callable[..., float | None]:
+    """All series of a server, by name and labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = requests.get(f"{url}/metrics", timeout=5).text
+    assert SECRET not in text
+    found = {
+        (sample.name.removeprefix("pt_deploy_"), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    return lambda name, **labels: found.get((name, frozenset(labels.items())))
+
+
+def test_what_happens_is_counted_by_model_and_version(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    metrics = best_metrics()
+    file = tmp_path / "target.json"
+    file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "tiny"))}))
+    slot = Slot("tiny", source(f"@{file}"), metrics=metrics)
+    with running(App({"tiny": slot}, metrics=metrics)) as url:
+        assert ask(url, ["red"]) == 503
+        slot.open()
+        assert ask(url, ["red", "green red", "blue"]) == 200
+        assert ask(url, [f"explode {SECRET}"]) == 500
+        assert ask(url, []) == 400
+        file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "bad", refuse="no"))}))
+        slot.look()
+        file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "next"))}))
+        slot.look()
+        of = {"model": "tiny", "version": "000000000000"}
+        until(lambda: read(url)("request_seconds_count", **of) == 3)
+        value = read(url)
+    assert value("requests_total", status="200", **of) == 1
+    assert value("requests_total", status="500", **of) == 1
+    assert value("requests_total", status="503", model="tiny", version="") == 1
+    assert value("errors_total", error="INTERNAL_ERROR", **of) == 1
+    assert value("errors_total", error="INVALID_PARAMETER_VALUE", **of) == 1
+    assert value("batch_rows_sum", **of) == 3
+    assert value("batch_tokens_total", **of) == 4
+    assert value("batch_padding_tokens_total", **of) == 2
+    assert value("compute_seconds_count", **of) == 1
+    assert value("swaps_total", model="tiny", result="done") == 1
+    assert value("swaps_total", model="tiny", result="refused") == 1
+    for name, expected in (("registry_up", 1), ("queue_rows", 0), ("in_flight", 0)):
+        assert value(name, model="tiny") == expected
+    assert value("model_info", variant="tiny-numpy-fp32", digest="0" * 64, **of) == 1
+    assert (value("process_resident_memory_bytes") or 0) > 0
+
+
+def test_without_the_extra_the_answer_names_it(tmp_path: Path) -> None:
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny"))))
+    with running(App({"tiny": slot}, metrics=Metrics())) as url:
+        answer = requests.get(f"{url}/metrics", timeout=5)
+    assert answer.status_code == 501
+    assert "mlflow-pt-deploy[serve]" in answer.json()["message"]
+
+
+def test_the_access_log_holds_nothing_that_a_client_wrote(tmp_path: Path) -> None:
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny"))))
+    slot.open()
+    stream = StringIO()
+    with running(App({"tiny": slot}, access=AccessLog(stream))) as url:
+        assert ask(url, [SECRET]) == 200
+        assert ask(url, [SECRET, "explode"]) == 500
+        assert ask(url, [SECRET], f"/{SECRET}?{SECRET}") == 404
+        assert requests.get(f"{url}/readyz", timeout=5).status_code == 200
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/invocations", 200),
+        ("/invocations", 500),
+        ("-", 404),
+    ]
+    assert lines[0]["version"] == "000000000000"
+    assert lines[1]["error"] == "INTERNAL_ERROR"
+    assert re.fullmatch(r"\d{4}-.*\+00:00", lines[0]["time"])
+    assert SECRET not in stream.getvalue()
