@@ -44,10 +44,11 @@ _FIT = {
 _TEACHER = {
     "--teacher": (
         str,
-        "minilm",
+        "auto",
         "Hugging Face id or folder, minilm, resnet, runs:/... or models:/...",
     ),
     "--epochs": (int, -1, "passes over train for the teacher; 0: take it as it is; -1: choose"),
+    "--image-size": (int, 0, "edge in pixels at which resnet looks at images; 0: by their own"),
 }
 _STUDENT = {
     "--student-epochs": (int, -1, "passes over train for the student; 0: none; -1: choose"),
@@ -313,6 +314,8 @@ def _show(done: Optimized) -> None:
 def _next_steps(done: Lifecycle) -> None:
     import mlflow
 
+    from mlflow_pt_deploy.serving.rows import EXAMPLES
+
     uri = mlflow.get_tracking_uri()
     local = uri.startswith("sqlite:")
     start = f"mlflow ui --backend-store-uri {shlex.quote(uri)}   # and open" if local else "open"
@@ -321,7 +324,7 @@ def _next_steps(done: Lifecycle) -> None:
     pages = f"{address}/#/experiments/{experiment}"
     view = "?workflowType=machine_learning"  # else the UI opens among traces of agents
     prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
-    row = "a text to classify" if done.column == "text" else "'$(base64 -w0 FILE)'"
+    row = EXAMPLES[done.column]
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
     print(f"""
 promoted: {done.promotion.uri} is version {done.promotion.version}   ({times})

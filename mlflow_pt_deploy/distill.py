@@ -1,7 +1,8 @@
 """What a student starts from, what it is taught, and the loss that teaches it.
 
 Soft labels with temperature follow Hinton, Vinyals & Dean (2015); starting from the teacher's own
-layers follows DistilBERT (Sanh et al. 2019).
+layers follows DistilBERT (Sanh et al. 2019); answering each view of an image anew follows Beyer et
+al. (2022).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mlflow_pt_deploy.models import (
     new_static,
     shrink,
 )
-from mlflow_pt_deploy.train import Loss, predict_logits
+from mlflow_pt_deploy.train import Loss, Tensors, predict_logits
 
 
 def spread(depth: int, keep: int) -> tuple[int, ...]:
@@ -115,14 +116,46 @@ def soft_labels(
         temperature: Softens both distributions; the gradient is scaled back by its square.
         weight: Share of the soft labels in the sum, 0 to 1.
     """
-    soft = functional.log_softmax(torch.from_numpy(teacher_logits) / temperature, dim=1)
-    truth = torch.from_numpy(targets)
+    answers, truth = torch.from_numpy(teacher_logits), torch.from_numpy(targets)
 
-    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        student = functional.log_softmax(logits / temperature, dim=1)
-        teacher = soft[rows].to(logits.device)
-        divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        hard = functional.cross_entropy(logits, truth[rows].to(logits.device))
-        return weight * temperature**2 * divergence + (1 - weight) * hard
+    def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
+        soft, hard = (it[rows].to(logits.device) for it in (answers, truth))
+        return _mixed(logits, soft, hard, temperature, weight)
 
     return loss
+
+
+def view_labels(
+    teacher: Classifier,
+    targets: npt.NDArray[np.int64],
+    *,
+    temperature: float = 2.0,
+    weight: float = 0.7,
+) -> Loss:
+    """`soft_labels` for rows of which each epoch shows another view: the teacher sees it too.
+
+    Args:
+        teacher: The fine-tuned teacher, on the device on which the student learns.
+        targets: Labels of train, int64 (rows,).
+        temperature, weight: As in `soft_labels`.
+    """
+    truth = torch.from_numpy(targets)
+    teacher.eval()
+
+    def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors) -> torch.Tensor:
+        with torch.no_grad():
+            soft = teacher(*inputs).float()
+        return _mixed(logits, soft, truth[rows].to(logits.device), temperature, weight)
+
+    return loss
+
+
+def _mixed(
+    logits: torch.Tensor, soft: torch.Tensor, hard: torch.Tensor, temperature: float, weight: float
+) -> torch.Tensor:
+    """The two losses' sum, from the student's logits, the teacher's and the labels."""
+    student = functional.log_softmax(logits / temperature, dim=1)
+    teacher = functional.log_softmax(soft / temperature, dim=1)
+    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    truth = functional.cross_entropy(logits, hard)
+    return weight * temperature**2 * divergence + (1 - weight) * truth

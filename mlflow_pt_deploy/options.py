@@ -20,7 +20,8 @@ class Options:
 
     Attributes:
         data: See `load_data`.
-        teacher: Hugging Face id or folder, ``minilm``, ``resnet``, or an MLflow address.
+        teacher: Hugging Face id or folder, ``minilm``, ``resnet``, an MLflow address, or ``auto``:
+            ``minilm`` for texts, ``resnet`` for images.
         student: The same, for students that exist already, separated by commas; empty: distill.
         name: Registered model to promote into.
         epochs: Passes over train for the teacher; 0 takes it as it is, -1 chooses: 5, or 20 for
@@ -30,6 +31,7 @@ class Options:
         student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
         vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student of texts; 0 makes none.
+        image_size: Edge in pixels at which ``resnet`` looks at images; 0: by their own size.
         learning_rate: Peak; 0 chooses by the model's width.
         batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
@@ -55,7 +57,7 @@ class Options:
     """
 
     data: str = "catalog"
-    teacher: str = "minilm"
+    teacher: str = "auto"
     student: str = ""
     name: str = "pt-deploy-demo"
     epochs: int = -1
@@ -64,6 +66,7 @@ class Options:
     student_neurons: int = 0
     vocabulary: str = "all"
     static_epochs: int = 12
+    image_size: int = 0
     learning_rate: float = 0.0
     batch_size: int = 0
     temperature: float = 2.0

@@ -68,7 +68,9 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
         classifier = load_classifier(source)
         splits = align(splits, classifier.labels)
     else:
-        classifier = new_classifier(source, splits.labels, splits.train.rows)
+        classifier = new_classifier(
+            source, splits.labels, splits.train.rows, image_size=options.image_size
+        )
     check_fit(classifier, splits)
     loss = cross_entropy(splits.train.targets)
     return _fit_and_log("train", options, splits, classifier, loss, options.epochs)
@@ -86,7 +88,6 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """
     import torch
 
-    from mlflow_pt_deploy.distill import soft_labels, teacher_logits
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.train import check_fit
 
@@ -96,14 +97,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     check_fit(teacher, splits)
     torch.manual_seed(options.seed)
     student = _start_student(teacher, options, splits)
-    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
-    logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
-    loss = soft_labels(
-        logits,
-        splits.train.targets,
-        temperature=options.temperature,
-        weight=options.soft_weight,
-    )
+    loss = _student_loss(teacher, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
     return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
 
@@ -133,6 +127,18 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
         importance = teacher_importance(teacher, splits.train, spread(depth, layers))
         student = prune_neurons(student, options.student_neurons, importance)
     return student
+
+
+def _student_loss(teacher: Any, options: Options, splits: Splits) -> Any:
+    """Texts are labelled once; of images each epoch shows other views, labelled as they come."""
+    from mlflow_pt_deploy.distill import soft_labels, teacher_logits, view_labels
+
+    share = {"temperature": options.temperature, "weight": options.soft_weight}
+    if splits.column == "image":
+        return view_labels(teacher.to(options.device), splits.train.targets, **share)
+    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
+    logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
+    return soft_labels(logits, splits.train.targets, **share)
 
 
 def distill_stage(options: Options) -> str:

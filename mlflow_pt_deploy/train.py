@@ -29,10 +29,13 @@ from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.variants.base import BF16_FLAGS
 from mlflow_pt_deploy.variants.numpy import STATIC
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Logits (batch, classes) and the rows' indices in train, int64 (batch,), to a scalar."""
+Tensors = tuple[torch.Tensor, ...]
+Loss = Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
+"""Logits (batch, classes), the rows' indices in train, int64 (batch,), and the inputs that gave
+these logits, to a scalar."""
 
 _CHECKPOINT_EVERY_S = 60.0
+_MOST_BYTES = 2e9  # of pixels
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def cross_entropy(targets: npt.NDArray[np.int64]) -> Loss:
     """The loss of a teacher: cross entropy against the labels."""
     truth = torch.from_numpy(targets)
 
-    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         return functional.cross_entropy(logits, truth[rows].to(logits.device))
 
     return loss
@@ -185,14 +188,17 @@ def predict_logits(
     Raises:
         RowError: A row cannot be read.
     """
-    encoded = classifier.preprocessor.encode(rows)
-    order = sorted(range(len(rows)), key=lambda row: len(encoded[row]))
     logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
     classifier.to(device).eval()
+    size = classifier.preprocessor.slice_rows
     with torch.inference_mode(), _precision(device):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            logits[chosen] = _forward(classifier, [encoded[row] for row in chosen], device).cpu()
+        for start in range(0, len(rows), size):
+            encoded = classifier.preprocessor.encode(rows[start : start + size])
+            order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                inputs = _tensors(classifier, [encoded[row] for row in chosen], device)
+                logits[np.add(chosen, start)] = classifier(*inputs).float().cpu()
     return logits
 
 
@@ -211,7 +217,8 @@ class _Run:
         self.classifier = classifier
         self.schedule = schedule
         self.device = device
-        self.encoded = classifier.preprocessor.encode(train.rows)
+        self.rows = train.rows
+        self.encoded = self._all_encoded()
         self.lone_rows = not any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()
         )
@@ -295,10 +302,11 @@ class _Run:
     def _learn(self, loss: Loss, chosen: npt.NDArray[np.int64]) -> float:
         # Seeded by the step, so that a resumed training sees what an uninterrupted one would.
         random = np.random.default_rng((self.schedule.seed, self.step))
-        shown = self.classifier.vary([self.encoded[row] for row in chosen], random)
+        shown = self.classifier.vary(self._encoded(chosen), random)
+        inputs = _tensors(self.classifier, shown, self.device)
         with _precision(self.device):
-            logits = _forward(self.classifier, shown, self.device)
-        value = loss(logits.float(), torch.from_numpy(chosen))
+            logits = self.classifier(*inputs)
+            value = loss(logits.float(), torch.from_numpy(chosen), inputs)
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
         self.optimizer.step()
@@ -308,10 +316,23 @@ class _Run:
             raise DataError("the training loss is not a number; try a lower --learning-rate.")
         return number
 
+    def _all_encoded(self) -> Sequence[Any] | None:
+        """All rows, or None for more pixels than should be held; then each step reads its own."""
+        encode = self.classifier.preprocessor.encode
+        (first,) = encode(self.rows[:1])
+        if getattr(first, "nbytes", 0) * len(self.rows) > _MOST_BYTES:
+            return None
+        return encode(self.rows)
+
+    def _encoded(self, chosen: npt.NDArray[np.int64]) -> Sequence[Any]:
+        if self.encoded is None:
+            return self.classifier.preprocessor.encode([self.rows[row] for row in chosen])
+        return [self.encoded[row] for row in chosen]
+
     def _batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Random batches of rows of similar length: little padding, another order each epoch."""
         random = np.random.default_rng((self.schedule.seed, epoch))
-        lengths = np.asarray([len(tokens) for tokens in self.encoded])
+        lengths = np.asarray([len(row) for row in self.encoded or self.rows])
         noisy = lengths * random.uniform(0.8, 1.25, len(lengths))
         order = np.argsort(noisy, kind="stable")
         size = self.schedule.batch_size
@@ -321,11 +342,9 @@ class _Run:
         return [batches[index] for index in random.permutation(len(batches))]
 
 
-def _forward(classifier: Classifier, encoded: Sequence[Any], device: str) -> torch.Tensor:
+def _tensors(classifier: Classifier, encoded: Sequence[Any], device: str) -> Tensors:
     inputs = classifier.preprocessor.collate(encoded)
-    tensors = (torch.from_numpy(array).to(device) for array in inputs.values())
-    logits: torch.Tensor = classifier(*tensors)
-    return logits.float()
+    return tuple(torch.from_numpy(array).to(device) for array in inputs.values())
 
 
 def _precision(device: str) -> contextlib.AbstractContextManager[object]:

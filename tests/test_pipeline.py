@@ -1,6 +1,7 @@
 """The whole line on a tiny model: one parent run, its children, a champion that answers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -8,10 +9,18 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy.cli import main
-from mlflow_pt_deploy.errors import ModelError, PolicyError
+from mlflow_pt_deploy.data import load_data
+from mlflow_pt_deploy.errors import ModelError, PolicyError, SearchError
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Choice, Policy
-from mlflow_pt_deploy.stages import Optimized, optimize_models, promote_choice, read_optimized
+from mlflow_pt_deploy.searches import search_students
+from mlflow_pt_deploy.stages import (
+    Optimized,
+    distill_student,
+    optimize_models,
+    promote_choice,
+    read_optimized,
+)
 
 FEW = "eager-bf16,torchscript-fp32,onnxruntime-int8-dynamic,numpy"
 
@@ -148,6 +157,44 @@ def test_an_interrupted_line_goes_on(
     # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
     assert len(steps) == 5 + 12 - 4 + 6 + 2
     assert document["choice"].endswith("eager-fp32")
+
+
+def test_the_whole_line_on_images(
+    tracking: str, tiny_images: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "data": tiny_images,
+        "teacher": tiny_resnet,
+        "name": "tiny",
+        "epochs": 0,
+        "student-epochs": 1,
+        "seconds": 0.1,
+        "retain": 0.1,
+        "variants": "onnxruntime-fp32",
+    }
+    flags = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    assert main(["run", *flags, "--json"]) == 0
+    out = capsys.readouterr().out
+    rows = {row["variant"]: row for row in json.loads(out.strip().splitlines()[-1])["variants"]}
+    assert set(rows) == {
+        f"{model}-{runtime}-fp32"
+        for model in ("teacher", "student")
+        for runtime in ("eager", "onnxruntime")
+    }
+    assert not any(row["reason"] for row in rows.values())
+    assert rows["teacher-onnxruntime-fp32"]["test"]["accuracy"] == 1
+    assert """{"inputs": ["'$(base64 -w0 FILE)'"]}""" in out
+    images = load_data(str(tiny_images)).test
+    answers = mlflow.pyfunc.load_model("models:/tiny@champion").predict(list(images.rows))
+    assert len(answers) == len(images)
+
+
+def test_what_images_do_not_have(tracking: str, tiny_images: Path, tiny_resnet: Path) -> None:
+    options = Options(data=str(tiny_images), teacher=str(tiny_resnet))
+    with pytest.raises(ModelError, match="vocabulary and student_neurons cut transformers of tex"):
+        distill_student(replace(options, vocabulary="train"))
+    with pytest.raises(SearchError, match="a search tries students of texts"):
+        search_students(replace(options, trials=1))
 
 
 def test_a_model_of_ones_own(tracking: str, tiny_data: Path, exported_teacher: Path) -> None:

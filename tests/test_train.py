@@ -17,6 +17,7 @@ from mlflow_pt_deploy.train import (
     Epoch,
     Loss,
     Schedule,
+    Tensors,
     cross_entropy,
     evaluate,
     fit,
@@ -53,7 +54,7 @@ def stopped_after(steps: int, loss: Loss) -> Loss:
     """The loss, until the step after `steps`."""
     left = iter(range(steps))
 
-    def counted(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def counted(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         if next(left, None) is None:
             raise Stopped
         return loss(logits, rows)
@@ -105,7 +106,9 @@ def test_the_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> 
     steps = iter(range(3 * STEPS))
     kept: list[dict[str, torch.Tensor]] = []
 
-    def worse_and_worse(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def worse_and_worse(
+        logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()
+    ) -> torch.Tensor:
         return (right if next(steps) < STEPS else wrong)(logits, rows)
 
     epochs = fit(
@@ -207,7 +210,7 @@ def test_a_checkpoint_of_other_options(
 
 
 def test_a_loss_that_is_not_a_number(classifier: Classifier, tiny_splits: Splits) -> None:
-    def infinite(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def infinite(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         return logits.sum() * float("inf")
 
     with pytest.raises(DataError, match="loss is not a number; try a lower --learning-rate"):
@@ -217,7 +220,7 @@ def test_a_loss_that_is_not_a_number(classifier: Classifier, tiny_splits: Splits
 def test_a_loss_sees_each_row_once_an_epoch(classifier: Classifier, tiny_splits: Splits) -> None:
     seen: list[list[int]] = []
 
-    def watched(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def watched(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         assert logits.shape == (len(rows), 3)
         assert logits.dtype == torch.float32
         seen.append(rows.tolist())
@@ -234,7 +237,7 @@ def test_rows_of_a_batch_are_of_similar_length(classifier: Classifier, tiny_spli
     lengths = [len(ids) for ids in classifier.preprocessor.encode(tiny_splits.train.rows)]
     spans: list[int] = []
 
-    def watched(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def watched(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         chosen = [lengths[row] for row in rows.tolist()]
         spans.append(max(chosen) - min(chosen))
         return logits.sum() * 0

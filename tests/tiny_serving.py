@@ -1,4 +1,4 @@
-"""A real, tiny model for the serving tests: word counts to three classes, in NumPy.
+"""Real, tiny models for the serving tests: word counts, or colours, to three classes, in NumPy.
 
 It is also an MLflow loader module, so that MLflow itself loads what `save_tiny` wrote.
 """
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.preprocess import Preprocessor, TextPreprocessor
+from mlflow_pt_deploy.preprocess.image import ImagePreprocessor
 from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
 from mlflow_pt_deploy.variants.base import Inputs, Logits
 
@@ -48,7 +49,7 @@ def predict(inputs: Inputs) -> Logits:
 @dataclass(frozen=True)
 class TinyVariant:
     manifest: TinyManifest
-    preprocessor: TextPreprocessor
+    preprocessor: Preprocessor
     labels: tuple[str, ...] = ("red", "green", "blue")
     predict: Any = staticmethod(predict)
 
@@ -63,12 +64,21 @@ def tiny_variant() -> TinyVariant:
     return TinyVariant(TinyManifest(), TextPreprocessor(tokenizer, max_length=64, pad_id=0))
 
 
+def tiny_images() -> TinyVariant:
+    """How red, green or blue an image is."""
+
+    def colours(inputs: Inputs) -> Logits:
+        return inputs["pixel_values"].mean(axis=(2, 3)).astype(np.float32)
+
+    return TinyVariant(TinyManifest(), ImagePreprocessor(height=4, width=4), predict=colours)
+
+
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFunc:
     habits = json.loads((Path(path) / "habits.json").read_text())
     time.sleep(habits.get("load_s", 0))
     if "refuse" in habits:
         raise ArtifactError(habits["refuse"])
-    variant = tiny_variant()
+    variant = tiny_images() if habits.get("images") else tiny_variant()
     if "label" in habits:
         variant = replace(variant, labels=(habits["label"], "green", "blue"))
     if "predict_s" in habits:
@@ -84,7 +94,8 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
 def save_tiny(folder: Path, **habits: Any) -> Path:
     """Write an MLmodel that loads the tiny model.
 
-    Habits: `label` for red, `load_s` and `predict_s` to take their time, `refuse` to fail to load.
+    Habits: `images` to look at colours, `label` for red, `load_s` and `predict_s` to take their
+    time, `refuse` to fail to load.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

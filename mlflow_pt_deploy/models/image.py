@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -28,8 +29,10 @@ from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.preprocess.image import ImagePreprocessor, Pixels
 
 _FILE = "preprocessor_config.json"
+_SMALLEST, _SMALL = 32, 48  # edges in pixels
 _MOMENTUM = 0.1  # PyTorch's default
-_SHIFT = 8  # a training image moves by at most an eighth of its edge
+_SHIFT = 8
+_LEAST_AREA, _STRETCH = 0.5, 0.15
 
 
 class ImageClassifier(Classifier):
@@ -74,14 +77,24 @@ class ImageClassifier(Classifier):
         return self.logits(pixel_values=pixel_values.to(self.network.dtype))
 
     def vary(self, encoded: Sequence[Pixels], random: np.random.Generator) -> list[Pixels]:
-        """Each image moved a little, its edge repeated (He et al. 2015, without the mirror).
+        """Each image as it might as well have been taken.
 
-        A mirrored digit is no digit, so nothing is mirrored.
+        Photographs are cropped and mirrored (Szegedy et al. 2015), by less than half of their
+        area, because a network from scratch must see the thing itself. What has no colours may
+        well be a letter, a digit or a scan, which a mirror would spoil: it moves a little.
         """
-        return [_moved(image, random) for image in encoded]
+        return [
+            _moved(image, random) if _is_grey(image) else _cropped(image, random)
+            for image in encoded
+        ]
+
+
+def _is_grey(image: Pixels) -> bool:
+    return bool((image == image[..., :1]).all())
 
 
 def _moved(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Moved by at most an eighth of its edge, which is repeated where there is nothing."""
     height, width, _ = image.shape
     most = (max(1, height // _SHIFT), max(1, width // _SHIFT))
     down, right = random.integers(-np.asarray(most), np.asarray(most) + 1)
@@ -91,16 +104,37 @@ def _moved(image: Pixels, random: np.random.Generator) -> Pixels:
     return moved
 
 
+def _cropped(image: Pixels, random: np.random.Generator) -> Pixels:
+    """A part of it, stretched to the same size, in half of all cases mirrored."""
+    height, width, _ = image.shape
+    edge = np.sqrt(random.uniform(_LEAST_AREA, 1))
+    ratio = np.exp(random.uniform(-_STRETCH, _STRETCH))
+    part = np.minimum((width * edge * ratio, height * edge / ratio), (width, height))
+    left, top = random.uniform(0, (width, height) - part)
+    picture = Image.fromarray(image).resize(
+        (width, height), Image.Resampling.BILINEAR, box=(left, top, left + part[0], top + part[1])
+    )
+    if random.random() < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(picture)
+
+
 def new_resnet(labels: Sequence[str], size: int) -> ImageClassifier:
-    """A ResNet-18 (He et al. 2015) with random weights.
+    """A ResNet-18 (He et al. 2015) with random weights, half as wide for small images.
 
     Args:
         labels: Names of the classes.
         size: Height and width in pixels at which it looks at images.
+
+    Raises:
+        ModelError: The size is below what five halvings leave something of.
     """
+    if size < _SMALLEST:
+        raise ModelError(f"image_size is {size}; give {_SMALLEST} pixels or more.")
+    width = 64 if size > _SMALL else 32
     config = ResNetConfig(
-        embedding_size=64,
-        hidden_sizes=[64, 128, 256, 512],
+        embedding_size=width,
+        hidden_sizes=[width, 2 * width, 4 * width, 8 * width],
         depths=[2, 2, 2, 2],
         layer_type="basic",
         **_named(labels),
@@ -120,7 +154,7 @@ def new_mobilenet(teacher: ImageClassifier, *, width: float = 1.0) -> ImageClass
         image_size=edge,
         depth_multiplier=width,
         # Small images keep a grid of places to look at, instead of one.
-        output_stride=8 if edge <= 64 else 32,
+        output_stride=8 if edge <= _SMALL else 32,
         tf_padding=False,
         classifier_dropout_prob=0.1,
         **_named(teacher.labels),

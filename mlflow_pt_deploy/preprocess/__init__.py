@@ -44,8 +44,6 @@ def load_preprocessor(folder: Path) -> Preprocessor:
         raise ArtifactError(f"{folder.name}: the preprocessor cannot be read: {error}") from error
     if kind == "text":
         return TextPreprocessor.load(folder)
-    from mlflow_pt_deploy.preprocess.image import (
-        ImagePreprocessor,
-    )  # Pillow, which text goes without
+    from mlflow_pt_deploy.preprocess.image import ImagePreprocessor  # and Pillow with it
 
     return ImagePreprocessor.load(folder)

@@ -8,7 +8,9 @@ decoded: formats outside a short list, and pictures of too many pixels.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +25,11 @@ from mlflow_pt_deploy.preprocess.base import BATCH, Axis
 
 Pixels = npt.NDArray[np.uint8]
 
-MAX_PIXELS = 64_000_000
-"""Pixels of the largest picture that is decoded; 192 MB of RGB."""
+MAX_PIXELS = 36_000_000
+"""Pixels of the largest picture that is decoded: 144 MB, if it is transparent."""
+
+_LARGE = 4_000_000  # pixels; so large ones are decoded one at a time, so that memory stays bounded
+_ONE_LARGE = threading.Lock()
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SETTINGS = "preprocessor.json"
@@ -183,8 +188,11 @@ class ImagePreprocessor:
 
     def _decode(self, data: bytes) -> Pixels:
         image = _open(data)
+        if (pixels := image.width * image.height) > MAX_PIXELS:
+            raise DataError(_too_large(f"{pixels:,}"))
         try:
-            return self._pixels(image)
+            with _ONE_LARGE if pixels > _LARGE else nullcontext():
+                return self._pixels(image)
         # Pillow's readers raise a dozen unrelated kinds on a damaged file.
         except Exception as error:
             raise DataError("is a damaged or cut off image; give the whole file") from error
@@ -235,21 +243,18 @@ def typical_size(rows: Sequence[bytes]) -> int:
 def _open(data: bytes) -> Image.Image:
     """Read the header, and nothing behind it."""
     try:
-        image = Image.open(BytesIO(data), formats=_FORMATS)
+        return Image.open(BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(_too_large("far more")) from error
+        raise DataError(_too_large("far too many")) from error
     # Pillow's readers raise a dozen unrelated kinds on a damaged header.
     except Exception as error:
         raise DataError(
             f"is no image of a known format; give one of {', '.join(_FORMATS)}"
         ) from error
-    if (pixels := image.width * image.height) > MAX_PIXELS:
-        raise DataError(_too_large(f"{pixels:,}"))
-    return image
 
 
 def _too_large(pixels: str) -> str:
-    return f"has {pixels} pixels; the limit is {MAX_PIXELS:,}. Make it smaller"
+    return f"has {pixels} pixels; the limit is {MAX_PIXELS:,}, e.g. 6000 x 6000. Make it smaller"
 
 
 def _plain(image: Image.Image) -> Image.Image:

@@ -15,6 +15,9 @@ from typing import Any
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.preprocess import Row
 
+EXAMPLES = {"text": "some text", "image": "'$(base64 -w0 FILE)'"}
+"""A row as a shell puts it between single quotes into the body of a request."""
+
 _WANTED = {
     "text": "every row must be a text",
     "image": "every row must be an image file's bytes, or their base64",
@@ -66,8 +69,8 @@ def _file(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
     if not isinstance(row, str):
         return bytes(row)
     try:
-        # What a browser writes in front of it, "data:image/png;base64,", may stay.
-        return base64.b64decode(row.rpartition(",")[2], validate=True)
+        # What browsers write in front of it, "data:image/png;base64,", may stay, and line breaks.
+        return base64.b64decode("".join(row.rpartition(",")[2].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(
             f"'image' row {number} is a text that is not base64; {_WANTED['image']}"

@@ -25,6 +25,7 @@ from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import check_exposure, guard_from_environment
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.rows import EXAMPLES
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.watcher import Watcher
 
@@ -182,9 +183,10 @@ class _Server(uvicorn.Server):
         port = self.servers[0].sockets[0].getsockname()[1]
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         url = f"http{'s' if self.config.is_ssl else ''}://{host}:{port}"
-        example = """-H 'Content-Type: application/json' -d '{"inputs": ["some text"]}'"""
         first = next(iter(self._slots.values()))
         assert first.current is not None
+        row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
+        example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
         print(f"{first.current.name} on {url}   try: curl {url}/invocations {example}", flush=True)
         for slot in self._slots.values():
             print(f"  {describe(slot, self._settings.poll_s)}", flush=True)
