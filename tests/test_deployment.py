@@ -119,10 +119,9 @@ def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient
 
     assert "shop is deleted" in mlflow("delete", "--name", "shop")
     assert not (home() / "deployments" / "shop").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert not servers._born(pid)  # dead; where nobody collects orphans, a zombie stays
     for gone in (client.get_deployment, client.delete_deployment, client.predict):
-        with pytest.raises(MlflowException, match="there is no deployment shop; there is: none"):
+        with pytest.raises(MlflowException, match="there is no deployment 'shop'; there is: none"):
             gone("shop")
 
 
@@ -177,7 +176,7 @@ def test_what_cannot_be_created_leaves_nothing(
     tracking: str, tmp_path: Path, client: PtDeployClient
 ) -> None:
     bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
-    with pytest.raises(MlflowException, match=r"(?s)ended with status 1.*answers differently"):
+    with pytest.raises(MlflowException, match=r"the server ended; .*answers differently"):
         client.create_deployment("shop", bad)
     slow = str(save_tiny(tmp_path / "slow", load_s=60))
     with pytest.raises(MlflowException, match=r"not ready within 0.5 s \(ready_s\)"):

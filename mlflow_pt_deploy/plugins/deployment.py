@@ -187,8 +187,10 @@ class PtDeployClient(BaseDeploymentClient):
             state = _existing(name)
             return {**_describe(state), **({"served": remote.about(state)} if state.alive else {})}
 
-    def predict(self, deployment_name: str, inputs: Any = None, endpoint: str | None = None) -> Any:
-        """Score rows: a DataFrame, an array or list of texts or images, or a whole request as a dict.
+    def predict(
+        self, deployment_name: str = "", inputs: Any = None, endpoint: str | None = None
+    ) -> Any:
+        """Score rows: a DataFrame, a list of texts or images, or a whole request as a dict.
 
         Returns:
             MLflow's ``PredictionsResponse``.
@@ -231,7 +233,7 @@ def _existing(name: str) -> State:
     if state is None:
         known = ", ".join(servers.names()) or "none"
         raise MlflowException(
-            f"there is no deployment {name}; there is: {known}", RESOURCE_DOES_NOT_EXIST
+            f"there is no deployment {name!r}; there is: {known}", RESOURCE_DOES_NOT_EXIST
         )
     return state
 

@@ -100,10 +100,8 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         access=AccessLog() if chosen.access_log else None,
         max_body_bytes=int(chosen.max_body_mb * 2**20),
     )
-    os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"  # as MLflow's own server does
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     server = _Server(app, slots, chosen)
-    with _our_log(), _quiet_end():
+    with _our_log(), _quiet_end(), _serving_environment():
         server.run()
     if server.failure is not None:
         raise _in_words(server.failure) from server.failure
@@ -240,6 +238,22 @@ def _our_log() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def _serving_environment() -> Iterator[None]:
+    """What MLflow's own server sets, which the pyfunc and the flavor read."""
+    wanted = {
+        "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 @contextmanager
