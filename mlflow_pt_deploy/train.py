@@ -332,7 +332,7 @@ class _Run:
     def _batches(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """Random batches of rows of similar length: little padding, another order each epoch."""
         random = np.random.default_rng((self.schedule.seed, epoch))
-        lengths = np.asarray([len(row) for row in self.encoded or self.rows])
+        lengths = np.asarray([len(row) for row in self.encoded or [()] * len(self.rows)])
         noisy = lengths * random.uniform(0.8, 1.25, len(lengths))
         order = np.argsort(noisy, kind="stable")
         size = self.schedule.batch_size

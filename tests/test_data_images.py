@@ -58,11 +58,12 @@ def test_a_csv_names_files_beside_it(tmp_path: Path) -> None:
 
 
 def test_paths_that_name_no_file(tmp_path: Path) -> None:
-    paths = [*on_disk(tmp_path)[:7], SECRET]
     message = r"train: `image` names no file in the folder .* in 1 row \(row 8; the first row after"
-    with pytest.raises(DataError, match=message) as caught:
-        load_data(write(tmp_path, paths))
-    assert SECRET not in str(caught.value)
+    paths = on_disk(tmp_path)[:7]
+    for name in (SECRET, SECRET * 1000, "pictures"):
+        with pytest.raises(DataError, match=message) as caught:
+            load_data(write(tmp_path, [*paths, name]))
+        assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,6 @@ def preprocessor() -> ImagePreprocessor:
         (picture("CMYK", (9, 9), (0, 0, 0, 0), "JPEG"), (255, 255, 255)),
         (picture("CMYK", (9, 9), (0, 255, 255, 0), "JPEG"), (254, 0, 0)),
         (picture("I;16", (9, 9), 257 * 40), (40, 40, 40)),
-        (picture("F", (9, 9), 257.0 * 40, "TIFF"), (40, 40, 40)),
         (indexed(), (0, 0, 255)),
         (indexed(transparency=7), (255, 255, 255)),
         (indexed(file="GIF"), (0, 0, 255)),
@@ -137,6 +136,11 @@ def test_what_is_no_image(preprocessor: ImagePreprocessor, file: bytes) -> None:
         preprocessor.encode([file])
 
 
+def test_numbers_of_no_known_range(preprocessor: ImagePreprocessor) -> None:
+    with pytest.raises(RowError, match="^row 0 holds numbers of no known range; save it with 8"):
+        preprocessor.encode([picture("F", (9, 9), 0.5, "TIFF")])
+
+
 @pytest.mark.parametrize("edge", [6001, 12_000, 60_000, 2**31 - 1])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_unopened(preprocessor: ImagePreprocessor, edge: int) -> None:
@@ -201,6 +205,7 @@ def test_the_settings_of_a_hugging_face_model(
         {"size": 32, "image_mean": [0.5] * 3},
         {"size": {"shortest_edge": 32}, **NORMAL},
         {"size": "large", **NORMAL},
+        {"size": 32, "do_flip_channel_order": True, **NORMAL},
         {"size": {"longest_edge": 32}, **NORMAL},
     ],
 )

@@ -108,18 +108,20 @@ def read_images(split: str, values: list[object], folder: Path) -> list[object]:
         DataError: A path names no file.
     """
     found = [_bytes_or_path(value) for value in values]
-    paths = [None if isinstance(value, bytes) or not value else value for value in found]
-    refuse(
-        split,
-        "image",
-        paths,
-        f"names no file in the folder {folder.name}",
-        lambda path: path is not None and not (folder / str(path)).is_file(),
-    )
+    files = [folder / value if isinstance(value, str) and value else None for value in found]
+    fault = f"names no file in the folder {folder.name}"
+    refuse(split, "image", files, fault, lambda file: isinstance(file, Path) and not _exists(file))
     return [
-        value if path is None else (folder / str(path)).read_bytes()
-        for value, path in zip(found, paths, strict=True)
+        value if file is None else file.read_bytes()
+        for value, file in zip(found, files, strict=True)
     ]
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # no file can have such a name
+        return False
 
 
 def _bytes_or_path(value: object) -> object:

@@ -46,6 +46,7 @@ _TURNS = {
 _GAP = 2.0  # a cheap reduction first, to not less than twice the size that is wanted
 _SMALLEST, _LARGEST, _STEP = 32, 224, 32
 _LOOKED_AT = 256
+_STRANGE = ("do_flip_channel_order", "do_pad", "rescale_offset")  # of Hugging Face's processors
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,8 @@ class ImagePreprocessor:
         image = _open(data)
         if (pixels := image.width * image.height) > MAX_PIXELS:
             raise DataError(_too_large(f"{pixels:,}"))
+        if image.mode == "F":
+            raise DataError("holds numbers of no known range; save it with 8 or 16 bits a channel")
         try:
             with _ONE_LARGE if pixels > _LARGE else nullcontext():
                 return self._pixels(image)
@@ -261,7 +264,7 @@ def _plain(image: Image.Image) -> Image.Image:
     """The picture as RGB, or as RGBA where it is transparent."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):
         # Pillow cuts 16 bits off at 255 instead of scaling them.
         values = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
@@ -277,6 +280,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _geometry(processor: Mapping[str, Any]) -> tuple[int, int, int]:
     """Height, width and shortest edge (0: stretch) of a Hugging Face image processor."""
+    if strange := [name for name in _STRANGE if processor.get(name)]:
+        raise ValueError(", ".join(strange))
     size = processor["size"]
     if isinstance(size, int):
         size = {"height": size, "width": size}
