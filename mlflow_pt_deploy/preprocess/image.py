@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mlflow_pt_deploy.errors import ArtifactError, DataError, ModelError, RowError
 from mlflow_pt_deploy.preprocess.base import BATCH, Axis
@@ -46,6 +46,7 @@ _TURNS = {
 _GAP = 2.0  # a cheap reduction first, to not less than twice the size that is wanted
 _SMALLEST, _LARGEST, _STEP = 32, 224, 32
 _LOOKED_AT = 256
+_DAMAGED = "is a damaged or cut off image; give the whole file"
 _STRANGE = ("do_flip_channel_order", "do_pad", "rescale_offset")  # of Hugging Face's processors
 
 
@@ -196,9 +197,8 @@ class ImagePreprocessor:
         try:
             with _ONE_LARGE if pixels > _LARGE else nullcontext():
                 return self._pixels(image)
-        # Pillow's readers raise a dozen unrelated kinds on a damaged file.
-        except Exception as error:
-            raise DataError("is a damaged or cut off image; give the whole file") from error
+        except Exception as error:  # see `_open`
+            raise DataError(_DAMAGED) from error
 
     def _pixels(self, image: Image.Image) -> Pixels:
         wanted = (self.settings.width, self.settings.height)
@@ -249,11 +249,13 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(_too_large("far too many")) from error
-    # Pillow's readers raise a dozen unrelated kinds on a damaged header.
-    except Exception as error:
+    except UnidentifiedImageError as error:
         raise DataError(
             f"is no image of a known format; give one of {', '.join(_FORMATS)}"
         ) from error
+    # Pillow's readers raise a dozen unrelated kinds on a damaged file.
+    except Exception as error:
+        raise DataError(_DAMAGED) from error
 
 
 def _too_large(pixels: str) -> str:
