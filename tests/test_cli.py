@@ -70,7 +70,7 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
         (["run", "--retain", "2"], "retain is 2.0; give the share"),
         (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
         (["run", "--objective", "size"], "objective is 'size'"),
-        (["train", "--teacher", "no/such-model"], "no/such-model: no text classifier"),
+        (["train", "--teacher", "no/such-model"], "no/such-model: no classifier"),
         (["optimize", "--model", "runs:/0123/model"], "cannot be fetched from MLflow"),
         (["promote", "--run", "0123"], "run 0123 cannot be resumed"),
         (["run", "--resume", "0123"], "run 0123 cannot be resumed"),

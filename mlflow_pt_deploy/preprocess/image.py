@@ -268,7 +268,7 @@ def _plain(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         # Pillow cuts 16 bits off at 255 instead of scaling them.
-        values = np.asarray(image).astype(np.float64) / 257
+        values = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
