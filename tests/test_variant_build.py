@@ -119,7 +119,7 @@ def test_a_model_that_is_not_there(tiny_splits: Splits, tmp_path: Path) -> None:
     assert [row.name for row in built] == [variant.name("teacher") for variant in variants]
     for row in built:
         assert row.folder is None
-        assert "nowhere: no text classifier can be loaded from there" in row.reason
+        assert "nowhere: no classifier can be loaded from there" in row.reason
 
 
 def test_a_child_that_hangs_is_given_up(
