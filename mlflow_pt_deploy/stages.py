@@ -105,6 +105,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
     from mlflow_pt_deploy.distill import spread, start_student
+    from mlflow_pt_deploy.models import TextClassifier
     from mlflow_pt_deploy.prune import (
         frequent_pieces,
         prune_neurons,
@@ -122,7 +123,7 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)
     student = start_student(teacher, layers)
-    if layers and options.student_neurons:
+    if isinstance(student, TextClassifier) and layers and options.student_neurons:
         depth = teacher.network.config.num_hidden_layers
         importance = teacher_importance(teacher, splits.train, spread(depth, layers))
         student = prune_neurons(student, options.student_neurons, importance)

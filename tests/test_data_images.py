@@ -17,6 +17,7 @@ from mlflow_pt_deploy.train import check_fit
 
 SECRET = "patient-0042"
 FILES = [picture("L", (8, 8), shade) for shade in range(8)]
+CUT_OFF = picture("RGB", (90, 90), (1, 2, 3), "JPEG")[:-90]
 LABELS = ["dark", "light"] * 4
 
 
@@ -95,10 +96,11 @@ def test_texts_here_and_images_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
-        (FILES[0][:-20], "is a damaged or cut off image; give the whole file"),
+        (CUT_OFF, "is a damaged or cut off image; give the whole file"),
         (SECRET.encode(), "is no image of a known format; give one of JPEG, PNG,"),
         (picture("1", (6100, 6100), 0), "has 37,210,000 pixels; the limit is 36,000,000"),
     ],
+    ids=["cut off", "text", "large"],
 )
 def test_a_broken_image_is_named_before_training(
     tmp_path: Path, tiny_resnet: Path, broken: bytes, fault: str

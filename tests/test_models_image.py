@@ -154,7 +154,7 @@ def test_a_student_learns_from_its_teachers_answers(
         torch.manual_seed(0)
         student = new_mobilenet(teacher, width=0.125)
     loss = view_labels(teacher, image_splits.train.targets, weight=1.0)
-    fit(student, image_splits, loss, Schedule(epochs=12, learning_rate=3e-3, batch_size=8))
+    fit(student, image_splits, loss, Schedule(epochs=6, learning_rate=5e-3, batch_size=8))
     assert evaluate(student, image_splits.test) > 0.8
     assert evaluate(teacher, image_splits.test) == 1
 

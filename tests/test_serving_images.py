@@ -141,8 +141,8 @@ def test_many_images_are_read_in_slices_and_named_by_their_number(model: PyFuncM
     [
         ({"inputs": []}, "'image' is empty"),
         ({"inputs": [R, None]}, "'image' row 1 is null"),
-        ({"inputs": [R, 7]}, "'image' row 1 is a number"),
-        ({"inputs": [[[0, 128], [255, 3]]]}, "'image' row 0 is a list; every row must be an image"),
+        ({"inputs": [7]}, "'image' row 0 is a number"),
+        ({"dataframe_records": [{"image": [0, 9]}]}, "'image' row 0 is a list; every row must be"),
         ({"inputs": [R, f"{SECRET}!"]}, "'image' row 1 is a text that is not base64"),
         ({"inputs": [R, "café"]}, "'image' row 1 is a text that is not base64"),
         ({"inputs": [R, ""]}, "'image' row 1 is no image of a known format; give one of JPEG"),

@@ -116,7 +116,7 @@ class ImagePreprocessor:
                 mean=tuple(processor["image_mean"]) if normalises else (0.0,) * 3,
                 std=tuple(processor["image_std"]) if normalises else (1.0,) * 3,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 "preprocessor_config.json: size, crop_size, image_mean or image_std is missing or "
                 f"of a form that is not known here ({error}). Give size as height and width, or "
