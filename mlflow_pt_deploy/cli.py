@@ -54,6 +54,7 @@ _STUDENT = {
     "--student-epochs": (int, -1, "passes over train for the student; 0: none; -1: choose"),
     "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
     "--student-neurons": (int, 0, "feed-forward neurons it keeps in each of them; 0: all"),
+    "--student-width": (float, 1.0, "share of a MobileNetV2's channels, for images"),
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),

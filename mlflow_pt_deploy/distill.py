@@ -44,13 +44,14 @@ def spread(depth: int, keep: int) -> tuple[int, ...]:
     return tuple(int(index) for index in np.linspace(0, depth - 1, keep).round())
 
 
-def start_student(teacher: Classifier, layers: int) -> Classifier:
+def start_student(teacher: Classifier, layers: int, *, width: float = 1.0) -> Classifier:
     """What learns from a teacher.
 
     Args:
         teacher: Of texts: the student has its embeddings, its head and some of its layers. Of
             images: the student is a MobileNetV2 from scratch.
         layers: How many layers of a teacher of texts; 0: a static student.
+        width: Share of MobileNetV2's channels.
 
     Raises:
         ModelError: The teacher has fewer layers, or there is no such student of images.
@@ -61,7 +62,7 @@ def start_student(teacher: Classifier, layers: int) -> Classifier:
                 "student_layers is 0, which means a static student, and there are none for "
                 "images. Leave student_layers out: images get a MobileNetV2."
             )
-        return new_mobilenet(teacher)
+        return new_mobilenet(teacher, width=width)
     assert isinstance(teacher, TextClassifier)
     if layers == 0:
         return new_static(teacher)

@@ -29,6 +29,7 @@ class Options:
         student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
         student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
         student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
+        student_width: Share of a MobileNetV2's channels that a student of images has.
         vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student of texts; 0 makes none.
         image_size: Edge in pixels at which ``resnet`` looks at images; 0: by their own size.
@@ -64,6 +65,7 @@ class Options:
     student_epochs: int = -1
     student_layers: int = 3
     student_neurons: int = 0
+    student_width: float = 1.0
     vocabulary: str = "all"
     static_epochs: int = 12
     image_size: int = 0

@@ -122,7 +122,7 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     if options.vocabulary != "all":
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)
-    student = start_student(teacher, layers)
+    student = start_student(teacher, layers, width=options.student_width)
     if isinstance(student, TextClassifier) and layers and options.student_neurons:
         depth = teacher.network.config.num_hidden_layers
         importance = teacher_importance(teacher, splits.train, spread(depth, layers))

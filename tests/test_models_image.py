@@ -67,6 +67,9 @@ def test_a_mobilenet_sees_what_its_teacher_sees() -> None:
     assert student.labels == COLOURS
     assert student.preprocessor.settings == teacher.preprocessor.settings
     assert not student.pretrained and not student.training
+    assert 0.6 < count(start_student(teacher, 3, width=0.5)) < 0.8
+    with pytest.raises(ModelError, match="student_width is 0; give a number above 0"):
+        start_student(teacher, 3, width=0)
     with pytest.raises(ModelError, match="student_layers is 0.* images get a MobileNetV2"):
         start_student(teacher, 0)
 
