@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import mlflow
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.data import Split, Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.home import home, work_folder
@@ -80,7 +81,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     """
     import torch
 
-    from mlflow_pt_deploy.distill import soft_labels, teacher_logits
+    from mlflow_pt_deploy.distill import soft_labels, teach, with_relations
     from mlflow_pt_deploy.models import load_classifier
 
     splits = splits or _prepared(options)
@@ -88,21 +89,31 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     splits = align(splits, teacher.labels)
     torch.manual_seed(options.seed)
     student = _start_student(teacher, options, splits)
-    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
-    logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
+    count = round((1 + options.made_texts) * len(splits.train))
+    print(f"distill: the teacher labels {count} rows", flush=True)
+    lesson = teach(
+        teacher,
+        splits.train,
+        home() / "logits",
+        made=options.made_texts,
+        seed=options.seed,
+        device=options.device,
+    )
     loss = soft_labels(
-        logits,
-        splits.train.targets,
+        lesson.logits,
+        lesson.split.targets,
         temperature=options.temperature,
         weight=options.soft_weight,
     )
+    loss = with_relations(loss, student, lesson.features, options.relation_weight)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
-    return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
+    stage = distill_stage(options)
+    return _fit_and_log(stage, options, splits, student, loss, epochs, lesson.split)
 
 
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
-    from mlflow_pt_deploy.distill import spread, start_student
+    from mlflow_pt_deploy.distill import kept_layers, start_student
     from mlflow_pt_deploy.prune import (
         frequent_pieces,
         prune_neurons,
@@ -114,10 +125,11 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     if options.vocabulary != "all":
         common = frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, splits.train.rows, keep=common)
-    student = start_student(teacher, layers)
+    student = start_student(teacher, layers, options.keep_layers)
     if layers and options.student_neurons:
         depth = teacher.network.config.num_hidden_layers
-        importance = teacher_importance(teacher, splits.train, spread(depth, layers))
+        kept = kept_layers(depth, layers, options.keep_layers)
+        importance = teacher_importance(teacher, splits.train, kept)
         student = prune_neurons(student, options.student_neurons, importance)
     return student
 
@@ -237,11 +249,21 @@ def _prepared(options: Options) -> Splits:
 
 
 def _fit_and_log(
-    stage: str, options: Options, splits: Splits, classifier: Any, loss: Any, epochs: int
+    stage: str,
+    options: Options,
+    splits: Splits,
+    classifier: Any,
+    loss: Any,
+    epochs: int,
+    taught: Split | None = None,
 ) -> Trained:
+    """Train on train, or on `taught` in its place, and log what came of it."""
     from mlflow_pt_deploy.models import save_classifier
+    from mlflow_pt_deploy.rounding import int8_rounding
     from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
 
+    aware = stage == "distill" and options.student_precision == "int8-qat"
+    rounding = int8_rounding(classifier.network) if aware else nullcontext()
     schedule = Schedule(
         epochs=epochs,
         learning_rate=options.learning_rate,
@@ -270,15 +292,16 @@ def _fit_and_log(
 
         seconds = 0.0
         if epochs:
-            history = fit(
-                classifier,
-                splits,
-                loss,
-                schedule,
-                device=options.device,
-                checkpoint=work / "checkpoint.pt",
-                on_epoch=log,
-            )
+            with rounding:
+                history = fit(
+                    classifier,
+                    replace(splits, train=taught or splits.train),
+                    loss,
+                    schedule,
+                    device=options.device,
+                    checkpoint=work / "checkpoint.pt",
+                    on_epoch=log,
+                )
             seconds = sum(epoch.seconds for epoch in history)
         accuracy = evaluate(classifier, splits.validation, device=options.device)
         mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,15 +151,23 @@ def predict_logits(
     classifier: Classifier, rows: Sequence[str], *, device: str = "cpu", batch_size: int = 64
 ) -> npt.NDArray[np.float32]:
     """Logits of all rows in their order, float32 (rows, classes)."""
+    logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
+    for chosen, found in predict_batches(classifier, rows, device=device, batch_size=batch_size):
+        logits[chosen] = found.cpu()
+    return logits
+
+
+def predict_batches(
+    classifier: Classifier, rows: Sequence[str], *, device: str = "cpu", batch_size: int = 64
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Logits of all rows, rows of like length together: their places, and (places, classes)."""
     encoded = classifier.preprocessor.encode(rows)
     order = sorted(range(len(rows)), key=lambda row: len(encoded[row]))
-    logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
     classifier.to(device).eval()
     with torch.inference_mode(), _precision(device):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            logits[chosen] = _forward(classifier, [encoded[row] for row in chosen], device).cpu()
-    return logits
+            yield chosen, _forward(classifier, [encoded[row] for row in chosen], device)
 
 
 def evaluate(classifier: Classifier, split: Split, *, device: str = "cpu") -> float:
