@@ -20,7 +20,7 @@ from mlflow_pt_deploy.distill import (
 )
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
-from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.train import Schedule, Tensors, evaluate, fit, predict_logits
 
 ROWS = ("my card", "i want a refund please", "")
 
@@ -214,7 +214,7 @@ def test_relations_are_learnt_across_widths(
     lesson = teach(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:
-        def nothing(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        def nothing(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
             return logits.sum() * 0
 
         alone = with_relations(nothing, student, lesson.features, 1.0)
