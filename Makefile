@@ -15,7 +15,7 @@ demo: $(VENV)/.all
 	  -P epochs=3 -P student_epochs=2 -P static_epochs=8 -P seconds=1
 
 test: $(VENV)/.dev
-	MLFLOW_TRACKING_URI= pytest -n 2
+	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -n 2
 
 check: $(VENV)/.dev
 	ruff check

@@ -53,12 +53,18 @@ _TEACHER = {
 _STUDENT = {
     "--student-epochs": (int, -1, "passes over train for the student; 0: none; -1: choose"),
     "--student-layers": (int, 3, "layers it keeps of the teacher's; distill: 0 is a static one"),
+    "--keep-layers": (str, "", "which of the teacher's, e.g. 0,2,5; empty: evenly spread"),
     "--student-neurons": (int, 0, "feed-forward neurons it keeps in each of them; 0: all"),
     "--student-width": (float, 1.0, "share of a MobileNetV2's channels, for images"),
+    "--student-precision": (str, "fp32", "or int8-qat: it learns with int8's rounding"),
     "--vocabulary": (str, "all", "word pieces of students: all, or those that train uses"),
     "--static-epochs": (int, 12, "passes over train for the static student; 0: none"),
     "--temperature": (float, 2.0, "of the soft labels"),
     "--soft-weight": (float, 0.7, "share of the soft labels in a student's loss"),
+}
+_LESSON = {
+    "--relation-weight": (float, 0.0, "of the loss that compares relations among rows; 0: without"),
+    "--made-texts": (float, 0.0, "texts for the teacher to label besides, as a multiple of train"),
 }
 _SEARCH = {
     "--trials": (int, 20, "students to try, those of an earlier call included"),
@@ -119,8 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     no_search = {"--trials": (int, 0, "search for students instead: how many to try; 0: do not")}
     searching = {**_SEARCH, **no_search}
     rest = {**_FIT, **_MEASURE, **_POLICY}
-    trying = {**_DATA, **_SEARCH, **{f: rest[f] for f in ("--device", "--seconds", "--retain")}}
-    making = {**_TEACHER, **_STUDENT, **searching, **_FIT}
+    trying = {
+        **_DATA,
+        **_SEARCH,
+        **_LESSON,
+        **{f: rest[f] for f in ("--device", "--seconds", "--retain")},
+    }
+    making = {**_TEACHER, **_STUDENT, **_LESSON, **searching, **_FIT}
     everything = {**_DATA, **making, **_MEASURE, **_POLICY, **_NAME}
     for name, call, about, tables in (
         ("run", _run, "the whole line: train, distill, optimize, promote", everything),
@@ -129,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
             "distill",
             _distill,
             "distill a student from a fine-tuned teacher",
-            {**_DATA, **_TEACHER, **_STUDENT, **_FIT},
+            {**_DATA, **_TEACHER, **_STUDENT, **_LESSON, **_FIT},
         ),
         ("search", _search, "search for students of a teacher", trying),
         (

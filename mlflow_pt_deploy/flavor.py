@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 from mlflow_pt_deploy import __version__
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.hardware import library_versions
-from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.options import Options
 from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, verify
@@ -78,6 +80,7 @@ def save_model(
     pip_requirements: list[str] | None = None,
     extra_pip_requirements: list[str] | None = None,
     metadata: dict[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> None:
     """Save a variant's folder as an MLflow model.
@@ -90,10 +93,13 @@ def save_model(
         pip_requirements: Replaces `get_default_pip_requirements`.
         extra_pip_requirements: Adds to it.
         metadata: Kept in the MLmodel.
+        model_config: Serving options other than their defaults, see `serving.options.Options`.
 
     Raises:
         ArtifactError: The folder is incomplete or changed.
+        ServingError: `model_config` has a wrong option.
     """
+    options = asdict(Options.from_config(model_config))
     folder, root = Path(variant), Path(path)
     manifest = verify(folder)
     _validate_env_arguments(None, pip_requirements, extra_pip_requirements)
@@ -104,7 +110,7 @@ def save_model(
     model.metadata = metadata
     if input_example is not None:
         _save_example(model, input_example, str(root))
-    _add_flavors(model, manifest)
+    _add_flavors(model, manifest, options)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
     defaults = None if pip_requirements else get_default_pip_requirements(*manifest.runtimes)
@@ -172,7 +178,7 @@ def _registry_vouches(root: Path, manifest: Manifest) -> bool:
     return version.tags.get(DIGEST_TAG) == manifest.digest
 
 
-def _add_flavors(model: Model, manifest: Manifest) -> None:
+def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> None:
     if manifest.runtime == "onnxruntime":
         import onnx
 
@@ -197,7 +203,7 @@ def _add_flavors(model: Model, manifest: Manifest) -> None:
         loader_module="mlflow_pt_deploy.flavor",
         conda_env=_CONDA_ENV_FILE_NAME,
         python_env=_PYTHON_ENV_FILE_NAME,
-        model_config=dict(MODEL_CONFIG),
+        model_config=config,
     )
 
 

@@ -21,7 +21,7 @@ from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import work_folder
 from mlflow_pt_deploy.measure import Result, measure
 from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.policy import Choice, choose
+from mlflow_pt_deploy.policy import Choice, choose, finalists, no_slower
 from mlflow_pt_deploy.report import markdown, plot
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.build import Built, build, golden_rows, suited
@@ -67,6 +67,7 @@ def optimize(
     if cascades := _cascade(results, splits, options.retain, folders) if wanted else []:
         known = [one for one in built if one.name == reference]
         results += _measure([*known, *cascades], splits, reference, options, only=cascades)
+    results = _with_fewer_threads(results, folders, splits, reference, options)
     addresses = {}
     for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
         address = tracking.log_result(result, splits, step)
@@ -143,6 +144,42 @@ def _measure(
         by_name.get(one.name) or _failed(one, reference, options.threads or usable_cores())
         for one in only or built
     ]
+
+
+def _with_fewer_threads(
+    results: Sequence[Result], folders: Path, splits: Splits, reference: str, options: Options
+) -> list[Result]:
+    """The same, but the finalists with as few threads as they need; a small model needs one."""
+    names, cores = finalists(results, options.policy()), usable_cores()
+    if options.threads or not names:
+        return list(results)
+    kept = {each.variant: each for each in results}
+    fewer = _fewer(cores)
+    with tqdm(total=len(names) * len(fewer), desc="fewer threads", unit="variant") as bar:
+
+        def progress(result: Result) -> None:
+            bar.set_postfix_str(result.variant)
+            bar.update()
+
+        for threads in fewer:
+            for result in measure(
+                {name: folders / name for name in dict.fromkeys([reference, *names])},
+                baseline=reference,
+                splits=splits,
+                seconds=options.seconds,
+                threads=threads,
+                baseline_threads=cores,
+                only=names,
+                progress=progress,
+            ):
+                if not result.reason and no_slower(result, kept[result.variant]):
+                    kept[result.variant] = result
+    return list(kept.values())
+
+
+def _fewer(cores: int) -> list[int]:
+    """Half of the cores, a quarter, and so on to one."""
+    return [cores >> step for step in range(1, cores.bit_length())]
 
 
 def _failed(one: Built, reference: str, threads: int) -> Result:

@@ -12,6 +12,7 @@ from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.policy import Policy
 
 VOCABULARIES = ("all", "train")
+PRECISIONS = ("fp32", "int8-qat")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class Options:
             one from scratch.
         student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
         student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
+        keep_layers: Which ones instead, e.g. ``0,2,5``; empty: evenly spread.
         student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
         student_width: Share of a MobileNetV2's channels that a student of images has.
+        student_precision: ``fp32``, or ``int8-qat``: the student learns with int8's rounding.
         vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student of texts; 0 makes none.
         image_size: Edge in pixels at which ``resnet`` looks at images; 0: by their own size.
@@ -37,6 +40,8 @@ class Options:
         batch_size: Rows a training step; 0 chooses by the model.
         temperature: Of the soft labels.
         soft_weight: Share of the soft labels in a student's loss, 0 to 1.
+        relation_weight: Of the relation loss, besides; 0: without.
+        made_texts: Texts made from train for the teacher to label too, as a multiple of train.
         trials: Students that a search tries, or has tried before; 0 for no search.
         search_seconds: Time for it; 0: no limit.
         kinds: Of students that it tries: ``transformer``, ``static``.
@@ -54,7 +59,8 @@ class Options:
         resume: Id of an interrupted run to go on with.
 
     Raises:
-        ModelError: `vocabulary` is none of those, or `soft_weight` no share.
+        ModelError: `vocabulary` or `student_precision` is none of those, `soft_weight` is no share,
+            or a number is below 0.
     """
 
     data: str = "catalog"
@@ -64,8 +70,10 @@ class Options:
     epochs: int = -1
     student_epochs: int = -1
     student_layers: int = 3
+    keep_layers: str = ""
     student_neurons: int = 0
     student_width: float = 1.0
+    student_precision: str = "fp32"
     vocabulary: str = "all"
     static_epochs: int = 12
     image_size: int = 0
@@ -73,6 +81,8 @@ class Options:
     batch_size: int = 0
     temperature: float = 2.0
     soft_weight: float = 0.7
+    relation_weight: float = 0.0
+    made_texts: float = 0.0
     trials: int = 0
     search_seconds: float = 0.0
     kinds: str = "transformer,static"
@@ -92,12 +102,16 @@ class Options:
     resume: str = ""
 
     def __post_init__(self) -> None:
-        if self.vocabulary not in VOCABULARIES:
-            raise ModelError(
-                f"vocabulary is {self.vocabulary!r}; choose from {', '.join(VOCABULARIES)}."
-            )
+        for name, known in (("vocabulary", VOCABULARIES), ("student_precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ModelError(
+                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
+                )
         if not 0 <= self.soft_weight <= 1:
             raise ModelError(f"soft_weight is {self.soft_weight}; give a share from 0 to 1.")
+        for name in ("relation_weight", "made_texts"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ModelError(f"{name} is {getattr(self, name)}; give a number from 0 on.")
 
     def policy(self) -> Policy:
         """The limits among the options.

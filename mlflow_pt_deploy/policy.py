@@ -110,6 +110,22 @@ def choose(results: Sequence[Result], policy: Policy) -> Choice:
     return Choice(chosen.variant, reason, _considered(results, misses, tied, chosen))
 
 
+def finalists(results: Sequence[Result], policy: Policy, count: int = 3) -> list[str]:
+    """Names of the best variants that keep to the limits, the best first."""
+    usable = [each for each in results if not _unusable(each) and not _misses(each, policy)]
+    best = sorted(usable, key=lambda each: _cost(each, policy))
+    return [each.variant for each in best[:count]]
+
+
+def no_slower(one: Result, other: Result) -> bool:
+    """Whether `one` is beyond noise not slower than `other`, one row at a time and in batches."""
+    speedup, interval = one.value("speedup"), _interval(other)
+    rate, theirs = one.get("throughput_rows_per_s"), other.get("throughput_rows_per_s")
+    if speedup is None or interval is None or rate is None or theirs is None:
+        return False
+    return speedup >= interval[0] and rate.value >= _slowest(theirs)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -196,6 +212,8 @@ def _reason(
         f"Its validation accuracy is {accuracy:.4f} where the baseline has {reference:.4f}; "
         f"at least {policy.retain * reference:.4f} was asked for (retain={policy.retain:g}).",
     ]
+    if (rows := chosen.value("best_batch_rows")) is not None:
+        sentences.append(f"It does best with {_threads(chosen)} and batches of {rows:.0f} rows.")
     if others:
         sentences.append(
             f"No difference in {policy.objective} beyond noise to {others}: chosen "
@@ -204,6 +222,10 @@ def _reason(
     if not any(_beats_baseline(each, allowed, policy) for each in allowed):
         sentences.append("Nothing within the limits is faster than the baseline beyond noise.")
     return " ".join(sentences)
+
+
+def _threads(result: Result) -> str:
+    return "one thread" if result.threads == 1 else f"{result.threads} threads"
 
 
 def _compared(chosen: Result) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import mlflow
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.data import Split, Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.home import home, work_folder
@@ -97,14 +98,15 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     check_fit(teacher, splits)
     torch.manual_seed(options.seed)
     student = _start_student(teacher, options, splits)
-    loss = _student_loss(teacher, options, splits)
+    loss, taught = _lesson(teacher, student, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
-    return _fit_and_log(distill_stage(options), options, splits, student, loss, epochs)
+    stage = distill_stage(options)
+    return _fit_and_log(stage, options, splits, student, loss, epochs, taught)
 
 
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
-    from mlflow_pt_deploy.distill import spread, start_student
+    from mlflow_pt_deploy.distill import kept_layers, start_student
     from mlflow_pt_deploy.models import TextClassifier
     from mlflow_pt_deploy.prune import (
         frequent_pieces,
@@ -114,32 +116,48 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     )
 
     layers = options.student_layers
-    if splits.column != "text" and (options.vocabulary != "all" or options.student_neurons):
-        raise ModelError(
-            "vocabulary and student_neurons cut transformers of texts, and these are images. "
-            "Leave both out."
-        )
+    of_texts = {
+        "vocabulary": options.vocabulary != "all",
+        "student_neurons": options.student_neurons,
+        "keep_layers": options.keep_layers,
+        "relation_weight": options.relation_weight,
+        "made_texts": options.made_texts,
+    }
+    if splits.column != "text" and (given := [name for name, set_ in of_texts.items() if set_]):
+        raise ModelError(f"{', '.join(given)}: for texts only, and these are images. Leave it out.")
     if options.vocabulary != "all":
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)
-    student = start_student(teacher, layers, width=options.student_width)
+    student = start_student(teacher, layers, options.keep_layers, width=options.student_width)
     if isinstance(student, TextClassifier) and layers and options.student_neurons:
         depth = teacher.network.config.num_hidden_layers
-        importance = teacher_importance(teacher, splits.train, spread(depth, layers))
+        kept = kept_layers(depth, layers, options.keep_layers)
+        importance = teacher_importance(teacher, splits.train, kept)
         student = prune_neurons(student, options.student_neurons, importance)
     return student
 
 
-def _student_loss(teacher: Any, options: Options, splits: Splits) -> Any:
-    """Texts are labelled once; of images each epoch shows other views, labelled as they come."""
-    from mlflow_pt_deploy.distill import soft_labels, teacher_logits, view_labels
+def _lesson(
+    teacher: Any, student: Any, options: Options, splits: Splits
+) -> tuple[Any, Split | None]:
+    """The student's loss, and what it is shown in place of train, if anything.
+
+    Texts are labelled once; of images each epoch shows other views, labelled as they come.
+    """
+    from mlflow_pt_deploy.distill import soft_labels, teach, view_labels, with_relations
 
     share = {"temperature": options.temperature, "weight": options.soft_weight}
     if splits.column == "image":
-        return view_labels(teacher.to(options.device), splits.train.targets, **share)
-    print(f"distill: the teacher labels {len(splits.train)} rows", flush=True)
-    logits = teacher_logits(teacher, splits.train, home() / "logits", device=options.device)
-    return soft_labels(logits, splits.train.targets, **share)
+        return view_labels(teacher.to(options.device), splits.train.targets, **share), None
+    count = round((1 + options.made_texts) * len(splits.train))
+    print(f"distill: the teacher labels {count} rows", flush=True)
+    cache, made = home() / "logits", options.made_texts
+    lesson = teach(
+        teacher, splits.train, cache, made=made, seed=options.seed, device=options.device
+    )
+    loss = soft_labels(lesson.logits, lesson.split.targets, **share)
+    loss = with_relations(loss, student, lesson.features, options.relation_weight)
+    return loss, lesson.split
 
 
 def distill_stage(options: Options) -> str:
@@ -261,13 +279,23 @@ def _prepared(options: Options) -> Splits:
 
 
 def _fit_and_log(
-    stage: str, options: Options, splits: Splits, classifier: Any, loss: Any, epochs: int
+    stage: str,
+    options: Options,
+    splits: Splits,
+    classifier: Any,
+    loss: Any,
+    epochs: int,
+    taught: Split | None = None,
 ) -> Trained:
+    """Train on train, or on `taught` in its place, and log what came of it."""
     from mlflow_pt_deploy.models import save_classifier
+    from mlflow_pt_deploy.rounding import int8_rounding
     from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
 
     if epochs < 0:
         epochs = EPOCHS[stage][classifier.pretrained]
+    aware = stage == "distill" and options.student_precision == "int8-qat"
+    rounding = int8_rounding(classifier.network) if aware else nullcontext()
     schedule = Schedule(
         epochs=epochs,
         learning_rate=options.learning_rate,
@@ -296,15 +324,16 @@ def _fit_and_log(
 
         seconds = 0.0
         if epochs:
-            history = fit(
-                classifier,
-                splits,
-                loss,
-                schedule,
-                device=options.device,
-                checkpoint=work / "checkpoint.pt",
-                on_epoch=log,
-            )
+            with rounding:
+                history = fit(
+                    classifier,
+                    replace(splits, train=taught or splits.train),
+                    loss,
+                    schedule,
+                    device=options.device,
+                    checkpoint=work / "checkpoint.pt",
+                    on_epoch=log,
+                )
             seconds = sum(epoch.seconds for epoch in history)
         accuracy = evaluate(classifier, splits.validation, device=options.device)
         mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))

@@ -25,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.hardware import hardware_tags
+from mlflow_pt_deploy.hardware import hardware_tags, usable_cores
 from mlflow_pt_deploy.measure import Result
 from mlflow_pt_deploy.options import Options
 
@@ -175,10 +175,22 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             return None
         mlflow.log_dict(result.to_json(), "measurements.json")
         info = flavor.log_model(
-            result.folder, result.variant, params=params, step=step, model_type=result.model
+            result.folder,
+            result.variant,
+            params=params,
+            step=step,
+            model_type=result.model,
+            model_config=_served_so(result),
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
+
+
+def _served_so(result: Result) -> dict[str, int]:
+    """How the variant was measured to do best, as serving options."""
+    found = {"num_threads": result.threads} if result.threads < usable_cores() else {}
+    rows = result.value("best_batch_rows")
+    return {**found, "max_batch_rows": int(rows)} if rows else found
 
 
 def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,15 @@ def predict_logits(
         RowError: A row cannot be read.
     """
     logits = np.empty((len(rows), len(classifier.labels)), dtype=np.float32)
+    for chosen, found in predict_batches(classifier, rows, device=device, batch_size=batch_size):
+        logits[chosen] = found.cpu()
+    return logits
+
+
+def predict_batches(
+    classifier: Classifier, rows: Sequence[Row], *, device: str = "cpu", batch_size: int = 64
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
+    """Logits of all rows, rows of like length together: their places, and (places, classes)."""
     classifier.to(device).eval()
     size = classifier.preprocessor.slice_rows
     with torch.inference_mode(), _precision(device):
@@ -198,8 +207,7 @@ def predict_logits(
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 inputs = _tensors(classifier, [encoded[row] for row in chosen], device)
-                logits[np.add(chosen, start)] = classifier(*inputs).float().cpu()
-    return logits
+                yield np.add(chosen, start), classifier(*inputs).float()
 
 
 def evaluate(classifier: Classifier, split: Split, *, device: str = "cpu") -> float:

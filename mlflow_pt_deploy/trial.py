@@ -18,7 +18,7 @@ import numpy as np
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Split, Splits
-from mlflow_pt_deploy.distill import soft_labels, start_student, teacher_logits
+from mlflow_pt_deploy.distill import soft_labels, start_student, teach, with_relations
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.home import home
 from mlflow_pt_deploy.measure import measure
@@ -51,7 +51,15 @@ class Evaluator:
         self._splits = replace(splits, test=nothing)
         self._teacher, self._options, self._work = teacher, options, work
         cache = home() / "logits"
-        self._logits = teacher_logits(teacher, splits.train, cache, device=options.device)
+        self._lesson = teach(
+            teacher,
+            splits.train,
+            cache,
+            made=options.made_texts,
+            seed=options.seed,
+            device=options.device,
+        )
+        self._taught = replace(self._splits, train=self._lesson.split)
         self._baseline: Path | None = None
 
     def __call__(self, point: Point, report: Report) -> Outcome:
@@ -66,8 +74,8 @@ class Evaluator:
             student = start_student(self._teacher, point.layers)
             fit(
                 student,
-                self._splits,
-                self._loss(point),
+                self._taught,
+                self._loss(point, student),
                 Schedule(point.epochs, point.learning_rate, point.batch_size, self._options.seed),
                 device=self._options.device,
                 on_epoch=on_epoch,
@@ -80,13 +88,15 @@ class Evaluator:
             mlflow.log_metric("seconds", time.monotonic() - started)
         return outcome
 
-    def _loss(self, point: Point) -> Loss:
-        return soft_labels(
-            self._logits,
-            self._splits.train.targets,
+    def _loss(self, point: Point, student: Classifier) -> Loss:
+        lesson = self._lesson
+        loss = soft_labels(
+            lesson.logits,
+            lesson.split.targets,
             temperature=point.temperature,
             weight=point.soft_weight,
         )
+        return with_relations(loss, student, lesson.features, self._options.relation_weight)
 
     def _measure(self, student: Classifier, point: Point, folder: Path) -> Outcome:
         """Of the student as its variant runs it, reloaded in a fresh process."""

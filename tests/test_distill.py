@@ -10,10 +10,17 @@ import pytest
 import torch
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import soft_labels, spread, start_student, teacher_logits
+from mlflow_pt_deploy.distill import (
+    kept_layers,
+    soft_labels,
+    spread,
+    start_student,
+    teach,
+    with_relations,
+)
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
-from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.train import Schedule, Tensors, evaluate, fit, predict_logits
 
 ROWS = ("my card", "i want a refund please", "")
 
@@ -159,12 +166,77 @@ def test_soft_labels_teach_a_student(teacher: Classifier, tiny_splits: Splits) -
 
 
 def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
-    logits = teacher_logits(teacher, tiny_splits.train, tmp_path / "logits")
-    assert (logits == predict_logits(teacher, tiny_splits.train.rows)).all()
+    first = teach(teacher, tiny_splits.train, tmp_path / "logits")
+    assert (first.logits == predict_logits(teacher, tiny_splits.train.rows)).all()
     (kept,) = (tmp_path / "logits").iterdir()
-    np.save(kept, logits + 1)  # so that reading it can be told from asking again
-    assert (teacher_logits(teacher, tiny_splits.train, tmp_path / "logits") == logits + 1).all()
-    teacher_logits(teacher, tiny_splits.validation, tmp_path / "logits")  # other rows
+    # So that reading it can be told from asking again:
+    np.savez(kept, logits=first.logits + 1, features=first.features)
+    again = teach(teacher, tiny_splits.train, tmp_path / "logits")
+    assert (again.logits == first.logits + 1).all()
+    teach(teacher, tiny_splits.validation, tmp_path / "logits")  # other rows
     teacher.network.classifier.bias.data += 1  # other weights
-    assert np.allclose(teacher_logits(teacher, tiny_splits.train, kept.parent), logits + 1)
+    other = teach(teacher, tiny_splits.train, kept.parent)
+    assert np.allclose(other.logits, first.logits + 1)
     assert len(list(kept.parent.iterdir())) == 3
+
+
+def test_a_lesson_holds_what_the_last_layer_sees(
+    teacher: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    lesson = teach(teacher, tiny_splits.train, tmp_path)
+    last = teacher.network.classifier
+    assert lesson.features.shape == (len(tiny_splits.train), last.in_features)
+    answers = torch.from_numpy(lesson.features).float() @ last.weight.T + last.bias
+    np.testing.assert_allclose(answers.detach().numpy(), lesson.logits, atol=2e-2)  # kept as fp16
+
+
+def test_made_texts_have_the_teachers_label(
+    teacher: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    train = tiny_splits.train
+    lesson = teach(teacher, train, tmp_path, made=0.5)
+    made = lesson.split.rows[len(train) :]
+    assert lesson.split.rows[: len(train)] == train.rows
+    assert len(made) == round(0.5 * len(train))
+    assert not set(made) & set(train.rows)
+    assert (lesson.split.targets[: len(train)] == train.targets).all()
+    answers = predict_logits(teacher, lesson.split.rows)
+    np.testing.assert_allclose(lesson.logits, answers, atol=1e-5)
+    assert (lesson.split.targets[len(train) :] == lesson.logits[len(train) :].argmax(1)).all()
+    assert len(lesson.features) == len(lesson.split)
+    assert teach(teacher, train, tmp_path, made=0.5).split.digest == lesson.split.digest
+    assert teach(teacher, train, tmp_path, made=0.5, seed=1).split.digest != lesson.split.digest
+
+
+def test_relations_are_learnt_across_widths(
+    teacher: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    lesson = teach(teacher, tiny_splits.train, tmp_path)
+
+    def distance(student: Classifier) -> float:
+        def nothing(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
+            return logits.sum() * 0
+
+        alone = with_relations(nothing, student, lesson.features, 1.0)
+        student.eval()
+        student(*map(torch.from_numpy, student.preprocessor(tiny_splits.train.rows).values()))
+        places = torch.arange(len(tiny_splits.train))
+        return alone(torch.zeros(1), places).item()
+
+    torch.manual_seed(0)
+    student = start_student(teacher, 0)  # a static one, of another width
+    before = distance(student)
+    loss = soft_labels(lesson.logits, lesson.split.targets)
+    loss = with_relations(loss, student, lesson.features, 10.0)
+    fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
+    assert distance(student) < before / 2
+
+
+def test_chosen_layers(teacher: Classifier) -> None:
+    assert kept_layers(6, 3) == (0, 2, 5)
+    assert kept_layers(6, 3, "0, 5") == (0, 5)
+    last = start_student(teacher, 1, "1")
+    assert (predict_logits(last, ROWS) == predict_logits(shrink(teacher, [1]), ROWS)).all()
+    for wrong in ("6", "2,1", "1,1", "first", "-1", ","):
+        with pytest.raises(ModelError, match="give numbers from 0 to 5, rising"):
+            kept_layers(6, 3, wrong)

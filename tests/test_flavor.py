@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import ArtifactError, TrackingError, UntrustedError
+from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.promote import champion, promote
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG
@@ -116,3 +116,16 @@ def test_promotion_keeps_the_previous_and_does_not_register_twice(
 def test_a_foreign_model_is_not_promoted(tracking: str) -> None:
     with pytest.raises(TrackingError, match="was not promoted"):
         promote("models:/m-0000", "tiny", "no such model")
+
+
+def test_a_variant_is_served_as_it_was_measured_to_do_best(
+    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
+) -> None:
+    folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)
+    best = {"num_threads": 1, "max_batch_rows": 128}
+    with mlflow.start_run():
+        info = flavor.log_model(folder, folder.name, model_config=best)
+    served = mlflow.pyfunc.load_model(f"models:/{info.model_id}")._model_impl.options
+    assert (served.num_threads, served.max_batch_rows, served.queue_rows) == (1, 128, 1024)
+    with pytest.raises(ServingError, match="model_config: num_threads must be"):
+        flavor.save_model(folder, tmp_path / "model", model_config={"num_threads": "many"})

@@ -191,7 +191,7 @@ def test_the_whole_line_on_images(
 
 def test_what_images_do_not_have(tracking: str, tiny_images: Path, tiny_resnet: Path) -> None:
     options = Options(data=str(tiny_images), teacher=str(tiny_resnet))
-    with pytest.raises(ModelError, match="vocabulary and student_neurons cut transformers of tex"):
+    with pytest.raises(ModelError, match="vocabulary: for texts only, and these are images"):
         distill_student(replace(options, vocabulary="train"))
     with pytest.raises(SearchError, match="a search tries students of texts"):
         search_students(replace(options, trials=1))
@@ -278,3 +278,35 @@ def test_a_student_with_the_vocabulary_of_train(
     assert len(pieces) < len(load_classifier(str(tiny_model)).tokenizer)
     with pytest.raises(ModelError, match=r"vocabulary is 'tiny'; choose from all, train"):
         Options(vocabulary="tiny")
+
+
+def test_every_technique_of_distillation_at_once(
+    tracking: str, tiny_data: Path, tiny_model: Path
+) -> None:
+    from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.stages import distill_student
+    from mlflow_pt_deploy.tracking import fetch_model
+
+    options = Options(
+        data=str(tiny_data),
+        teacher=str(tiny_model),
+        student_epochs=1,
+        keep_layers="1",
+        student_neurons=16,
+        student_precision="int8-qat",
+        relation_weight=1.0,
+        made_texts=1.0,
+    )
+    done = distill_student(options)
+    run = MlflowClient().get_run(done.run_id)
+    (train,) = (x.dataset for x in run.inputs.dataset_inputs if x.dataset.name.endswith("-train"))
+    splits = load_data(str(tiny_data))
+    assert train.digest == splits.train.digest  # what was made from it is not the user's data
+    student = load_classifier(fetch_model(done.model)).network
+    (layer,) = student.bert.encoder.layer
+    assert layer.intermediate.dense.out_features == 16
+    assert not any("forward" in vars(module) for module in student.modules())
+    with pytest.raises(ModelError, match=r"student_precision is 'int4'; choose from fp32, int8"):
+        Options(student_precision="int4")
+    with pytest.raises(ModelError, match=r"made_texts is -1; give a number from 0 on"):
+        Options(made_texts=-1)

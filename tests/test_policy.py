@@ -8,7 +8,7 @@ import pytest
 
 from mlflow_pt_deploy.errors import PolicyError
 from mlflow_pt_deploy.measure import Measurement, Result
-from mlflow_pt_deploy.policy import Policy, choose
+from mlflow_pt_deploy.policy import Policy, choose, finalists, no_slower
 
 BASELINE = "teacher-eager-fp32"
 
@@ -205,3 +205,28 @@ def test_a_variant_without_all_its_numbers_is_passed_over() -> None:
 def test_limits_that_make_no_sense_name_the_field(fields: dict, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         Policy(**fields)
+
+
+def test_finalists_keep_to_the_limits_and_the_best_come_first() -> None:
+    assert finalists(ALL, Policy()) == [SMALL.variant, FUSED.variant, TEACHER.variant]
+    assert finalists(ALL, Policy(), count=1) == [SMALL.variant]
+    assert finalists([BROKEN], Policy()) == []
+
+
+def test_what_is_no_slower_beyond_noise() -> None:
+    def like_small(speedup: float, rows_per_s: float) -> Result:
+        return result(
+            SMALL.variant, p50=1, speedup=(speedup, speedup, speedup), rows_per_s=rows_per_s
+        )
+
+    assert no_slower(like_small(9.0, 900), SMALL)  # within the interval
+    assert not no_slower(like_small(8.9, 900), SMALL)
+    assert not no_slower(like_small(20, 899), SMALL)  # faster alone, slower in batches
+    assert not no_slower(BROKEN, SMALL)
+
+
+def test_the_reason_says_how_it_does_best() -> None:
+    best = Measurement("best_batch_rows", 32, "rows")
+    alone = replace(SMALL, threads=1, measurements=(*SMALL.measurements, best))
+    reason = choose([TEACHER, alone], Policy()).reason
+    assert "It does best with one thread and batches of 32 rows." in reason

@@ -23,6 +23,8 @@ ROOMS = (
     "models",
     "variants",
     "train",
+    "augment",
+    "rounding",
     "distill",
     "prune",
     "measure",

@@ -55,6 +55,7 @@ def measure(
     seconds: float = 8.0,
     device: str = "cpu",
     threads: int = 0,
+    baseline_threads: int = 0,
     only: Collection[str] = (),
     progress: Callable[[Result], None] | None = None,
 ) -> list[Result]:
@@ -71,6 +72,7 @@ def measure(
             repeats are run in any case, and answering all rows comes on top.
         device: ``cpu`` or ``cuda``.
         threads: Threads that one call may use; 0 takes every core this process may run on.
+        baseline_threads: The same for the baseline, where it differs.
         only: Names to measure; empty: all.
         progress: Called with each result as it is there.
 
@@ -89,7 +91,8 @@ def measure(
         raise VariantError(f"{splits.name} has no validation rows, so there is nothing to time.")
     threads = threads or usable_cores()
     results = []
-    with _open_bench(folders[baseline], splits, seconds, device, threads) as bench:
+    theirs = baseline_threads or threads
+    with _open_bench(folders[baseline], splits, seconds, device, theirs) as bench:
         for name, folder in folders.items():
             if only and name not in only:
                 continue
