@@ -161,6 +161,7 @@ def exported(
 
             classifier = load_classifier(str(source))
             rows = sorted(splits.train.rows, key=len)
+            step = 4 if splits.column == "text" else 1
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # as the child process of `build` does
                 write_variant(
@@ -169,7 +170,7 @@ def exported(
                     folder,
                     model=model,
                     example=classifier.preprocessor([rows[0], rows[len(rows) // 2], rows[-1]]),
-                    calibration=[classifier.preprocessor([row]) for row in rows[::4]],
+                    calibration=[classifier.preprocessor([row]) for row in rows[::step]],
                     golden_rows=splits.validation.rows[:4],
                 )
 

@@ -55,7 +55,7 @@ class OpenVino(Variant):
         openvino = _openvino()
         model = _convert(openvino, module, example)
         if self.precision == "int8-static":
-            model = _calibrate(model, calibration, _family(module))
+            model = _calibrate(model, module, calibration)
         elif self.precision == "int8-accuracy":
             model = _calibrate_held_to(self.max_drop, model, module, calibration)
         openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
@@ -114,18 +114,24 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
 
 
 def _family(module: Classifier) -> dict[str, Any]:
-    """What NNCF should know of the model: transformers have layers of their own rules."""
+    """What NNCF should know of the model: transformers have layers of rules of their own."""
     nncf = _nncf()
-    if module.network.config.model_type not in CONVOLUTIONAL:
-        return {"model_type": nncf.ModelType.TRANSFORMER}
+    if module.network.config.model_type in CONVOLUTIONAL:
+        # MobileNet's bottlenecks are of both signs, which NNCF does not expect by default.
+        return {"preset": nncf.QuantizationPreset.MIXED}
+    return {"model_type": nncf.ModelType.TRANSFORMER}
+
+
+def _parameters(module: Classifier, **more: Any) -> Any:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Ranges
 
-    # By default the mean of the rows' extremes, which cuts bright images off.
-    widest = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=Ranges.MINMAX)
-    return {"advanced_parameters": widest}
+    if module.network.config.model_type in CONVOLUTIONAL:
+        # By default the mean of the rows' extremes, which cuts bright images off.
+        more["activations_range_estimator_params"] = Ranges.MINMAX
+    return _nncf().AdvancedQuantizationParameters(**more)
 
 
-def _calibrate(model: Any, calibration: Sequence[Inputs], family: dict[str, Any]) -> Any:
+def _calibrate(model: Any, module: Classifier, calibration: Sequence[Inputs]) -> Any:
     nncf = _nncf()
     check_calibration(calibration)
     try:
@@ -133,7 +139,8 @@ def _calibrate(model: Any, calibration: Sequence[Inputs], family: dict[str, Any]
             model,
             nncf.Dataset(calibration, dict),
             subset_size=len(calibration),
-            **family,
+            advanced_parameters=_parameters(module),
+            **_family(module),
         )
     except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
         raise VariantError(f"NNCF: {first_line(error)}") from error
@@ -145,10 +152,11 @@ def _calibrate_held_to(
     nncf = _nncf()
     check_calibration(calibration)
     fitted, held_out = calibration[::2], _labelled(module, calibration[1::2])
-    parameters = nncf.AdvancedQuantizationParameters(
+    parameters = _parameters(
+        module,
         # Putting a layer back restores its weights, and not what smoothing moved into its input:
         # in NNCF 3.4 the two together make the model worse with every layer.
-        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1)
+        smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
     )
     try:
         held = nncf.quantize_with_accuracy_control(
