@@ -115,10 +115,9 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
 
 def _family(module: Classifier) -> dict[str, Any]:
     """What NNCF should know of the model: transformers have layers of rules of their own."""
-    nncf = _nncf()
     if module.network.config.model_type in CONVOLUTIONAL:
         return {}
-    return {"model_type": nncf.ModelType.TRANSFORMER}
+    return {"model_type": _nncf().ModelType.TRANSFORMER}
 
 
 def _parameters(module: Classifier, **more: Any) -> Any:
