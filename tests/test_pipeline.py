@@ -168,7 +168,9 @@ def test_the_whole_line_on_images(
         "name": "tiny",
         "epochs": 0,
         "student-epochs": 1,
+        "student-width": 0.125,
         "seconds": 0.1,
+        "threads": 1,
         "retain": 0.1,
         "variants": "onnxruntime-fp32",
     }
