@@ -50,6 +50,22 @@ COLOURS = ("blue", "green", "red")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
+# The longest go first, so that no process is left alone with one of them at the end.
+LONGEST = ("test_notebooks.py", "test_pipeline.py", "test_searches.py", "test_variant_contract.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of xdist's processes a core of its own: libraries that share cores spin on them."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unfinished work goes to the test's own folder, never to the user's."""
