@@ -20,21 +20,14 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
-SEED = 0
-TEACHER, OURS, PT_DEPLOY = "mlflow, transformers flavor", "mlflow, pt_deploy flavor", "pt-deploy"
+from servers import TEACHER, ask, commands, running, sample, save_teacher
 
 # Each connection takes the next body; `done` prints wrk's raw numbers (microseconds) as JSON.
 _LUA = """
@@ -89,19 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     splits = load_data(options.data)
     texts = [row for row in splits.test.rows if isinstance(row, str)]
-    rows = _sample(texts, [splits.labels[at] for at in splits.test.targets])
+    rows = sample(texts, [splits.labels[at] for at in splits.test.targets])
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
         lua = _write_lua(folder, [text for text, _ in rows])
-        commands = _commands(options.model, _save_teacher(options.teacher, folder))
+        servers = commands(options.model, save_teacher(options.teacher, folder))
         points: list[Point] = []
         accuracy: dict[str, float] = {}
         for clients in options.clients:
-            for server, command in commands.items():
-                with _running(command, folder / "server.log") as url:
+            for server, command in servers.items():
+                with running(command, folder / "server.log") as run:
                     if server not in accuracy:
-                        accuracy[server] = _accuracy(url, rows[: options.rows])
-                    points.append(_measure(server, url, clients, options.seconds, lua))
+                        accuracy[server] = _accuracy(run.url, rows[: options.rows])
+                    points.append(_measure(server, run.url, clients, options.seconds, lua))
                 print(f"{points[-1]}", file=sys.stderr, flush=True)
     table = _table(points, accuracy)
     report = {
@@ -130,15 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Unique texts with their labels, shuffled: data sets often come sorted by label."""
-    import random
-
-    unique = list(dict(zip(texts, labels, strict=True)).items())
-    random.Random(SEED).shuffle(unique)
-    return unique
-
-
 def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
     bodies = folder / "bodies.jsonl"
     lines = [json.dumps({"inputs": [text]}) for text in texts]
@@ -148,94 +132,10 @@ def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
     return script
 
 
-def _save_teacher(teacher: Path, folder: Path) -> Path:
-    """The teacher as MLflow's documentation saves it: a text-classification pipeline."""
-    import mlflow.transformers
-    from transformers import pipeline
-
-    target = folder / "teacher"
-    # The flavor would find its requirements by loading the model in a process of its own.
-    mlflow.transformers.save_model(
-        pipeline("text-classification", model=str(teacher)),
-        path=str(target),
-        pip_requirements=["transformers", "torch"],
-    )
-    return target
-
-
-def _commands(model: str, teacher: Path) -> dict[str, list[str]]:
-    stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
-    return {
-        TEACHER: [*stock, str(teacher)],
-        OURS: [*stock, model],
-        PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
-    }
-
-
-@contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[str]:
-    """A server on a free port, until the block ends; its whole process group ends with it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {
-        "PATH": path,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "HF_HUB_OFFLINE": "1",
-    }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _await_ready(url, process, log)
-            yield url
-        finally:
-            _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(10)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def _await_ready(url: str, process: subprocess.Popen[bytes], log: Path, limit_s: int = 180) -> None:
-    end = time.monotonic() + limit_s
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urlopen(f"{url}/ping", timeout=2):
-                return
-        except (URLError, OSError):
-            time.sleep(0.2)
-    sys.exit(f"the server did not start: {process.args!r}\n{log.read_text()[-3000:]}")
-
-
 def _accuracy(url: str, rows: Sequence[tuple[str, str]]) -> float:
     """Share of rows that the server gives their label, asked one by one as under load."""
-    right = [_answer(url, text)["label"] == label for text, label in rows]
+    right = [ask(url, text)["label"] == label for text, label in rows]  # type: ignore[index]
     return right.count(True) / len(rows)
-
-
-def _answer(url: str, text: str) -> dict[str, Any]:
-    body = json.dumps({"inputs": [text]}).encode()
-    request = Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as response:
-        answer: dict[str, Any] = json.load(response)["predictions"][0]
-    return answer
 
 
 def _measure(server: str, url: str, clients: int, seconds: int, lua: Path) -> Point:

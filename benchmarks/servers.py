@@ -1,0 +1,173 @@
+"""The servers under test: their commands, their start and end, and the rows they are asked.
+
+Knows nothing of loads and of what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+SEED = 0
+TEACHER, OURS, PT_DEPLOY = "mlflow, transformers flavor", "mlflow, pt_deploy flavor", "pt-deploy"
+START_S = 180
+
+
+class StartError(Exception):
+    """A server that did not answer; says why."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs.
+
+    Attributes:
+        url: Where it listens.
+        pid: The first of its processes.
+        start_s: Seconds from its command to its first answer.
+    """
+
+    url: str
+    pid: int
+    start_s: float
+
+
+def sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Unique texts with their labels, shuffled: data sets often come sorted by label."""
+    unique = list(dict(zip(texts, labels, strict=True)).items())
+    random.Random(SEED).shuffle(unique)
+    return unique
+
+
+def save_teacher(teacher: Path, folder: Path) -> Path:
+    """The teacher as MLflow's documentation saves it: a text-classification pipeline."""
+    import mlflow.transformers
+    from transformers import pipeline
+
+    target = folder / "teacher"
+    # The flavor would find its requirements by loading the model in a process of its own.
+    mlflow.transformers.save_model(
+        pipeline("text-classification", model=str(teacher)),
+        path=str(target),
+        pip_requirements=["transformers", "torch"],
+    )
+    return target
+
+
+def commands(model: str, teacher: Path) -> dict[str, list[str]]:
+    """The servers that are compared, by name; each takes ``--port``."""
+    stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
+    return {
+        TEACHER: [*stock, str(teacher)],
+        OURS: [*stock, model],
+        PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
+    }
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path) -> Iterator[Server]:
+    """A server on a free port, until the block ends; all its processes end with it.
+
+    Raises:
+        StartError: It ended, or did not answer in time.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+    }
+    begin = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _await_answer(url, process, log)
+            yield Server(url, process.pid, round(time.monotonic() - begin, 2))
+        finally:
+            _stop(process)
+
+
+def ask(url: str, text: str, timeout: float = 60) -> object:
+    """The prediction for one text."""
+    body = json.dumps({"inputs": [text]}).encode()
+    request = Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+    with urlopen(request, timeout=timeout) as response:
+        answer = json.load(response)
+    return answer["predictions"][0] if isinstance(answer, dict) else answer[0]
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all that descend from it, threads included."""
+    ticks = 0
+    for member in processes(pid):
+        try:
+            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def processes(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for member in found:
+        for tasks in Path(f"/proc/{member}/task").glob("*/children"):
+            try:
+                found += map(int, tasks.read_text().split())
+            except OSError:
+                continue
+    return found
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    members = processes(process.pid)  # some start sessions of their own
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(10)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    for member in members:
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            ask(url, "hello")
+            return
+        except (URLError, OSError, ValueError):
+            time.sleep(0.05)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    raise StartError(lines[-1] if lines else f"no answer within {START_S} s")

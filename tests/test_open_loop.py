@@ -1,0 +1,79 @@
+"""The open-loop load generator, compiled, against a real server; and the search for a rate."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_serving import running, save_tiny
+
+from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.slot import Slot
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import open_loop
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+
+
+def point(rate: float, p99_ms: float | None) -> open_loop.Point:
+    return open_loop.Point(rate, rate, p99_ms, p99_ms, p99_ms, p99_ms, 0.0, None, 0, 1.0)
+
+
+def fire(program: Path, url: str, bodies: Path, rate: float) -> dict[str, Any]:
+    host, port = url.removeprefix("http://").split(":")
+    words = [rate, 1, 7, host, port, "/invocations", bodies, 64]
+    command = [str(word) for word in (program, *words)]
+    found: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
+    )
+    return found
+
+
+def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path) -> None:
+    program = open_loop.build_generator(tmp_path)
+    bodies = tmp_path / "bodies.jsonl"
+    bodies.write_text('{"inputs": ["red"]}\n{"inputs": [7]}\n')
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
+    slot.open()
+    with running(App({"tiny": slot})) as url:
+        seen = fire(program, url, bodies, 40)
+    assert seen["errors"] == 0
+    assert sum(seen["statuses"].values()) == seen["sent"]
+    assert seen["statuses"]["200"] == -(-seen["sent"] // 2), "bodies are sent in turn"
+    assert seen["p50_ms"] >= 50
+    assert seen["p99_all_ms"] is None, "what is not answered with 200 is infinitely late"
+
+
+def test_a_server_that_is_not_there_is_errors(tmp_path: Path) -> None:
+    program = open_loop.build_generator(tmp_path)
+    bodies = tmp_path / "bodies.jsonl"
+    bodies.write_text("{}\n")
+    seen = fire(program, "http://127.0.0.1:9", bodies, 50)
+    assert seen["errors"] == seen["sent"] > 0
+    assert seen["p99_ms"] is None
+
+
+def test_the_search_finds_the_rate_at_which_the_tail_breaks() -> None:
+    asked: dict[float, open_loop.Point] = {}
+
+    def load(rate: float) -> open_loop.Point:
+        assert rate not in asked, "no rate twice but the first"
+        return point(rate, 20.0 if rate <= 100 else 70.0 if rate <= 300 else None)
+
+    slow, fast = (open_loop.search(load, 8, limit, asked) for limit in (40, 100))
+    assert 90 <= slow <= 100
+    assert 270 <= fast <= 300
+    assert open_loop.search(load, 8, 10, asked) == 0
+
+
+def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
+    good = open_loop.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0))
+    lines = open_loop.table([good, open_loop.Result("bad", "no such module")]).splitlines()
+    assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | 32 | 0% |")
+    assert lines[3].startswith("| bad | no such module |")
+    assert len({line.count("|") for line in lines}) == 1
