@@ -89,16 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     splits = load_data(options.data)
     texts = [row for row in splits.test.rows if isinstance(row, str)]
-    rows = _sample(texts, [splits.labels[at] for at in splits.test.targets])
+    rows = sample(texts, [splits.labels[at] for at in splits.test.targets])
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
         lua = _write_lua(folder, [text for text, _ in rows])
-        commands = _commands(options.model, _save_teacher(options.teacher, folder))
+        wanted = commands(options.model, save_teacher(options.teacher, folder))
         points: list[Point] = []
         accuracy: dict[str, float] = {}
         for clients in options.clients:
-            for server, command in commands.items():
-                with _running(command, folder / "server.log") as url:
+            for server, command in wanted.items():
+                with running(command, folder / "server.log") as (url, _):
                     if server not in accuracy:
                         accuracy[server] = _accuracy(url, rows[: options.rows])
                     points.append(_measure(server, url, clients, options.seconds, lua))
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
+def sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
     """Unique texts with their labels, shuffled: data sets often come sorted by label."""
     import random
 
@@ -148,7 +148,7 @@ def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
     return script
 
 
-def _save_teacher(teacher: Path, folder: Path) -> Path:
+def save_teacher(teacher: Path, folder: Path) -> Path:
     """The teacher as MLflow's documentation saves it: a text-classification pipeline."""
     import mlflow.transformers
     from transformers import pipeline
@@ -163,7 +163,7 @@ def _save_teacher(teacher: Path, folder: Path) -> Path:
     return target
 
 
-def _commands(model: str, teacher: Path) -> dict[str, list[str]]:
+def commands(model: str, teacher: Path) -> dict[str, list[str]]:
     stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
     return {
         TEACHER: [*stock, str(teacher)],
@@ -173,12 +173,14 @@ def _commands(model: str, teacher: Path) -> dict[str, list[str]]:
 
 
 @contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[str]:
-    """A server on a free port, until the block ends; its whole process group ends with it."""
+def running(command: Sequence[str], log: Path) -> Iterator[tuple[str, int]]:
+    """A server on a free port and its session's id; when the block ends, its processes end too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    words = [word.replace("{port}", str(port)) for word in command]
+    words += [] if "{port}" in " ".join(command) else ["--port", str(port)]
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {
         "PATH": path,
@@ -188,7 +190,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[str]:
     }
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port)],
+            words,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -197,7 +199,7 @@ def _running(command: Sequence[str], log: Path) -> Iterator[str]:
         try:
             url = f"http://127.0.0.1:{port}"
             _await_ready(url, process, log)
-            yield url
+            yield url, process.pid
         finally:
             _stop(process)
 
@@ -220,7 +222,7 @@ def _await_ready(url: str, process: subprocess.Popen[bytes], log: Path, limit_s:
             with urlopen(f"{url}/ping", timeout=2):
                 return
         except (URLError, OSError):
-            time.sleep(0.2)
+            time.sleep(0.05)
     sys.exit(f"the server did not start: {process.args!r}\n{log.read_text()[-3000:]}")
 
 
