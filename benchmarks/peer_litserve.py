@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import litserve
+import litserve  # type: ignore[import-not-found]
 
 Score = Callable[[list[str]], list[Any]]
 

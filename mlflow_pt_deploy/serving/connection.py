@@ -142,7 +142,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _begin(self, turn: _Turn, scope: Any, url: bytes, body: bytes) -> None:
         scope.update(method="POST", path=url.decode(), raw_path=url, query_string=b"")
         cycle = RequestResponseCycle(
-            scope=scope,  # type: ignore[arg-type]
+            scope=scope,
             transport=self.transport,
             flow=self.flow,
             logger=self.logger,
@@ -156,6 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
         )
         cycle.body += body
         cycle.more_body = False
+        cycle.message_event.set()
         if self.cycle is turn:  # type: ignore[comparison-overlap]
             self.cycle = cycle
         self._start_asgi_task(cycle, self.app)

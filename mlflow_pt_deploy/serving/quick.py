@@ -118,13 +118,12 @@ def _parse(body: bytes, pyfunc: PyFunc) -> tuple[list[str], int] | None:
     if not isinstance(request, dict) or not request.keys() <= {"inputs", "params"}:
         return None
     rows, params = request.get("inputs"), request.get("params") or {"top_k": 1}
-    few = isinstance(rows, list) and 0 < len(rows) <= MOST_ROWS
-    if not few or not all(isinstance(row, str) for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         return None
     top_k = params.get("top_k", 1) if isinstance(params, dict) else None
     if type(top_k) is not int or not 1 <= top_k <= len(pyfunc.loaded.labels):
         return None
-    return rows, top_k
+    return (rows, top_k) if 0 < len(rows) <= MOST_ROWS else None
 
 
 def _score(version: Version, requests: list[_Asked]) -> list[Answer] | list[None]:
