@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,7 @@ class Load:
 
     def search(self, limit_ms: int, seconds: float, known: list[Point]) -> float:
         """The highest rate that holds, and every point looked at added to `known`; 0: none."""
-        rate, best, failed = 1.0, 0.0, None
+        rate, best, failed = 4.0, 0.0, None
         while failed is None:
             earlier = [point for point in known if point.rate == rate]
             point = earlier[0] if earlier else self.at(rate, _enough(rate, seconds))
@@ -149,6 +150,7 @@ def _point(table: Any, rate: float, seconds: float, cpu_s: float) -> Point:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON, Markdown and a plot."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
     from mlflow_pt_deploy.data import load_data
 
     splits = load_data(options.data)
@@ -231,6 +233,8 @@ def _measure(
                 "padding_share": _padding(url),
             }
     except (SystemExit, OSError, subprocess.CalledProcessError) as error:
+        if isinstance(error, SystemExit) and error.code == 143:
+            raise
         return {"reason": f"{server} did not run: {str(error)[-500:]}"}
 
 
