@@ -218,6 +218,16 @@ def test_one_bad_row_fails_alone(model: GatedModel, pool: ThreadPoolExecutor) ->
     assert under.submit([[1]]).tolist() == [[1, 1]], "the model is free again"
 
 
+@pytest.mark.parametrize(("bad", "calls"), [(1, 9), (16, 31)])
+def test_to_find_bad_rows_costs_a_bounded_number_of_calls(
+    model: GatedModel, bad: int, calls: int
+) -> None:
+    rows = [[n] for n in range(1, 17 - bad)] + [[BAD]] * bad
+    with pytest.raises(ValueError, match="bad row"):
+        batcher(model).submit(rows)
+    assert len(model.batches) <= calls
+
+
 def test_the_same_row_is_computed_once_in_a_batch_and_while_in_flight(
     model: GatedModel, pool: ThreadPoolExecutor
 ) -> None:

@@ -1,7 +1,8 @@
 """The ASGI application of ``pt-deploy serve``: routes, limits, and who answers.
 
-A request is read here and scored in a thread of its own, which waits in the batcher. Knows
-nothing of registries: it asks a slot for its version, once for each request.
+A request is read here and scored in a thread of its own, which waits in the batcher; common ones to
+fast models never come here (see `quick`). Knows nothing of registries: it asks a slot for its
+version, once for each request.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.metrics import Metrics
+from mlflow_pt_deploy.serving.openapi import document
 from mlflow_pt_deploy.serving.protocol import Answer, answer, failure
+from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import Caller
 
@@ -75,6 +78,7 @@ class App:
             "/version": _mlflow_version,
             "/livez": lambda: Answer(200, b"{}"),
             "/readyz": self._ready,
+            "/openapi.json": self._openapi,
         }
         self._looks: dict[str, Page] = {
             "/metrics": self._exposed,
@@ -82,6 +86,7 @@ class App:
             "/models": lambda: _page([slot.about() for slot in slots.values()]),
             **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
         }
+        self.quick = Quick(self._scored, self._guard, self._tell)
         for name, slot in slots.items():
             self._metrics.gauge("queue_rows", name, _queued(slot))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
@@ -93,14 +98,16 @@ class App:
         start = time.perf_counter()
         path = scope["path"]
         slot = self._scored.get(path)
-        version = None
         if slot is not None and scope["method"] == "POST":
             result = await self._invoke(slot, dict(scope["headers"]), receive)
-            version = result.version
         else:
             result = self._read_only(path, scope)
         await _respond(send, result)
-        seconds = time.perf_counter() - start
+        self._tell(slot, path, result, time.perf_counter() - start)
+
+    def _tell(self, slot: Slot | None, path: str, result: Answer, seconds: float) -> None:
+        """Count and log an answer."""
+        version = result.version
         label = version.label if version else ""
         if slot is not None:
             self._metrics.answered(slot.name, label, result, seconds)
@@ -156,6 +163,11 @@ class App:
 
     def _ping(self) -> Answer:
         return Answer(self._ready().status, b"\n")
+
+    def _openapi(self) -> Answer:
+        current = next(iter(self._slots.values())).current
+        column = current.pyfunc.loaded.preprocessor.column if current else None
+        return _page(document(self._slots, column))
 
     def _exposed(self) -> Answer:
         text = self._metrics.expose()

@@ -1,17 +1,34 @@
-"""One connection: the head of a request must be short, and come soon.
+"""One connection: the head of a request must be short, and come soon; common requests go past ASGI.
 
 The parser in C that uvicorn uses has a limit for neither; a request's body is the `app`'s business.
+A short request that came in one piece is offered to `quick` first. Whatever that does not take on
+goes uvicorn's way, as if nothing had been.
 """
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.quick import Quick
 
 HEAD_BYTES = 64 * 2**10
 HEAD_S = 15.0
+
+
+class _Turn:
+    """What uvicorn must see as the request under way while `quick` has it."""
+
+    message_event = asyncio.Event()  # nobody waits for it
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+        self.response_complete = False
+        self.disconnected = False
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -22,6 +39,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_open = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._quick: Quick | None = getattr(self.app, "quick", None)
+        self._short: bytes | None = None  # the body of a request that `quick` may take
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -33,6 +52,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self._short is not None:  # its end is not there yet, and may never come
+            self._go_uvicorns_way()
         if not self._head_open:
             return
         self._head_bytes += len(data)
@@ -49,7 +70,96 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_open = False
         self._head_bytes = 0
         self._stop_timer()
+        if self._may_be_quick():
+            self._short = b""
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self._short is None:
+            super().on_body(body)
+        else:
+            self._short += body
+
+    def on_message_complete(self) -> None:
+        if self._short is None or self._quick is None:
+            super().on_message_complete()
+            return
+        turn, before = _Turn(self.parser.should_keep_alive()), self.cycle
+        self.cycle = turn  # type: ignore[assignment]
+        done = partial(self._done, turn, self.scope, self.url, self._short)
+        if self._quick.take(self.url, dict(self.headers), self._short, done):
+            self._short = None
+            return
+        self.cycle = before
+        if self._go_uvicorns_way():
+            super().on_message_complete()
+
+    def _may_be_quick(self) -> bool:
+        busy = self.cycle is not None and not self.cycle.response_complete
+        return (
+            self._quick is not None
+            and self.parser.get_method() == b"POST"
+            and self._quick.knows(self.url)
+            and self.parser.get_http_version() == "1.1"
+            and not (busy or self.flow.write_paused or self.expect_100_continue)
+            and not self.parser.should_upgrade()
+            and len(self.connections) < (self.limit_concurrency or len(self.connections) + 1)
+        )
+
+    def _go_uvicorns_way(self) -> bool:
+        """Begin the request as uvicorn would have done, unless the connection closes."""
+        body, self._short = self._short, None
+        if self.transport.is_closing():
+            return False
         super().on_headers_complete()
+        if body:
+            super().on_body(body)
+        return True
+
+    def _done(
+        self, turn: _Turn, scope: Any, url: bytes, body: bytes, result: Answer | None
+    ) -> None:
+        """Send what `quick` answered; None: begin anew, from what was kept of the request."""
+        if turn.disconnected or self.transport.is_closing():
+            return
+        if result is None:
+            self._begin(turn, scope, url, body)
+            return
+        assert result.version is not None
+        head = [(b"content-type", result.content_type), result.version.header]
+        head.append((b"content-length", b"%d" % len(result.body)))
+        if not turn.keep_alive:
+            head.append((b"connection", b"close"))
+        lines = [name + b": " + value for name, value in self.server_state.default_headers + head]
+        text = b"\r\n".join([b"HTTP/1.1 200 OK", *lines, b"", result.body])
+        self.transport.write(text)
+        turn.response_complete = True
+        if not turn.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+    def _begin(self, turn: _Turn, scope: Any, url: bytes, body: bytes) -> None:
+        scope.update(method="POST", path=url.decode(), raw_path=url, query_string=b"")
+        cycle = RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=turn.keep_alive,
+            on_response=self.on_response_complete,
+        )
+        cycle.body += body
+        cycle.more_body = False
+        cycle.message_event.set()
+        if self.cycle is turn:  # type: ignore[comparison-overlap]
+            self.cycle = cycle
+        self._start_asgi_task(cycle, self.app)
 
     def _start_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._too_late)

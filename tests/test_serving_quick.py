@@ -1,0 +1,170 @@
+"""The short way of common requests, on real ports: the same answers and errors as the long way."""
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+from tiny_serving import running, save_tiny
+
+from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.guard import Guard
+from mlflow_pt_deploy.serving.quick import MOST_ROWS
+from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.slot import Slot
+
+connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
+JSON = {"Content-Type": "application/json"}
+
+
+class Routes(AccessLog):
+    """Keeps what the server would have written."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int]] = []
+
+    def write(self, route: str, label: str, result: Any, seconds: float) -> None:
+        self.lines.append((route, result.status))
+
+
+class Both:
+    """One model behind two servers: `short` offers requests to `quick`, `long` never does."""
+
+    def __init__(self, slot: Slot, short: str, long: str, routes: Routes) -> None:
+        self.slot, self.short, self.long = slot, short, long
+        self.routes = routes
+
+    def post(self, url: str, body: Any, **headers: str) -> requests.Response:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return requests.post(f"{url}/invocations", data=data, headers=JSON | headers, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+        slot = Slot("tiny", source(str(save_tiny(tmp_path_factory.mktemp("quick") / "tiny"))))
+        slot.open()
+        assert slot.current
+        slot.current.pyfunc.quick = True  # whatever this machine's clock said
+        routes, options = Routes(), {"http": connection.BoundedProtocol, "proxy_headers": False}
+        short, long = App({"tiny": slot}, access=routes), App({"tiny": slot})
+        long.quick = None  # type: ignore[assignment]
+        with running(short, **options) as first, running(long, **options) as second:
+            yield Both(slot, first, second, routes)
+
+
+def some_request(chance: random.Random) -> tuple[Any, dict[str, str]]:
+    """A request, mostly right, sometimes wrong in one of many ways."""
+    words = ["red", "green", "blue", "", "über", "\ud800", "explode", "nan", "\x00", "red " * 99]
+    rows: Any = [" ".join(chance.choices(words, k=2)) for _ in range(chance.randint(0, 6))]
+    body: Any = {"inputs": rows}
+    if chance.random() < 0.4:
+        params = [{"top_k": at} for at in (0, 1, 2, 3, 4, True, 1.0, "2", None)]
+        body["params"] = chance.choice([*params, None, {}, [], 7, {"unknown": 1}])
+    if chance.random() < 0.3:
+        twist: list[Any] = [
+            {"inputs": "red"},
+            {"inputs": [["red"]]},
+            {"inputs": [None]},
+            {"inputs": {"text": ["red"]}},
+            {"instances": ["red"]},
+            {"inputs": ["red"], "instances": ["red"]},
+            {"inputs": ["red"], "other": 1},
+            {},
+            [],
+            b'{"inputs": ["red"]',
+            b"\xff",
+            b"",
+        ]
+        body = chance.choice(twist)
+    kinds = [{}, {}, {"Content-Type": "application/JSON"}, {"Content-Type": "text/plain"}]
+    kinds += [{"X-Deadline-Ms": "5000"}, {"Content-Type": "application/json; charset=utf-8"}]
+    return body, chance.choice(kinds)
+
+
+def test_both_ways_give_the_same_answers_and_errors(both: Both) -> None:
+    chance = random.Random(0)
+    for _ in range(150):
+        body, headers = some_request(chance)
+        short, long = (both.post(url, body, **headers) for url in (both.short, both.long))
+        assert (short.status_code, short.json()) == (long.status_code, long.json()), body
+        for name in ("content-type", "x-model-version", "retry-after", "server"):
+            assert short.headers.get(name) == long.headers.get(name), body
+
+
+def test_requests_on_one_connection_are_answered_in_order(both: Both) -> None:
+    bodies = [json.dumps({"inputs": rows}).encode() for rows in (["red"], ["explode"], ["blue"])]
+    head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n"
+    sent = b"".join(
+        (head.format("/invocations", len(body)) + "\r\n").encode() + body for body in bodies
+    )
+    sent += b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    host, port = both.short.removeprefix("http://").split(":")
+    for size in (len(sent), 50, 7):  # in one piece, and cut anywhere
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            for at in range(0, len(sent), size):
+                client.sendall(sent[at : at + size])
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        parts = answer.split(b"HTTP/1.1 ")[1:]
+        assert [part[:3] for part in parts] == [b"200", b"500", b"200", b"200"]
+        assert b'"red"' in parts[0]
+        assert b'"blue"' in parts[2]
+
+
+def test_a_connection_that_shall_close_is_closed(both: Both) -> None:
+    answer = both.post(both.short, {"inputs": ["red"]}, Connection="close")
+    assert answer.headers["connection"] == "close"
+    assert answer.json()["predictions"][0]["label"] == "red"
+
+
+def test_one_bad_row_fails_alone(both: Both) -> None:
+    def ask(word: str) -> tuple[str, int]:
+        return word, both.post(both.short, {"inputs": [word]}).status_code
+
+    words = (["red", "green", "blue", "red green"] * 4 + ["explode", "nan"]) * 4
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, words))
+    assert len(answers) == len(words)
+    for word, status in answers:
+        assert status == (500 if word in ("explode", "nan") else 200), word
+
+
+def test_each_answer_is_counted_once(both: Both) -> None:
+    before = len(both.routes.lines)
+    for body in ({"inputs": ["red"]}, {"inputs": ["explode"]}, {"inputs": []}, {"x": 1}):
+        both.post(both.short, body)
+    both.post(both.short, {"inputs": ["red"] * (MOST_ROWS + 1)})
+    statuses = [status for _, status in both.routes.lines[before:]]
+    assert statuses == [200, 500, 400, 400, 200]
+
+
+def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> None:
+    assert both.slot.current
+    batcher = both.slot.current.pyfunc.batcher
+    batcher._led = True  # as if a thread were in the model
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(both.post, both.short, {"inputs": ["red"]})
+            assert requests.get(f"{both.short}/livez", timeout=5).status_code == 200
+            while not batcher.queued_rows:
+                assert not waiting.done()
+            with batcher._lock:
+                batcher._queue[0].leads = True
+                batcher._queue[0].wake.set()
+            assert waiting.result().status_code == 200
+    finally:
+        assert not batcher.busy
+
+
+def test_a_token_is_asked_for(both: Both) -> None:
+    app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
+    with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+        assert both.post(url, {"inputs": ["red"]}).status_code == 401
+        right = both.post(url, {"inputs": ["red"]}, Authorization="Bearer 0123456789abcdef")
+        assert right.status_code == 200
