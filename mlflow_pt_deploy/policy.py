@@ -110,7 +110,7 @@ def choose(results: Sequence[Result], policy: Policy) -> Choice:
     return Choice(chosen.variant, reason, _considered(results, misses, tied, chosen))
 
 
-def finalists(results: Sequence[Result], policy: Policy, count: int = 3) -> list[str]:
+def finalists(results: Sequence[Result], policy: Policy, count: int = 2) -> list[str]:
     """Names of the best variants that keep to the limits, the best first."""
     usable = [each for each in results if not _unusable(each) and not _misses(each, policy)]
     best = sorted(usable, key=lambda each: _cost(each, policy))

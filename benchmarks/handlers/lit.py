@@ -11,7 +11,7 @@ from score import make_score
 
 class Classifier(litserve.LitAPI):
     def __init__(self, options: argparse.Namespace) -> None:
-        # static students and eager MiniLM did best so: no more rows than our own batches hold
+        # no more rows than our own batches hold
         super().__init__(
             max_batch_size=32, batch_timeout=options.batch_timeout_s, api_path="/invocations"
         )

@@ -75,7 +75,8 @@ def interleave(
     variant_s = warm(variant, indices)
     baseline_s = statistics.median(baseline.time(indices[: _BLOCK_ROWS[0]])) / 1e9
     least, most = _BLOCK_ROWS
-    size = min(max(round(_BLOCK_S / baseline_s), least), most, len(indices))
+    block_s = min(_BLOCK_S, seconds / (2 * LEAST_ROUNDS))  # a short budget gets short blocks
+    size = min(max(round(block_s / baseline_s), least), most, len(indices))
     passes = min(max(round(baseline_s / variant_s), 1), _MOST_PASSES)
     samples: list[float] = []
     ratios: list[float] = []
