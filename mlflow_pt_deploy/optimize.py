@@ -6,7 +6,8 @@ Knows the order of these steps; each of them is another module's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from tqdm.auto import tqdm
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.cascades import plan_cascades
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import work_folder
-from mlflow_pt_deploy.measure import Result, measure
+from mlflow_pt_deploy.measure import Bench, Result
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Choice, choose, finalists, no_slower
 from mlflow_pt_deploy.report import markdown, plot
@@ -62,12 +63,11 @@ def optimize(
     folders = work / "variants"
     built = _build(models, splits, select(options.variants), folders)
     reference = VARIANTS[0].name(next(iter(models)))
-    results = _measure(built, splits, reference, options)
-    wanted = wants_cascades(options.variants)
-    if cascades := _cascade(results, splits, options.retain, folders) if wanted else []:
-        known = [one for one in built if one.name == reference]
-        results += _measure([*known, *cascades], splits, reference, options, only=cascades)
-    results = _with_fewer_threads(results, folders, splits, reference, options)
+    with _bench(built, reference, splits, options) as bench:
+        results = _measure(bench, built)
+        if wants_cascades(options.variants):
+            results += _measure(bench, _cascade(results, splits, options.retain, folders))
+        results = _with_fewer_threads(bench, results, options)
     addresses = {}
     for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
         address = tracking.log_result(result, splits, step)
@@ -112,88 +112,55 @@ def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: P
     return made
 
 
-def _measure(
-    built: Sequence[Built],
-    splits: Splits,
-    reference: str,
-    options: Options,
-    only: Sequence[Built] = (),
-) -> list[Result]:
-    """A result for each of `built` (or of `only`), those that failed included."""
+def _bench(built: Sequence[Built], reference: str, splits: Splits, options: Options) -> Bench:
+    """What all variants are measured against.
+
+    Raises:
+        VariantError: The baseline could not be built, or fails.
+    """
+    one = next((one for one in built if one.name == reference), None)
+    if one is None or one.folder is None:
+        reason = one.reason if one else "it is not among the variants"
+        raise VariantError(f"the baseline {reference} is needed for every comparison: {reason}")
+    return Bench(one.folder, splits, seconds=options.seconds, threads=options.threads)
+
+
+def _measure(bench: Bench, built: Sequence[Built]) -> list[Result]:
+    """A result for each, those that could not be built included."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
-    names = {one.name for one in only or built} & folders.keys()
-    measured: list[Result] = []
-    with tqdm(total=len(names), desc="measuring", unit="variant", disable=not names) as bar:
-
-        def progress(result: Result) -> None:
-            bar.set_postfix_str(result.variant)
-            bar.update()
-
-        if names:
-            measured = measure(
-                folders,
-                baseline=reference,
-                splits=splits,
-                seconds=options.seconds,
-                threads=options.threads,
-                only=names,
-                progress=progress,
-            )
-    by_name = {result.variant: result for result in measured}
-    return [
-        by_name.get(one.name) or _failed(one, reference, options.threads or usable_cores())
-        for one in only or built
-    ]
+    with _progress("measuring", len(folders)) as progress:
+        measured = {each.variant: each for each in bench.measure(folders, progress=progress)}
+    return [measured.get(one.name) or bench.failed(one.name, one.reason) for one in built]
 
 
-def _with_fewer_threads(
-    results: Sequence[Result], folders: Path, splits: Splits, reference: str, options: Options
-) -> list[Result]:
+def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
     """The same, but the finalists with as few threads as they need; a small model needs one."""
-    names, cores = finalists(results, options.policy()), usable_cores()
-    if options.threads or not names:
-        return list(results)
     kept = {each.variant: each for each in results}
-    fewer = _fewer(cores)
-    with tqdm(total=len(names) * len(fewer), desc="fewer threads", unit="variant") as bar:
-
-        def progress(result: Result) -> None:
-            bar.set_postfix_str(result.variant)
-            bar.update()
-
+    names = finalists(results, options.policy())
+    fewer = [] if options.threads or not names else _fewer(usable_cores())
+    folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
+    with _progress("fewer threads", len(folders) * len(fewer)) as progress:
         for threads in fewer:
-            for result in measure(
-                {name: folders / name for name in dict.fromkeys([reference, *names])},
-                baseline=reference,
-                splits=splits,
-                seconds=options.seconds,
-                threads=threads,
-                baseline_threads=cores,
-                only=names,
-                progress=progress,
-            ):
+            for result in bench.measure(folders, threads=threads, progress=progress):
                 if not result.reason and no_slower(result, kept[result.variant]):
                     kept[result.variant] = result
     return list(kept.values())
 
 
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[Result], None]]:
+    with tqdm(total=total, desc=what, unit="variant", disable=not total) as bar:
+
+        def progress(result: Result) -> None:
+            bar.set_postfix_str(result.variant)
+            bar.update()
+
+        yield progress
+
+
 def _fewer(cores: int) -> list[int]:
     """Half of the cores, a quarter, and so on to one."""
     return [cores >> step for step in range(1, cores.bit_length())]
-
-
-def _failed(one: Built, reference: str, threads: int) -> Result:
-    return Result(
-        one.name,
-        one.model,
-        one.runtime,
-        one.precision,
-        "cpu",
-        threads,
-        None,
-        one.reason,
-        baseline=reference,
-    )
 
 
 def _log_outcome(

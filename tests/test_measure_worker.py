@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.measure import Result, Worker, measure
+from mlflow_pt_deploy.measure import Bench, Result, Worker, measure
 from mlflow_pt_deploy.measure.timing import draw_rows, interleave, throughput, warm
 from mlflow_pt_deploy.preprocess import TextPreprocessor
 from mlflow_pt_deploy.variants import write_variant
@@ -285,3 +285,13 @@ def test_a_baseline_that_cannot_be_loaded_is_an_error(tmp_path: Path, splits: Sp
     gone = tmp_path / "teacher-eager-fp32"
     with pytest.raises(VariantError, match="is not a variant"):
         measure({gone.name: gone}, baseline=gone.name, splits=splits)
+
+
+def test_a_baseline_that_was_killed_is_started_again(folder: Path, splits: Splits) -> None:
+    with Bench(folder, splits, seconds=0.2, threads=1) as bench:
+        first = bench.worker.pid
+        os.kill(first, signal.SIGKILL)
+        (result,) = bench.measure({folder.name: folder})
+        assert bench.worker.pid != first
+    assert not result.reason
+    assert result.value("speedup")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from mlflow_pt_deploy import optimize
-from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.measure import Measurement, Result
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.tracking import _served_so
 
+Asked = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
 BASELINE = "teacher-eager-fp32"
 
 
@@ -36,21 +36,19 @@ def _result(variant: str, speedup: float, threads: int = 4) -> Result:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, tuple[str, ...]]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Four cores; one thread is as good for the static student, and two for the other."""
     calls: list[tuple[int, tuple[str, ...]]] = []
     speedups = {("static-numpy-fp32", 1): 100.0, ("static-numpy-fp32", 2): 95.0}
     speedups |= {("student-openvino-fp32", 1): 5.0, ("student-openvino-fp32", 2): 9.5}
 
-    def measure(folders: Any, *, threads: int, only: Any, **rest: Any) -> list[Result]:
-        assert rest["baseline_threads"] == 4  # or speed-ups could not be compared
-        assert next(iter(folders)) == rest["baseline"] == BASELINE
-        calls.append((threads, tuple(only)))
-        return [_result(name, speedups.get((name, threads), 0.5), threads) for name in only]
+    class Bench:
+        def measure(self, folders: Any, *, threads: int, **_: Any) -> list[Result]:
+            calls.append((threads, tuple(folders)))
+            return [_result(name, speedups.get((name, threads), 0.5), threads) for name in folders]
 
-    monkeypatch.setattr(optimize, "measure", measure)
     monkeypatch.setattr(optimize, "usable_cores", lambda: 4)
-    return calls
+    return cast("optimize.Bench", Bench()), calls
 
 
 MEASURED = [
@@ -60,11 +58,10 @@ MEASURED = [
 ]
 
 
-def test_each_finalist_keeps_as_few_threads_as_it_needs(
-    asked: list[tuple[int, tuple[str, ...]]], tiny_splits: Splits
-) -> None:
-    found = optimize._with_fewer_threads(MEASURED, Path(), tiny_splits, BASELINE, Options())
-    assert [threads for threads, _ in asked] == [2, 1]
+def test_each_finalist_keeps_as_few_threads_as_it_needs(asked: Asked) -> None:
+    bench, calls = asked
+    found = optimize._with_fewer_threads(bench, MEASURED, Options())
+    assert [threads for threads, _ in calls] == [2, 1]
     assert {each.variant: each.threads for each in found} == {
         BASELINE: 4,
         "static-numpy-fp32": 1,
@@ -72,13 +69,10 @@ def test_each_finalist_keeps_as_few_threads_as_it_needs(
     }
 
 
-def test_threads_that_a_user_sets_stay(
-    asked: list[tuple[int, tuple[str, ...]]], tiny_splits: Splits
-) -> None:
-    options = Options(threads=4)
-    found = optimize._with_fewer_threads(MEASURED, Path(), tiny_splits, BASELINE, options)
-    assert found == MEASURED
-    assert not asked
+def test_threads_that_a_user_sets_stay(asked: Asked) -> None:
+    bench, calls = asked
+    assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4)) == MEASURED
+    assert not calls
 
 
 def test_it_is_served_so(monkeypatch: pytest.MonkeyPatch) -> None:

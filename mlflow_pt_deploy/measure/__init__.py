@@ -7,7 +7,7 @@ Knows variants' folders and data; does not know MLflow, nor who chooses what fro
     worker      the fresh process that loads one variant and runs it
     process     the handle on a worker
     timing      interleaved rounds against the baseline
-    evaluate    the straight line through all of them: `measure`
+    evaluate    the straight line through all of them: `Bench`, `measure`
 
 Names are loaded on first use: a worker imports this package too, and what it imports counts
 towards the memory and the start-up time of the variant that it measures.
@@ -19,14 +19,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.measure.evaluate import measure
+    from mlflow_pt_deploy.measure.evaluate import Bench, measure
     from mlflow_pt_deploy.measure.process import Worker
     from mlflow_pt_deploy.measure.result import UNITS, Measurement, Result
 
-__all__ = ["UNITS", "Measurement", "Result", "Worker", "measure"]
+__all__ = ["UNITS", "Bench", "Measurement", "Result", "Worker", "measure"]
 
 _HOME = {
     "UNITS": "result",
+    "Bench": "evaluate",
     "Measurement": "result",
     "Result": "result",
     "Worker": "process",

@@ -5,9 +5,8 @@ Knows what is measured and in which order; does not know who chooses from it, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,24 +26,131 @@ _LATENCY_SHARE = 0.6  # of the time budget; throughput gets the rest
 _WARM_SHARE = 0.25  # of it, for meeting each timed row once
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """What every variant is measured against, and how.
+class Bench:
+    """The baseline in a process of its own, warm, and variants measured against it.
 
-    Attributes:
-        worker: The baseline's persistent process, warm on `timed`.
-        splits: Where rows and targets come from.
-        reference: The baseline's answers, int64 (rows,), for each dataset.
-        timed: Indices of the rows to time one at a time.
-        batched: Indices of the rows for throughput.
+    A context manager. A baseline whose process died, for want of memory perhaps, is started again,
+    and the variant that was being measured is measured anew.
+
+    Args:
+        baseline: Folder of the eager fp32 teacher.
+        splits: Rows to time (drawn from `validation`) and to answer (`validation`, `test`).
+        seconds: Timing budget for each variant; slow models exceed it, because a few rounds and
+            repeats are run in any case, and answering all rows comes on top.
+        device: ``cpu`` or ``cuda``.
+        threads: Threads that one call of the baseline may use; 0 takes every core this process
+            may run on.
+
+    Raises:
+        VariantError: The baseline fails, or there are no rows.
     """
 
-    worker: Worker
-    splits: Splits
-    reference: Mapping[str, npt.NDArray[np.int64]]
-    timed: list[int]
-    batched: list[int]
-    seconds: float
+    def __init__(
+        self,
+        baseline: Path,
+        splits: Splits,
+        *,
+        seconds: float = 8.0,
+        device: str = "cpu",
+        threads: int = 0,
+    ) -> None:
+        if not len(splits.validation):
+            raise VariantError(f"{splits.name} has no validation rows: there is nothing to time.")
+        self.splits, self.seconds = splits, seconds
+        self._folder, self._device = baseline, device
+        self._threads = threads or usable_cores()
+        self.batched = draw_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
+        self.worker = self._start()
+        try:
+            given = _answers(self.worker, splits)
+        except BaseException:
+            self.worker.close()
+            raise
+        self.reference = {name: answers.labels for name, answers in given.items()}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker.close()
+
+    def measure(
+        self,
+        folders: Mapping[str, Path],
+        *,
+        threads: int = 0,
+        progress: Callable[[Result], None] | None = None,
+    ) -> list[Result]:
+        """Measure variants one after the other, nothing else running.
+
+        Args:
+            folders: Variant name to its folder. The baseline may be among them: its `speedup` is
+                the noise floor and should come out at 1.
+            threads: Threads that one call may use; 0: as the baseline.
+            progress: Called with each result as it is there.
+
+        Returns:
+            A result for each, in order; one that failed says so in `reason`.
+
+        Raises:
+            VariantError: The baseline itself cannot be measured.
+        """
+        results = []
+        for name, folder in folders.items():
+            blank = self._blank(name, folder, threads or self._threads)
+            result = self._attempt(blank, folder)
+            if not self.worker.alive:
+                self.worker.close()
+                self.worker = self._start()
+                result = self._attempt(blank, folder)
+            if result.reason and folder == self._folder:
+                raise VariantError(f"the baseline cannot be measured: {result.reason}")
+            results.append(result)
+            if progress is not None:
+                progress(result)
+        return results
+
+    def failed(self, name: str, reason: str) -> Result:
+        """The row of a variant that cannot be measured."""
+        return self._blank(name, None, self._threads, reason)
+
+    def _attempt(self, blank: Result, folder: Path) -> Result:
+        try:
+            return _measure_one(blank, folder, self)
+        except PtDeployError as error:
+            return replace(blank, reason=str(error))
+
+    def _start(self) -> Worker:
+        try:
+            worker = _start(self._folder, self.splits, self._device, self._threads)
+        except PtDeployError as error:
+            raise VariantError(f"the baseline cannot be measured: {error}") from error
+        try:
+            fewest, most = _TIMED_ROWS
+            rows = len(self.splits.validation)
+            row_s = warm(worker, draw_rows(fewest, rows))
+            count = min(max(round(_WARM_SHARE * self.seconds / row_s), fewest), most)
+            self.timed = draw_rows(count, rows)
+            worker.time(self.timed)
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def _blank(self, name: str, folder: Path | None, threads: int, reason: str = "") -> Result:
+        model, _, rest = name.partition("-")
+        runtime, _, precision = rest.partition("-")
+        return Result(
+            name,
+            model,
+            runtime,
+            precision,
+            self._device,
+            threads,
+            folder,
+            reason,
+            baseline=self._folder.name,
+        )
 
 
 def measure(
@@ -55,29 +161,18 @@ def measure(
     seconds: float = 8.0,
     device: str = "cpu",
     threads: int = 0,
-    baseline_threads: int = 0,
     only: Collection[str] = (),
-    progress: Callable[[Result], None] | None = None,
 ) -> list[Result]:
-    """Measure variants one after the other, each against the baseline, nothing else running.
-
-    The baseline is measured too, in a second process of its own: its `speedup` is the noise
-    floor and should come out at 1.
+    """Measure variants against one of them, see `Bench`.
 
     Args:
         folders: Variant name to its folder, the baseline among them.
         baseline: Name of the eager fp32 teacher.
-        splits: Rows to time (drawn from `validation`) and to answer (`validation`, `test`).
-        seconds: Timing budget for each variant; slow models exceed it, because a few rounds and
-            repeats are run in any case, and answering all rows comes on top.
+        splits: Where rows and targets come from.
+        seconds: Timing budget for each variant.
         device: ``cpu`` or ``cuda``.
         threads: Threads that one call may use; 0 takes every core this process may run on.
-        baseline_threads: The same for the baseline, where it differs.
         only: Names to measure; empty: all.
-        progress: Called with each result as it is there.
-
-    Returns:
-        A result for each of them, in the order of the folders; one that failed says so in `reason`.
 
     Raises:
         VariantError: The baseline is not among the folders, fails, or there are no rows.
@@ -87,48 +182,9 @@ def measure(
             f"the baseline {baseline} is not among the variants: {', '.join(folders) or 'none'}. "
             "Build it first; every comparison needs it."
         )
-    if not len(splits.validation):
-        raise VariantError(f"{splits.name} has no validation rows, so there is nothing to time.")
-    threads = threads or usable_cores()
-    results = []
-    theirs = baseline_threads or threads
-    with _open_bench(folders[baseline], splits, seconds, device, theirs) as bench:
-        for name, folder in folders.items():
-            if only and name not in only:
-                continue
-            blank = _blank(name, folder, device, threads, baseline)
-            try:
-                result = _measure_one(blank, folder, bench)
-            except PtDeployError as error:
-                if name == baseline or not bench.worker.alive:
-                    raise VariantError(f"the baseline cannot be measured: {error}") from error
-                result = replace(blank, reason=str(error))
-            results.append(result)
-            if progress is not None:
-                progress(result)
-    return results
-
-
-def _blank(name: str, folder: Path, device: str, threads: int, baseline: str) -> Result:
-    model, _, rest = name.partition("-")
-    runtime, _, precision = rest.partition("-")
-    return Result(name, model, runtime, precision, device, threads, folder, baseline=baseline)
-
-
-@contextmanager
-def _open_bench(
-    folder: Path, splits: Splits, seconds: float, device: str, threads: int
-) -> Iterator[_Bench]:
-    with _start(folder, splits, device, threads) as worker:
-        fewest, most = _TIMED_ROWS
-        row_s = warm(worker, draw_rows(fewest, len(splits.validation)))
-        timed = draw_rows(
-            min(max(round(_WARM_SHARE * seconds / row_s), fewest), most), len(splits.validation)
-        )
-        batched = draw_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
-        worker.time(timed)
-        reference = {name: given.labels for name, given in _answers(worker, splits).items()}
-        yield _Bench(worker, splits, reference, timed, batched, seconds)
+    wanted = {name: path for name, path in folders.items() if not only or name in only}
+    with Bench(folders[baseline], splits, seconds=seconds, device=device, threads=threads) as bench:
+        return bench.measure(wanted)
 
 
 def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
@@ -149,7 +205,7 @@ def _answers(worker: Worker, splits: Splits) -> dict[str, Answers]:
     }
 
 
-def _measure_one(blank: Result, folder: Path, bench: _Bench) -> Result:
+def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
     with _start(folder, bench.splits, blank.device, blank.threads) as worker:
         measurements = [
             *_timing(worker, bench),
@@ -167,7 +223,7 @@ def _measure_one(blank: Result, folder: Path, bench: _Bench) -> Result:
         )
 
 
-def _timing(worker: Worker, bench: _Bench) -> list[Measurement]:
+def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
     rounds = interleave(worker, bench.worker, bench.timed, seconds=bench.seconds * _LATENCY_SHARE)
     p50, p95, p99 = (percentile(rounds.samples_ms, q) for q in (50, 95, 99))
     ratio, low, high = paired_speedup(rounds.ratios)
@@ -186,7 +242,7 @@ def _timing(worker: Worker, bench: _Bench) -> list[Measurement]:
     ]
 
 
-def _quality(worker: Worker, bench: _Bench) -> list[Measurement]:
+def _quality(worker: Worker, bench: Bench) -> list[Measurement]:
     found: list[Measurement] = []
     for dataset, given in _answers(worker, bench.splits).items():
         split: Split = getattr(bench.splits, dataset)

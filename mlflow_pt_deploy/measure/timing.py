@@ -99,7 +99,7 @@ def throughput(
     """Rows a second at the batch sizes of `BATCH_ROWS`, in repeated measurements.
 
     Batch sizes take turns, so that a slow moment does not fall on one of them alone. The largest
-    is left out where one pass of it would take longer than the whole budget.
+    is left out where a warm and a timed pass of it would take longer than the whole budget.
 
     Args:
         worker: Holds the rows.
@@ -108,7 +108,7 @@ def throughput(
         seconds: Share of the budget; one repeat of each size is run in any case.
     """
     *smaller, largest = BATCH_ROWS
-    sizes = BATCH_ROWS if largest * row_s <= seconds else tuple(smaller)
+    sizes = BATCH_ROWS if 2 * largest * row_s <= seconds else tuple(smaller)
     share = seconds / (len(sizes) * (_REPEATS + 1))
     rows = indices[: max(round(share / row_s), sizes[-1])]
     end = perf_counter() + seconds
