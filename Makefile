@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 
 demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
-	  -P epochs=3 -P student_epochs=2 -P static_epochs=8 -P seconds=1
+	  -P epochs=2 -P learning_rate=4e-4 -P student_epochs=2 -P static_epochs=8 -P seconds=1
 
 test: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -n 2

@@ -76,8 +76,7 @@ class AOTInductor(Variant):
                 aoti_compile_and_package(
                     program,
                     package_path=str(folder / _FILE),
-                    # Only constant weights are stored as int8; else int8 is computed in fp32.
-                    inductor_configs={"freezing": static},
+                    inductor_configs=_compile_options(static),
                 )
         except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
             raise VariantError(
@@ -91,6 +90,17 @@ class AOTInductor(Variant):
             raise UnsupportedError("this package was compiled for the CPU; use device=cpu.")
         torch.set_num_threads(threads)
         return torch_predict(_loaded(str(folder / _FILE)), device)
+
+
+def _compile_options(static: bool) -> dict[str, Any]:
+    from torch._inductor import config
+
+    # Only constant weights are stored as int8; else int8 is computed in fp32.
+    options: dict[str, Any] = {"freezing": static}
+    if hasattr(config.aot_inductor, "precompile_headers"):
+        # Two headers of 7 s each pay from the third package on; few runs build as many.
+        options["aot_inductor.precompile_headers"] = False
+    return options
 
 
 def _loaded(path: str) -> Callable[..., torch.Tensor]:
