@@ -11,7 +11,7 @@ import pytest
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import Limits
-from mlflow_pt_deploy.serving.ticket import Caller
+from mlflow_pt_deploy.serving.ticket import Caller, Ticket
 
 BAD = 666
 
@@ -351,3 +351,108 @@ def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPo
         future.result(timeout=20)
     assert under._queued_rows == 0
     assert not under._led
+
+
+class Told:
+    """Keeps the tickets that `Batcher.start` reports."""
+
+    def __init__(self) -> None:
+        self.tickets: list[Ticket] = []
+
+    def __call__(self, ticket: Ticket) -> None:
+        self.tickets.append(ticket)
+
+    def answers(self) -> list[list[list[float]]]:
+        return [ticket.result().tolist() for ticket in self.tickets]
+
+
+def test_who_must_not_wait_is_told_the_end(model: GatedModel) -> None:
+    under, told = batcher(model), Told()
+    model.gate.clear()
+    tickets = [under.start([[n], [n, n]], told) for n in range(1, 9)]
+    assert not told.tickets
+    model.gate.set()
+    until(lambda: len(told.tickets) == 8 and not under.busy)
+    assert sorted(told.answers()) == [[[n, 1], [n, 2]] for n in range(1, 9)]
+    assert set(tickets) == set(told.tickets)
+    assert len(model.batches) == 2  # the first alone, all that came meanwhile together
+    assert len({thread.name for thread in threading.enumerate() if "batcher" in thread.name}) == 1
+
+
+def test_both_kinds_of_callers_lead_each_other(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under, told = batcher(model, max_batch_rows=2), Told()
+    first = hold(model, under, pool)
+    others = []
+    for n in range(2, 12, 2):
+        under.start([[n]], told)
+        others += queue(under, pool, [[[n + 1]]])
+    model.gate.set()
+    assert [future.result().tolist() for future in [first, *others]] == [
+        [[n, 1]] for n in range(1, 12, 2)
+    ]
+    until(lambda: len(told.tickets) == 5 and not under.busy)
+    assert sorted(told.answers()) == [[[n, 1]] for n in range(2, 12, 2)]
+
+
+def test_one_bad_row_fails_alone_there_too(model: GatedModel) -> None:
+    under, told = batcher(model), Told()
+    model.gate.clear()
+    for n in (1, 2, BAD, 3):
+        under.start([[n]], told)
+    model.gate.set()
+    until(lambda: len(told.tickets) == 4)
+    failed = [ticket for ticket in told.tickets if ticket.error]
+    assert [ticket.rows for ticket in failed] == [[[BAD]]]
+
+
+def test_the_same_row_is_told_to_all_who_asked(model: GatedModel) -> None:
+    under, told = batcher(model), Told()
+    model.gate.clear()
+    under.start([[1]], told, keys=["a"])
+    until(lambda: len(model.batches) == 1)
+    for _ in range(3):
+        under.start([[1]], told, keys=["a"])  # joins what is being computed
+    model.gate.set()
+    until(lambda: len(told.tickets) == 4)
+    assert told.answers() == [[[1, 1]]] * 4
+    assert len(model.batches) == 1
+
+
+def test_rows_of_who_left_are_not_computed_there_either(model: GatedModel) -> None:
+    under, told, gone = batcher(model), Told(), Caller()
+    model.gate.clear()
+    under.start([[1]], told)
+    until(lambda: len(model.batches) == 1)
+    under.start([[2]], told, caller=gone)
+    gone.left = True
+    model.gate.set()
+    until(lambda: len(told.tickets) == 2)
+    assert model.batches == [[[1]]]
+
+
+def test_a_full_queue_refuses_there_too(model: GatedModel) -> None:
+    under, told = batcher(model, queue_rows=1), Told()
+    model.gate.clear()
+    under.start([[1]], told)
+    until(lambda: len(model.batches) == 1)
+    under.start([[2]], told)
+    with pytest.raises(OverloadedError, match="queue_rows is 1"):
+        under.start([[3]], told)
+    model.gate.set()
+    until(lambda: len(told.tickets) == 2)
+
+
+def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
+    under, told = batcher(model, deadline_ms=1000), Told()
+    under._spent_s, under._spent_rows = 0.2, 1.0  # 0.2 s a row, as seen of late
+    model.gate.clear()
+    under.start([[1]], told)
+    until(lambda: len(model.batches) == 1)
+    for n in (2, 3, 4):
+        under.start([[n]], told)
+    start = time.perf_counter()
+    with pytest.raises(OverloadedError, match="would wait for about 600 ms"):
+        under.start([[5]], told)
+    assert time.perf_counter() - start < 0.1
+    model.gate.set()
+    until(lambda: len(told.tickets) == 4)

@@ -5,6 +5,7 @@ import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,14 +45,16 @@ class Both:
         return requests.post(f"{url}/invocations", data=data, headers=JSON | headers, timeout=10)
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+@pytest.fixture(scope="module", params=[True, False], ids=["loop", "thread"])
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Both]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
         slot = Slot("tiny", source(str(save_tiny(tmp_path_factory.mktemp("quick") / "tiny"))))
         slot.open()
         assert slot.current
-        slot.current.pyfunc.quick = True  # whatever this machine's clock said
+        slot.current.pyfunc.quick = request.param  # whatever this machine's clock said
         routes, options = Routes(), {"http": connection.BoundedProtocol, "proxy_headers": False}
         short, long = App({"tiny": slot}, access=routes), App({"tiny": slot})
         long.quick = None  # type: ignore[assignment]
@@ -168,3 +171,64 @@ def test_a_token_is_asked_for(both: Both) -> None:
         assert both.post(url, {"inputs": ["red"]}).status_code == 401
         right = both.post(url, {"inputs": ["red"]}, Authorization="Bearer 0123456789abcdef")
         assert right.status_code == 200
+
+
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slot]]:
+    """A model that takes 0.2 s for a batch, one row a batch, three rows in the queue."""
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    config = {"max_batch_rows": 1, "queue_rows": 3}
+    slot = Slot("slow", source(str(save_tiny(tmp_path / "slow", predict_s=0.2)), config))
+    slot.open()
+    with running(App({"slow": slot}), http=connection.BoundedProtocol, proxy_headers=False) as url:
+        yield url, slot
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(slow: tuple[str, Slot]) -> None:
+    url, slot = slow
+
+    def ask(word: str) -> tuple[int, float]:
+        answer = requests.post(f"{url}/invocations", json={"inputs": [word]}, timeout=10)
+        if answer.status_code == 429:
+            assert answer.headers["retry-after"] == "1"
+            assert "Try again later" in answer.json()["message"]
+        return answer.status_code, answer.elapsed.total_seconds()
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, [f"red {n}" for n in range(12)]))
+    statuses = [status for status, _ in answers]
+    assert 4 <= statuses.count(200) <= 6  # one in the model, three in the queue; some meanwhile
+    assert statuses.count(429) == 12 - statuses.count(200)
+    assert max(seconds for status, seconds in answers if status == 429) < 0.2
+    assert slot.current
+    assert not slot.current.pyfunc.batcher.busy
+
+
+def test_a_deadline_is_kept_while_the_model_computes(slow: tuple[str, Slot]) -> None:
+    url, _ = slow
+    headers = {"X-Deadline-Ms": "50"}
+    answer = requests.post(
+        f"{url}/invocations", json={"inputs": ["red"]}, headers=headers, timeout=10
+    )
+    assert answer.status_code == 504
+    assert answer.json()["error_code"] == "DEADLINE_EXCEEDED"
+    assert answer.elapsed.total_seconds() < 0.15
+
+
+def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
+    url, slot = slow
+    assert slot.current
+    batcher = slot.current.pyfunc.batcher
+    rows: list[int] = []
+    batcher.observe = lambda count, *_: rows.append(count)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(requests.post, f"{url}/invocations", json={"inputs": ["red"]})
+        while not batcher.busy:
+            assert not first.done()
+        for word in ("green", "blue"):
+            with pytest.raises(requests.ReadTimeout):
+                requests.post(f"{url}/invocations", json={"inputs": [word]}, timeout=0.05)
+        assert first.result().status_code == 200
+    while batcher.busy:
+        assert len(rows) < 3
+    assert rows == [1]

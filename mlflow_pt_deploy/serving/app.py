@@ -1,7 +1,7 @@
 """The ASGI application of ``pt-deploy serve``: routes, limits, and who answers.
 
-A request is read here and scored in a thread of its own, which waits in the batcher; common ones to
-fast models never come here (see `quick`). Knows nothing of registries: it asks a slot for its
+A request is read here and scored in a thread of its own, which waits in the batcher; common ones
+never come here (see `quick`). Knows nothing of registries: it asks a slot for its
 version, once for each request.
 """
 
@@ -19,7 +19,14 @@ from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.openapi import document
-from mlflow_pt_deploy.serving.protocol import Answer, answer, failure
+from mlflow_pt_deploy.serving.protocol import (
+    DEADLINE_HEADER,
+    LEFT,
+    Answer,
+    answer,
+    deadline,
+    failure,
+)
 from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import Caller
@@ -39,7 +46,6 @@ THREADS = 256
 _PATIENCE_S = 0.05
 _CLOSE = (b"connection", b"close")
 _LATER = (b"retry-after", b"1")
-DEADLINE_HEADER = b"x-deadline-ms"
 
 
 class App:
@@ -86,7 +92,7 @@ class App:
             "/models": lambda: _page([slot.about() for slot in slots.values()]),
             **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
         }
-        self.quick = Quick(self._scored, self._guard, self._tell)
+        self.quick = Quick(self._scored, self._guard, self._tell, self._in_flight)
         for name, slot in slots.items():
             self._metrics.gauge("queue_rows", name, _queued(slot))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
@@ -144,7 +150,7 @@ class App:
         if sum(self._in_flight.values()) >= THREADS:
             message = f"{THREADS} requests are waiting already. Try again later."
             return failure(429, "RESOURCE_EXHAUSTED", message, _LATER)
-        caller = Caller(_deadline(headers.get(DEADLINE_HEADER)))
+        caller = Caller(deadline(headers.get(DEADLINE_HEADER)))
         media = headers.get(b"content-type", b"").decode("latin1")
         self._in_flight[slot.name] += 1
         watch = _Watch(receive, caller)
@@ -154,7 +160,7 @@ class App:
         finally:
             self._in_flight[slot.name] -= 1
             watch.end()
-        return _LEFT if caller.left else result
+        return LEFT if caller.left else result
 
     def _ready(self) -> Answer:
         if all(slot.current for slot in self._slots.values()):
@@ -200,9 +206,6 @@ class _Watch:
         self._caller.left = True
 
 
-_LEFT = failure(499, "CANCELLED", "the client left")
-
-
 def _who(token: str) -> Answer:
     message = f"send {token}: Authorization: Bearer ..."
     return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), _CLOSE)
@@ -222,7 +225,7 @@ async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | A
             while True:
                 part = await receive()
                 if part["type"] == "http.disconnect":
-                    return _LEFT
+                    return LEFT
                 body += part.get("body", b"")
                 if len(body) > limit:
                     return _too_long(limit)
@@ -236,13 +239,6 @@ async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | A
 def _too_long(limit: int) -> Answer:
     message = f"the body is longer than {limit} bytes; send fewer rows"
     return failure(413, "INVALID_PARAMETER_VALUE", message, _CLOSE)
-
-
-def _deadline(header: bytes | None) -> float | None:
-    """A client's own deadline in milliseconds from now, by `time.monotonic`; nonsense is none."""
-    if header is None or not header.isdigit() or len(header) > 9:
-        return None
-    return time.monotonic() + int(header) / 1000
 
 
 def _mlflow_version() -> Answer:

@@ -1,8 +1,10 @@
-"""Many callers, one model: bounded micro-batches without a thread of their own.
+"""Many callers, one model: bounded micro-batches.
 
 Leader and followers: a caller that finds the model idle computes at once; callers that come
 meanwhile queue, and when the leader is done the oldest of them leads next and takes as many
-queued rows as fit. Batches so grow with the load, and an idle model waits for nobody.
+queued rows as fit. Batches so grow with the load, and an idle model waits for nobody. A caller
+with a thread of its own (`Batcher.submit`) leads in it; for one that must not wait, as an event
+loop (`Batcher.start`), the batcher has one thread.
 
 Knows neither MLflow nor HTTP, and nothing of what a token means.
 """
@@ -13,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.options import Limits
@@ -23,6 +26,12 @@ Collate = Callable[[Sequence[Encoded]], Inputs]
 Tokens = Callable[[Encoded], int]
 Observe = Callable[[int, int, int, float], None]
 """Told of each call of the model: rows, tokens, tokens with padding, seconds."""
+Done = Callable[[Ticket], None]
+
+# How much of what is known of a row's cost stays at each call.
+_MEMORY = 0.9
+# Nobody is let in who would wait for longer than this share of the time that he has.
+_PATIENCE = 0.5
 
 
 class Batcher:
@@ -58,6 +67,8 @@ class Batcher:
         self._queued_rows = 0
         self._led = False
         self._computing: dict[Hashable, list[Row]] = {}
+        self._spent_s = self._spent_rows = 0.0
+        self._lender: ThreadPoolExecutor | None = None
         self.observe: Observe | None = None
 
     @property
@@ -69,6 +80,11 @@ class Batcher:
     def busy(self) -> bool:
         """Whether somebody computes or waits."""
         return self._led
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that a request would have to wait now, by what rows have cost of late."""
+        return self._queued_rows * self._spent_s / self._spent_rows if self._spent_rows else 0.0
 
     def submit(
         self,
@@ -90,24 +106,82 @@ class Batcher:
             float32 (rows, classes), in the order of `rows`.
 
         Raises:
-            OverloadedError: The queue has no room for this many rows.
+            OverloadedError: The queue has no room for this many rows, or is so long that the
+                deadline would most likely be missed.
             DeadlineError: The request was not answered in time.
             Exception: Whatever the model raised on one of these rows.
         """
-        if not rows:
-            raise ServingError("a request of no rows cannot be computed; send at least one")
         ticket = Ticket(rows, keys, self.limits, bounded, caller)
-        ticket.chunks = cut([self._tokens(row) for row in rows], self._join(ticket), self.limits)
-        self._enter(ticket, bounded)
+        ticket.wake = event = threading.Event()
+        self._line_up(ticket, bounded)
         try:
             if not ticket.leads:
-                self._follow(ticket)
+                self._follow(ticket, event)
             while ticket.leads and not ticket.done:
                 self._step(ticket)
         finally:
             with self._lock:
                 self._leave(ticket)
         return ticket.result()
+
+    def start(
+        self,
+        rows: Sequence[Encoded],
+        done: Done,
+        *,
+        keys: Sequence[Hashable] | None = None,
+        caller: Caller | None = None,
+    ) -> Ticket:
+        """Compute one request while the caller goes on.
+
+        Args:
+            rows: As for `submit`.
+            done: Called once with the ticket, when it has its answers or its error; by another
+                thread and with the batcher locked, so it must be brief and must not call back.
+            keys: As for `submit`.
+            caller: As for `submit`. A request in the queue is dropped after its deadline, one that
+                is being computed is not: whoever waits has to look at the clock.
+
+        Raises:
+            OverloadedError: As for `submit`.
+        """
+        ticket = Ticket(rows, keys, self.limits, True, caller)
+        ticket.wake = _Call(ticket, self._lend, done)
+        if self._line_up(ticket, True):
+            self._lend(ticket)
+        return ticket
+
+    def late(self) -> DeadlineError:
+        """What is told to a request whose deadline has passed."""
+        return DeadlineError(
+            f"not computed within {self.limits.deadline_ms:g} ms (deadline_ms) or the request's "
+            "own deadline. Try again later, or send fewer rows."
+        )
+
+    def _lend(self, ticket: Ticket) -> None:
+        """Let the batcher's own thread lead for a ticket."""
+        if self._lender is None:
+            self._lender = ThreadPoolExecutor(1, thread_name_prefix="batcher")
+        self._lender.submit(self._lead, ticket)
+
+    def _lead(self, ticket: Ticket) -> None:
+        try:
+            while ticket.leads and not ticket.done:
+                self._step(ticket)
+        finally:
+            with self._lock:
+                self._leave(ticket)
+                if not ticket.done:
+                    ticket.error = _interrupted()
+                ticket.wake.set()
+
+    def _line_up(self, ticket: Ticket, bounded: bool) -> bool:
+        """Take a ticket's rows in; whether it has to lead at once."""
+        if not ticket.rows:
+            raise ServingError("a request of no rows cannot be computed; send at least one")
+        lengths = [self._tokens(row) for row in ticket.rows]
+        ticket.chunks = cut(lengths, self._join(ticket), self.limits)
+        return self._enter(ticket, bounded)
 
     def _join(self, ticket: Ticket) -> list[int]:
         """Wait for rows that are being computed already; returns the indices of all others."""
@@ -120,28 +194,36 @@ class Batcher:
                     others.append(at)
             return others if self._computing else list(range(len(ticket.rows)))
 
-    def _enter(self, ticket: Ticket, bounded: bool) -> None:
+    def _enter(self, ticket: Ticket, bounded: bool) -> bool:
         rows = sum(chunk.shape.rows for chunk in ticket.chunks)
         if not rows:
-            return
+            return False
         with self._lock:
             if bounded and self._queued_rows + rows > self.limits.queue_rows:
                 raise OverloadedError(
                     f"the queue has no room: {self._queued_rows} rows wait, {rows} "
                     f"more came, queue_rows is {self.limits.queue_rows}. Try again later."
                 )
+            left_s = ticket.left_s() if bounded else None
+            if left_s is not None and self.wait_s > _PATIENCE * left_s:
+                raise OverloadedError(
+                    f"a request would wait for about {1000 * self.wait_s:.0f} ms, too long for its "
+                    f"deadline in {1000 * left_s:.0f} ms. Try again later."
+                )
             self._queue.append(ticket)
             self._queued_rows += rows
-            ticket.leads, self._led = not self._led, True
+            ticket.leads = at_once = not self._led
+            self._led = True
             self._arrived.notify()
+        return at_once
 
-    def _follow(self, ticket: Ticket) -> None:
+    def _follow(self, ticket: Ticket, event: threading.Event) -> None:
         """Sleep until answered or told to lead, or until the deadline."""
-        if ticket.wake.wait(ticket.left_s()):
+        if event.wait(ticket.left_s()):
             return
         with self._lock:
             if not (ticket.done or ticket.leads):
-                ticket.error = self._late()
+                ticket.error = self.late()
 
     def _leave(self, ticket: Ticket) -> None:
         """Forget the request and pass the lead on; on every way out, errors included."""
@@ -183,10 +265,9 @@ class Batcher:
         answers: dict[Hashable, Logits | Exception],
         leader: Ticket,
     ) -> None:
-        interrupted = ServingError("the server was interrupted")
         for key, rows in batch.items():
             for row in rows:
-                row.ticket.put(row.at, answers.get(key, interrupted))
+                row.ticket.put(row.at, answers[key] if key in answers else _interrupted())
         finished = {row.ticket for rows in batch.values() for row in rows if row.ticket.done}
         for ticket in finished - {leader}:
             self._withdraw(ticket)
@@ -205,7 +286,7 @@ class Batcher:
 
     def _drop_pointless(self) -> None:
         for ticket in [ticket for ticket in self._queue if ticket.pointless]:
-            ticket.error = self._late()
+            ticket.error = self.late()
             self._withdraw(ticket)
             ticket.wake.set()
 
@@ -251,16 +332,33 @@ class Batcher:
     def _call(self, rows: list[Encoded]) -> Logits:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
+        seconds = time.perf_counter() - start
+        self._spent_s = _MEMORY * self._spent_s + seconds
+        self._spent_rows = _MEMORY * self._spent_rows + len(rows)
         if self.observe is not None:
             lengths = [self._tokens(row) for row in rows]
             padded = len(rows) * max(lengths)
-            self.observe(len(rows), sum(lengths), padded, time.perf_counter() - start)
+            self.observe(len(rows), sum(lengths), padded, seconds)
         if len(logits) != len(rows):
             raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
         return logits
 
-    def _late(self) -> DeadlineError:
-        return DeadlineError(
-            f"not computed within {self.limits.deadline_ms:g} ms (deadline_ms) or the request's "
-            "own deadline. Try again later, or send fewer rows."
-        )
+
+class _Call:
+    """Wakes a caller that does not sleep: lends it a thread to lead with, or tells it the end."""
+
+    def __init__(self, ticket: Ticket, lend: Callable[[Ticket], None], done: Done) -> None:
+        self._ticket = ticket
+        self._lend = lend
+        self._done: Done | None = done
+
+    def set(self) -> None:
+        if not self._ticket.done:
+            self._lend(self._ticket)
+        elif self._done is not None:
+            done, self._done = self._done, None
+            done(self._ticket)
+
+
+def _interrupted() -> ServingError:
+    return ServingError("the server was interrupted")

@@ -1,7 +1,7 @@
 """One connection: the head of a request must be short, and come soon; common requests go past ASGI.
 
 The parser in C that uvicorn uses has a limit for neither; a request's body is the `app`'s business.
-A short request that came in one piece is offered to `quick` first. Whatever that does not take on
+A short request is offered to `quick` first. Whatever that does not take on
 goes uvicorn's way, as if nothing had been.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.quick import Quick
+from mlflow_pt_deploy.serving.quick import MOST_BYTES, Quick
+from mlflow_pt_deploy.serving.ticket import Caller
 
 HEAD_BYTES = 64 * 2**10
 HEAD_S = 15.0
+SHORT_S = 0.2
 
 
 class _Turn:
@@ -28,7 +31,15 @@ class _Turn:
     def __init__(self, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
         self.response_complete = False
-        self.disconnected = False
+        self.caller = Caller()
+
+    @property
+    def disconnected(self) -> bool:
+        return self.caller.left
+
+    @disconnected.setter
+    def disconnected(self, gone: bool) -> None:
+        self.caller.left = gone
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -41,6 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._quick: Quick | None = getattr(self.app, "quick", None)
         self._short: bytes | None = None  # the body of a request that `quick` may take
+        self._short_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -48,12 +60,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._short = None
+        self._stop_short_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._short is not None:  # its end is not there yet, and may never come
-            self._go_uvicorns_way()
+        if self._short is not None and self._short_timer is None:
+            # Many clients send a body apart from its head. Should its end not come soon, `app` has
+            # the patience and the limits.
+            self._short_timer = self.loop.call_later(SHORT_S, self._go_uvicorns_way)
         if not self._head_open:
             return
         self._head_bytes += len(data)
@@ -78,17 +94,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self._short is None:
             super().on_body(body)
-        else:
-            self._short += body
+            return
+        self._short += body
+        if len(self._short) > MOST_BYTES:
+            self._go_uvicorns_way()
 
     def on_message_complete(self) -> None:
         if self._short is None or self._quick is None:
             super().on_message_complete()
             return
+        self._stop_short_timer()
         turn, before = _Turn(self.parser.should_keep_alive()), self.cycle
         self.cycle = turn  # type: ignore[assignment]
         done = partial(self._done, turn, self.scope, self.url, self._short)
-        if self._quick.take(self.url, dict(self.headers), self._short, done):
+        if self._quick.take(self.url, dict(self.headers), self._short, turn.caller, done):
             self._short = None
             return
         self.cycle = before
@@ -110,6 +129,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _go_uvicorns_way(self) -> bool:
         """Begin the request as uvicorn would have done, unless the connection closes."""
         body, self._short = self._short, None
+        self._stop_short_timer()
         if self.transport.is_closing():
             return False
         super().on_headers_complete()
@@ -127,12 +147,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin(turn, scope, url, body)
             return
         assert result.version is not None
-        head = [(b"content-type", result.content_type), result.version.header]
+        status = b"HTTP/1.1 %d %s" % (result.status, HTTPStatus(result.status).phrase.encode())
+        head = [(b"content-type", result.content_type), result.version.header, *result.headers]
         head.append((b"content-length", b"%d" % len(result.body)))
         if not turn.keep_alive:
             head.append((b"connection", b"close"))
         lines = [name + b": " + value for name, value in self.server_state.default_headers + head]
-        text = b"\r\n".join([b"HTTP/1.1 200 OK", *lines, b"", result.body])
+        text = b"\r\n".join([status, *lines, b"", result.body])
         self.transport.write(text)
         turn.response_complete = True
         if not turn.keep_alive:
@@ -168,6 +189,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_short_timer(self) -> None:
+        if self._short_timer is not None:
+            self._short_timer.cancel()
+            self._short_timer = None
 
     def _too_late(self) -> None:
         if not self.transport.is_closing():

@@ -7,6 +7,7 @@ traceback or the caller's data. Knows no sockets and no routes.
 from __future__ import annotations
 
 import json
+import time
 from io import BytesIO, StringIO
 from typing import Any, NamedTuple
 
@@ -46,6 +47,17 @@ def failure(status: int, error: str, message: str, *headers: tuple[bytes, bytes]
     return Answer(status, body, error, headers)
 
 
+LEFT = failure(499, "CANCELLED", "the client left")
+DEADLINE_HEADER = b"x-deadline-ms"
+
+
+def deadline(header: bytes | None) -> float | None:
+    """A client's own deadline in milliseconds from now, by `time.monotonic`; nonsense is none."""
+    if header is None or not header.isdigit() or len(header) > 9:
+        return None
+    return time.monotonic() + int(header) / 1000
+
+
 def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> Answer:
     """Score one body; never raises."""
     try:
@@ -53,11 +65,16 @@ def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> 
         predictions = version.pyfunc.predict(data, params, caller=caller)
         return Answer(200, json.dumps({"predictions": predictions}).encode(), version=version)
     except Exception as error:
-        failed = scoring_error(error)
-        status = 415 if isinstance(error, _UnsupportedMediaError) else failed.status
-        later = ((b"retry-after", b"1"),) if status == 429 else ()
-        text, code = failed.serialize_as_json().encode(), str(failed.error_code)
-        return Answer(status, text, code, later, version=version)
+        return failed(version, error)
+
+
+def failed(version: Version, error: Exception) -> Answer:
+    """An error as an answer."""
+    told = scoring_error(error)
+    status = 415 if isinstance(error, _UnsupportedMediaError) else told.status
+    later = ((b"retry-after", b"1"),) if status == 429 else ()
+    text, code = told.serialize_as_json().encode(), str(told.error_code)
+    return Answer(status, text, code, later, version=version)
 
 
 class _UnsupportedMediaError(RequestError):

@@ -1,8 +1,9 @@
-"""The common request, scored in the event loop: no thread, no task, and many at a time.
+"""The common request without a thread of its own, and many at a time.
 
-For models so fast that to hand a request to a thread costs more than to score it. Requests that
-come in one turn of the loop are one batch. What is not the common request, or fails, goes the long
-way and is answered there, alone; so both ways give the same answers and the same errors.
+Requests that come in one turn of the event loop are read together. A model so fast that to hand
+rows to a thread costs more than to score them is asked right here, all rows in one batch; any other
+computes them in the batcher's thread, which reports back. What is not the common request goes the
+long way and is answered there; both ways give the same answers and the same errors.
 """
 
 from __future__ import annotations
@@ -10,31 +11,39 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
+
+from mlflow_pt_deploy.errors import DeadlineError
 from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, deadline, failed
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
 from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.ticket import Caller, Ticket
 from mlflow_pt_deploy.serving.version import Version
+from mlflow_pt_deploy.variants.base import Logits
 
 Done = Callable[[Answer | None], None]
 """Told the answer; None: nothing was scored, go the long way."""
 Told = Callable[[Slot, str, Answer, float], None]
 """Told of each answer: slot, path, answer, seconds."""
 
-MOST_ROWS = 4
+MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
-# The loop serves nobody else meanwhile; what comes above this waits in threads.
-MOST_WAITING = 256
+# The loop serves nobody else while it scores; more rows than this are the batcher's.
+MOST_AT_ONCE = 256
 
 _MEDIA = (b"application/json", b"application/json; charset=utf-8")
-_SPECIAL = (b"x-deadline-ms", b"content-encoding")
 
 
-class _Asked(NamedTuple):
-    """A request that waits for the end of this turn of the loop."""
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request under way; `done` is None once it is answered."""
 
     path: str
     slot: Slot
@@ -42,41 +51,60 @@ class _Asked(NamedTuple):
     rows: list[str]
     top_k: int
     since: float
-    done: Done
+    caller: Caller
+    done: Done | None
+    timer: asyncio.TimerHandle | None = None
 
 
 class Quick:
-    """Scores short requests of texts between two turns of the event loop.
+    """Answers short requests of texts.
 
     Args:
         scored: The slot behind each path.
         guard: Who may score.
         told: Told of each answer.
+        in_flight: How many requests are under way, by the slot's name; kept up to date.
     """
 
-    def __init__(self, scored: Mapping[str, Slot], guard: Guard, told: Told) -> None:
+    def __init__(
+        self,
+        scored: Mapping[str, Slot],
+        guard: Guard,
+        told: Told,
+        in_flight: MutableMapping[str, int],
+    ) -> None:
         self._scored = {path.encode(): (path, slot) for path, slot in scored.items()}
         self._guard = guard
         self._told = told
+        self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._waiting = 0
+        self._finished: deque[tuple[_Asked, Ticket]] = deque()
+        self._collecting = False
 
     def knows(self, path: bytes) -> bool:
         """Whether a request to this path may be a common one."""
         return path in self._scored
 
-    def take(self, path: bytes, headers: Mapping[bytes, bytes], body: bytes, done: Done) -> bool:
+    def take(
+        self,
+        path: bytes,
+        headers: Mapping[bytes, bytes],
+        body: bytes,
+        caller: Caller,
+        done: Done,
+    ) -> bool:
         """Take a request on, or say that it must go the long way.
 
         Args:
             path: One that it knows.
             headers: Of the request, names in lower case.
             body: The whole of it.
+            caller: Who asks; says so when he leaves.
             done: Called once, in a later turn of the loop, if this returns True.
         """
         route, slot = self._scored[path]
         version = slot.current
-        if version is None or not version.pyfunc.quick or self._waiting >= MOST_WAITING:
+        if version is None or version.pyfunc.loaded.preprocessor.column != "text":
             return False
         if not self._common(headers, body):
             return False
@@ -84,29 +112,130 @@ class Quick:
         found = _parse(body, version.pyfunc)
         if found is None:
             return False
+        caller.expires = deadline(headers.get(DEADLINE_HEADER))
         if not self._asked:
             asyncio.get_running_loop().call_soon(self._score_all)
-        self._asked.append(_Asked(route, slot, version, *found, since, done))
-        self._waiting += len(found[0])
+        self._asked.append(_Asked(route, slot, version, *found, since, caller, done))
+        self._in_flight[slot.name] += 1
         return True
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
         return (
             len(body) <= MOST_BYTES
             and headers.get(b"content-type", b"").lower() in _MEDIA
-            and not any(name in headers for name in _SPECIAL)
+            and b"content-encoding" not in headers
             and self._guard.may_score(headers.get(b"authorization"))
         )
 
     def _score_all(self) -> None:
-        asked, self._asked, self._waiting = self._asked, [], 0
-        for version in {id(request.version): request.version for request in asked}.values():
-            requests = [request for request in asked if request.version is version]
-            for request, result in zip(requests, _score(version, requests), strict=True):
-                if result is not None:
-                    seconds = time.perf_counter() - request.since
-                    self._told(request.slot, request.path, result, seconds)
-                request.done(result)
+        """What came in this turn of the loop."""
+        asked, self._asked = self._asked, []
+        for version, requests in _by_version(asked):
+            pyfunc, rows = version.pyfunc, sum(len(request.rows) for request in requests)
+            if pyfunc.quick and rows <= MOST_AT_ONCE and not pyfunc.batcher.busy:
+                try:
+                    logits = pyfunc.score([row for request in requests for row in request.rows])
+                    self._encode(version, requests, logits)
+                except Exception:  # found again, told and logged on the long way
+                    for request in requests:
+                        self._answer(request, None)
+            else:
+                self._start(version, requests)
+
+    def _start(self, version: Version, requests: Sequence[_Asked]) -> None:
+        """Hand rows to the batcher's thread."""
+        batcher, loop = version.pyfunc.batcher, asyncio.get_running_loop()
+        try:
+            encoded = version.pyfunc.loaded.preprocessor.encode(
+                [row for request in requests for row in request.rows]
+            )
+        except Exception:  # the long way says which row
+            for request in requests:
+                self._answer(request, None)
+            return
+        at = 0
+        for request in requests:
+            rows, at = encoded[at : at + len(request.rows)], at + len(request.rows)
+            computed = partial(self._computed, loop, request)
+            try:
+                ticket = batcher.start(rows, computed, keys=request.rows, caller=request.caller)
+            except Exception as error:
+                self._answer(request, failed(version, error))
+                continue
+            left_s = ticket.left_s()
+            if left_s is not None:
+                request.timer = loop.call_later(left_s, self._late, request, batcher.late())
+
+    def _computed(self, loop: asyncio.AbstractEventLoop, request: _Asked, ticket: Ticket) -> None:
+        """Called by the batcher's thread: the loop shall look at what has been finished."""
+        self._finished.append((request, ticket))
+        if not self._collecting:
+            self._collecting = True
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = False  # first: what is finished from here on asks for another look
+        tickets: dict[_Asked, Ticket] = {}
+        while self._finished:
+            request, ticket = self._finished.popleft()
+            if ticket.error is None:
+                tickets[request] = ticket
+            else:
+                self._answer(request, failed(request.version, ticket.error))
+        for version, requests in _by_version(tickets):
+            try:
+                logits = np.concatenate([tickets[request].result() for request in requests])
+                self._encode(version, requests, logits)
+            except Exception:  # one of them holds NaN
+                for request in requests:
+                    self._encode_alone(version, request, tickets[request].result())
+
+    def _encode_alone(self, version: Version, request: _Asked, logits: Logits) -> None:
+        try:
+            self._encode(version, [request], logits)
+        except Exception as error:
+            self._answer(request, failed(version, error))
+
+    def _encode(self, version: Version, requests: Sequence[_Asked], logits: Logits) -> None:
+        """Answer requests from the logits of their rows, one after the other."""
+        widest = max(request.top_k for request in requests)
+        best = version.pyfunc.encode(logits, widest)
+        at = 0
+        for request in requests:
+            mine, at = best[at : at + len(request.rows)], at + len(request.rows)
+            if widest > 1:
+                mine = [row[0] if request.top_k == 1 else row[: request.top_k] for row in mine]
+            body = json.dumps({"predictions": mine}).encode()
+            self._answer(request, Answer(200, body, version=version))
+
+    def _late(self, request: _Asked, error: DeadlineError) -> None:
+        answer = failed(request.version, error)
+        self._answer(request, answer)
+        request.caller.left = True  # so that the batcher drops what it has not begun
+
+    def _answer(self, request: _Asked, result: Answer | None) -> None:
+        """Answer once; None: begin anew, the long way."""
+        done, request.done = request.done, None
+        if done is None:
+            return
+        if request.timer is not None:
+            request.timer.cancel()
+        self._in_flight[request.slot.name] -= 1
+        if result is not None:
+            told = LEFT if request.caller.left else result
+            self._told(request.slot, request.path, told, time.perf_counter() - request.since)
+        done(result)
+
+
+def _by_version(
+    asked: Mapping[_Asked, Ticket] | Sequence[_Asked],
+) -> list[tuple[Version, list[_Asked]]]:
+    """Requests by the version that shall answer them, in order."""
+    found: dict[int, tuple[Version, list[_Asked]]] = {}
+    for request in asked:
+        found.setdefault(id(request.version), (request.version, []))[1].append(request)
+    return list(found.values())
 
 
 def _parse(body: bytes, pyfunc: PyFunc) -> tuple[list[str], int] | None:
@@ -117,31 +246,11 @@ def _parse(body: bytes, pyfunc: PyFunc) -> tuple[list[str], int] | None:
         return None
     if not isinstance(request, dict) or not request.keys() <= {"inputs", "params"}:
         return None
-    rows, params = request.get("inputs"), request.get("params") or {"top_k": 1}
+    rows, params = request.get("inputs"), request.get("params")
+    params = {} if params is None else params
     if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         return None
     top_k = params.get("top_k", 1) if isinstance(params, dict) else None
     if type(top_k) is not int or not 1 <= top_k <= len(pyfunc.loaded.labels):
         return None
     return (rows, top_k) if 0 < len(rows) <= MOST_ROWS else None
-
-
-def _score(version: Version, requests: list[_Asked]) -> list[Answer] | list[None]:
-    """Answers to requests for one version; all None where one of them fails."""
-    pyfunc = version.pyfunc
-    try:
-        if pyfunc.batcher.busy:  # a thread is in the model; the loop must not wait for it
-            return [None] * len(requests)
-        rows = [row for request in requests for row in request.rows]
-        widest = max(request.top_k for request in requests)
-        best = pyfunc.encode(pyfunc.score(rows), widest)
-    except Exception:  # found again, told and logged on the long way
-        return [None] * len(requests)
-    answers, at = [], 0
-    for request in requests:
-        mine = best[at : at + len(request.rows)]
-        at += len(request.rows)
-        if widest > 1:
-            mine = [row[0] if request.top_k == 1 else row[: request.top_k] for row in mine]
-        answers.append(Answer(200, json.dumps({"predictions": mine}).encode(), version=version))
-    return answers

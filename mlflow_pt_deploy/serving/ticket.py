@@ -5,10 +5,9 @@ Knows neither threads' turns nor the model; see `batcher` for who computes what 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -74,6 +73,12 @@ class Caller:
         self.left = False
 
 
+class Wake(Protocol):
+    """Told when a ticket is done, or when its turn to lead has come."""
+
+    def set(self) -> None: ...
+
+
 class Ticket:
     """One caller's request, from its arrival to its answer."""
 
@@ -92,7 +97,7 @@ class Ticket:
         self.missing = len(rows)
         self.error: Exception | None = None
         self.leads = False
-        self.wake = threading.Event()
+        self.wake: Wake  # set by whoever waits, before the ticket lines up
         self.caller = caller or Caller()
         seconds = limits.deadline_ms / 1000
         own = [time.monotonic() + seconds] if deadline and seconds else []
