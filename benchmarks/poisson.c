@@ -1,11 +1,12 @@
 /* An open-loop HTTP load generator: Poisson arrivals, no coordinated omission.
  *
- *   poisson RATE SECONDS SEED HOST PORT PATH BODIES MAX_CONNECTIONS
+ *   poisson RATE SECONDS SEED HOST PORT PATH BODIES MAX_CONNECTIONS DEADLINE_MS
  *
  * BODIES holds a JSON body a line, sent in turn. A request is due at its own time, whatever became
  * of those before it, and its latency counts from then: waiting for a free connection is included.
  * Connections are kept alive; another is opened when all are busy, up to the limit. What is not
- * answered within DRAIN_S after the last one was due is an error. Prints one line of JSON.
+ * answered within DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms
+ * for how long it is of use, which a server may heed or not. Prints one line of JSON.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -78,7 +79,7 @@ static void print_ms(const char *name, const Times *times, size_t of, double sha
 }
 
 static Request *read_bodies(const char *file, const char *host, const char *port, const char *path,
-                            size_t *count) {
+                            const char *deadline, size_t *count) {
   FILE *from = fopen(file, "r");
   Request *all = NULL;
   char *line = NULL;
@@ -90,7 +91,8 @@ static Request *read_bodies(const char *file, const char *host, const char *port
     if (!(all = realloc(all, (*count + 1) * sizeof *all))) die("realloc");
     int m = asprintf(&all[*count].bytes,
                      "POST %s HTTP/1.1\r\nHost: %s:%s\r\nContent-Type: application/json\r\n"
-                     "Content-Length: %zd\r\n\r\n%s", path, host, port, n, line);
+                     "X-Deadline-Ms: %s\r\nContent-Length: %zd\r\n\r\n%s",
+                     path, host, port, deadline, n, line);
     if (m < 0) die("asprintf");
     all[*count].n = m;
   }
@@ -190,10 +192,13 @@ static void on_event(Connection *c, uint32_t events) {
 }
 
 int main(int n, char **word) {
-  if (n != 9) { fprintf(stderr, "poisson RATE SECONDS SEED HOST PORT PATH BODIES MAX_CONNECTIONS\n"); return 2; }
+  if (n != 10) {
+    fprintf(stderr, "poisson RATE SECONDS SEED HOST PORT PATH BODIES MAX_CONNECTIONS DEADLINE_MS\n");
+    return 2;
+  }
   double rate = atof(word[1]), seconds = atof(word[2]);
   size_t bodies, head = 0;
-  Request *requests = read_bodies(word[7], word[4], word[5], word[6], &bodies);
+  Request *requests = read_bodies(word[7], word[4], word[5], word[6], word[9], &bodies);
   Times due = {0};
   state = strtoull(word[3], NULL, 10) * 0x9E3779B97F4A7C15ULL + 1;
   max_connections = atoi(word[8]);
@@ -235,7 +240,9 @@ int main(int n, char **word) {
          rate, seconds, due.n, opened, errors + (long)due.n - answered);
   for (int i = 0, some = 0; i < 1000; ++i)
     if (statuses[i]) printf("%s\"%d\": %ld", some++ ? ", " : "", i, statuses[i]);
-  printf("}");
+  size_t in_time = 0;
+  while (in_time < ok.n && ok.at[in_time] * 1e3 <= atof(word[9])) ++in_time;
+  printf("}, \"in_time\": %zu", in_time);
   print_ms("p50_ms", &ok, ok.n, 0.5);
   print_ms("p99_ms", &ok, ok.n, 0.99);
   print_ms("p999_ms", &ok, ok.n, 0.999);

@@ -82,9 +82,14 @@ class Batcher:
         return self._led
 
     @property
+    def row_s(self) -> float:
+        """Seconds that a row has cost of late; 0 before the first."""
+        return self._spent_s / self._spent_rows if self._spent_rows else 0.0
+
+    @property
     def wait_s(self) -> float:
-        """Seconds that a request would have to wait now, by what rows have cost of late."""
-        return self._queued_rows * self._spent_s / self._spent_rows if self._spent_rows else 0.0
+        """Seconds that a request would have to wait now."""
+        return self._queued_rows * self.row_s
 
     def submit(
         self,

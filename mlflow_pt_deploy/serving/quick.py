@@ -1,8 +1,8 @@
 """The common request without a thread of its own, and many at a time.
 
-Requests that come in one turn of the event loop are read together. A model so fast that to hand
-rows to a thread costs more than to score them is asked right here, all rows in one batch; any other
-computes them in the batcher's thread, which reports back. What is not the common request goes the
+Requests that come in one turn of the event loop are read together. Where to hand rows to a thread
+costs more than to score them, the model is asked right here, all rows in one batch; else the
+batcher's thread computes them and reports back. What is not the common request goes the
 long way and is answered there; both ways give the same answers and the same errors.
 """
 
@@ -35,8 +35,6 @@ Told = Callable[[Slot, str, Answer, float], None]
 
 MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
-# The loop serves nobody else while it scores; more rows than this are the batcher's.
-MOST_AT_ONCE = 256
 
 _MEDIA = (b"application/json", b"application/json; charset=utf-8")
 
@@ -132,7 +130,7 @@ class Quick:
         asked, self._asked = self._asked, []
         for version, requests in _by_version(asked):
             pyfunc, rows = version.pyfunc, sum(len(request.rows) for request in requests)
-            if pyfunc.quick and rows <= MOST_AT_ONCE and not pyfunc.batcher.busy:
+            if pyfunc.brisk(rows):
                 try:
                     logits = pyfunc.score([row for request in requests for row in request.rows])
                     self._encode(version, requests, logits)
