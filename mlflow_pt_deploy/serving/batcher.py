@@ -156,6 +156,10 @@ class Batcher:
             self._lend(ticket)
         return ticket
 
+    def crowded(self, left_s: float | None) -> bool:
+        """Whether a request with so many seconds left would most likely come too late."""
+        return left_s is not None and self.wait_s > _PATIENCE * left_s
+
     def late(self) -> DeadlineError:
         """What is told to a request whose deadline has passed."""
         return DeadlineError(
@@ -210,7 +214,7 @@ class Batcher:
                     f"more came, queue_rows is {self.limits.queue_rows}. Try again later."
                 )
             left_s = ticket.left_s() if bounded else None
-            if left_s is not None and self.wait_s > _PATIENCE * left_s:
+            if left_s is not None and self.crowded(left_s):
                 raise OverloadedError(
                     f"a request would wait for about {1000 * self.wait_s:.0f} ms, too long for its "
                     f"deadline in {1000 * left_s:.0f} ms. Try again later."

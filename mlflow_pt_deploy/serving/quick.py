@@ -21,7 +21,14 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import DeadlineError
 from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, deadline, failed
+from mlflow_pt_deploy.serving.protocol import (
+    DEADLINE_HEADER,
+    LEFT,
+    Answer,
+    deadline,
+    failed,
+    failure,
+)
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import Caller, Ticket
@@ -36,6 +43,12 @@ Told = Callable[[Slot, str, Answer, float], None]
 MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
 
+_CROWDED = failure(
+    429,
+    "RESOURCE_EXHAUSTED",
+    "so many rows wait that the request's deadline would be missed. Try again later.",
+    (b"retry-after", b"1"),
+)
 _MEDIA = (b"application/json", b"application/json; charset=utf-8")
 
 
@@ -106,16 +119,29 @@ class Quick:
             return False
         if not self._common(headers, body):
             return False
-        since = time.perf_counter()
-        found = _parse(body, version.pyfunc)
-        if found is None:
-            return False
+        since, loop = time.perf_counter(), asyncio.get_running_loop()
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
-        if not self._asked:
-            asyncio.get_running_loop().call_soon(self._score_all)
-        self._asked.append(_Asked(route, slot, version, *found, since, caller, done))
+        if self._crowded(version, caller):  # before it is read: to refuse must cost little
+            request = _Asked(route, slot, version, [], 1, since, caller, done)
+            loop.call_soon(self._answer, request, _CROWDED._replace(version=version))
+        elif (found := _parse(body, version.pyfunc)) is None:
+            return False
+        else:
+            request = _Asked(route, slot, version, *found, since, caller, done)
+            if not self._asked:
+                loop.call_soon(self._score_all)
+            self._asked.append(request)
         self._in_flight[slot.name] += 1
         return True
+
+    def _crowded(self, version: Version, caller: Caller) -> bool:
+        batcher = version.pyfunc.batcher
+        if not batcher.queued_rows:
+            return False
+        times = [batcher.limits.deadline_ms / 1000] if batcher.limits.deadline_ms else []
+        if caller.expires is not None:
+            times.append(caller.expires - time.monotonic())
+        return batcher.crowded(min(times, default=None))
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
         return (
