@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.watcher import Watcher
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
+_SWITCH_S = 0.5e-3
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -101,7 +103,7 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         max_body_bytes=int(chosen.max_body_mb * 2**20),
     )
     server = _Server(app, slots, chosen)
-    with _our_log(), _quiet_end(), _serving_environment():
+    with _our_log(), _quiet_end(), _fair_threads(), _serving_environment():
         server.run()
     if server.failure is not None:
         raise _in_words(server.failure) from server.failure
@@ -238,6 +240,21 @@ def _our_log() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def _fair_threads() -> Iterator[None]:
+    """Let the event loop's thread and the models' take turns often.
+
+    Python lets a busy thread go on for 5 ms while others wait; a model then waits ten times as long
+    for its turn as it computes.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 @contextmanager

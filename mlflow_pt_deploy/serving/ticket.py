@@ -132,6 +132,8 @@ class Ticket:
 
 def cut(lengths: Sequence[int], indices: list[int], limits: Limits) -> list[Chunk]:
     """Chunks of rows of similar length, each within the limits, the longest last."""
+    if len(indices) == 1:  # the common request
+        return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
     chunks: list[Chunk] = []
     for index in sorted(indices, key=lengths.__getitem__):
         length = lengths[index]
