@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import (
@@ -30,6 +31,7 @@ from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.rows import read_rows
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.variants.base import Logits
+from mlflow_pt_deploy.variants.cascade import Stages
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -43,8 +45,10 @@ _logger = logging.getLogger(__name__)
 # To hand rows to a thread and the answers back takes about 0.2 ms of two cores, and more where they
 # have to be woken.
 _QUICK_S = 0.5e-3
+
+
 # An event loop serves nobody else while it scores.
-_MOST_AT_ONCE = 256
+MOST_AT_ONCE = 256
 
 
 class ScoringError(MlflowException):
@@ -97,6 +101,7 @@ class PyFunc:
 
     Attributes:
         quick: Whether a row takes less time than a thread would; known after `warm_up`.
+        glances: Whether that is so of a cascade's fast model; see `glance`.
 
     Raises:
         ServingError: An option is wrong; names it.
@@ -107,7 +112,7 @@ class PyFunc:
     ) -> None:
         self.loaded = loaded
         self.options = Options.from_config(model_config)
-        self.quick = False
+        self.quick = self.glances = False
         self.setup()
 
     def setup(self) -> None:
@@ -126,19 +131,26 @@ class PyFunc:
         for sample in self.loaded.preprocessor.samples():
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
                 self.encode(self.batcher.submit([sample] * rows, bounded=False))
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            self.batcher.submit([sample], bounded=False)  # the longest, which comes last
-            seconds.append(time.perf_counter() - start)
-        text = self.loaded.preprocessor.column == "text"
-        self.quick = text and not self.options.max_wait_ms and min(seconds) < _QUICK_S
+        if self.loaded.preprocessor.column != "text" or self.options.max_wait_ms:
+            return
+        # the longest sample, which comes last
+        self.quick = _fastest_s(lambda: self.batcher.submit([sample], bounded=False)) < _QUICK_S
+        if isinstance(self.loaded.predict, Stages):
+            self.glances = _fastest_s(lambda: self.glance([sample])) < _QUICK_S
 
     def brisk(self, rows: int) -> bool:
         """Whether an event loop had better score this many rows itself than hand them over."""
-        if self.batcher.busy or self.options.max_wait_ms or rows > _MOST_AT_ONCE:
+        if self.batcher.busy or self.options.max_wait_ms or rows > MOST_AT_ONCE:
             return False
         return self.quick or 0 < rows * self.batcher.row_s < _QUICK_S
+
+    def glance(self, encoded: Sequence[Any]) -> tuple[Logits, npt.NDArray[np.bool_]]:
+        """What a cascade's fast model says of encoded rows, and of which it is not sure enough.
+
+        Takes no turn in the batcher; where `glances` is true, an event loop may call it.
+        """
+        assert isinstance(self.loaded.predict, Stages)
+        return self.loaded.predict.glance(self.loaded.preprocessor.collate(encoded))
 
     def score(self, rows: Sequence[Row]) -> Logits:
         """Logits of raw rows, float32 (rows, classes), without limits on time or queue.
@@ -240,6 +252,16 @@ class PyFunc:
         if not whole or not 1 <= top_k <= classes:
             raise RequestError(f"'top_k' must be a whole number from 1 to {classes}")
         return int(top_k)
+
+
+def _fastest_s(act: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def signature() -> ModelSignature:

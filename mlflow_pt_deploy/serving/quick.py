@@ -29,9 +29,9 @@ from mlflow_pt_deploy.serving.protocol import (
     failed,
     failure,
 )
-from mlflow_pt_deploy.serving.pyfunc import PyFunc
+from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE, PyFunc
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Ticket
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
 
@@ -156,7 +156,9 @@ class Quick:
         asked, self._asked = self._asked, []
         for version, requests in _by_version(asked):
             pyfunc, rows = version.pyfunc, sum(len(request.rows) for request in requests)
-            if pyfunc.brisk(rows):
+            if pyfunc.glances and rows <= MOST_AT_ONCE:
+                self._glance(version, requests)
+            elif pyfunc.brisk(rows):
                 try:
                     logits = pyfunc.score([row for request in requests for row in request.rows])
                     self._encode(version, requests, logits)
@@ -164,21 +166,51 @@ class Quick:
                     for request in requests:
                         self._answer(request, None)
             else:
-                self._start(version, requests)
+                self._start(version, requests, self._encoded(version, requests))
 
-    def _start(self, version: Version, requests: Sequence[_Asked]) -> None:
-        """Hand rows to the batcher's thread."""
-        batcher, loop = version.pyfunc.batcher, asyncio.get_running_loop()
+    def _glance(self, version: Version, requests: Sequence[_Asked]) -> None:
+        """Answer what a cascade's fast model is sure of; the rest is the batcher's."""
+        encoded = self._encoded(version, requests)
+        if not encoded:
+            return
         try:
-            encoded = version.pyfunc.loaded.preprocessor.encode(
-                [row for request in requests for row in request.rows]
-            )
+            logits, unsure = version.pyfunc.glance(encoded)
+        except Exception:  # found again, told and logged in the batcher's thread
+            self._start(version, requests, encoded)
+            return
+        sure: list[_Asked] = []
+        answers: list[Logits] = []
+        others: list[_Asked] = []
+        rest: list[Encoded] = []
+        at = 0
+        for request in requests:
+            mine, at = slice(at, at + len(request.rows)), at + len(request.rows)
+            if unsure[mine].any():
+                others.append(request)
+                rest += encoded[mine]
+            else:
+                sure.append(request)
+                answers.append(logits[mine])
+        if sure:
+            self._encode_all(version, sure, answers)
+        self._start(version, others, rest)
+
+    def _encoded(self, version: Version, requests: Sequence[_Asked]) -> list[Encoded]:
+        """The rows of requests, one after the other; none where one of them cannot be read."""
+        rows = [row for request in requests for row in request.rows]
+        try:
+            return list(version.pyfunc.loaded.preprocessor.encode(rows))
         except Exception:  # the long way says which row
             for request in requests:
                 self._answer(request, None)
-            return
-        at = 0
-        for request in requests:
+            return []
+
+    def _start(
+        self, version: Version, requests: Sequence[_Asked], encoded: Sequence[Encoded]
+    ) -> None:
+        """Hand rows to the batcher's thread."""
+        batcher, loop, at = version.pyfunc.batcher, asyncio.get_running_loop(), 0
+        for request in requests if encoded else ():
             rows, at = encoded[at : at + len(request.rows)], at + len(request.rows)
             computed = partial(self._computed, loop, request)
             try:
@@ -208,18 +240,20 @@ class Quick:
             else:
                 self._answer(request, failed(request.version, ticket.error))
         for version, requests in _by_version(tickets):
-            try:
-                logits = np.concatenate([tickets[request].result() for request in requests])
-                self._encode(version, requests, logits)
-            except Exception:  # one of them holds NaN
-                for request in requests:
-                    self._encode_alone(version, request, tickets[request].result())
+            self._encode_all(version, requests, [tickets[request].result() for request in requests])
 
-    def _encode_alone(self, version: Version, request: _Asked, logits: Logits) -> None:
+    def _encode_all(
+        self, version: Version, requests: Sequence[_Asked], logits: Sequence[Logits]
+    ) -> None:
+        """Answer requests, also where one of them holds NaN."""
         try:
-            self._encode(version, [request], logits)
+            self._encode(version, requests, np.concatenate(logits))
         except Exception as error:
-            self._answer(request, failed(version, error))
+            if len(requests) == 1:
+                self._answer(requests[0], failed(version, error))
+                return
+            for request, mine in zip(requests, logits, strict=True):
+                self._encode_all(version, [request], [mine])
 
     def _encode(self, version: Version, requests: Sequence[_Asked], logits: Logits) -> None:
         """Answer requests from the logits of their rows, one after the other."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.preprocess import Row, load_preprocessor
@@ -77,14 +78,33 @@ class Cascade(Variant):
             for stage in (FAST, STRONG)
         )
 
-        def predict(inputs: Inputs) -> Logits:
-            logits = fast(inputs)
-            unsure = confidence(logits) < self.threshold
-            if unsure.any():
-                logits[unsure] = strong(_shortened({n: a[unsure] for n, a in inputs.items()}))
-            return logits
+        return Stages(fast, strong, self.threshold)
 
-        return predict
+
+class Stages:
+    """A loaded cascade.
+
+    Args:
+        fast, strong: What the two variants predict.
+        threshold: See `Cascade`.
+    """
+
+    def __init__(self, fast: Predict, strong: Predict, threshold: float) -> None:
+        self._fast, self._strong, self._threshold = fast, strong, threshold
+
+    def __call__(self, inputs: Inputs) -> Logits:
+        logits, unsure = self.glance(inputs)
+        if unsure.any():
+            logits[unsure] = self._strong(_shortened({n: a[unsure] for n, a in inputs.items()}))
+        return logits
+
+    def glance(self, inputs: Inputs) -> tuple[Logits, npt.NDArray[np.bool_]]:
+        """What the fast model says, and of which rows it is not sure enough.
+
+        May be called while another thread computes.
+        """
+        logits = self._fast(inputs)
+        return logits, confidence(logits) < self._threshold
 
 
 def _shortened(inputs: Inputs) -> Inputs:
