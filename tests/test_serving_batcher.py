@@ -443,7 +443,7 @@ def test_a_full_queue_refuses_there_too(model: GatedModel) -> None:
 
 
 def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
-    under, told = batcher(model, deadline_ms=1000), Told()
+    under, told = batcher(model, deadline_ms=1400), Told()
     under._spent_s, under._spent_rows = 0.2, 1.0  # 0.2 s a row, as seen of late
     model.gate.clear()
     under.start([[1]], told)

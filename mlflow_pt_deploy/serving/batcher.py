@@ -31,7 +31,7 @@ Done = Callable[[Ticket], None]
 # How much of what is known of a row's cost stays at each call.
 _MEMORY = 0.9
 # Nobody is let in who would wait for longer than this share of the time that he has.
-_PATIENCE = 0.5
+_PATIENCE = 0.4
 
 
 class Batcher:
