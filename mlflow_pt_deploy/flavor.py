@@ -38,7 +38,7 @@ from mlflow_pt_deploy.hardware import library_versions
 from mlflow_pt_deploy.serving.options import Options
 from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG
-from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, verify
+from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
 
 FLAVOR_NAME = "pt_deploy"
@@ -159,7 +159,7 @@ def _load(root: Path, options: Options) -> LoadedVariant:
     if not folder.is_dir():
         raise ArtifactError(f"{root.name} is not a pt_deploy model: it has no {_FOLDER}/ folder.")
     allowed = options.allow_code or os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
-    manifest = verify(folder)
+    manifest = read_manifest(folder)  # its files are checked where they are loaded
     allowed = allowed or (manifest.carries_code and _registry_vouches(root, manifest))
     return load_variant(
         folder, device=options.device, threads=options.num_threads, allow_code=allowed

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class TinyManifest:
     runtime: str = "numpy"
     precision: str = "fp32"
     digest: str = "0" * 64
+    libraries: Mapping[str, str] = field(default_factory=lambda: {"numpy": "0.1"})
 
 
 def predict(inputs: Inputs) -> Logits:

@@ -5,6 +5,7 @@ Knows how MLflow loads; does not know when, nor what becomes of the version befo
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
+from mlflow_pt_deploy.hardware import library_versions
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, version_tags
 
 if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
+
+_logger = logging.getLogger(__name__)
 
 _OBSERVED = 2048
 _LOGGED = ("accuracy", "latency_p50_ms", "speedup")
@@ -88,6 +92,17 @@ class Version:
                 f"registry's tag {DIGEST_TAG}. Promote it again with pt-deploy promote."
             )
 
+    def compare_libraries(self) -> None:
+        """Say in the log which libraries are not those that the model was exported with."""
+        then, here = self.pyfunc.loaded.manifest.libraries, library_versions()
+        odd = [
+            f"{name} {then[name]} (here {here[name]})"
+            for name in sorted(then.keys() & here.keys())
+            if then[name] != here[name]
+        ]
+        if odd:
+            _logger.warning("%s was exported with %s", self.name, ", ".join(odd))
+
     def about(self) -> dict[str, Any]:
         """What ``/model`` says of it; times in milliseconds."""
         manifest = self.pyfunc.loaded.manifest
@@ -118,9 +133,13 @@ def load_version(address: Address, target: Target) -> Version:
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
         config = dict(target.model_config) or None
-        model = mlflow.pyfunc.load_model(address.uri, model_config=config, dst_path=folder)
+        # MLflow's own look at the environment walks through every installed file: half a second.
+        model = mlflow.pyfunc.load_model(
+            address.uri, suppress_warnings=True, model_config=config, dst_path=folder
+        )
         version = Version(model, address, target, version_tags(address))
         version.check_digest()
+        version.compare_libraries()
         version.pyfunc.warm_up()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

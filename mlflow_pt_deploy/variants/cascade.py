@@ -74,6 +74,7 @@ class Cascade(Variant):
                 threads=threads,
                 allow_code=self.trusted,
                 check_golden=False,
+                verified=True,
             ).predict
             for stage in (FAST, STRONG)
         )
