@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 import threading
 import time
 import weakref
@@ -163,6 +164,13 @@ def test_an_unfit_version_is_refused_and_not_tried_again_at_once(
         registry.promote(registry.add(label="three"))
         until(lambda: slot.current.label == "3")
         assert requests.get(f"{url}/model", timeout=5).json()["refused"] is None
+
+
+def test_other_library_versions_are_told_in_the_log(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    Slot("tiny", source(URI)).open()
+    assert f"exported with python 2.7 (here {platform.python_version()})" in caplog.text
 
 
 def test_going_back_forgets_the_refusal(registry: Registry) -> None:

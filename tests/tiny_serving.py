@@ -34,7 +34,7 @@ class TinyManifest:
     runtime: str = "numpy"
     precision: str = "fp32"
     digest: str = "0" * 64
-    libraries: Mapping[str, str] = field(default_factory=lambda: {"numpy": "0.1"})
+    libraries: Mapping[str, str] = field(default_factory=lambda: {"python": "2.7"})
 
 
 def predict(inputs: Inputs) -> Logits:

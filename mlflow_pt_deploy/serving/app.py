@@ -29,6 +29,7 @@ from mlflow_pt_deploy.serving.protocol import (
 )
 from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.spans import Spans
 from mlflow_pt_deploy.serving.ticket import Caller
 
 Scope = MutableMapping[str, Any]
@@ -56,6 +57,7 @@ class App:
         guard: Who may score and who may look.
         metrics: Told of each answer.
         access: Told of each answer too, if anything.
+        spans: Told of each answer of a model too, if anything.
         max_body_bytes: Longest request body.
     """
 
@@ -66,12 +68,14 @@ class App:
         guard: Guard | None = None,
         metrics: Metrics | None = None,
         access: AccessLog | None = None,
+        spans: Spans | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
     ) -> None:
         self._slots = slots
         self._guard = guard or Guard()
         self._metrics = metrics or Metrics()
         self._access = access
+        self._spans = spans
         self._max_body_bytes = max_body_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
         self._in_flight = dict.fromkeys(slots, 0)
@@ -109,9 +113,12 @@ class App:
         else:
             result = self._read_only(path, scope)
         await _respond(send, result)
-        self._tell(slot, path, result, time.perf_counter() - start)
+        parent = dict(scope["headers"]).get(b"traceparent", b"") if self._spans else b""
+        self._tell(slot, path, result, time.perf_counter() - start, parent)
 
-    def _tell(self, slot: Slot | None, path: str, result: Answer, seconds: float) -> None:
+    def _tell(
+        self, slot: Slot | None, path: str, result: Answer, seconds: float, parent: bytes
+    ) -> None:
         """Count and log an answer."""
         version = result.version
         label = version.label if version else ""
@@ -119,6 +126,8 @@ class App:
             self._metrics.answered(slot.name, label, result, seconds)
             if version and result.status == 200:
                 version.seconds.append(seconds)
+            if self._spans is not None:
+                self._spans.answered(slot.name, label, path, result, seconds, parent)
         if self._access is not None and path not in self._probes:
             route = path if slot or path in self._looks else "-"
             self._access.write(route, label, result, seconds)

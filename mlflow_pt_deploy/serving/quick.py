@@ -37,8 +37,8 @@ from mlflow_pt_deploy.variants.base import Logits
 
 Done = Callable[[Answer | None], None]
 """Told the answer; None: nothing was scored, go the long way."""
-Told = Callable[[Slot, str, Answer, float], None]
-"""Told of each answer: slot, path, answer, seconds."""
+Told = Callable[[Slot, str, Answer, float, bytes], None]
+"""Told of each answer: slot, path, answer, seconds, the request's ``traceparent``."""
 
 MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
@@ -63,6 +63,7 @@ class _Asked:
     top_k: int
     since: float
     caller: Caller
+    parent: bytes
     done: Done | None
     timer: asyncio.TimerHandle | None = None
 
@@ -119,15 +120,16 @@ class Quick:
             return False
         if not self._common(headers, body):
             return False
+        parent = headers.get(b"traceparent", b"")
         since, loop = time.perf_counter(), asyncio.get_running_loop()
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
         if self._crowded(version, caller):  # before it is read: to refuse must cost little
-            request = _Asked(route, slot, version, [], 1, since, caller, done)
+            request = _Asked(route, slot, version, [], 1, since, caller, parent, done)
             loop.call_soon(self._answer, request, _CROWDED._replace(version=version))
         elif (found := _parse(body, version.pyfunc)) is None:
             return False
         else:
-            request = _Asked(route, slot, version, *found, since, caller, done)
+            request = _Asked(route, slot, version, *found, since, caller, parent, done)
             if not self._asked:
                 loop.call_soon(self._score_all)
             self._asked.append(request)
@@ -282,7 +284,8 @@ class Quick:
         self._in_flight[request.slot.name] -= 1
         if result is not None:
             told = LEFT if request.caller.left else result
-            self._told(request.slot, request.path, told, time.perf_counter() - request.since)
+            seconds = time.perf_counter() - request.since
+            self._told(request.slot, request.path, told, seconds, request.parent)
         done(result)
 
 

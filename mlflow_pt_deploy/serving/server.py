@@ -28,6 +28,7 @@ from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.rows import EXAMPLES
 from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.spans import spans_from_environment
 from mlflow_pt_deploy.serving.watcher import Watcher
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
@@ -95,8 +96,10 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     chosen, guard, metrics = Settings(**settings), guard_from_environment(), best_metrics()
     check_exposure(chosen.host, guard, chosen.insecure)
     slots = name_slots(models, model_config, metrics)
+    spans = spans_from_environment()
     app = App(
         slots,
+        spans=spans,
         guard=guard,
         metrics=metrics,
         access=AccessLog() if chosen.access_log else None,
@@ -105,6 +108,8 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     server = _Server(app, slots, chosen)
     with _our_log(), _quiet_end(), _fair_threads(), _serving_environment():
         server.run()
+    if spans is not None:
+        spans.close()
     if server.failure is not None:
         raise _in_words(server.failure) from server.failure
 

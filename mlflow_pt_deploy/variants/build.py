@@ -32,7 +32,7 @@ from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.preprocess import Row, row_from_json, row_to_json
 from mlflow_pt_deploy.variants.base import Inputs, Variant
 from mlflow_pt_deploy.variants.folder import verify, write_variant
-from mlflow_pt_deploy.variants.table import VARIANTS, suits
+from mlflow_pt_deploy.variants.table import VARIANTS, suits, useless
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
@@ -98,7 +98,7 @@ def build(
     asked = suited(models, variants)
     wanted: list[tuple[str, Variant]] = []
     for model, variant in asked:
-        if early := _without_building(variant, model, target):
+        if early := _without_building(variant, model, models[model], target):
             note(early)
         else:
             wanted.append((model, variant))
@@ -128,8 +128,8 @@ def _model_type(folder: Path) -> str:
         return ""
 
 
-def _without_building(variant: Variant, model: str, target: Path) -> Built | None:
-    if reason := variant.unsupported():
+def _without_building(variant: Variant, model: str, source: Path, target: Path) -> Built | None:
+    if reason := variant.unsupported() or useless(variant, _model_type(source)):
         return _built(variant, model, None, reason)
     folder = target / variant.name(model)
     if folder.exists():

@@ -83,9 +83,17 @@ def suits(variant: Variant, model_type: str) -> bool:
     """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
     if model_type == STATIC:
         return variant in STATIC_VARIANTS
-    if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
-        return False
     return not isinstance(variant, NumPy)
+
+
+def useless(variant: Variant, model_type: str) -> str:
+    """Why a variant of such a model would gain nothing; empty where it may gain."""
+    if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
+        return (
+            f"skipped: {_short(variant)} quantizes linear layers, and all but the last of this "
+            "network are convolutions; int8-static of ONNX Runtime and OpenVINO quantize these"
+        )
+    return ""
 
 
 def _short(variant: Variant) -> str:

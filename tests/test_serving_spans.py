@@ -1,0 +1,69 @@
+"""Spans of real requests, kept in memory instead of sent."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tiny_serving import running, save_tiny
+
+from mlflow_pt_deploy.errors import MissingExtraError
+from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.spans import ENDPOINTS, Spans, spans_from_environment
+
+connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[tuple[str, Spans, InMemorySpanExporter]]:
+    exporter = InMemorySpanExporter()
+    slot, spans = Slot("tiny", source(str(save_tiny(tmp_path / "tiny")))), Spans(exporter)
+    slot.open()
+    app = App({"tiny": slot}, spans=spans)
+    with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+        yield url, spans, exporter
+
+
+def test_each_request_to_a_model_is_a_span(
+    kept: tuple[str, Spans, InMemorySpanExporter],
+) -> None:
+    url, spans, exporter = kept
+    headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
+    bodies = ({"inputs": ["red"]}, {"instances": ["red"]}, {"inputs": ["explode"]}, {"inputs": 1})
+    for body in bodies:
+        requests.post(f"{url}/invocations", json=body, headers=headers, timeout=10)
+    requests.get(f"{url}/livez", timeout=10)
+    spans.close()
+    found = exporter.get_finished_spans()
+    assert [span.name for span in found] == ["score tiny"] * len(bodies)
+    attributes = [dict(span.attributes or {}) for span in found]
+    assert [each["http.response.status_code"] for each in attributes] == [200, 200, 500, 400]
+    assert {each["http.route"] for each in attributes} == {"/invocations"}
+    assert all(each["pt_deploy.version"] for each in attributes)
+    assert attributes[2]["error.type"] == "INTERNAL_ERROR"
+    assert [span.status.is_ok for span in found] == [True, True, False, True]
+    assert {f"{span.context.trace_id:032x}" for span in found if span.context} == {TRACE}
+    assert {f"{span.parent.span_id:016x}" for span in found if span.parent} == {SPAN}
+    assert all(span.start_time and span.end_time > span.start_time for span in found)
+    assert "explode" not in str(attributes)
+
+
+def test_without_an_endpoint_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+    assert spans_from_environment() is None
+
+
+def test_an_endpoint_without_the_exporter_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("opentelemetry.exporter") is not None:
+        pytest.skip("the exporter is installed here")
+    monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:4318")
+    with pytest.raises(MissingExtraError, match=r"mlflow-pt-deploy\[otel\]"):
+        spans_from_environment()
