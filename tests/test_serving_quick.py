@@ -45,16 +45,21 @@ class Both:
         return requests.post(f"{url}/invocations", data=data, headers=JSON | headers, timeout=10)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["loop", "thread"])
+@pytest.fixture(scope="module", params=["loop", "thread", "cascade"])
 def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Both]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
-        slot = Slot("tiny", source(str(save_tiny(tmp_path_factory.mktemp("quick") / "tiny"))))
+        # of one word the cascade's fast model is not sure
+        habits = {"unsure_below": 0.7} if request.param == "cascade" else {}
+        folder = save_tiny(tmp_path_factory.mktemp("quick") / "tiny", **habits)
+        slot = Slot("tiny", source(str(folder)))
         slot.open()
         assert slot.current
-        slot.current.pyfunc.quick = request.param  # whatever this machine's clock said
+        # whatever this machine's clock said
+        slot.current.pyfunc.quick = request.param == "loop"
+        slot.current.pyfunc.glances = request.param == "cascade"
         routes, options = Routes(), {"http": connection.BoundedProtocol, "proxy_headers": False}
         short, long = App({"tiny": slot}, access=routes), App({"tiny": slot})
         long.quick = None  # type: ignore[assignment]
@@ -232,3 +237,27 @@ def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
     while batcher.busy:
         assert len(rows) < 3
     assert rows == [1]
+
+
+def test_a_cascade_hands_only_open_cases_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", unsure_below=0.7))))
+    slot.open()
+    assert slot.current
+    slot.current.pyfunc.glances = True
+    computed: list[int] = []
+    slot.current.pyfunc.batcher.observe = lambda rows, *_: computed.append(rows)
+    with running(App({"tiny": slot}), http=connection.BoundedProtocol, proxy_headers=False) as url:
+
+        def ask(*rows: str) -> list[str]:
+            answer = requests.post(f"{url}/invocations", json={"inputs": rows}, timeout=10)
+            return [each["label"] for each in answer.json()["predictions"]]
+
+        assert ask("red red", "blue blue") == ["red", "blue"]
+        assert computed == []
+        assert ask("green") == ["green"]
+        assert computed == [1]
+        assert ask("green green", "red") == ["green", "red"]
+        assert computed == [1, 2]

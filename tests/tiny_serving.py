@@ -21,6 +21,7 @@ from mlflow_pt_deploy.preprocess import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocess.image import ImagePreprocessor
 from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
 from mlflow_pt_deploy.variants.base import Inputs, Logits
+from mlflow_pt_deploy.variants.cascade import Stages
 
 WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)
@@ -89,6 +90,8 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
             return predict(inputs)
 
         variant = replace(variant, predict=slow)
+    if "unsure_below" in habits:
+        variant = replace(variant, predict=Stages(predict, predict, habits["unsure_below"]))
     return PyFunc(variant, model_config)  # type: ignore[arg-type]
 
 
@@ -96,7 +99,7 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
     """Write an MLmodel that loads the tiny model.
 
     Habits: `images` to look at colours, `label` for red, `load_s` and `predict_s` to take their
-    time, `refuse` to fail to load.
+    time, `refuse` to fail to load, `unsure_below` to be a cascade of the model and itself.
     """
     from mlflow import pyfunc
     from mlflow.models import Model
