@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from servers import (
     PT_DEPLOY,
@@ -86,6 +87,7 @@ class Result:
     points: list[Point] = field(default_factory=list)
     best: dict[int, float] = field(default_factory=dict)
     overload: Point | None = None
+    padding_share: float | None = None
 
 
 Load = Callable[[float], Point]
@@ -113,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with running(command, folder / "server.log") as run:
                     result.start_s = run.start_s
                     _examine(result, _load(generator, run, bodies, options), options)
+                    result.padding_share = _padding_share(run.url)
             except StartError as error:
                 result.reason = str(error)
             print(result, file=sys.stderr, flush=True)
@@ -186,6 +189,24 @@ def _load(generator: Path, run: Server, bodies: Path, options: argparse.Namespac
     return load
 
 
+def _padding_share(url: str) -> float | None:
+    """Of all tokens that the model computed, where the server tells; None where it does not."""
+    try:
+        with urlopen(f"{url}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+    except (OSError, ValueError):
+        return None
+
+    def total(name: str) -> float:
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
+
+    padding, tokens = (
+        total("pt_deploy_batch_padding_tokens_total"),
+        total("pt_deploy_batch_tokens_total"),
+    )
+    return round(padding / (padding + tokens), 3) if tokens else None
+
+
 def _settle(url: str) -> None:
     """Let a server that queues without limit come to its end of the queue."""
     try:
@@ -250,12 +271,12 @@ def table(results: Sequence[Result]) -> str:
     """The results as Markdown."""
     lines = [
         "| server | start s | good/s, p99 <= 40 ms | <= 100 ms | p50, p99, p99.9 ms there "
-        "| CPU µs/row | at twice that: good/s | 429 | 429's p99 ms | errors |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| CPU µs/row | padding | at twice that: good/s | 429 | 429's p99 ms | errors |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in results:
         if result.reason:
-            lines.append(f"| {result.server} | {result.reason} " + "| " * 8 + "|")
+            lines.append(f"| {result.server} | {result.reason} " + "| " * 9 + "|")
             continue
         best = max(result.best.values(), default=0.0)
         there = next((point for point in result.points if point.rate == best), None)
@@ -265,6 +286,7 @@ def table(results: Sequence[Result]) -> str:
             *(f"{result.best.get(limit, 0):g}" for limit in LIMITS_MS),
             f"{there.p50_ms:.1f}, {there.p99_ms:.1f}, {there.p999_ms:.1f}" if there else "-",
             f"{there.cpu_us:g}" if there else "-",
+            f"{result.padding_share:.1%}" if result.padding_share is not None else "-",
             f"{over.good_per_s:g}" if over else "-",
             f"{over.refused_share:.0%}" if over else "-",
             f"{over.refused_p99_ms:.1f}" if over and over.refused_p99_ms else "-",

@@ -1,5 +1,6 @@
 """The short way of common requests, on real ports: the same answers and errors as the long way."""
 
+import asyncio
 import json
 import random
 import socket
@@ -15,9 +16,11 @@ from tiny_serving import running, save_tiny
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import Guard
+from mlflow_pt_deploy.serving.protocol import Answer
 from mlflow_pt_deploy.serving.quick import MOST_ROWS
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.ticket import Caller
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 JSON = {"Content-Type": "application/json"}
@@ -261,3 +264,21 @@ def test_a_cascade_hands_only_open_cases_over(
         assert computed == [1]
         assert ask("green green", "red") == ["green", "red"]
         assert computed == [1, 2]
+
+
+def test_a_turn_too_full_for_a_deadline_is_refused(both: Both) -> None:
+    app = App({"tiny": both.slot})
+    app.quick._request_s = 0.05  # what a request costs, as seen of late
+    answers: list[Answer | None] = []
+    body = json.dumps({"inputs": ["red"]}).encode()
+    hasty = {b"content-type": b"application/json", b"x-deadline-ms": b"100"}
+
+    async def turn() -> None:
+        for headers in (hasty, hasty, {b"content-type": b"application/json"}):
+            assert app.quick.take(b"/invocations", headers, body, Caller(), answers.append)
+        while len(answers) < 3:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(turn())
+    statuses = [answer.status for answer in answers if answer]
+    assert sorted(statuses) == [200, 200, 429]  # the second would wait for half of its 100 ms

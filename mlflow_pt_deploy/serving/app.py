@@ -79,6 +79,7 @@ class App:
         self._max_body_bytes = max_body_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
         self._in_flight = dict.fromkeys(slots, 0)
+        self._in_threads = 0
         first = next(iter(slots.values()))
         self._scored = {f"/models/{name}/invocations": slot for name, slot in slots.items()}
         self._scored["/invocations"] = first
@@ -156,18 +157,20 @@ class App:
         version = slot.current  # from here on this one, whatever is promoted meanwhile
         if version is None:
             return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", _LATER)
-        if sum(self._in_flight.values()) >= THREADS:
+        if self._in_threads >= THREADS:
             message = f"{THREADS} requests are waiting already. Try again later."
             return failure(429, "RESOURCE_EXHAUSTED", message, _LATER)
         caller = Caller(deadline(headers.get(DEADLINE_HEADER)))
         media = headers.get(b"content-type", b"").decode("latin1")
         self._in_flight[slot.name] += 1
+        self._in_threads += 1
         watch = _Watch(receive, caller)
         try:
             work = partial(answer, version, body, media, caller)
             result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._in_flight[slot.name] -= 1
+            self._in_threads -= 1
             watch.end()
         return LEFT if caller.left else result
 

@@ -156,9 +156,14 @@ class Batcher:
             self._lend(ticket)
         return ticket
 
-    def crowded(self, left_s: float | None) -> bool:
-        """Whether a request with so many seconds left would most likely come too late."""
-        return left_s is not None and self.wait_s > _PATIENCE * left_s
+    def crowded(self, left_s: float | None, before_s: float = 0.0) -> bool:
+        """Whether a request with so many seconds left would most likely come too late.
+
+        Args:
+            left_s: None: it has all the time in the world.
+            before_s: What it has to wait for before it could line up here.
+        """
+        return left_s is not None and before_s + self.wait_s > _PATIENCE * left_s
 
     def late(self) -> DeadlineError:
         """What is told to a request whose deadline has passed."""

@@ -43,6 +43,8 @@ Told = Callable[[Slot, str, Answer, float, bytes], None]
 MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
 
+# How soon what a request costs the loop is forgotten: a turn's share.
+_FORGET = 0.1
 _CROWDED = failure(
     429,
     "RESOURCE_EXHAUSTED",
@@ -90,6 +92,7 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
+        self._request_s = 0.0  # what a request has cost the loop of late
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
@@ -137,13 +140,14 @@ class Quick:
         return True
 
     def _crowded(self, version: Version, caller: Caller) -> bool:
+        """Whether what came before, in this turn of the loop and to the batcher, is too much."""
         batcher = version.pyfunc.batcher
-        if not batcher.queued_rows:
+        if not (self._asked or batcher.queued_rows):
             return False
         times = [batcher.limits.deadline_ms / 1000] if batcher.limits.deadline_ms else []
         if caller.expires is not None:
             times.append(caller.expires - time.monotonic())
-        return batcher.crowded(min(times, default=None))
+        return batcher.crowded(min(times, default=None), len(self._asked) * self._request_s)
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
         return (
@@ -156,6 +160,11 @@ class Quick:
     def _score_all(self) -> None:
         """What came in this turn of the loop."""
         asked, self._asked = self._asked, []
+        self._score(asked)
+        spent_s = (time.perf_counter() - asked[0].since) / len(asked)
+        self._request_s += _FORGET * (spent_s - self._request_s)
+
+    def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):
             pyfunc, rows = version.pyfunc, sum(len(request.rows) for request in requests)
             if pyfunc.glances and rows <= MOST_AT_ONCE:
