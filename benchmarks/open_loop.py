@@ -4,11 +4,11 @@
         --data FOLDER --seconds 5 --out open_loop.json
 
 Servers run one after the other, never two at a time. Each is asked one test text a request at
-rates that double until the tail breaks twice, then between the last good rate and the first bad one, and
-at last at twice the best. Requests are sent when they are due, whatever became of those before
-(`poisson.c`), and a request that is not answered with 200 counts as infinitely late. Each says that
-it is of no use after 100 ms, which servers may heed. The load generator shares the cores with the
-server, for all servers alike.
+rates that double until the tail breaks twice, then between the last good rate and the first bad
+one, and at last at twice the best. Requests are sent when they are due, whatever became of those
+before (`poisson.c`), and a request that is not answered with 200 counts as infinitely late. Each
+says that it is of no use after 100 ms, which servers may heed. The load generator shares the cores
+with the server, for all servers alike.
 """
 
 from __future__ import annotations
