@@ -166,12 +166,12 @@ def _draw_latency_axis(axes: Axes) -> None:
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("median latency of one row, raw text to label, in ms (log)")
+    axes.set_xlabel("median latency of one row, raw row to label, in ms (log)")
 
 
 def _draw_axes(axes: Axes, points: Sequence[_Point], dataset: str) -> None:
     _draw_latency_axis(axes)
-    axes.set_xlabel("median latency of one row, raw text to label, in ms (log; bar to p95)")
+    axes.set_xlabel("median latency of one row, raw row to label, in ms (log; bar to p95)")
     axes.set_ylabel(f"{dataset} accuracy in % (bar: paired 95 % interval of the drop)")
     where = sorted({f"{p.result.device}, threads: {p.result.threads}" for p in points})
     axes.set_title(f"Accuracy against latency of one row ({'; '.join(where)})", loc="left")
