@@ -92,7 +92,7 @@ def test_units_end_the_names_that_carry_one() -> None:
 
 
 def test_the_package_gives_exactly_its_public_names() -> None:
-    assert package.__all__ == ["UNITS", "Measurement", "Result", "Worker", "measure"]
+    assert package.__all__ == ["UNITS", "Bench", "Measurement", "Result", "Worker", "measure"]
     for name in package.__all__:
         assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

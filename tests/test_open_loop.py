@@ -26,7 +26,7 @@ def point(rate: float, p99_ms: float | None) -> open_loop.Point:
 
 def fire(program: Path, url: str, bodies: Path, rate: float) -> dict[str, Any]:
     host, port = url.removeprefix("http://").split(":")
-    words = [rate, 1, 7, host, port, "/invocations", bodies, 64]
+    words = [rate, 1, 7, host, port, "/invocations", bodies, 64, 5000]
     command = [str(word) for word in (program, *words)]
     found: dict[str, Any] = json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout
@@ -45,6 +45,7 @@ def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path)
     assert seen["errors"] == 0
     assert sum(seen["statuses"].values()) == seen["sent"]
     assert seen["statuses"]["200"] == -(-seen["sent"] // 2), "bodies are sent in turn"
+    assert seen["in_time"] == seen["statuses"]["200"]
     assert seen["p50_ms"] >= 50
     assert seen["p99_all_ms"] is None, "what is not answered with 200 is infinitely late"
 
@@ -60,20 +61,35 @@ def test_a_server_that_is_not_there_is_errors(tmp_path: Path) -> None:
 
 def test_the_search_finds_the_rate_at_which_the_tail_breaks() -> None:
     asked: dict[float, open_loop.Point] = {}
+    loads: list[float] = []
 
     def load(rate: float) -> open_loop.Point:
-        assert rate not in asked, "no rate twice but the first"
+        loads.append(rate)
         return point(rate, 20.0 if rate <= 100 else 70.0 if rate <= 300 else None)
 
     slow, fast = (open_loop.search(load, 8, limit, asked) for limit in (40, 100))
     assert 90 <= slow <= 100
     assert 270 <= fast <= 300
     assert open_loop.search(load, 8, 10, asked) == 0
+    assert {rate for rate in asked if loads.count(rate) == 1} == {
+        rate for rate in asked if asked[rate].keeps(40) or (rate > 128 and asked[rate].keeps(100))
+    }, "what breaks a tail is looked at twice, what keeps it once"
+
+
+def test_a_pause_of_the_machine_does_not_end_the_search() -> None:
+    paused: set[float] = set()
+
+    def load(rate: float) -> open_loop.Point:
+        first = rate == 32 and rate not in paused
+        paused.add(rate)
+        return point(rate, 500.0 if first else 20.0 if rate <= 100 else None)
+
+    assert 90 <= open_loop.search(load, 8, 40, {}) <= 100
 
 
 def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
     good = open_loop.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0))
     lines = open_loop.table([good, open_loop.Result("bad", "no such module")]).splitlines()
-    assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | 32 | 0% |")
+    assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 32 | 0% |")
     assert lines[3].startswith("| bad | no such module |")
     assert len({line.count("|") for line in lines}) == 1
