@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import signal
 import subprocess
 import sys
@@ -35,7 +33,9 @@ from servers import (
     StartError,
     ask,
     commands,
+    common_parser,
     cpu_seconds,
+    machine,
     running,
     sample,
     save_teacher,
@@ -255,12 +255,7 @@ def _all_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="MLflow URI of our model")
-    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
-    parser.add_argument("--data", required=True, help="as for pt-deploy: a folder, catalog, ...")
+    parser = common_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=10, help="a point")
     parser.add_argument("--first-rate", type=float, default=8, help="requests/s to double from")
     parser.add_argument("--rates", type=float, nargs="*", default=[8, 64, 512, 2048])
@@ -302,12 +297,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _write(results: Sequence[Result], options: argparse.Namespace) -> None:
-    machine = {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()}
     report = {
         "results": [asdict(result) for result in results],
         "seconds": options.seconds,
         "data": options.data,
-        "machine": machine,
+        "machine": machine(),
     }
     options.out.write_text(json.dumps(report, indent=1), encoding="utf8")
     options.out.with_suffix(".md").write_text(table(results), encoding="utf8")

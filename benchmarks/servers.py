@@ -5,8 +5,10 @@ Knows nothing of loads and of what is measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
 import random
 import signal
 import socket
@@ -74,6 +76,22 @@ def commands(model: str, teacher: Path) -> dict[str, list[str]]:
         OURS: [*stock, model],
         PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
     }
+
+
+def common_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark asks for; the caller adds its own."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("--model", required=True, help="MLflow URI of our model")
+    found.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
+    found.add_argument("--data", required=True, help="as for pt-deploy: a folder, catalog, ...")
+    return found
+
+
+def machine() -> dict[str, object]:
+    """Where a benchmark ran."""
+    return {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()}
 
 
 @contextmanager

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -27,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from servers import TEACHER, ask, commands, running, sample, save_teacher
+from servers import TEACHER, ask, commands, common_parser, machine, running, sample, save_teacher
 
 # Each connection takes the next body; `done` prints wrk's raw numbers (microseconds) as JSON.
 _LUA = """
@@ -102,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "accuracy": accuracy,
         "accuracy_rows": min(options.rows, len(rows)),
         "data": options.data,
-        "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+        "machine": machine(),
     }
     options.out.write_text(json.dumps(report, indent=1), encoding="utf8")
     options.out.with_suffix(".md").write_text(table, encoding="utf8")
@@ -110,12 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="MLflow URI of our model")
-    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
-    parser.add_argument("--data", required=True, help="as for pt-deploy: a folder, catalog, ...")
+    parser = common_parser(__doc__)
     parser.add_argument("--seconds", type=int, default=20, help="a point, after warm-up")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rows", type=int, default=300, help="rows that accuracy is checked on")

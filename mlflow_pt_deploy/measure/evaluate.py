@@ -60,7 +60,7 @@ class Bench:
         self._folder, self._device = baseline, device
         self._threads = threads or usable_cores()
         self.batched = draw_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
-        self.worker = self._start()
+        self.worker = self._start_baseline()
         try:
             given = _answers(self.worker, splits)
         except BaseException:
@@ -101,7 +101,7 @@ class Bench:
             result = self._attempt(blank, folder)
             if not self.worker.alive:
                 self.worker.close()
-                self.worker = self._start()
+                self.worker = self._start_baseline()
                 result = self._attempt(blank, folder)
             if result.reason and folder == self._folder:
                 raise VariantError(f"the baseline cannot be measured: {result.reason}")
@@ -120,7 +120,7 @@ class Bench:
         except PtDeployError as error:
             return replace(blank, reason=str(error))
 
-    def _start(self) -> Worker:
+    def _start_baseline(self) -> Worker:
         try:
             worker = _start(self._folder, self.splits, self._device, self._threads)
         except PtDeployError as error:

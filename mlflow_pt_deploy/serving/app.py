@@ -21,6 +21,7 @@ from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.openapi import document
 from mlflow_pt_deploy.serving.protocol import (
     DEADLINE_HEADER,
+    LATER,
     LEFT,
     Answer,
     answer,
@@ -46,7 +47,6 @@ THREADS = 256
 # Whether a client left is looked at only when his answer takes longer than this.
 _PATIENCE_S = 0.05
 _CLOSE = (b"connection", b"close")
-_LATER = (b"retry-after", b"1")
 
 
 class App:
@@ -156,10 +156,10 @@ class App:
             return body
         version = slot.current  # from here on this one, whatever is promoted meanwhile
         if version is None:
-            return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", _LATER)
+            return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", LATER)
         if self._in_threads >= THREADS:
             message = f"{THREADS} requests are waiting already. Try again later."
-            return failure(429, "RESOURCE_EXHAUSTED", message, _LATER)
+            return failure(429, "RESOURCE_EXHAUSTED", message, LATER)
         caller = Caller(deadline(headers.get(DEADLINE_HEADER)))
         media = headers.get(b"content-type", b"").decode("latin1")
         self._in_flight[slot.name] += 1

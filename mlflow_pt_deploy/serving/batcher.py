@@ -156,14 +156,14 @@ class Batcher:
             self._lend(ticket)
         return ticket
 
-    def crowded(self, left_s: float | None, before_s: float = 0.0) -> bool:
-        """Whether a request with so many seconds left would most likely come too late.
+    def crowded(self, left_s: float, before_s: float = 0.0) -> bool:
+        """Whether a request would most likely come too late.
 
         Args:
-            left_s: None: it has all the time in the world.
-            before_s: What it has to wait for before it could line up here.
+            left_s: Seconds until its deadline.
+            before_s: Seconds that it has to wait for before it could line up here.
         """
-        return left_s is not None and before_s + self.wait_s > _PATIENCE * left_s
+        return before_s + self.wait_s > _PATIENCE * left_s
 
     def late(self) -> DeadlineError:
         """What is told to a request whose deadline has passed."""

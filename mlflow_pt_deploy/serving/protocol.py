@@ -47,6 +47,7 @@ def failure(status: int, error: str, message: str, *headers: tuple[bytes, bytes]
     return Answer(status, body, error, headers)
 
 
+LATER = (b"retry-after", b"1")
 LEFT = failure(499, "CANCELLED", "the client left")
 DEADLINE_HEADER = b"x-deadline-ms"
 
@@ -72,7 +73,7 @@ def failed(version: Version, error: Exception) -> Answer:
     """An error as an answer."""
     told = scoring_error(error)
     status = 415 if isinstance(error, _UnsupportedMediaError) else told.status
-    later = ((b"retry-after", b"1"),) if status == 429 else ()
+    later = (LATER,) if status == 429 else ()
     text, code = told.serialize_as_json().encode(), str(told.error_code)
     return Answer(status, text, code, later, version=version)
 

@@ -12,17 +12,17 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import DeadlineError
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import (
     DEADLINE_HEADER,
+    LATER,
     LEFT,
     Answer,
     deadline,
@@ -31,7 +31,7 @@ from mlflow_pt_deploy.serving.protocol import (
 )
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE, PyFunc
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, expiry
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
 
@@ -49,7 +49,7 @@ _CROWDED = failure(
     429,
     "RESOURCE_EXHAUSTED",
     "so many rows wait that the request's deadline would be missed. Try again later.",
-    (b"retry-after", b"1"),
+    LATER,
 )
 _MEDIA = (b"application/json", b"application/json; charset=utf-8")
 
@@ -144,10 +144,10 @@ class Quick:
         batcher = version.pyfunc.batcher
         if not (self._asked or batcher.queued_rows):
             return False
-        times = [batcher.limits.deadline_ms / 1000] if batcher.limits.deadline_ms else []
-        if caller.expires is not None:
-            times.append(caller.expires - time.monotonic())
-        return batcher.crowded(min(times, default=None), len(self._asked) * self._request_s)
+        expires = expiry(batcher.limits, caller)
+        if expires is None:
+            return False
+        return batcher.crowded(expires - time.monotonic(), len(self._asked) * self._request_s)
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
         return (
@@ -231,7 +231,7 @@ class Quick:
                 continue
             left_s = ticket.left_s()
             if left_s is not None:
-                request.timer = loop.call_later(left_s, self._late, request, batcher.late())
+                request.timer = loop.call_later(left_s, self._late, request)
 
     def _computed(self, loop: asyncio.AbstractEventLoop, request: _Asked, ticket: Ticket) -> None:
         """Called by the batcher's thread: the loop shall look at what has been finished."""
@@ -278,9 +278,9 @@ class Quick:
             body = json.dumps({"predictions": mine}).encode()
             self._answer(request, Answer(200, body, version=version))
 
-    def _late(self, request: _Asked, error: DeadlineError) -> None:
-        answer = failed(request.version, error)
-        self._answer(request, answer)
+    def _late(self, request: _Asked) -> None:
+        error = request.version.pyfunc.batcher.late()
+        self._answer(request, failed(request.version, error))
         request.caller.left = True  # so that the batcher drops what it has not begun
 
     def _answer(self, request: _Asked, result: Answer | None) -> None:
@@ -298,9 +298,7 @@ class Quick:
         done(result)
 
 
-def _by_version(
-    asked: Mapping[_Asked, Ticket] | Sequence[_Asked],
-) -> list[tuple[Version, list[_Asked]]]:
+def _by_version(asked: Iterable[_Asked]) -> list[tuple[Version, list[_Asked]]]:
     """Requests by the version that shall answer them, in order."""
     found: dict[int, tuple[Version, list[_Asked]]] = {}
     for request in asked:

@@ -73,6 +73,14 @@ class Caller:
         self.left = False
 
 
+def expiry(limits: Limits, caller: Caller) -> float | None:
+    """When a request that comes now is given up, by `time.monotonic`; None: never."""
+    seconds = limits.deadline_ms / 1000
+    own = [time.monotonic() + seconds] if seconds else []
+    his = [caller.expires] if caller.expires is not None else []
+    return min(own + his, default=None)
+
+
 class Wake(Protocol):
     """Told when a ticket is done, or when its turn to lead has come."""
 
@@ -99,10 +107,7 @@ class Ticket:
         self.leads = False
         self.wake: Wake  # set by whoever waits, before the ticket lines up
         self.caller = caller or Caller()
-        seconds = limits.deadline_ms / 1000
-        own = [time.monotonic() + seconds] if deadline and seconds else []
-        his = [self.caller.expires] if self.caller.expires is not None else []
-        self.expires = min(own + his, default=None)
+        self.expires = expiry(limits, self.caller) if deadline else self.caller.expires
 
     @property
     def done(self) -> bool:

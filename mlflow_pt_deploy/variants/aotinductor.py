@@ -98,7 +98,7 @@ def _compile_options(static: bool) -> dict[str, Any]:
     # Only constant weights are stored as int8; else int8 is computed in fp32.
     options: dict[str, Any] = {"freezing": static}
     if hasattr(config.aot_inductor, "precompile_headers"):
-        # Two headers of 7 s each pay from the third package on; few runs build as many.
+        # Two headers of 7 s each, which save a package 2 s: few runs build as many.
         options["aot_inductor.precompile_headers"] = False
     return options
 
