@@ -32,6 +32,7 @@ from mlflow_pt_deploy.models import (
     new_static,
     shrink,
 )
+from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.train import Loss, Tensors, predict_batches
 
 
@@ -90,7 +91,12 @@ def kept_layers(depth: int, keep: int, chosen: str = "") -> tuple[int, ...]:
 
 
 def start_student(
-    teacher: Classifier, layers: int, chosen: str = "", *, width: float = 1.0
+    teacher: Classifier,
+    layers: int,
+    chosen: str = "",
+    *,
+    width: float = 1.0,
+    rows: Sequence[Row] = (),
 ) -> Classifier:
     """What learns from a teacher.
 
@@ -100,6 +106,7 @@ def start_student(
         layers: How many layers of a teacher of texts, evenly spread; 0: a static student.
         chosen: Which of its layers instead, see `kept_layers`.
         width: Share of MobileNetV2's channels.
+        rows: Of train: a static student knows their word pieces from the start.
 
     Raises:
         ModelError: The teacher has fewer layers, or there is no such student of images.
@@ -113,7 +120,7 @@ def start_student(
         return new_mobilenet(teacher, width=width)
     assert isinstance(teacher, TextClassifier)
     if layers == 0:
-        return new_static(teacher)
+        return new_static(teacher, cast(Sequence[str], rows))
     return shrink(teacher, kept_layers(teacher.network.config.num_hidden_layers, layers, chosen))
 
 

@@ -30,8 +30,10 @@ class Options:
         student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
         student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
         keep_layers: Which ones instead, e.g. ``0,2,5``; empty: evenly spread.
-        student_neurons: Feed-forward neurons that each keeps, the most important ones; 0: all.
-        student_width: Share of a MobileNetV2's channels that a student of images has.
+        student_heads: Attention heads that each keeps, the most important ones; 0: all.
+        student_neurons: The same of feed-forward neurons.
+        student_width: Share of the teacher's hidden width that a student of texts keeps, or of a
+            MobileNetV2's channels that a student of images has.
         student_precision: ``fp32``, or ``int8-qat``: the student learns with int8's rounding.
         vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
         static_epochs: Passes for the static student of texts; 0 makes none.
@@ -71,6 +73,7 @@ class Options:
     student_epochs: int = -1
     student_layers: int = 3
     keep_layers: str = ""
+    student_heads: int = 0
     student_neurons: int = 0
     student_width: float = 1.0
     student_precision: str = "fp32"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 
@@ -121,12 +121,24 @@ def default_space(teacher: Classifier, kinds: str) -> Space:
     config = teacher.network.config
     most = max(1, getattr(config, "num_hidden_layers", 1) - 1)
     threads = tuple(sorted({1, usable_cores()}))
-    transformer = replace(TRANSFORMER, layers=(1, most), threads=threads)
+    transformer = replace(TRANSFORMER, layers=(1, most), threads=threads, **_cuts(config))
     if getattr(config, "hidden_size", 768) > _NARROW:
         transformer = replace(transformer, learning_rate=_WIDE_RATES)
     return Space(
         transformer if "transformer" in wanted else None, STATIC if "static" in wanted else None
     )
+
+
+def _cuts(config: Any) -> dict[str, Any]:
+    """Heads and shares of the width that are tried, where these can be cut at all."""
+    from mlflow_pt_deploy.models.family import FAMILIES
+
+    family = FAMILIES.get(config.model_type)
+    if family is None or not family.queries:
+        return {}
+    heads = config.num_attention_heads
+    fewer = {round(heads * share) for share in (2 / 3, 1 / 2)} - {0, heads}
+    return {"heads": (0, *sorted(fewer, reverse=True)), "width": (1.0, 0.75, 0.5)}
 
 
 def _explore(
@@ -173,6 +185,8 @@ def _as_options(point: Point, options: Options) -> Options:
     return replace(
         options,
         student_layers=point.layers,
+        student_heads=point.heads,
+        student_width=point.width,
         student_epochs=point.epochs,
         static_epochs=point.epochs,
         temperature=point.temperature,

@@ -105,19 +105,15 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
 
 
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
-    """A part of the teacher: its layers, of these their best neurons, and its vocabulary."""
+    """A part of the teacher: its vocabulary, its layers, and of these what matters most."""
     from mlflow_pt_deploy.distill import kept_layers, start_student
     from mlflow_pt_deploy.models import TextClassifier
-    from mlflow_pt_deploy.prune import (
-        frequent_pieces,
-        prune_neurons,
-        prune_vocabulary,
-        teacher_importance,
-    )
+    from mlflow_pt_deploy.prune import cut_student, frequent_pieces, prune_vocabulary
 
     layers = options.student_layers
     of_texts = {
         "vocabulary": options.vocabulary != "all",
+        "student_heads": options.student_heads,
         "student_neurons": options.student_neurons,
         "keep_layers": options.keep_layers,
         "relation_weight": options.relation_weight,
@@ -128,13 +124,24 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     if options.vocabulary != "all":
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)
-    student = start_student(teacher, layers, options.keep_layers, width=options.student_width)
-    if isinstance(student, TextClassifier) and layers and options.student_neurons:
-        depth = teacher.network.config.num_hidden_layers
-        kept = kept_layers(depth, layers, options.keep_layers)
-        importance = teacher_importance(teacher, splits.train, kept)
-        student = prune_neurons(student, options.student_neurons, importance)
-    return student
+    student = start_student(
+        teacher,
+        layers,
+        options.keep_layers,
+        width=options.student_width,
+        rows=splits.train.rows,
+    )
+    if not layers or not isinstance(student, TextClassifier):
+        return student
+    return cut_student(
+        student,
+        teacher,
+        splits.train,
+        kept_layers(teacher.network.config.num_hidden_layers, layers, options.keep_layers),
+        heads=options.student_heads,
+        neurons=options.student_neurons,
+        width=options.student_width,
+    )
 
 
 def _lesson(

@@ -236,18 +236,16 @@ class _Run:
         self.losses: list[float] = []
         self.epochs: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
-        self.optimizer = torch.optim.AdamW(
-            classifier.parameters(),
-            lr=schedule.learning_rate,
-            weight_decay=schedule.weight_decay,
-            fused=True,
-        )
+        self.optimizers = _optimizers(classifier, schedule)
         warm = max(1, int(schedule.warmup * self.total_steps))
         rest = max(1, self.total_steps - warm)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: min((step + 1) / warm, max(0.0, (self.total_steps - step) / rest)),
-        )
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: min((step + 1) / warm, max(0.0, (self.total_steps - step) / rest)),
+            )
+            for optimizer in self.optimizers
+        ]
         torch.manual_seed(schedule.seed)
 
     def one_epoch(self, loss: Loss, checkpoint: Path | None, bar: Any) -> None:
@@ -281,8 +279,8 @@ class _Run:
             {
                 "schedule": asdict(self.schedule),
                 "classifier": self.classifier.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
+                "optimizers": [each.state_dict() for each in self.optimizers],
+                "schedulers": [each.state_dict() for each in self.schedulers],
                 "random": torch.get_rng_state(),
                 "step": self.step,
                 "losses": self.losses,
@@ -301,8 +299,9 @@ class _Run:
                 f"{asdict(self.schedule)}. Resume with the same options, or start a new run."
             )
         self.classifier.load_state_dict(saved["classifier"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
+        for name in ("optimizers", "schedulers"):
+            for each, state in zip(getattr(self, name), saved[name], strict=True):
+                each.load_state_dict(state)
         torch.set_rng_state(saved["random"].cpu())
         self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
         self.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
@@ -316,10 +315,11 @@ class _Run:
             logits = self.classifier(*inputs)
             value = loss(logits.float(), torch.from_numpy(chosen), inputs)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        _clip(self.classifier, 1.0)
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
         if not np.isfinite(number := value.item()):
             raise DataError("the training loss is not a number; try a lower --learning-rate.")
         return number
@@ -348,6 +348,38 @@ class _Run:
         if len(batches[-1]) == 1 and not self.lone_rows:
             batches[-1] = np.append(batches[-1], order[0])  # one row has no statistics
         return [batches[index] for index in random.permutation(len(batches))]
+
+
+def _optimizers(classifier: Classifier, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW; and Adam that touches only the rows seen, for tables whose gradients are sparse."""
+    tables = [
+        module.weight
+        for module in classifier.modules()
+        if isinstance(module, nn.Embedding) and module.sparse
+    ]
+    known = {id(table) for table in tables}
+    rest = [each for each in classifier.parameters() if id(each) not in known]
+    rate = schedule.learning_rate
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=rate, weight_decay=schedule.weight_decay, fused=True)
+    ]
+    if tables:
+        optimizers.append(torch.optim.SparseAdam(tables, lr=rate))
+    return optimizers
+
+
+def _clip(classifier: Classifier, most: float) -> None:
+    """torch's `clip_grad_norm_`, for gradients of which some are sparse."""
+    values = []
+    for parameter in classifier.parameters():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # a row that was met twice counts once
+            values.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    scale = most / (torch.nn.utils.get_total_norm(values) + 1e-6)
+    for each in values:
+        each.mul_(scale.clamp(max=1.0))
 
 
 def _tensors(classifier: Classifier, encoded: Sequence[Any], device: str) -> Tensors:

@@ -18,12 +18,19 @@ import numpy as np
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Split, Splits
-from mlflow_pt_deploy.distill import soft_labels, start_student, teach, with_relations
+from mlflow_pt_deploy.distill import (
+    kept_layers,
+    soft_labels,
+    start_student,
+    teach,
+    with_relations,
+)
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.home import home
 from mlflow_pt_deploy.measure import measure
-from mlflow_pt_deploy.models import save_classifier
+from mlflow_pt_deploy.models import TextClassifier, save_classifier
 from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.prune import cut_student
 from mlflow_pt_deploy.search import Outcome, Point, Report
 from mlflow_pt_deploy.train import Epoch, Loss, Schedule, fit
 from mlflow_pt_deploy.variants.build import build
@@ -71,7 +78,7 @@ class Evaluator:
                 mlflow.log_metric("validation_accuracy", accuracy, step=epoch.number)
                 report(epoch.number, accuracy)
 
-            student = start_student(self._teacher, point.layers)
+            student = self._student(point)
             fit(
                 student,
                 self._taught,
@@ -87,6 +94,23 @@ class Evaluator:
             )
             mlflow.log_metric("seconds", time.monotonic() - started)
         return outcome
+
+    def _student(self, point: Point) -> Classifier:
+        """What is taught: a static student, or a part of the teacher."""
+        student = start_student(self._teacher, point.layers, rows=self._splits.train.rows)
+        if not point.layers:
+            return student
+        depth = self._teacher.network.config.num_hidden_layers
+        kept = kept_layers(depth, point.layers)
+        assert isinstance(student, TextClassifier) and isinstance(self._teacher, TextClassifier)
+        return cut_student(
+            student,
+            self._teacher,
+            self._splits.train,
+            kept,
+            heads=point.heads,
+            width=point.width,
+        )
 
     def _loss(self, point: Point, student: Classifier) -> Loss:
         lesson = self._lesson

@@ -112,7 +112,7 @@ def test_the_most_important_neurons_stay_in_their_order(classifier: TextClassifi
     scores = np.zeros((2, 64))
     scores[0, [9, 3, 50]] = [1, 2, 3]
     scores[1, [0, 62, 63]] = [2, 1, 3]
-    pruned = prune_neurons(classifier, 2, Importance(np.ones((2, 4)), scores))
+    pruned = prune_neurons(classifier, 2, Importance(np.ones((2, 4)), scores, np.ones(32)))
     kept = ([3, 50], [0, 63])
     layers = classifier.network.bert.encoder.layer, pruned.network.bert.encoder.layer
     for old, new, neurons in zip(*layers, kept, strict=True):
@@ -183,13 +183,13 @@ def test_a_student_takes_the_teachers_best_neurons_and_heals(
 
 @pytest.mark.parametrize("keep", [-1, 0, 65])
 def test_a_number_of_neurons_that_there_is_not(classifier: TextClassifier, keep: int) -> None:
-    importance = Importance(np.ones((2, 4)), np.ones((2, 64)))
+    importance = Importance(np.ones((2, 4)), np.ones((2, 64)), np.ones(32))
     with pytest.raises(ModelError, match=rf"^keep {keep}: choose from 1 to 64, the neurons"):
         prune_neurons(classifier, keep, importance)
 
 
 def test_scores_of_another_classifier(classifier: TextClassifier) -> None:
-    importance = Importance(np.ones((3, 4)), np.ones((3, 64)))
+    importance = Importance(np.ones((3, 4)), np.ones((3, 64)), np.ones(32))
     with pytest.raises(ModelError, match=r"shape \(3, 64\), the classifier has \(2, 64\)"):
         prune_neurons(classifier, 8, importance)
 
@@ -202,7 +202,7 @@ def test_rows_without_their_labels(classifier: TextClassifier, rows: tuple[str, 
 
 def test_an_architecture_that_is_not_supported(classifier: TextClassifier) -> None:
     other = TextClassifier(_network("albert"), classifier.tokenizer)
-    importance = Importance(np.ones((2, 4)), np.ones((2, 64)))
+    importance = Importance(np.ones((2, 4)), np.ones((2, 64)), np.ones(32))
     for prune in (
         lambda: prune_vocabulary(other, TEXTS),
         lambda: prune_neurons(other, 8, importance),

@@ -65,11 +65,25 @@ def test_word_order_counts_through_ngrams_alone(static: Classifier) -> None:
     assert np.abs(forward - backward).max() < 1e-5
 
 
-def test_it_starts_from_the_teachers_word_pieces(teacher: Classifier) -> None:
-    student = start_student(teacher, 0)
+def test_it_starts_from_what_the_teacher_makes_of_each_piece(
+    teacher: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.models.static._FREQUENT", 20)
+    student = start_student(teacher, 0, rows=["my card"])
     assert student.network.config.model_type == STATIC == StaticConfig.model_type
     embeddings = teacher.network.bert.embeddings.word_embeddings.weight
-    assert torch.equal(student.network.pieces.weight, embeddings)
+    pieces = student.network.pieces.weight
+    begin, *_, end = ids = teacher.preprocessor.encode(["my card"])[0]
+    known = {*range(20), *ids}
+    assert set(pieces.any(dim=1).nonzero().flatten().tolist()) == known
+    card, money = (
+        teacher.network.bert(torch.tensor([[begin, piece, end]])).last_hidden_state[0, 1]
+        for piece in ids[1:3]
+    )
+    ratio = (pieces[ids[1]] - pieces[ids[2]]) / (card - money)
+    assert 0 < ratio.mean()
+    assert ratio.std() < 1e-4 * ratio.mean()  # only moved and scaled, all alike
+    assert pieces[sorted(known)].std().item() == pytest.approx(embeddings.std().item(), rel=1e-4)
     assert not student.network.grams.weight.any()  # an unseen n-gram says nothing
     assert student.labels == teacher.labels
     student.network.pieces.weight.data.zero_()

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from mlflow_pt_deploy.errors import MissingExtraError, ModelError
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier, new_resnet
+from mlflow_pt_deploy.models.narrow import blank_network, is_narrow, load_narrow
 from mlflow_pt_deploy.models.text import TextClassifier
 from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.preprocess.image import typical_size
@@ -59,7 +60,6 @@ def new_classifier(
         num_labels=len(labels),
         id2label=names,
         label2id={name: index for index, name in names.items()},
-        ignore_mismatched_sizes=True,
     )
     return classifier
 
@@ -88,7 +88,7 @@ def blank_classifier(folder: Path) -> Classifier:
     """A classifier of a folder's shape, its weights not read."""
     config = AutoConfig.from_pretrained(folder)
     kind = _kind(config)
-    return kind.with_reader(kind.auto.from_config(config), str(folder)).eval()
+    return kind.with_reader(blank_network(kind.auto, config), str(folder)).eval()
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
@@ -102,15 +102,25 @@ def _kind(config: Any) -> type[Classifier]:
     return ImageClassifier if config.model_type in _IMAGES else TextClassifier
 
 
-def _load(reference: str, **options: Any) -> tuple[Classifier, list[str]]:
-    """The classifier, and the names of weights that were not in the files."""
+def _load(reference: str, **head: Any) -> tuple[Classifier, list[str]]:
+    """The classifier, with another head if its config keys are given; names of missing weights."""
     path = _minilm() if reference == MINILM else reference
     try:
         with _quiet():
-            kind = _kind(AutoConfig.from_pretrained(path))
-            network, info = kind.auto.from_pretrained(
-                path, dtype=torch.float32, output_loading_info=True, **options
-            )
+            config = AutoConfig.from_pretrained(path)
+            kind = _kind(config)
+            if is_narrow(config):
+                config = AutoConfig.from_pretrained(path, **head)
+                network, missing = load_narrow(kind.auto, config, Path(path))
+            else:
+                network, info = kind.auto.from_pretrained(
+                    path,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=bool(head),
+                    **head,
+                )
+                missing = info["missing_keys"]
             classifier = kind.with_reader(network, path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
@@ -119,7 +129,7 @@ def _load(reference: str, **options: Any) -> tuple[Classifier, list[str]]:
             "on the hub (behind a proxy set HTTPS_PROXY or HF_ENDPOINT), or one that needs no "
             "network: minilm for text, resnet for images."
         ) from error
-    return classifier.eval(), sorted(info["missing_keys"])
+    return classifier.eval(), sorted(missing)
 
 
 def _minilm() -> str:

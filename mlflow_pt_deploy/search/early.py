@@ -51,16 +51,21 @@ def hopeless(point: Point, curve: Sequence[tuple[int, float]], finished: Sequenc
 def _least_latency(point: Point, finished: Sequence[Finished]) -> float:
     """A lower bound of a point's latency, known before it is trained; 0 if nothing is known.
 
-    Latency depends on the shape alone: a student is no faster than another of its kind with as many
-    or fewer layers on the same variant and threads. Of measurements of one shape the smallest
+    Latency depends on the shape alone: a student is no faster than another of its kind that is no
+    larger in any way, on the same variant and threads. Of measurements of one shape the smallest
     counts: noise only adds.
     """
-    least: dict[int, float] = {}
+    least: dict[tuple[float, ...], float] = {}
     for trial in finished:
-        layers, latency = trial.point.layers, trial.outcome.latency_ms
-        if _runs_on(trial.point) == _runs_on(point) and layers <= point.layers:
-            least[layers] = min(latency, least.get(layers, latency))
+        shape, latency = _shape(trial.point), trial.outcome.latency_ms
+        no_larger = all(a <= b for a, b in zip(shape, _shape(point), strict=True))
+        if _runs_on(trial.point) == _runs_on(point) and no_larger:
+            least[shape] = min(latency, least.get(shape, latency))
     return max(least.values(), default=0.0)
+
+
+def _shape(point: Point) -> tuple[float, ...]:
+    return point.layers, point.heads or float("inf"), point.width
 
 
 def _runs_on(point: Point) -> tuple[str, str, int]:

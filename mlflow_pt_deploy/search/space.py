@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import optuna
 
 _PAIRS = ("layers", "temperature", "soft_weight", "learning_rate", "epochs")
-_CHOICES = ("variants", "batch_size", "threads")
+_CHOICES = ("variants", "batch_size", "threads", "heads", "width")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Point:
         epochs: Passes over train.
         variant: Runtime and precision, e.g. ``onnxruntime-fp32``.
         threads: Threads for one call.
+        heads: Attention heads that it keeps in each layer; 0: all.
+        width: Share of the teacher's hidden width that it keeps; 1 for a static student.
     """
 
     kind: str
@@ -45,9 +47,13 @@ class Point:
     epochs: int
     variant: str
     threads: int
+    heads: int = 0
+    width: float = 1.0
 
     def __str__(self) -> str:
         layers = f" of {_plural(self.layers, 'layer')}" if self.layers else ""
+        layers += f" with {_plural(self.heads, 'head')} each" if self.heads else ""
+        layers += f", {self.width:.0%} as wide," if self.width < 1 else ""
         threads = _plural(self.threads, "thread")
         return f"a {self.kind} student{layers} on {self.variant} with {threads}"
 
@@ -57,7 +63,7 @@ class Ranges:
     """What may vary within one kind of student; see `Point` for what each is.
 
     Attributes:
-        variants, batch_size, threads: The choices.
+        variants, batch_size, threads, heads, width: The choices.
         layers, temperature, soft_weight, learning_rate, epochs: Lowest and highest, both possible.
             Temperature and learning rate are searched by their logarithm.
     """
@@ -70,6 +76,8 @@ class Ranges:
     batch_size: tuple[int, ...] = (16, 32, 64)
     epochs: tuple[int, int] = (2, 8)
     threads: tuple[int, ...] = (1,)
+    heads: tuple[int, ...] = (0,)
+    width: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
         for name in _PAIRS:
@@ -151,6 +159,8 @@ def propose(trial: optuna.Trial, space: Space) -> Point:
         epochs=trial.suggest_int(f"{kind}.epochs", *within.epochs),
         variant=trial.suggest_categorical(f"{kind}.variant", within.variants),
         threads=trial.suggest_categorical(f"{kind}.threads", within.threads),
+        heads=trial.suggest_categorical(f"{kind}.heads", within.heads),
+        width=trial.suggest_categorical(f"{kind}.width", within.width),
     )
 
 

@@ -124,13 +124,15 @@ def _has_attention(module: Classifier) -> bool:
 def _fuse(path: Path, module: Classifier) -> None:
     from onnxruntime.transformers import optimizer
 
+    from mlflow_pt_deploy.models.narrow import head_size
+
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
-    config = module.network.config
+    heads = getattr(module.network.config, "num_attention_heads", 0)
     fused = optimizer.optimize_model(
         str(path),
         model_type="vit" if "pixel_values" in module.preprocessor.axes else "bert",
-        num_heads=getattr(config, "num_attention_heads", 0),
-        hidden_size=getattr(config, "hidden_size", 0),
+        num_heads=heads,
+        hidden_size=heads * head_size(module.network) if heads else 0,
         opt_level=0,
     )
     fused.save_model_to_file(str(path))

@@ -1,66 +1,22 @@
-"""Pruning: a classifier without the word pieces and feed-forward neurons that it hardly needs.
-
-What is pruned is gone: tensors get smaller, config.json has their shapes, transformers loads it.
-
-Attention heads are scored but never removed. The BERT family derives a head's width from its config
-(``hidden_size / num_attention_heads``), so fewer heads of the old width have no config.json, and
-transformers 5 no longer has ``prune_heads`` and ``config.pruned_heads``.
-"""
+"""Without the word pieces that train does not need: most of a small model's size."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
-from torch.nn import functional
 from transformers import AutoTokenizer
-from transformers.pytorch_utils import prune_linear_layer
 
-from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier
+from mlflow_pt_deploy.models.family import family_of
+from mlflow_pt_deploy.models.narrow import blank_network
 from mlflow_pt_deploy.train import predict_logits
-
-
-@dataclass(frozen=True)
-class Importance:
-    """How much the loss depends on each part of a classifier; 0 is not at all.
-
-    Attributes:
-        heads: Scores of attention heads, float64 (layers, heads).
-        neurons: Scores of feed-forward neurons, float64 (layers, intermediate).
-    """
-
-    heads: npt.NDArray[np.float64]
-    neurons: npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where an architecture keeps its parts: in the encoder, in each layer, in the config."""
-
-    layers: str = "encoder.layer"
-    attention: str = "attention.output.dense"  # reads all heads side by side
-    up: str = "intermediate.dense"
-    down: str = "output.dense"
-    width: str = "intermediate_size"
-
-
-_FAMILIES = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), _Family()) | {
-    "distilbert": _Family(
-        "transformer.layer", "attention.out_lin", "ffn.lin1", "ffn.lin2", "hidden_dim"
-    ),
-    "mpnet": _Family(attention="attention.attn.o"),
-}
 
 
 def prune_vocabulary(
@@ -86,7 +42,7 @@ def prune_vocabulary(
         ModelError: The architecture or the kind of tokenizer is not supported, or the check at the
             end finds a text that is tokenized or answered differently.
     """
-    _family(classifier)
+    family_of(classifier.network.config)
     if not texts:
         raise DataError("texts is empty. Give the rows whose word pieces are to be kept.")
     rows = [*texts, *keep]
@@ -111,123 +67,6 @@ def frequent_pieces(classifier: TextClassifier, count: int = 8000) -> list[str]:
     pieces = sorted(classifier.tokenizer.get_vocab().items(), key=lambda item: item[1])
     named = [piece for piece, _ in pieces if not (piece[0] == "[" and piece[-1] == "]")]
     return named[:count]
-
-
-def prune_neurons(classifier: TextClassifier, keep: int, importance: Importance) -> TextClassifier:
-    """Keep only the most important feed-forward neurons, the same number in every layer.
-
-    Ranking by a Taylor score follows Molchanov et al. (2019). A pruned classifier has lost accuracy
-    until it is trained again.
-
-    Args:
-        classifier: The classifier to cut down; it is not changed.
-        keep: Neurons of each layer to keep.
-        importance: What `taylor_importance` gave for this classifier.
-
-    Raises:
-        ModelError: `keep` is out of range, the scores belong to another classifier, or the
-            architecture is not supported.
-    """
-    family = _family(classifier)
-    network = copy.deepcopy(classifier.network)
-    layers = network.base_model.get_submodule(family.layers)
-    width = getattr(network.config, family.width)
-    if not 1 <= keep <= width:
-        raise ModelError(f"keep {keep}: choose from 1 to {width}, the neurons that a layer has.")
-    if importance.neurons.shape != (len(layers), width):
-        raise ModelError(
-            f"importance has neurons of shape {importance.neurons.shape}, the classifier has "
-            f"{(len(layers), width)}. Give what taylor_importance returns for this classifier."
-        )
-    for layer, scores in zip(layers, importance.neurons, strict=True):
-        best = torch.LongTensor(sorted(np.argsort(-scores, kind="stable")[:keep].tolist()))
-        up, down = layer.get_submodule(family.up), layer.get_submodule(family.down)
-        layer.set_submodule(family.up, prune_linear_layer(up, best))
-        layer.set_submodule(family.down, prune_linear_layer(down, best, dim=1))
-    setattr(network.config, family.width, keep)
-    return TextClassifier(network, classifier.tokenizer).eval()
-
-
-def taylor_importance(
-    classifier: TextClassifier,
-    rows: Sequence[str],
-    targets: npt.NDArray[np.int64],
-    *,
-    batch_size: int = 32,
-) -> Importance:
-    """First-order Taylor scores: what the loss would change by without a head or a neuron.
-
-    Each part is multiplied by a gate of 1; its score is the absolute gradient of a row's cross
-    entropy by that gate, averaged over the rows (Michel, Levy & Neubig 2019 for heads, Molchanov et
-    al. 2019 for neurons).
-
-    Args:
-        classifier: The classifier to judge; it is not changed.
-        rows: Texts, usually of train.
-        targets: Their labels, int64 (rows,).
-        batch_size: Rows at once.
-
-    Raises:
-        DataError: There are no rows, or not one label for each.
-        ModelError: The architecture is not supported.
-    """
-    family = _family(classifier)
-    if not rows or len(rows) != len(targets):
-        raise DataError(f"{len(rows)} rows with {len(targets)} labels: give one label for each.")
-    network = copy.deepcopy(classifier.network).eval().requires_grad_(False)
-    gates: list[torch.Tensor] = []
-    for layer in network.base_model.get_submodule(family.layers):
-        _gate(layer.get_submodule(family.attention), network.config.num_attention_heads, gates)
-        _gate(layer.get_submodule(family.down), getattr(network.config, family.width), gates)
-    total: list[Any] = [0.0, 0.0]
-    for start in range(0, len(rows), batch_size):
-        gates.clear()
-        inputs = classifier.preprocessor(rows[start : start + batch_size])
-        tensors = {name: torch.from_numpy(it).to(network.device) for name, it in inputs.items()}
-        truth = torch.from_numpy(targets[start : start + batch_size]).to(network.device)
-        loss = functional.cross_entropy(network(**tensors).logits, truth, reduction="sum")
-        gradients = torch.autograd.grad(loss, gates)
-        for kind in (0, 1):  # a layer's heads come before its neurons
-            scores = torch.stack(gradients[kind::2]).abs().sum(dim=(1, 2, 4))
-            total[kind] = total[kind] + scores.double().cpu().numpy()
-    return Importance(total[0] / len(rows), total[1] / len(rows))
-
-
-def teacher_importance(
-    teacher: TextClassifier, train: Split, layers: Sequence[int], *, rows: int = 1024
-) -> Importance:
-    """Scores of the teacher's parts in the layers that a student takes over.
-
-    Args:
-        teacher: The fine-tuned teacher; it is not changed.
-        train: Rows to draw from.
-        layers: Indices of the layers.
-        rows: How many to draw.
-    """
-    drawn = np.random.default_rng(0).permutation(len(train))[:rows]
-    texts = [str(train.rows[i]) for i in drawn]
-    found = taylor_importance(teacher, texts, train.targets[drawn])
-    kept = list(layers)
-    return Importance(found.heads[kept], found.neurons[kept])
-
-
-def _gate(module: nn.Module, groups: int, gates: list[torch.Tensor]) -> None:
-    """Multiply a module's input by ones, float (batch, 1, groups, 1), and put them into `gates`."""
-
-    def multiply(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        (values,) = inputs  # (batch, length, width)
-        gate = values.new_ones(len(values), 1, groups, 1, requires_grad=True)
-        gates.append(gate)
-        return ((values.unflatten(-1, (groups, -1)) * gate).flatten(-2),)
-
-    module.register_forward_pre_hook(multiply)
-
-
-def _family(classifier: TextClassifier) -> _Family:
-    kind = classifier.network.config.model_type
-    if kind not in _FAMILIES:
-        raise ModelError(f"{kind} cannot be pruned; supported are {', '.join(_FAMILIES)}.")
-    return _FAMILIES[kind]
 
 
 def _needed(
@@ -283,7 +122,7 @@ def _slice_embeddings(network: Any, old_ids: list[int], new_ids: dict[int, int])
     for name, index in _config_ids(config).items():
         setattr(config, name, new_ids.get(index))
     (name,) = (name for name, weight in network.named_parameters() if weight is table)
-    sliced = type(network)(config).to(table)
+    sliced = blank_network(TextClassifier.auto, config).to(table)
     sliced.load_state_dict(network.state_dict() | {name: table[old_ids]})
     return sliced
 
