@@ -20,6 +20,7 @@ from tiny_serving import save_tiny, until
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.hardware import core_numbers, usable_cores
+from mlflow_pt_deploy.plugins.deployment import PtDeployClient
 from mlflow_pt_deploy.serving.port import hold_port, join_port
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.shares import Share, count_replicas, describe_shares, share_cores
@@ -28,6 +29,7 @@ pytest.importorskip("mlflow_pt_deploy.serving.prometheus")
 if not hasattr(socket, "SO_REUSEPORT"):
     pytest.skip("needs SO_REUSEPORT", allow_module_level=True)
 URI = "models:/tiny@champion"
+PATH = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
 START_S = 60
 
 
@@ -43,10 +45,9 @@ class Served(NamedTuple):
 @contextmanager
 def started(scratch: Path, *words: str, **environment: str) -> Iterator[Served]:
     """``pt-deploy serve --replicas 2`` as a process that is ready."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     scratch.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", *words]
-    environment |= {"PYTHONPATH": path, "TMPDIR": str(scratch), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment |= {"PYTHONPATH": PATH, "TMPDIR": str(scratch), "MLFLOW_DISABLE_TELEMETRY": "true"}
     with (
         (scratch / "log").open("w+") as log,
         subprocess.Popen(
@@ -214,14 +215,25 @@ def test_told_to_stop_all_end_what_they_began(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["log"]
 
 
-def test_no_replica_outlives_its_parent(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "tiny")
-    with started(tmp_path / "scratch", str(folder)) as served:
-        pids = [each["pid"] for each in replicas(served.url)]
+def test_a_deployment_is_updated_in_all_and_no_replica_outlives_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PATH)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    client = PtDeployClient("pt-deploy")
+    told = client.create_deployment(
+        "shop", str(save_tiny(tmp_path / "one")), config={"replicas": "2"}
+    )
+    try:
+        pids = [each["pid"] for each in replicas(told["url"])]
+        assert len(set(pids) | {told["pid"]}) == 3
+        client.update_deployment("shop", str(save_tiny(tmp_path / "two")))
+        assert [Path(each["uri"]).name for each in replicas(told["url"])] == ["two", "two"]
         assert alive(pids) == pids
-        served.process.kill()
-        until(lambda: not alive(pids), 20)
-    assert not list((tmp_path / "scratch").glob("pt-deploy-*"))
+    finally:
+        os.kill(told["pid"], signal.SIGKILL)
+    until(lambda: not alive(pids), 20)
+    assert not list(tmp_path.glob("pt-deploy-*/*.sock"))
 
 
 def test_a_model_that_may_not_serve_ends_it_all(tmp_path: Path) -> None:

@@ -130,8 +130,9 @@ class _Parent:
     async def run(self) -> None:
         """Return when told to stop and all processes have ended."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, self._told)
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGTERM, self._stop.set)
+            loop.add_signal_handler(signal.SIGINT, self._interrupt)
         keepers = [asyncio.create_task(self._keep(job)) for job in self._jobs]
         stopped = asyncio.create_task(self._stop.wait())
         try:
@@ -144,8 +145,8 @@ class _Parent:
                 self._kill()
             await asyncio.gather(*keepers)
 
-    def _told(self) -> None:
-        """A signal: the first asks to end, the second forces it."""
+    def _interrupt(self) -> None:
+        """Ctrl-C: the first asks to end, the second forces it."""
         if self._stop.is_set():
             self._kill()
         self._stop.set()

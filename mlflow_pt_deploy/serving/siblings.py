@@ -80,7 +80,8 @@ class Siblings:
         if path == "/metrics":
             from mlflow_pt_deploy.serving.prometheus import join_series
 
-            return own._replace(body=join_series([each and each.body for each in heard]))
+            texts = [each and each.body for each in heard]
+            return own._replace(body=await asyncio.to_thread(join_series, texts))
         return own._replace(body=json.dumps(_about(self.index, heard)).encode())
 
 
