@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.pipeline import run_lifecycle
     from mlflow_pt_deploy.policy import Choice, Policy, choose
     from mlflow_pt_deploy.searches import search_students
-    from mlflow_pt_deploy.serving.server import serve
+    from mlflow_pt_deploy.serving.serve import serve
     from mlflow_pt_deploy.stages import (
         distill_student,
         optimize_models,
@@ -34,7 +34,7 @@ _HOMES = {
     "pipeline": ("run_lifecycle",),
     "policy": ("Choice", "Policy", "choose"),
     "searches": ("search_students",),
-    "serving.server": ("serve",),
+    "serving.serve": ("serve",),
     "stages": (
         "distill_student",
         "optimize_models",

@@ -93,6 +93,7 @@ _SERVE = {
     "--grace-s": (int, 30, "seconds for requests in flight to finish when told to stop"),
     "--max-body-mb": (float, 4.0, "longest request body"),
     "--max-connections": (int, 1024, "most connections at a time"),
+    "--replicas": (int, 0, "processes at the port; 0: one for every 4 cores, at most 8"),
     "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),
     "--tls-key": (str, "", "PEM file with its key"),
 }
@@ -193,6 +194,8 @@ def _special(name: str, stage: argparse.ArgumentParser) -> None:
         stage.add_argument("-C", dest="config", action="append", default=[], help=about)
         about = "a line of JSON for each request, without anything a client wrote"
         stage.add_argument("--access-log", action="store_true", help=about)
+        about = "give each replica cores of its own"
+        stage.add_argument("--pin", action="store_true", help=about)
         about = "listen beyond this machine without PT_DEPLOY_TOKEN"
         stage.add_argument("--insecure", action="store_true", help=about)
 
@@ -310,10 +313,10 @@ def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.serving.options import parse_config
-    from mlflow_pt_deploy.serving.server import serve
+    from mlflow_pt_deploy.serving.serve import serve
 
     names = [flag.removeprefix("--").replace("-", "_") for flag in _SERVE]
-    settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure")}
+    settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure", "pin")}
     serve(parsed.uri, *parsed.more, model_config=parse_config(parsed.config), **settings)
     return {"stage": "serve", "uri": parsed.uri}
 

@@ -24,6 +24,16 @@ _LIBRARIES = (
 )
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
 _ROOT = Path("/")
+# Set for a process that shares its machine with its like, as each replica of a server does.
+CORES_ENV = "PT_DEPLOY_CORES"
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "RAYON_NUM_THREADS",  # the tokenizer's
+)
 
 
 @cache
@@ -40,14 +50,33 @@ def cpu_flags() -> frozenset[str]:
 def usable_cores(_root: Path = _ROOT) -> int:
     """Cores this process may keep busy, which a container or taskset may have cut down.
 
-    The fewest of its CPU affinity and the CPU quotas of its cgroups. A quota of 1.5 cores counts
-    as 2: rounded down, a third of it would never be used.
+    The fewest of its CPU affinity, the CPU quotas of its cgroups, and ``PT_DEPLOY_CORES``. A quota
+    of 1.5 cores counts as 2: rounded down, a third of it would never be used.
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return min([cores, *_quotas(_root)])
+    share = os.environ.get(CORES_ENV, "")
+    return min([cores, *_quotas(_root), *([max(1, int(share))] if share.isdecimal() else [])])
+
+
+def core_numbers(_root: Path = _ROOT) -> list[int]:
+    """Numbers of the cores this process may run on; empty where the system has no affinity.
+
+    Hyperthreads of one core, whose numbers may lie far apart, stand side by side, and cores of one
+    package too: a run of this list shares as little as possible with the rest.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+
+    def place(number: int) -> tuple[int, int, int]:
+        folder = _root / f"sys/devices/system/cpu/cpu{number}/topology"
+        words = (_read(folder / name).strip() for name in ("physical_package_id", "core_id"))
+        package, core = (int(word) if word.isdecimal() else number for word in words)
+        return package, core, number
+
+    return sorted(os.sched_getaffinity(0), key=place)
 
 
 def library_versions() -> dict[str, str]:

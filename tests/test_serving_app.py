@@ -219,7 +219,7 @@ def test_a_model_of_another_flavor_is_refused(model: PyFuncModel) -> None:
 
 
 def test_serve_says_where_it_listens_and_stops_when_told(folder: Path) -> None:
-    code = f"from mlflow_pt_deploy.serving.server import serve; serve({str(folder)!r}, port=0)"
+    code = f"from mlflow_pt_deploy.serving.serve import serve; serve({str(folder)!r}, port=0)"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     with subprocess.Popen(
         [sys.executable, "-c", code],

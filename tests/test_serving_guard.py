@@ -16,7 +16,8 @@ from mlflow_pt_deploy.serving.guard import (
     is_loopback,
 )
 from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.server import Settings, serve
+from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.slot import Slot
 
 SCORE, ADMIN = "score-score-score-score", "admin-admin-admin-admin"

@@ -98,6 +98,7 @@ def test_told_to_stop_it_ends_what_it_began_and_exits_with_0(folder: Path) -> No
         assert process.stdout
         line = process.stdout.read()
     assert re.search(r"/models/tiny: tiny-numpy-fp32, version 0{12}; cpu, \d+ threads a call", line)
+    assert re.search(r"^  (1|\d replicas, each a) process for \d+ core", line, re.M)
     assert "batches up to 32 rows and 2048 tokens, queue of 1024 rows, deadline 10000 ms" in line
 
 

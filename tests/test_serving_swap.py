@@ -21,7 +21,8 @@ from tiny_serving import running, save_tiny, until
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, resolve, source
-from mlflow_pt_deploy.serving.server import name_slots, serve
+from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.server import name_slots
 from mlflow_pt_deploy.serving.slot import RETRY_S, Slot
 from mlflow_pt_deploy.serving.version import Version, load_version
 from mlflow_pt_deploy.serving.watcher import Watcher

@@ -25,16 +25,9 @@ import numpy.typing as npt
 
 import mlflow_pt_deploy
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.hardware import THREAD_VARIABLES
 from mlflow_pt_deploy.preprocess import Row, row_to_json
 
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "RAYON_NUM_THREADS",  # the tokenizer's
-)
 _PREDICT_ROWS = 2048  # rows a request, so that the time limit does not depend on the data's size
 _STDERR_BYTES = 4096
 _STDERR_LINES = 5
@@ -234,7 +227,7 @@ def _texts(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
+    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
     root = Path(mlflow_pt_deploy.__path__[0]).parent
     if root.name != "site-packages":  # a checkout: the worker must run this very code
         known = environment.get("PYTHONPATH")

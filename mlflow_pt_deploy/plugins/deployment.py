@@ -27,7 +27,8 @@ from mlflow_pt_deploy.plugins import remote, servers
 from mlflow_pt_deploy.plugins.servers import State
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, parse_value
 from mlflow_pt_deploy.serving.registry import Target
-from mlflow_pt_deploy.serving.server import Settings, serve
+from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.settings import Settings
 
 FLAVOR = "pt_deploy"
 # A deployment listens where there is room, and sees an update at once.

@@ -39,28 +39,38 @@ def about(state: State) -> dict[str, Any]:
 
 
 def await_swap(state: State, target: Target, ready_s: float) -> None:
-    """Wait until the server serves `target`.
+    """Wait until the server serves `target`, with all its replicas.
 
     Raises:
         MlflowException: It refused it, cannot find it, or was not done within `ready_s` seconds.
     """
     wanted = {"uri": target.uri, "model_config": dict(target.model_config)}
     end = time.monotonic() + ready_s
-    looks = about(state)["looks"]
+    looks = {told["replica"]: told["looks"] for told in _replicas(state)}
     while time.monotonic() < end:
-        told = about(state)
-        refused = told["refused"] or {}
-        if told["looks"] > looks + 1 and told["registry_lost_since"]:
-            raise MlflowException(
-                f"{state.name} was not updated: {target.uri} cannot be found in the registry",
-                RESOURCE_DOES_NOT_EXIST,
-            )
-        if {key: refused.get(key) for key in wanted} == wanted:
-            raise MlflowException(f"{state.name} was not updated: {refused['reason']}")
-        if {key: told.get(key) for key in wanted} == wanted and not refused:
+        done = True
+        for told in _replicas(state):
+            refused = told["refused"] or {}
+            seen = told["looks"] > looks.setdefault(told["replica"], told["looks"]) + 1
+            if seen and told["registry_lost_since"]:
+                raise MlflowException(
+                    f"{state.name} was not updated: {target.uri} cannot be found in the registry",
+                    RESOURCE_DOES_NOT_EXIST,
+                )
+            if {key: refused.get(key) for key in wanted} == wanted:
+                raise MlflowException(f"{state.name} was not updated: {refused['reason']}")
+            done &= {key: told.get(key) for key in wanted} == wanted and not refused
+        if done:
             return
         time.sleep(0.1)
     raise MlflowException(f"{state.name} was not updated within {ready_s:g} s (ready_s)")
+
+
+def _replicas(state: State) -> list[dict[str, Any]]:
+    """What each replica says of itself; one that is being started again will read the target."""
+    told = about(state)
+    replicas = told.get("replicas") or [{**told, "replica": 0, "answers": True}]
+    return [each for each in replicas if each["answers"]]
 
 
 def _ask(

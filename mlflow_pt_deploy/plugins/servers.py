@@ -45,7 +45,7 @@ class State:
         pid: Of its process.
         born: When the kernel started that process; tells it from a later one of the same number.
         created: When it was started, in UTC.
-        settings: Its settings, see `serving.server.Settings`.
+        settings: Its settings, see `serving.settings.Settings`.
         host: Where to reach it from this machine; empty until it is ready.
         port: Its port.
     """

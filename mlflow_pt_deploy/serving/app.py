@@ -29,6 +29,7 @@ from mlflow_pt_deploy.serving.protocol import (
     failure,
 )
 from mlflow_pt_deploy.serving.quick import Quick
+from mlflow_pt_deploy.serving.siblings import Siblings
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.spans import Spans
 from mlflow_pt_deploy.serving.ticket import Caller
@@ -59,6 +60,10 @@ class App:
         access: Told of each answer too, if anything.
         spans: Told of each answer of a model too, if anything.
         max_body_bytes: Longest request body.
+        siblings: The other replicas, where there are any.
+
+    Attributes:
+        spans: As given.
     """
 
     def __init__(
@@ -70,13 +75,15 @@ class App:
         access: AccessLog | None = None,
         spans: Spans | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
+        siblings: Siblings | None = None,
     ) -> None:
         self._slots = slots
         self._guard = guard or Guard()
         self._metrics = metrics or Metrics()
         self._access = access
-        self._spans = spans
+        self.spans = spans
         self._max_body_bytes = max_body_bytes
+        self._siblings = siblings
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
         self._in_flight = dict.fromkeys(slots, 0)
         self._in_threads = 0
@@ -97,6 +104,7 @@ class App:
             "/models": lambda: _page([slot.about() for slot in slots.values()]),
             **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
         }
+        self._of_all = {"/ping", "/health", "/readyz", *self._looks}
         self.quick = Quick(self._scored, self._guard, self._tell, self._in_flight)
         for name, slot in slots.items():
             self._metrics.gauge("queue_rows", name, _queued(slot))
@@ -113,9 +121,16 @@ class App:
             result = await self._invoke(slot, dict(scope["headers"]), receive)
         else:
             result = self._read_only(path, scope)
+            if self._siblings and path in self._of_all and result.status in (200, 503):
+                result = await self._siblings.whole(path, result)
         await _respond(send, result)
-        parent = dict(scope["headers"]).get(b"traceparent", b"") if self._spans else b""
+        parent = dict(scope["headers"]).get(b"traceparent", b"") if self.spans else b""
         self._tell(slot, path, result, time.perf_counter() - start, parent)
+
+    def own(self, path: str) -> Answer:
+        """What this replica by itself answers to a path that is read, whoever asks."""
+        page = self._probes.get(path) or self._looks.get(path)
+        return page() if page else failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
 
     def _tell(
         self, slot: Slot | None, path: str, result: Answer, seconds: float, parent: bytes
@@ -127,8 +142,8 @@ class App:
             self._metrics.answered(slot.name, label, result, seconds)
             if version and result.status == 200:
                 version.seconds.append(seconds)
-            if self._spans is not None:
-                self._spans.answered(slot.name, label, path, result, seconds, parent)
+            if self.spans is not None:
+                self.spans.answered(slot.name, label, path, result, seconds, parent)
         if self._access is not None and path not in self._probes:
             route = path if slot or path in self._looks else "-"
             self._access.write(route, label, result, seconds)

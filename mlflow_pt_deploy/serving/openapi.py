@@ -28,7 +28,7 @@ _PROBES = {
     "/health": "Ready? An empty line",
     "/version": "MLflow's version",
     "/livez": "The process answers",
-    "/readyz": "All models are loaded, checked and warmed up",
+    "/readyz": "All models are loaded, checked and warmed up, in every replica",
     "/openapi.json": "This document",
 }
 

@@ -5,7 +5,7 @@ The hot path holds the counters it needs; nothing is looked up or formatted ther
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from prometheus_client import (
@@ -16,6 +16,9 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.protocol import Answer
@@ -126,3 +129,39 @@ class PrometheusMetrics(Metrics):
         """See `Metrics`."""
         text: bytes = generate_latest(self._registry)
         return text
+
+
+def join_series(texts: Sequence[bytes | None]) -> bytes:
+    """All series of several replicas, told apart by the label ``replica``.
+
+    Not their sums: a replica that is started again counts from 0, which Prometheus understands of
+    a series, but not of a sum.
+
+    Args:
+        texts: What each exposes; None: it did not answer.
+    """
+    families: dict[str, Metric] = {}
+    up = Metric("pt_deploy_replica_up", "1: its series are here", "gauge")
+    for replica, text in enumerate(texts):
+        mark = {"replica": str(replica)}
+        up.add_sample(up.name, mark, 0 if text is None else 1)
+        for family in text_string_to_metric_families((text or b"").decode()):
+            kept = families.setdefault(
+                family.name, Metric(family.name, family.documentation, family.type)
+            )
+            for sample in family.samples:
+                kept.add_sample(sample.name, {**sample.labels, **mark}, sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Kept([up, *families.values()]))
+    joined: bytes = generate_latest(registry)
+    return joined
+
+
+class _Kept(Collector):
+    """What was read elsewhere, to be written again."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

@@ -1,11 +1,11 @@
-"""``pt-deploy serve`` as a process: its port, its watcher, its first words and its end.
+"""``pt-deploy serve`` in one process: its port, its watcher, its first words and its end.
 
-Knows uvicorn; what is answered is the `app`'s business.
+Knows uvicorn; what is answered is the `app`'s business, and who its neighbours are the `parent`'s.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import os
 import re
 import signal
@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -23,93 +23,66 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.guard import check_exposure, guard_from_environment
+from mlflow_pt_deploy.serving.guard import guard_from_environment
+from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.rows import EXAMPLES
+from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.siblings import Seat
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.spans import spans_from_environment
 from mlflow_pt_deploy.serving.watcher import Watcher
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
 _SWITCH_S = 0.5e-3
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_LOOK_S = 0.05
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Where and how a server listens.
-
-    Attributes:
-        host: Address to listen on; only this machine by default.
-        port: TCP port; 0 takes a free one.
-        poll_s: Seconds between looks at the registry; 0: serve what was found at the start.
-        grace_s: Seconds that requests in flight have to finish after the server was told to stop.
-        access_log: Write a line of JSON for each request to standard error.
-        insecure: Listen beyond this machine though no token is set.
-        tls_cert: A PEM file with the certificate and its chain; with `tls_key`, the server speaks
-            HTTPS and nothing else.
-        tls_key: A PEM file with its key.
-        max_body_mb: Longest request body.
-        max_connections: Most connections at a time; more are answered with 503.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 5000
-    poll_s: float = 5.0
-    grace_s: int = 30
-    access_log: bool = False
-    insecure: bool = False
-    tls_cert: str = ""
-    tls_key: str = ""
-    max_body_mb: float = 4.0
-    max_connections: int = 1024
-
-    def __post_init__(self) -> None:
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ServingError("tls_cert and tls_key belong together; give both, or neither")
-        for path in filter(None, (self.tls_cert, self.tls_key)):
-            if not os.access(path, os.R_OK):
-                raise ServingError(f"{path} cannot be read; give a PEM file")
-        for name in ("poll_s", "grace_s"):
-            if getattr(self, name) < 0:
-                raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
-        if self.max_body_mb <= 0 or self.max_connections < 1:
-            raise ServingError("max_body_mb and max_connections must be above 0")
-
-
-def serve(*models: str, model_config: Mapping[str, Any] | None = None, **settings: Any) -> None:
-    """Serve models until told to stop, and follow their addresses in the registry.
+def build_server(
+    models: Sequence[str],
+    model_config: Mapping[str, Any] | None,
+    settings: Settings,
+    say: Say,
+    seat: Seat | None = None,
+) -> Server:
+    """A server that does not run yet.
 
     Args:
-        *models: Anything that MLflow loads (``models:/NAME@champion``, a run's model, a folder),
-            ``@FILE`` (see `registry.source`), or either with a name of your own before it:
-            ``NAME=URI``. The first answers ``/invocations``, each ``/models/NAME/invocations``.
-        model_config: Serving options of all models, see `serving.options.Options`.
-        **settings: See `Settings`.
+        models: Words of the command line, see `serve.serve`.
+        model_config: Serving options of all of them.
+        settings: Where and how it listens.
+        say: Told when all models are ready.
+        seat: Its place among the replicas, where it is one.
 
     Raises:
         ServingError: An option is wrong; names it.
+    """
+    metrics = best_metrics()
+    slots = name_slots(models, model_config, metrics)
+    app = App(
+        slots,
+        spans=spans_from_environment(),
+        guard=guard_from_environment(),
+        metrics=metrics,
+        access=AccessLog() if settings.access_log else None,
+        max_body_bytes=int(settings.max_body_mb * 2**20),
+        siblings=seat.siblings if seat else None,
+    )
+    return Server(app, slots, settings, say, seat)
+
+
+def run_server(server: Server) -> None:
+    """Serve until told to stop.
+
+    Raises:
         TrackingError: A model cannot be found or fetched.
         PtDeployError: A model may not serve.
     """
-    chosen, guard, metrics = Settings(**settings), guard_from_environment(), best_metrics()
-    check_exposure(chosen.host, guard, chosen.insecure)
-    slots = name_slots(models, model_config, metrics)
-    spans = spans_from_environment()
-    app = App(
-        slots,
-        spans=spans,
-        guard=guard,
-        metrics=metrics,
-        access=AccessLog() if chosen.access_log else None,
-        max_body_bytes=int(chosen.max_body_mb * 2**20),
-    )
-    server = _Server(app, slots, chosen)
-    with _our_log(), _quiet_end(), _fair_threads(), _serving_environment():
-        server.run()
-    if spans is not None:
-        spans.close()
+    with _quiet_end(), _fair_threads(), _serving_environment():
+        server.run(list(server.seat.sockets) if server.seat else None)
+    if server.app.spans is not None:
+        server.app.spans.close()
     if server.failure is not None:
         raise _in_words(server.failure) from server.failure
 
@@ -143,48 +116,67 @@ def _name(uri: str) -> str:
     return re.sub(r"[^\w.-]", "-", name.removeprefix("@")) or "model"
 
 
-class _Server(uvicorn.Server):
-    """Listens first, loads then, and says so when it is ready."""
+class Server(uvicorn.Server):
+    """Listens first, loads then, and says so when it is ready; a late replica loads first.
 
-    def __init__(self, app: App, slots: Mapping[str, Slot], settings: Settings) -> None:
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            lifespan="off",
-            ws="none",
-            http=_http(),
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=settings.grace_s,
-            limit_concurrency=settings.max_connections,
-            ssl_certfile=settings.tls_cert or None,
-            ssl_keyfile=settings.tls_key or None,
-        )
-        super().__init__(config)
+    Attributes:
+        app: What answers.
+        seat: Its place among the replicas, or None.
+        failure: Why it ended, where a model could not be opened.
+    """
+
+    def __init__(
+        self, app: App, slots: Mapping[str, Slot], settings: Settings, say: Say, seat: Seat | None
+    ) -> None:
+        super().__init__(_config(app, settings))
+        self.app = app
+        self.seat = seat
         self.failure: Exception | None = None
+        self._say = say
+        self._opened = False
         self._settings = settings
         self._slots = slots
         self._watcher = Watcher(
-            list(slots.values()), settings.poll_s, opened=self._say, failed=self._fail
+            list(slots.values()), settings.poll_s, opened=self._open, failed=self._fail
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.seat is not None:
+            await self.seat.siblings.listen(self.app.own)
+            if self.seat.late:
+                self._watcher.start()
+                while not self._opened:
+                    if self.should_exit:
+                        return
+                    await asyncio.sleep(_LOOK_S)
         await super().startup(sockets)
-        if self.started:
+        if self.seat is not None and self.seat.late:
+            self._say(self._first_words())
+        elif self.started:
             self._watcher.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()
         await super().shutdown(sockets)
+        if self.seat is not None:
+            self.seat.siblings.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.seat is None:
+            super().handle_exit(sig, frame)
+        else:  # the terminal tells all processes; to be told twice is nothing special here
+            self.should_exit = True
+
+    def _open(self) -> None:
+        self._opened = True
+        if self.seat is None or not self.seat.late:
+            self._say(self._first_words())
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
         self.should_exit = True
 
-    def _say(self) -> None:
+    def _first_words(self) -> list[str]:
         port = self.servers[0].sockets[0].getsockname()[1]
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         url = f"http{'s' if self.config.is_ssl else ''}://{host}:{port}"
@@ -192,9 +184,30 @@ class _Server(uvicorn.Server):
         assert first.current is not None
         row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
         example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
-        print(f"{first.current.name} on {url}   try: curl {url}/invocations {example}", flush=True)
-        for slot in self._slots.values():
-            print(f"  {describe(slot, self._settings.poll_s)}", flush=True)
+        poll_s = self._settings.poll_s
+        return [
+            f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
+            *(f"  {describe(slot, poll_s)}" for slot in self._slots.values()),
+        ]
+
+
+def _config(app: App, settings: Settings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",
+        ws="none",
+        http=_http(),
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.grace_s,
+        limit_concurrency=settings.max_connections,
+        ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None,
+    )
 
 
 def describe(slot: Slot, poll_s: float) -> str:
@@ -228,23 +241,6 @@ def _in_words(error: Exception) -> PtDeployError:
     return TrackingError(
         f"the model cannot be fetched: {line} Look at the address, and at MLFLOW_TRACKING_URI."
     )
-
-
-@contextmanager
-def _our_log() -> Iterator[None]:
-    """Our own log on standard error, unless the program that calls us has set up logging."""
-    logger = logging.getLogger("mlflow_pt_deploy")
-    if logging.getLogger().handlers or logger.handlers:
-        yield
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 @contextmanager
