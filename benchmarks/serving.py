@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for server, command in servers.items():
                 with running(command, folder / "server.log") as run:
                     if server not in accuracy:
-                        accuracy[server] = _accuracy(run.url, rows[: options.rows])
+                        accuracy[server] = _accuracy(run.url + run.path, rows[: options.rows])
                     points.append(_measure(server, run.url, clients, options.seconds, lua))
                 print(f"{points[-1]}", file=sys.stderr, flush=True)
     table = _table(points, accuracy)
@@ -125,9 +125,9 @@ def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
     return script
 
 
-def _accuracy(url: str, rows: Sequence[tuple[str, str]]) -> float:
+def _accuracy(address: str, rows: Sequence[tuple[str, str]]) -> float:
     """Share of rows that the server gives their label, asked one by one as under load."""
-    right = [ask(url, text)["label"] == label for text, label in rows]  # type: ignore[index]
+    right = [ask(address, text)["label"] == label for text, label in rows]  # type: ignore[index]
     return right.count(True) / len(rows)
 
 
