@@ -98,7 +98,7 @@ def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
 
 def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: Path) -> None:
     folder = Path(servers.__file__).parent / "handlers"
-    handlers = {path.name for path in folder.glob("*.py")} - {"score.py"}
+    handlers = {path.name for path in folder.glob("*.py")} - {"score.py", "front.py"}
     assert handlers == set(servers.HANDLERS.values())
     model, teacher = save_tiny(tmp_path / "tiny"), tmp_path / "teacher"
     pythons = {"LitServe": None, "TorchServe": "other/python"}
