@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if shutil.which("wrk") is None:
         sys.exit("wrk, the load generator, is missing. Install it with: apt-get install wrk")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
     titles = [f"{clients} clients: requests/s | p99 ms | errors" for clients in options.clients]
     print(f"| front | {' | '.join(titles)} |\n|---{'|--:' * 3 * len(titles)}|")
     with tempfile.TemporaryDirectory(prefix="fronts-") as name:
@@ -84,4 +83,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
     main()
