@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         quick, slow = save_tiny(folder / "quick"), save_tiny(folder / "slow", predict_s=0.002)
         command = [*commands(str(quick), folder)[PT_DEPLOY], str(slow)]
-        with running(command, folder / "server.log") as run:
+        # the slow one is loaded last, and must be there
+        with running(command, folder / "server.log", "/models/slow/invocations") as run:
             start = [os.path.abspath(schemathesis), "run", f"{run.url}/openapi.json"]
             start += [f"--max-examples={options.examples}", f"--checks={','.join(CHECKS)}"]
             faults = fuzz(start, folder, options.cases, options.seed) + after(run.url)

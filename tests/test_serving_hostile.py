@@ -7,8 +7,11 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 from tiny_serving import running, save_tiny, until
@@ -20,6 +23,7 @@ from mlflow_pt_deploy.serving.slot import Slot
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 PATH = "/models/tiny/invocations"  # only where requests are counted
+PARQUET = "application/vnd.apache.parquet"
 HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -79,6 +83,12 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=10)
 
 
+def parquet(column: pa.Array) -> bytes:
+    buffer = BytesIO()
+    pq.write_table(pa.table({"text": column}), buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("body", "media", "status"),
     [
@@ -93,6 +103,8 @@ def connect(url: str) -> socket.socket:
         (b'{"inputs": [1e999]}', "application/json", 400),
         (b'{"inputs": [' + b"9" * 10_000 + b"]}", "application/json", 400),
         (b"\x00" * 1000, "application/json", 400),
+        (parquet(pa.array([b"r\xffd"]).view(pa.string())), PARQUET, 400),
+        (parquet(pa.array([b"r\xffd"]).view(pa.string()).dictionary_encode()), PARQUET, 400),
     ],
 )
 def test_one_hostile_request(
