@@ -6,7 +6,7 @@ Two tiny models are served, one that the event loop asks itself and one with a t
 Rounds, each with the next seed, go on until so many requests were sent. The one 5xx that a server
 may answer is 504 to a request that came with a deadline; no answer at all is a fault too. At the
 end the server must still be ready and right. What was sent and answered is counted from
-schemathesis' HAR files.
+schemathesis' HAR files. It sends JSON and CSV and no Parquet; for that see test_serving_hostile.py.
 """
 
 from __future__ import annotations
