@@ -27,6 +27,7 @@ from typing import Any
 from urllib.request import urlopen
 
 from servers import (
+    HANDLERS,
     PT_DEPLOY,
     SEED,
     Server,
@@ -35,7 +36,9 @@ from servers import (
     commands,
     common_parser,
     cpu_seconds,
+    handler_commands,
     machine,
+    path_of,
     running,
     sample,
     save_teacher,
@@ -117,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = Result(server)
             results.append(result)
             try:
-                with running(command, folder / "server.log") as run:
+                with running(command, folder / "server.log", path_of(server)) as run:
                     result.start_s = run.start_s
                     _examine(result, _load(generator, run, bodies, options), options)
                     result.padding_share = _padding_share(run.url)
@@ -175,7 +178,7 @@ def _load(generator: Path, run: Server, bodies: Path, options: argparse.Namespac
 
     def load(rate: float) -> Point:
         before = cpu_seconds(run.pid)
-        words = [rate, options.seconds, SEED + 1, host, port, "/invocations", bodies]
+        words = [rate, options.seconds, SEED + 1, host, port, run.path, bodies]
         words += [options.connections, max(LIMITS_MS)]
         done = subprocess.run(
             [str(word) for word in (generator, *words)],
@@ -187,7 +190,7 @@ def _load(generator: Path, run: Server, bodies: Path, options: argparse.Namespac
         used = cpu_seconds(run.pid) - before
         point = _point(json.loads(done.stdout), used)
         if point.errors:
-            _settle(run.url)
+            _settle(run.url + run.path)
         print(f"  {point}", file=sys.stderr, flush=True)
         return point
 
@@ -212,10 +215,10 @@ def _padding_share(url: str) -> float | None:
     return round(padding / (padding + tokens), 3) if tokens else None
 
 
-def _settle(url: str) -> None:
+def _settle(address: str) -> None:
     """Let a server that queues without limit come to its end of the queue."""
     try:
-        ask(url, "hello", timeout=120)
+        ask(address, "hello", timeout=120)
     except (OSError, ValueError):
         return
 
@@ -234,22 +237,11 @@ def _point(raw: dict[str, Any], used_s: float) -> Point:
 
 
 def _all_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Ours first; the handlers of others get the same artifact, fetched."""
+    """Ours first."""
     found = commands(options.model, save_teacher(options.teacher, folder))
     found = {PT_DEPLOY: found.pop(PT_DEPLOY), **found}
-    others = {"LitServe": options.litserve_python, "BentoML": options.bentoml_python}
-    if any(others.values()):
-        import mlflow
-
-        artifact = mlflow.artifacts.download_artifacts(
-            options.model, dst_path=str(folder / "artifact")
-        )
-    for name, python in others.items():
-        if python:
-            handler = HERE / "handlers" / ("lit.py" if name == "LitServe" else "bento.py")
-            start = [python, str(handler)]
-            found[f"{name}, our artifact"] = [*start, "--artifact", artifact]
-            found[f"{name}, eager teacher"] = [*start, "--teacher", str(options.teacher.resolve())]
+    pythons = {name: getattr(options, f"{name.lower()}_python") for name in HANDLERS}
+    found |= handler_commands(pythons, options.model, options.teacher, folder)
     only = options.only or found
     return {name: command for name, command in found.items() if name in only}
 
@@ -260,8 +252,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first-rate", type=float, default=8, help="requests/s to double from")
     parser.add_argument("--rates", type=float, nargs="*", default=[8, 64, 512, 2048])
     parser.add_argument("--connections", type=int, default=512, help="most at a time")
-    parser.add_argument("--litserve-python", help="interpreter of a venv with litserve and us")
-    parser.add_argument("--bentoml-python", help="interpreter of a venv with bentoml and us")
+    for name in HANDLERS:
+        option = f"--{name.lower()}-python"
+        parser.add_argument(option, help=f"interpreter of a venv with {name} and us")
     parser.add_argument("--only", nargs="+", help="names of servers, as in the table")
     parser.add_argument("--out", type=Path, default=Path("open_loop.json"))
     return parser

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 
 SEED = 0
 TEACHER, OURS, PT_DEPLOY = "mlflow, transformers flavor", "mlflow, pt_deploy flavor", "pt-deploy"
+HANDLERS = {"LitServe": "lit.py", "BentoML": "bento.py", "TorchServe": "torchserve.py"}
 START_S = 180
 
 
@@ -37,11 +38,13 @@ class Server:
 
     Attributes:
         url: Where it listens.
+        path: What it is asked there.
         pid: The first of its processes.
         start_s: Seconds from its command to its first answer.
     """
 
     url: str
+    path: str
     pid: int
     start_s: float
 
@@ -78,6 +81,38 @@ def commands(model: str, teacher: Path) -> dict[str, list[str]]:
     }
 
 
+def handler_commands(
+    pythons: Mapping[str, str | None], model: str, teacher: Path, folder: Path
+) -> dict[str, list[str]]:
+    """The servers of others, each around our artifact, fetched, and around the plain teacher.
+
+    Args:
+        pythons: The interpreter of each of `HANDLERS`; None leaves it out.
+        model: MLflow URI of our model.
+        teacher: Hugging Face folder.
+        folder: Where to put what they need.
+    """
+    found: dict[str, list[str]] = {}
+    if not any(pythons.values()):
+        return found
+    import mlflow
+
+    artifact = mlflow.artifacts.download_artifacts(model, dst_path=str(folder / "artifact"))
+    for name, python in pythons.items():
+        if python:
+            start = [python, str(Path(__file__).resolve().parent / "handlers" / HANDLERS[name])]
+            if name == "TorchServe":
+                start += ["--folder", str(folder / "torchserve")]
+            found[f"{name}, our artifact"] = [*start, "--artifact", artifact]
+            found[f"{name}, eager teacher"] = [*start, "--teacher", str(teacher.resolve())]
+    return found
+
+
+def path_of(server: str) -> str:
+    """What a server is asked, by its name: MLflow's path, unless it has one of its own."""
+    return "/predictions/classifier" if server.startswith("TorchServe") else "/invocations"
+
+
 def common_parser(description: str | None) -> argparse.ArgumentParser:
     """What every benchmark asks for; the caller adds its own."""
     found = argparse.ArgumentParser(
@@ -95,7 +130,7 @@ def machine() -> dict[str, object]:
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path) -> Iterator[Server]:
+def running(command: Sequence[str], log: Path, path: str = "/invocations") -> Iterator[Server]:
     """A server on a free port, until the block ends; all its processes end with it.
 
     Raises:
@@ -104,10 +139,10 @@ def running(command: Sequence[str], log: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    path = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
+    programs = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {
-        "PATH": path,
+        "PATH": programs,
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "HF_HUB_OFFLINE": "1",
@@ -123,16 +158,16 @@ def running(command: Sequence[str], log: Path) -> Iterator[Server]:
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            _await_answer(url, process, log)
-            yield Server(url, process.pid, round(time.monotonic() - begin, 2))
+            _await_answer(url + path, process, log)
+            yield Server(url, path, process.pid, round(time.monotonic() - begin, 2))
         finally:
             _stop(process)
 
 
-def ask(url: str, text: str, timeout: float = 60) -> object:
-    """The prediction for one text."""
+def ask(address: str, text: str, timeout: float = 60) -> object:
+    """The prediction for one text; `address` is the server's url and path."""
     body = json.dumps({"inputs": [text]}).encode()
-    request = Request(f"{url}/invocations", body, {"Content-Type": "application/json"})
+    request = Request(address, body, {"Content-Type": "application/json"})
     with urlopen(request, timeout=timeout) as response:
         answer = json.load(response)
     return answer["predictions"][0] if isinstance(answer, dict) else answer[0]
@@ -179,11 +214,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await_answer(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     end = time.monotonic() + START_S
     while time.monotonic() < end and process.poll() is None:
         try:
-            ask(url, "hello")
+            ask(address, "hello")
             return
         except (URLError, OSError, ValueError):
             time.sleep(0.05)

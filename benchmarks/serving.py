@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = sample(texts, [splits.labels[at] for at in splits.test.targets])
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
-        lua = _write_lua(folder, [text for text, _ in rows])
+        lua = write_lua(folder, [text for text, _ in rows])
         servers = commands(options.model, save_teacher(options.teacher, folder))
         points: list[Point] = []
         accuracy: dict[str, float] = {}
@@ -91,8 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for server, command in servers.items():
                 with running(command, folder / "server.log") as run:
                     if server not in accuracy:
-                        accuracy[server] = _accuracy(run.url, rows[: options.rows])
-                    points.append(_measure(server, run.url, clients, options.seconds, lua))
+                        accuracy[server] = _accuracy(run.url + run.path, rows[: options.rows])
+                    address = run.url + run.path
+                    points.append(_measure(server, address, clients, options.seconds, lua))
                 print(f"{points[-1]}", file=sys.stderr, flush=True)
     table = _table(points, accuracy)
     report = {
@@ -116,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
+def write_lua(folder: Path, texts: Sequence[str]) -> Path:
+    """A script for wrk that asks for one text a request, in turn."""
     bodies = folder / "bodies.jsonl"
     lines = [json.dumps({"inputs": [text]}) for text in texts]
     bodies.write_text("\n".join(lines) + "\n", encoding="utf8")
@@ -125,15 +127,15 @@ def _write_lua(folder: Path, texts: Sequence[str]) -> Path:
     return script
 
 
-def _accuracy(url: str, rows: Sequence[tuple[str, str]]) -> float:
+def _accuracy(address: str, rows: Sequence[tuple[str, str]]) -> float:
     """Share of rows that the server gives their label, asked one by one as under load."""
-    right = [ask(url, text)["label"] == label for text, label in rows]  # type: ignore[index]
+    right = [ask(address, text)["label"] == label for text, label in rows]  # type: ignore[index]
     return right.count(True) / len(rows)
 
 
-def _measure(server: str, url: str, clients: int, seconds: int, lua: Path) -> Point:
-    _wrk(url, clients, max(3, seconds // 4), lua)
-    result = _wrk(url, clients, seconds, lua)
+def _measure(server: str, address: str, clients: int, seconds: int, lua: Path) -> Point:
+    wrk(address, clients, max(3, seconds // 4), lua)
+    result = wrk(address, clients, seconds, lua)
     return Point(
         server,
         clients,
@@ -145,10 +147,11 @@ def _measure(server: str, url: str, clients: int, seconds: int, lua: Path) -> Po
     )
 
 
-def _wrk(url: str, clients: int, seconds: int, lua: Path) -> dict[str, float]:
+def wrk(address: str, clients: int, seconds: int, lua: Path) -> dict[str, float]:
+    """What wrk saw of so many clients in that time, see `_LUA`; ends the program if it fails."""
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "-s", str(lua)]
     run = subprocess.run(
-        [*command, f"{url}/invocations"],
+        [*command, address],
         check=False,
         capture_output=True,
         text=True,

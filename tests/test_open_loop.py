@@ -16,6 +16,7 @@ from mlflow_pt_deploy.serving.slot import Slot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import open_loop
+import servers
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
@@ -93,3 +94,35 @@ def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
     assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 32 | 0% |")
     assert lines[3].startswith("| bad | no such module |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: Path) -> None:
+    folder = Path(servers.__file__).parent / "handlers"
+    handlers = {path.name for path in folder.glob("*.py")} - {"score.py", "front.py"}
+    assert handlers == set(servers.HANDLERS.values())
+    model, teacher = save_tiny(tmp_path / "tiny"), tmp_path / "teacher"
+    pythons = {"LitServe": None, "TorchServe": "other/python"}
+    found = servers.handler_commands(pythons, str(model), teacher, tmp_path)
+    assert list(found) == ["TorchServe, our artifact", "TorchServe, eager teacher"]
+    ours, eager = found.values()
+    assert ours[0] == "other/python"
+    assert (Path(ours[-1]) / "MLmodel").is_file(), "the artifact was fetched"
+    assert eager[-2:] == ["--teacher", str(teacher)]
+    assert [servers.path_of(name) for name in (*found, "LitServe, eager teacher")] == [
+        *2 * ["/predictions/classifier"],
+        "/invocations",
+    ]
+
+
+def test_a_server_is_awaited_at_its_own_path_and_ends_with_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the tiny model's code
+    model, log = save_tiny(tmp_path / "tiny"), tmp_path / "log"
+    command = servers.commands(str(model), tmp_path)[servers.PT_DEPLOY]
+    with servers.running(command, log, "/models/tiny/invocations") as run:
+        answer = servers.ask(run.url + run.path, "red")
+        assert answer["label"] == "red"  # type: ignore[index]
+        assert servers.cpu_seconds(run.pid) > 0
+    with pytest.raises(OSError):
+        servers.ask(run.url + run.path, "red", timeout=5)

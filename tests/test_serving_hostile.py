@@ -7,8 +7,12 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import requests
 from tiny_serving import running, save_tiny, until
@@ -20,6 +24,7 @@ from mlflow_pt_deploy.serving.slot import Slot
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 PATH = "/models/tiny/invocations"  # only where requests are counted
+PARQUET = "application/vnd.apache.parquet"
 HEAD = b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -79,6 +84,12 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=10)
 
 
+def parquet(column: pa.Array) -> bytes:
+    buffer = BytesIO()
+    pq.write_table(pa.table({"text": column}), buffer, store_schema=False)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("body", "media", "status"),
     [
@@ -93,6 +104,8 @@ def connect(url: str) -> socket.socket:
         (b'{"inputs": [1e999]}', "application/json", 400),
         (b'{"inputs": [' + b"9" * 10_000 + b"]}", "application/json", 400),
         (b"\x00" * 1000, "application/json", 400),
+        (parquet(pa.array([b"r\xffd"]).view(pa.string())), PARQUET, 400),
+        (parquet(pa.array([b"r\xffd"]).view(pa.string()).dictionary_encode()), PARQUET, 400),
     ],
 )
 def test_one_hostile_request(
@@ -107,6 +120,45 @@ def test_one_hostile_request(
             assert status == 413
         else:
             assert answer.status_code == status
+
+
+def same(rows: int, text: str) -> pa.Array:
+    """Rows that are all the same, as a dictionary keeps them."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, "int32")), pa.array([text]))
+
+
+@pytest.mark.parametrize(
+    ("column", "why"),
+    [
+        (same(2_000_000, "red"), "2000000 rows; one request may have 1024"),
+        (pa.array([[None] * 100_000], pa.list_(pa.int64())), "must be flat"),
+        (pa.array(["x" * 20_000_000]), "more than 4194304 bytes"),
+        (same(1000, "x" * 100_000), "more than 4194304 bytes"),
+    ],
+    ids=["rows", "items", "one text", "texts"],
+)
+def test_a_parquet_bomb_is_refused_before_it_is_unpacked(
+    server: tuple[str, Count], column: pa.Array, why: str
+) -> None:
+    body = parquet(column)
+    assert len(body) < 1_000_000
+    headers = {"Content-Type": PARQUET}
+    with behaved(server[0]):
+        answer = requests.post(f"{server[0]}/invocations", body, headers=headers, timeout=20)
+    assert answer.status_code == 400
+    assert why in answer.json()["message"]
+
+
+def test_damaged_parquet_files_end_nothing(server: tuple[str, Count]) -> None:
+    """Some of them end the process where Arrow is asked for what their footer says of a column."""
+    whole, chance = parquet(pa.array(["red", "green", "blue"] * 4)), random.Random(0)
+    headers = {"Content-Type": PARQUET}
+    with behaved(server[0]), requests.Session() as session:
+        for at in range(len(whole) // 4, len(whole)):
+            body = bytearray(whole)
+            body[at] ^= 1 << chance.randrange(8)
+            answer = session.post(f"{server[0]}/invocations", bytes(body), headers=headers)
+            assert answer.status_code in (200, 400)
 
 
 def test_slow_and_half_open_clients_hold_nobody_up(server: tuple[str, Count]) -> None:

@@ -12,6 +12,7 @@ from io import BytesIO, StringIO
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import RequestError
+from mlflow_pt_deploy.serving.parquet import check_unpacked
 from mlflow_pt_deploy.serving.pyfunc import scoring_error
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.serving.version import Version
@@ -96,8 +97,11 @@ def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:
 
     try:
         if media == _PARQUET:
+            check_unpacked(body, version.pyfunc.options.queue_rows)
             return scoring_server.parse_parquet_input(BytesIO(body)), None
         return scoring_server.parse_csv_input(StringIO(body.decode()), version.inputs), None
+    except RequestError:
+        raise
     except Exception as error:
         raise RequestError(f"the body cannot be read as {media}") from error
 

@@ -58,7 +58,7 @@ def _column(data: Any, column: str) -> list[Any]:
     elif hasattr(data, "columns"):  # pandas, without importing it
         data = _table_column(data, column)
     if hasattr(data, "tolist") and not isinstance(data, _FILE):
-        data = _flat(data, column).tolist()
+        data = _listed(_flat(data, column), column)
     if isinstance(data, Sequence) and not isinstance(data, _FILE):
         return [_cell(row, column) for row in data]
     return [data]
@@ -94,6 +94,14 @@ def _flat(array: Any, column: str) -> Any:
     if array.ndim > 1:
         raise RequestError(f"'{column}' must be a flat list of {column}s, not a nested one")
     return array
+
+
+def _listed(array: Any, column: str) -> Any:
+    """A flat array's values as Python's own."""
+    try:
+        return array.tolist()
+    except Exception as error:  # Arrow's: what a Parquet file calls texts is looked at only now
+        raise RequestError(f"'{column}' cannot be read; texts must be UTF-8") from error
 
 
 def _cell(row: Any, column: str) -> Any:
