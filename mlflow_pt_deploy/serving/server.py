@@ -26,6 +26,7 @@ from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import check_exposure, guard_from_environment
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.rows import EXAMPLES
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.spans import spans_from_environment
@@ -52,6 +53,8 @@ class Settings:
         tls_key: A PEM file with its key.
         max_body_mb: Longest request body.
         max_connections: Most connections at a time; more are answered with 503.
+        max_models: Most models in memory, see `serving.room.Room`; the least recently used goes.
+        max_memory_mb: The process's resident memory above which models go, likewise.
     """
 
     host: str = "127.0.0.1"
@@ -64,6 +67,8 @@ class Settings:
     tls_key: str = ""
     max_body_mb: float = 4.0
     max_connections: int = 1024
+    max_models: int = 0
+    max_memory_mb: float = 0.0
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -76,6 +81,7 @@ class Settings:
                 raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
         if self.max_body_mb <= 0 or self.max_connections < 1:
             raise ServingError("max_body_mb and max_connections must be above 0")
+        Room(self.max_models, self.max_memory_mb)  # checks them
 
 
 def serve(*models: str, model_config: Mapping[str, Any] | None = None, **settings: Any) -> None:
@@ -168,7 +174,11 @@ class _Server(uvicorn.Server):
         self._settings = settings
         self._slots = slots
         self._watcher = Watcher(
-            list(slots.values()), settings.poll_s, opened=self._say, failed=self._fail
+            list(slots.values()),
+            settings.poll_s,
+            room=Room(settings.max_models, settings.max_memory_mb),
+            opened=self._say,
+            failed=self._fail,
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -200,7 +210,9 @@ class _Server(uvicorn.Server):
 def describe(slot: Slot, poll_s: float) -> str:
     """What serves in a slot and within which limits, in one line."""
     version = slot.current
-    assert version is not None
+    if version is None:
+        assert slot.unloaded is not None
+        return f"/models/{slot.name}: {slot.uri}, loaded when asked for ({slot.unloaded.reason})"
     options = version.pyfunc.options
     followed = version.address.uri != slot.uri and poll_s
     follows = f", follows {slot.uri} every {poll_s:g} s" if followed else ""
