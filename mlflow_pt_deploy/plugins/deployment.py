@@ -33,7 +33,8 @@ from mlflow_pt_deploy.serving.settings import Settings
 FLAVOR = "pt_deploy"
 # A deployment listens where there is room, and sees an update at once.
 _SETTINGS = {**asdict(Settings()), "port": 0, "poll_s": 1.0}
-for _key in ("tls_cert", "tls_key"):  # for a server that faces others; see pt-deploy serve
+# For a server that faces others, or has several models; see pt-deploy serve.
+for _key in ("tls_cert", "tls_key", "max_models", "max_memory_mb"):
     del _SETTINGS[_key]
 _READY_S = 300.0
 

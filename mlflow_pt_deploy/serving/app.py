@@ -109,6 +109,7 @@ class App:
         for name, slot in slots.items():
             self._metrics.gauge("queue_rows", name, _queued(slot))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
+            self._metrics.gauge("loaded", name, _is_loaded(slot))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -169,9 +170,9 @@ class App:
         body = await _read(receive, headers.get(b"content-length"), self._max_body_bytes)
         if isinstance(body, Answer):
             return body
-        version = slot.current  # from here on this one, whatever is promoted meanwhile
+        version = slot.ask()  # from here on this one, whatever is promoted meanwhile
         if version is None:
-            return failure(503, "TEMPORARILY_UNAVAILABLE", "the model is still loading", LATER)
+            return _absent(slot)
         if self._in_threads >= THREADS:
             message = f"{THREADS} requests are waiting already. Try again later."
             return failure(429, "RESOURCE_EXHAUSTED", message, LATER)
@@ -190,7 +191,7 @@ class App:
         return LEFT if caller.left else result
 
     def _ready(self) -> Answer:
-        if all(slot.current for slot in self._slots.values()):
+        if all(slot.current or slot.unloaded for slot in self._slots.values()):
             return Answer(200, b'{"status": "ready"}')
         return Answer(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
 
@@ -238,8 +239,23 @@ def _who(token: str) -> Answer:
     return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), _CLOSE)
 
 
+def _absent(slot: Slot) -> Answer:
+    """Why no version answers, and when to ask again."""
+    code, later, message = "TEMPORARILY_UNAVAILABLE", LATER, "the model is still loading"
+    if slot.refused and slot.unloaded:
+        later = (b"retry-after", b"%d" % max(1, slot.refused.left_s))
+        message = "the model is not in memory and may not be loaded; /model says why"
+    elif slot.unloaded:
+        message = "the model is not in memory and is being loaded now. Try again in a moment."
+    return failure(503, code, message, later)
+
+
 def _queued(slot: Slot) -> Callable[[], int]:
-    return lambda: slot.current.pyfunc.batcher.queued_rows if slot.current else 0
+    return lambda: version.pyfunc.batcher.queued_rows if (version := slot.current) else 0
+
+
+def _is_loaded(slot: Slot) -> Callable[[], int]:
+    return lambda: int(slot.current is not None)
 
 
 async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | Answer:

@@ -24,6 +24,9 @@ class Metrics:
     def swapped(self, name: str, version: Version, seconds: float) -> None:
         """A version serves from now on; its preparation took `seconds`."""
 
+    def unloaded(self, name: str) -> None:
+        """A model was taken out of memory."""
+
     def refused(self, name: str) -> None:
         """A version may not serve."""
 
@@ -31,7 +34,7 @@ class Metrics:
         """The registry began or ceased to answer."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
-        """`value` may be asked for model `name`'s ``queue_rows`` or ``in_flight``."""
+        """`value` may be asked for model `name`'s ``queue_rows``, ``in_flight`` or ``loaded``."""
 
     def expose(self) -> bytes | None:
         """All series in Prometheus' text format; None: this one has none."""

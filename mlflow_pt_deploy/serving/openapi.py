@@ -18,7 +18,8 @@ _ERRORS = {
     415: "The content type is not one of MLflow's protocol",
     429: "No room; try again later",
     500: "The model failed on this request",
-    503: "The model is still loading, or there are too many connections",
+    503: "The model is loading, for the first time or because it was unloaded to make room for "
+    "others (ask again after Retry-After), or there are too many connections",
     504: "Not answered within the deadline",
 }
 _SCORING = (400, 401, 405, 408, 413, 415, 429, 500, 503, 504)
@@ -28,7 +29,7 @@ _PROBES = {
     "/health": "Ready? An empty line",
     "/version": "MLflow's version",
     "/livez": "The process answers",
-    "/readyz": "All models are loaded, checked and warmed up, in every replica",
+    "/readyz": "All models in every replica are loaded, checked and warm, or unloaded for room",
     "/openapi.json": "This document",
 }
 

@@ -64,12 +64,14 @@ class PrometheusMetrics(Metrics):
         self._padding = counter("batch_padding_tokens", "Padding computed", *_VERSION)
         self._compute = histogram("compute_seconds", "One call of the model", _SECONDS)
         self._swaps = counter("swaps", "Versions that took over or were refused", "model", "result")
+        self._unloads = counter("unloads", "Models taken out of memory to make room", "model")
         self._preparation = gauge("swap_seconds", "Preparation of the last swap", "model")
         self._registry_up = gauge("registry_up", "1 while the registry answers", "model")
         self._info = gauge("model_info", "1: what serves", *_VERSION, "variant", "digest")
         self._gauges = {
             "queue_rows": gauge("queue_rows", "Rows that wait", "model"),
             "in_flight": gauge("in_flight", "Requests being answered", "model"),
+            "loaded": gauge("loaded", "1 while the model is in memory", "model"),
         }
         self._series: dict[tuple[str, str, int, str], _Series] = {}
         self._serving: dict[str, tuple[str, str, str, str]] = {}
@@ -112,6 +114,11 @@ class PrometheusMetrics(Metrics):
         self._info.labels(*self._serving[name]).set(1)
         self._preparation.labels(name).set(seconds)
         self._registry_up.labels(name).set(1)
+
+    def unloaded(self, name: str) -> None:
+        """See `Metrics`."""
+        self._info.remove(*self._serving.pop(name))
+        self._unloads.labels(name).inc()
 
     def refused(self, name: str) -> None:
         """See `Metrics`."""

@@ -125,6 +125,7 @@ class Quick:
             return False
         parent = headers.get(b"traceparent", b"")
         since, loop = time.perf_counter(), asyncio.get_running_loop()
+        slot.used = since
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
         if self._crowded(version, caller):  # before it is read: to refuse must cost little
             request = _Asked(route, slot, version, [], 1, since, caller, parent, done)

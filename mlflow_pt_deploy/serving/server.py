@@ -27,6 +27,7 @@ from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.rows import EXAMPLES
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.siblings import Seat
@@ -137,7 +138,11 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._slots = slots
         self._watcher = Watcher(
-            list(slots.values()), settings.poll_s, opened=self._open, failed=self._fail
+            list(slots.values()),
+            settings.poll_s,
+            room=Room(settings.max_models, settings.max_memory_mb),
+            opened=self._open,
+            failed=self._fail,
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -213,7 +218,9 @@ def _config(app: App, settings: Settings) -> uvicorn.Config:
 def describe(slot: Slot, poll_s: float) -> str:
     """What serves in a slot and within which limits, in one line."""
     version = slot.current
-    assert version is not None
+    if version is None:
+        assert slot.unloaded is not None
+        return f"/models/{slot.name}: {slot.uri}, loaded when asked for ({slot.unloaded.reason})"
     options = version.pyfunc.options
     followed = version.address.uri != slot.uri and poll_s
     follows = f", follows {slot.uri} every {poll_s:g} s" if followed else ""

@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.serving.room import Room
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Settings:
         max_body_mb: Longest request body.
         max_connections: Most connections at a time; more are answered with 503. Replicas have an
             equal share of it each.
+        max_models: Most models in memory, see `serving.room.Room`; the least recently used goes.
+        max_memory_mb: Resident memory of a process above which models go, likewise.
         replicas: Processes that answer at the port, each with the model in its own memory; 0: as
             many as suit the cores, see `shares`.
         pin: Give each replica cores of its own, which it never leaves.
@@ -41,6 +44,8 @@ class Settings:
     tls_key: str = ""
     max_body_mb: float = 4.0
     max_connections: int = 1024
+    max_models: int = 0
+    max_memory_mb: float = 0.0
     replicas: int = 0
     pin: bool = False
 
@@ -55,6 +60,7 @@ class Settings:
                 raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
         if self.max_body_mb <= 0 or self.max_connections < 1:
             raise ServingError("max_body_mb and max_connections must be above 0")
+        Room(self.max_models, self.max_memory_mb)  # checks them
         if self.replicas < 0:
             raise ServingError(
                 f"replicas is {self.replicas}; give how many, or 0 to let the cores decide"

@@ -148,6 +148,17 @@ def load_version(address: Address, target: Target) -> Version:
     return version
 
 
+def check_there(address: Address) -> None:
+    """Read a version's MLmodel file, and nothing else of it.
+
+    Raises:
+        MlflowException: There is none.
+    """
+    from mlflow.models import Model
+
+    Model.load(address.uri)
+
+
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 
+from mlflow_pt_deploy.serving.keeper import Keeper
+from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.slot import Slot
+
+# Where something waits for room, it is looked at so often; and never more often than this, or a
+# registry that does not answer would be asked at every request.
+_SOON_S = 0.1
 
 
 class Watcher(threading.Thread):
@@ -18,7 +25,8 @@ class Watcher(threading.Thread):
         slots: What to look after.
         poll_s: Seconds between looks, give or take a fifth so that many servers do not ask at
             once; 0: never look again.
-        opened: Called when all slots have a version.
+        room: How much may be in memory.
+        opened: Called when all slots have a version, or are found where there is no room.
         failed: Called with the error when one cannot be opened; the thread then ends.
     """
 
@@ -27,29 +35,45 @@ class Watcher(threading.Thread):
         slots: Sequence[Slot],
         poll_s: float,
         *,
+        room: Room | None = None,
         opened: Callable[[], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="watcher", daemon=True)
         self._slots = slots
         self._poll_s = poll_s
+        self._keeper = Keeper(slots, room or Room())
         self._opened = opened
         self._failed = failed
-        self._stop_asked = threading.Event()
+        self._woken = threading.Event()
+        self._stopped = threading.Event()
+        for slot in slots:
+            slot.wake = self._woken.set
 
     def run(self) -> None:
         """What the thread does."""
         try:
-            for slot in self._slots:
-                slot.open()
+            self._keeper.open()
         except Exception as error:
             self._failed(error)
             return
         self._opened()
-        while self._poll_s and not self._stop_asked.wait(self._poll_s * random.uniform(0.8, 1.2)):
-            for slot in self._slots:
-                slot.look()
+        look_at = self._next_look()
+        while not self._stopped.wait(_SOON_S):
+            waiting = self._keeper.attend()
+            if look_at is not None and time.monotonic() >= look_at:
+                for slot in self._slots:
+                    slot.look()
+                look_at = self._next_look()
+            elif not waiting:
+                self._woken.wait(None if look_at is None else look_at - time.monotonic())
+                self._woken.clear()
 
     def stop(self) -> None:
         """Look no more; does not wait for a look under way."""
-        self._stop_asked.set()
+        self._stopped.set()
+        self._woken.set()
+
+    def _next_look(self) -> float | None:
+        pause_s = self._poll_s * random.uniform(0.8, 1.2)
+        return time.monotonic() + pause_s if pause_s else None
