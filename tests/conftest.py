@@ -268,8 +268,10 @@ def _write_tiny_static(folder: Path, teacher: Path) -> None:
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        student = new_static(load_classifier(str(teacher)), hidden=16, buckets=64, ngrams=3)
+        whole = load_classifier(str(teacher))
+        student = new_static(whole, hidden=16, buckets=64, ngrams=3)
         network = student.network
+        network.pieces.weight.copy_(whole.network.get_input_embeddings().weight)
         network.grams.weight.normal_(std=0.05)
         network.norm.weight.uniform_(0.9, 1.1)
         network.norm.bias.normal_(std=0.01)

@@ -229,13 +229,17 @@ def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
     batcher = slot.current.pyfunc.batcher
     rows: list[int] = []
     batcher.observe = lambda count, *_: rows.append(count)
-    with ThreadPoolExecutor(1) as pool:
+
+    def leave(word: str) -> None:
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(f"{url}/invocations", json={"inputs": [word]}, timeout=0.05)
+
+    with ThreadPoolExecutor(3) as pool:
         first = pool.submit(requests.post, f"{url}/invocations", json={"inputs": ["red"]})
         while not batcher.busy:
             assert not first.done()
-        for word in ("green", "blue"):
-            with pytest.raises(requests.ReadTimeout):
-                requests.post(f"{url}/invocations", json={"inputs": [word]}, timeout=0.05)
+        for _ in pool.map(leave, ("green", "blue")):  # both at once, while the first is computed
+            pass
         assert first.result().status_code == 200
     while batcher.busy:
         assert len(rows) < 3
