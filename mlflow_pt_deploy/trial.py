@@ -5,16 +5,19 @@ Knows what a trial is worth and where its run lies; what to try next is `search`
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
 import numpy as np
+import torch
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Split, Splits
@@ -95,11 +98,17 @@ class Evaluator:
             mlflow.log_metric("seconds", time.monotonic() - started)
         return outcome
 
+    @cached_property
+    def _static(self) -> Classifier:
+        """Where all static students start; to ask the teacher for each piece takes a while."""
+        torch.manual_seed(self._options.seed)  # so that it is the same when it is trained again
+        return start_student(self._teacher, 0, rows=self._splits.train.rows)
+
     def _student(self, point: Point) -> Classifier:
         """What is taught: a static student, or a part of the teacher."""
-        student = start_student(self._teacher, point.layers, rows=self._splits.train.rows)
         if not point.layers:
-            return student
+            return copy.deepcopy(self._static)
+        student = start_student(self._teacher, point.layers)
         depth = self._teacher.network.config.num_hidden_layers
         kept = kept_layers(depth, point.layers)
         assert isinstance(student, TextClassifier) and isinstance(self._teacher, TextClassifier)

@@ -123,3 +123,8 @@ def test_rows_a_step_and_peak_are_chosen_by_the_kind(
     assert (chosen.batch_size, chosen.learning_rate) == (128, 2e-3)
     asked = Schedule(batch_size=5, learning_rate=0.1)
     assert asked.resolved(static) == asked
+
+
+def test_a_static_student_teaches_no_other(static: Classifier) -> None:
+    with pytest.raises(ModelError, match="^the teacher is a static student itself"):
+        start_student(static, 0)

@@ -141,8 +141,12 @@ def new_static(
         ngrams: Longest n-gram, 1 to 3.
 
     Raises:
-        ModelError: `ngrams` is out of range, or the vocabulary is too large to hash.
+        ModelError: `ngrams` is out of range, or the teacher is static itself.
     """
+    if isinstance(teacher.network, StaticForSequenceClassification):
+        raise ModelError(
+            "the teacher is a static student itself. Distill from the model that taught it."
+        )
     if not 1 <= ngrams <= len(PRIMES):
         raise ModelError(f"ngrams {ngrams}: choose from 1 to {len(PRIMES)}.")
     embedding = _pieces(teacher, rows)
