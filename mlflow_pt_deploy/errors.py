@@ -20,6 +20,8 @@
 A message says what was given, what is allowed, and what to do.
 """
 
+import signal
+
 __all__ = [
     "ArtifactError",
     "DataError",
@@ -122,3 +124,17 @@ class OverloadedError(ServingError):
 
 class DeadlineError(ServingError):
     """The answer would have come after the request's deadline."""
+
+
+def exit_in_words(code: int, killed: str) -> str:
+    """How a child process ended.
+
+    Args:
+        code: Its exit code; below 0 the signal that ended it.
+        killed: What follows where it was SIGKILL, which the system sends when memory runs out.
+    """
+    if code == -signal.SIGKILL:
+        return f"was killed (SIGKILL){killed}"
+    if code < 0:
+        return f"crashed with {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"

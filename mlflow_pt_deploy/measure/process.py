@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 import mlflow_pt_deploy
-from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.errors import VariantError, exit_in_words
 from mlflow_pt_deploy.hardware import THREAD_VARIABLES
 from mlflow_pt_deploy.preprocess import Row, row_to_json
 
@@ -182,13 +181,8 @@ class Worker:
                 f"{self.name}: no answer to '{do}' within {self._timeout_s:g} s, so its process "
                 "was ended. The variant hangs or is far too slow here; leave it out."
             )
-        code = self._process.wait()
-        if code == -signal.SIGKILL:
-            how = "was killed (SIGKILL), most likely because memory ran out; free some"
-        elif code < 0:
-            how = f"crashed with {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
+        killed = ", most likely because memory ran out; free some"
+        how = exit_in_words(self._process.wait(), killed)
         return f"{self.name}: its process {how}, at '{do}'.{self._last_words()}"
 
     def _explain(self, error: str, kind: str) -> str:

@@ -25,7 +25,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.errors import ServingError, exit_in_words
 from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
 from mlflow_pt_deploy.serving.log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
@@ -200,7 +200,8 @@ class _Parent:
         await process.wait()
         if "failed" in told:
             return f"{name}: {told['failed']}" if late else str(told["failed"])
-        return f"{name} {_death(process.returncode or 0)}"
+        killed = "; if nobody did, memory ran out: give fewer replicas"
+        return f"{name} {exit_in_words(process.returncode or 0, killed)}"
 
     def _ready(self, job: Job, words: list[str], seconds: float) -> None:
         again = job.index in self._words
@@ -242,11 +243,3 @@ def _environment(share: Share, scratch: Path) -> dict[str, str]:
         found["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
         found["MLFLOW_REGISTRY_URI"] = mlflow.get_registry_uri()
     return found
-
-
-def _death(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "was killed (SIGKILL); if nobody did, memory ran out: give fewer replicas"
-    if code < 0:
-        return f"crashed with {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
