@@ -106,9 +106,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
 
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     """A part of the teacher: its vocabulary, its layers, and of these what matters most."""
-    from mlflow_pt_deploy.distill import kept_layers, start_student
-    from mlflow_pt_deploy.models import TextClassifier
-    from mlflow_pt_deploy.prune import cut_student, frequent_pieces, prune_vocabulary
+    from mlflow_pt_deploy.prune import frequent_pieces, new_student, prune_vocabulary
 
     layers = options.student_layers
     of_texts = {
@@ -124,20 +122,11 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     if options.vocabulary != "all":
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)
-    student = start_student(
-        teacher,
-        layers,
-        options.keep_layers,
-        width=options.student_width,
-        rows=splits.train.rows,
-    )
-    if not layers or not isinstance(student, TextClassifier):
-        return student
-    return cut_student(
-        student,
+    return new_student(
         teacher,
         splits.train,
-        kept_layers(teacher.network.config.num_hidden_layers, layers, options.keep_layers),
+        layers,
+        options.keep_layers,
         heads=options.student_heads,
         neurons=options.student_neurons,
         width=options.student_width,

@@ -377,9 +377,9 @@ def _clip(classifier: Classifier, most: float) -> None:
             values.append(parameter.grad.values())
         elif parameter.grad is not None:
             values.append(parameter.grad)
-    scale = most / (torch.nn.utils.get_total_norm(values) + 1e-6)
+    scale = (most / (torch.nn.utils.get_total_norm(values) + 1e-6)).clamp(max=1.0)
     for each in values:
-        each.mul_(scale.clamp(max=1.0))
+        each.mul_(scale)
 
 
 def _tensors(classifier: Classifier, encoded: Sequence[Any], device: str) -> Tensors:

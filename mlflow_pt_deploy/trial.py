@@ -21,19 +21,13 @@ import torch
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Split, Splits
-from mlflow_pt_deploy.distill import (
-    kept_layers,
-    soft_labels,
-    start_student,
-    teach,
-    with_relations,
-)
+from mlflow_pt_deploy.distill import soft_labels, teach, with_relations
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.home import home
 from mlflow_pt_deploy.measure import measure
-from mlflow_pt_deploy.models import TextClassifier, save_classifier
+from mlflow_pt_deploy.models import save_classifier
 from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.prune import cut_student
+from mlflow_pt_deploy.prune import new_student
 from mlflow_pt_deploy.search import Outcome, Point, Report
 from mlflow_pt_deploy.train import Epoch, Loss, Schedule, fit
 from mlflow_pt_deploy.variants.build import build
@@ -102,21 +96,16 @@ class Evaluator:
     def _static(self) -> Classifier:
         """Where all static students start; to ask the teacher for each piece takes a while."""
         torch.manual_seed(self._options.seed)  # so that it is the same when it is trained again
-        return start_student(self._teacher, 0, rows=self._splits.train.rows)
+        return new_student(self._teacher, self._splits.train, 0)
 
     def _student(self, point: Point) -> Classifier:
         """What is taught: a static student, or a part of the teacher."""
         if not point.layers:
             return copy.deepcopy(self._static)
-        student = start_student(self._teacher, point.layers)
-        depth = self._teacher.network.config.num_hidden_layers
-        kept = kept_layers(depth, point.layers)
-        assert isinstance(student, TextClassifier) and isinstance(self._teacher, TextClassifier)
-        return cut_student(
-            student,
+        return new_student(
             self._teacher,
             self._splits.train,
-            kept,
+            point.layers,
             heads=point.heads,
             width=point.width,
         )

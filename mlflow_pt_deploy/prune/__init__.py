@@ -5,13 +5,20 @@ that costs.
 """
 
 from mlflow_pt_deploy.prune.importance import Importance, taylor_importance, teacher_importance
-from mlflow_pt_deploy.prune.parts import cut_student, prune_heads, prune_neurons, prune_width
+from mlflow_pt_deploy.prune.parts import (
+    cut_student,
+    new_student,
+    prune_heads,
+    prune_neurons,
+    prune_width,
+)
 from mlflow_pt_deploy.prune.vocabulary import frequent_pieces, prune_vocabulary
 
 __all__ = [
     "Importance",
     "cut_student",
     "frequent_pieces",
+    "new_student",
     "prune_heads",
     "prune_neurons",
     "prune_vocabulary",

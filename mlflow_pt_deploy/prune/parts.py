@@ -15,8 +15,9 @@ import torch
 from transformers.pytorch_utils import prune_linear_layer
 
 from mlflow_pt_deploy.data import Split
+from mlflow_pt_deploy.distill import kept_layers, start_student
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models import TextClassifier
+from mlflow_pt_deploy.models import Classifier, TextClassifier
 from mlflow_pt_deploy.models.family import family_of
 from mlflow_pt_deploy.models.narrow import HEAD_SIZE, blank_network, head_size, note_heads
 from mlflow_pt_deploy.prune.importance import Importance, Scores, teacher_importance
@@ -115,6 +116,36 @@ def prune_width(classifier: TextClassifier, keep: int, importance: Importance) -
         }
     )
     return TextClassifier(network, classifier.tokenizer).eval()
+
+
+def new_student(
+    teacher: Classifier,
+    train: Split,
+    layers: int,
+    chosen: str = "",
+    *,
+    heads: int = 0,
+    neurons: int = 0,
+    width: float = 1.0,
+) -> Classifier:
+    """What `distill.start_student` gives, cut down to the shape that is asked for.
+
+    Args:
+        teacher: The fine-tuned teacher.
+        train: Rows to look at.
+        layers, chosen: As there.
+        heads, neurons: See `cut_student`; for transformers of texts alone.
+        width: As there of images, see `cut_student` of texts.
+
+    Raises:
+        ModelError: A number is out of range, or the architecture is not supported.
+    """
+    student = start_student(teacher, layers, chosen, width=width, rows=train.rows)
+    if not layers or not isinstance(student, TextClassifier):
+        return student
+    assert isinstance(teacher, TextClassifier)
+    kept = kept_layers(teacher.network.config.num_hidden_layers, layers, chosen)
+    return cut_student(student, teacher, train, kept, heads=heads, neurons=neurons, width=width)
 
 
 def cut_student(
