@@ -353,6 +353,51 @@ def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPo
     assert not under._led
 
 
+def test_rows_that_are_computed_at_once(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model, max_batch_rows=3)
+    rows = [[7], [8, 8], [7]]
+    answers = under.at_once(rows, keys=["a", "b", "a"])
+    assert answers is not None
+    assert answers.tolist() == [[7, 1], [8, 2], [7, 1]]
+    assert model.batches == [[[7], [8, 8]]]
+    assert under.at_once([[1]] * 4) is None, "more than a batch holds"
+    assert under.at_once([[1], [2] * 200]) is None, "too much padding"
+    with pytest.raises(ValueError, match="bad row"):
+        under.at_once([[BAD]])
+    assert not under.busy
+    model.batches.clear()
+    held = hold(model, under, pool)
+    assert under.at_once([[1]]) is None, "somebody else computes"
+    model.gate.set()
+    assert held.result(10).tolist()
+
+
+def test_who_computes_at_once_passes_the_lead_on(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    model.gate.clear()
+    first = pool.submit(under.at_once, [[1]])
+    until(lambda: under.busy)
+    second = pool.submit(under.submit, [[2]])
+    until(lambda: under.queued_rows == 1)
+    model.gate.set()
+    found = first.result(10)
+    assert found is not None
+    assert found.tolist() == [[1, 1]]
+    assert second.result(10).tolist() == [[2, 1]]
+    assert not under.busy
+
+
+def test_where_padding_costs_nothing_lengths_do_not_matter(model: GatedModel) -> None:
+    told: list[tuple[int, int, int]] = []
+    under = Batcher(model.predict, model.collate, Limits(max_batch_tokens=1000), pads=False)
+    under.observe = lambda rows, tokens, padded, _: told.append((rows, tokens, padded))
+    under.submit([[1], [2] * 300, [3] * 200])
+    under.submit([[1] * 600, [2] * 600])
+    assert told == [(3, 501, 501), (1, 600, 600), (1, 600, 600)]
+
+
 class Told:
     """Keeps the tickets that `Batcher.start` reports."""
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -126,6 +127,69 @@ def test_requests_on_one_connection_are_answered_in_order(both: Both) -> None:
         assert [part[:3] for part in parts] == [b"200", b"500", b"200", b"200"]
         assert b'"red"' in parts[0]
         assert b'"blue"' in parts[2]
+
+
+def test_a_head_that_was_parsed_before_means_the_same(both: Both) -> None:
+    """Whole requests in one piece, as few heads as possible, and what looks nearly like them."""
+    rows = ["red", "blue", "green", "explode", "nan", "über", "nonsense"]
+    bodies = [json.dumps({"inputs": [row]}).encode().ljust(30) for row in rows]
+    bodies += [b"[" * 30, b"\xff" * 30, json.dumps({"inputs": ["red"], "params": 7}).encode()]
+    heads = [
+        b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n",
+        b"POST /models/tiny/invocations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n",
+        b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\n",
+        b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n",
+    ]
+    chance = random.Random(0)
+    sent: list[list[bytes]] = []
+    for _ in range(120):
+        body = chance.choice(bodies)
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        plain = b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        whole = chance.choice(heads) + chance.choice([plain, plain, plain, chunked])
+        cut = chance.randrange(1, len(whole))
+        sent.append(chance.choice([[whole], [whole], [whole], [whole[:cut], whole[cut:]]]))
+    for pieces in sent[::20]:  # and two of them at once
+        pieces[-1] += sent[0][0] + b"".join(sent[0][1:])
+    before = set(connection._known)
+    answers = [talk(url, sent) for url in (both.short, both.long)]
+    assert answers[0] == answers[1]
+    assert {status for status, _ in answers[0]} >= {200, 400, 404, 415, 500}
+    learned = {head.split()[1] for head in set(connection._known) - before}
+    assert learned <= {b"/invocations", b"/models/tiny/invocations"}
+    assert any(b"/invocations" in head for head in connection._known)
+
+
+def talk(url: str, sent: list[list[bytes]]) -> list[tuple[int, Any]]:
+    """Statuses and bodies of requests on one connection, each sent piece by piece."""
+    host, port = url.removeprefix("http://").split(":")
+    answers: list[tuple[int, Any]] = []
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = client.makefile("rb")
+        for pieces in sent:
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.001 * (len(pieces) > 1))
+            for _ in range(b"".join(pieces).count(b"POST /")):
+                status = int(stream.readline().split()[1])
+                fields = dict(
+                    line.strip().lower().split(b": ", 1) for line in iter(stream.readline, b"\r\n")
+                )
+                answers.append((status, json.loads(stream.read(int(fields[b"content-length"])))))
+    return answers
+
+
+def test_a_known_head_is_still_asked_for_its_token(both: Both) -> None:
+    body = b'{"inputs": ["red"]}'
+    head = b"POST /invocations HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 19\r\n"
+    whole = head + b"Authorization: Bearer 0123456789abcdef\r\n\r\n" + body
+    for token, status in ((b"0123456789abcdef", 200), (b"fedcba9876543210", 401)):
+        app = App({"tiny": both.slot}, guard=Guard(scoring=(token,)))
+        with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+            # known from the first server on; a refusal closes the connection
+            found = [talk(url, [[whole]])[0][0] for _ in range(3)]
+        assert found == [status] * 3
 
 
 def test_a_connection_that_shall_close_is_closed(both: Both) -> None:

@@ -35,6 +35,7 @@ class TinyManifest:
     runtime: str = "numpy"
     precision: str = "fp32"
     digest: str = "0" * 64
+    pads: bool = True
     libraries: Mapping[str, str] = field(default_factory=lambda: {"python": "2.7"})
 
 

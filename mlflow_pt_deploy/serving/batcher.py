@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.options import Limits
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Ticket, cut
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Shape, Ticket, cut
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
 
 Collate = Callable[[Sequence[Encoded]], Inputs]
@@ -48,6 +48,7 @@ class Batcher:
         collate: Puts encoded rows together to named arrays, batch first.
         limits: Sizes and times.
         tokens: What an encoded row costs.
+        pads: Whether a row costs as much as the longest beside it.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Batcher:
         collate: Collate,
         limits: Limits | None = None,
         tokens: Tokens = len,
+        pads: bool = True,
     ) -> None:
         self.limits = limits or Limits()
         self._predict = predict
         self._tokens = tokens
         self._collate = collate
+        self._pads = pads
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._queue: deque[Ticket] = deque()
@@ -156,6 +159,38 @@ class Batcher:
             self._lend(ticket)
         return ticket
 
+    def at_once(
+        self, rows: Sequence[Encoded], *, keys: Sequence[Hashable] | None = None
+    ) -> Logits | None:
+        """Compute a few rows here and now, as one batch.
+
+        Args:
+            rows, keys: As for `submit`.
+
+        Returns:
+            As `submit`; None: the model is busy, or the rows do not go into one batch.
+
+        Raises:
+            Exception: Whatever the model raised on any of the rows.
+        """
+        lengths = [self._tokens(row) for row in rows]
+        if not Shape(len(rows), max(lengths), sum(lengths)).fits(self.limits, self._pads):
+            return None
+        with self._lock:
+            if self._led:
+                return None
+            self._led = True
+        try:
+            places = dict(zip(keys or range(len(rows)), range(len(rows)), strict=True))
+            if len(places) == len(rows):
+                return self._call(rows)
+            logits = self._call([rows[at] for at in places.values()])
+            order = {key: at for at, key in enumerate(places)}
+            return logits[[order[key] for key in keys or ()]]
+        finally:
+            with self._lock:
+                self._pass_on()
+
     def crowded(self, left_s: float, before_s: float = 0.0) -> bool:
         """Whether a request would most likely come too late.
 
@@ -194,7 +229,7 @@ class Batcher:
         if not ticket.rows:
             raise ServingError("a request of no rows cannot be computed; send at least one")
         lengths = [self._tokens(row) for row in ticket.rows]
-        ticket.chunks = cut(lengths, self._join(ticket), self.limits)
+        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self._pads)
         return self._enter(ticket, bounded)
 
     def _join(self, ticket: Ticket) -> list[int]:
@@ -250,9 +285,12 @@ class Batcher:
             self._queued_rows -= sum(chunk.shape.rows for chunk in ticket.chunks)
 
     def _hand_over(self, ticket: Ticket) -> None:
-        if not ticket.leads:
-            return
-        ticket.leads = False
+        if ticket.leads:
+            ticket.leads = False
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Let the oldest in the queue lead, if there is any."""
         self._led = bool(self._queue)
         if self._queue:
             self._queue[0].leads = True
@@ -315,7 +353,7 @@ class Batcher:
         )
         for ticket in younger:
             wider = shape.plus(ticket.chunks[-1].shape)
-            if wider.fits(self.limits):
+            if wider.fits(self.limits, self._pads):
                 taken.append(ticket)
                 shape = wider
         self._queued_rows -= shape.rows
@@ -343,7 +381,7 @@ class Batcher:
             return
         answers.update(zip((key for key, _ in batch), logits, strict=True))
 
-    def _call(self, rows: list[Encoded]) -> Logits:
+    def _call(self, rows: Sequence[Encoded]) -> Logits:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
         seconds = time.perf_counter() - start
@@ -351,8 +389,8 @@ class Batcher:
         self._spent_rows = _MEMORY * self._spent_rows + len(rows)
         if self.observe is not None:
             lengths = [self._tokens(row) for row in rows]
-            padded = len(rows) * max(lengths)
-            self.observe(len(rows), sum(lengths), padded, seconds)
+            real = sum(lengths)
+            self.observe(len(rows), real, len(rows) * max(lengths) if self._pads else real, seconds)
         if len(logits) != len(rows):
             raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
         return logits

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,13 +113,18 @@ class PyFunc:
         self.loaded = loaded
         self.options = Options.from_config(model_config)
         self.quick = self.glances = False
+        self._starts = [f'{{"label": {json.dumps(label)}, "score": ' for label in loaded.labels]
         self.setup()
 
     def setup(self) -> None:
         """Build the batcher that all callers share."""
         preprocessor = self.loaded.preprocessor
         self.batcher = Batcher(
-            self.loaded.predict, preprocessor.collate, self.options, preprocessor.tokens
+            self.loaded.predict,
+            preprocessor.collate,
+            self.options,
+            preprocessor.tokens,
+            self.loaded.manifest.pads,
         )
 
     def warm_up(self) -> None:
@@ -153,13 +158,16 @@ class PyFunc:
         return self.loaded.predict.glance(self.loaded.preprocessor.collate(encoded))
 
     def score(self, rows: Sequence[Row]) -> Logits:
-        """Logits of raw rows, float32 (rows, classes), without limits on time or queue.
+        """Logits of a few raw rows, float32 (rows, classes), without limits on time or queue.
 
         Raises:
             RowError: A row cannot be read; or whatever the model raises.
         """
         encoded = self.loaded.preprocessor.encode(rows)
-        return self.batcher.submit(encoded, keys=rows, bounded=False)
+        logits = self.batcher.at_once(encoded, keys=rows)
+        if logits is None:
+            logits = self.batcher.submit(encoded, keys=rows, bounded=False)
+        return logits
 
     def decode(self, data: object) -> list[Row]:
         """Rows from whatever MLflow hands over; see `rows.read_rows`.
@@ -219,17 +227,25 @@ class PyFunc:
         Raises:
             ServingError: The model's answer holds NaN or infinity.
         """
-        if not np.isfinite(logits).all():
-            raise ServingError("the model's logits are not finite")
-        exponent = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        labels = self.loaded.labels
+        if top_k == 1:
+            return [{"label": labels[at], "score": score} for at, score in _best(logits)]
+        exponent = _exponent(logits)
         scores = exponent / exponent.sum(axis=1, keepdims=True)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-        labels = self.loaded.labels
-        rows = [
+        return [
             [{"label": labels[at], "score": round(float(row[at]), 6)} for at in order]
             for row, order in zip(scores, best.tolist(), strict=True)
         ]
-        return [row[0] for row in rows] if top_k == 1 else rows
+
+    def write(self, logits: Logits) -> list[str]:
+        """The answer to each row of logits, as JSON: what `encode` says, in half of the time.
+
+        Raises:
+            ServingError: As for `encode`.
+        """
+        starts = self._starts
+        return [f"{starts[at]}{score!r}}}" for at, score in _best(logits)]
 
     def get_raw_model(self) -> LoadedVariant:
         """What ``PyFuncModel.get_raw_model`` answers."""
@@ -252,6 +268,21 @@ class PyFunc:
         if not whole or not 1 <= top_k <= classes:
             raise RequestError(f"'top_k' must be a whole number from 1 to {classes}")
         return int(top_k)
+
+
+def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
+    """Of each row the softmax's numerators; that of its largest logit is 1."""
+    if not np.isfinite(logits).all():
+        raise ServingError("the model's logits are not finite")
+    above = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponent: npt.NDArray[np.float64] = np.exp(above)
+    return exponent
+
+
+def _best(logits: Logits) -> Iterable[tuple[int, float]]:
+    """The best class of each row, and its probability to six places."""
+    scores = 1 / _exponent(logits).sum(axis=1)
+    return zip(logits.argmax(axis=1).tolist(), (round(s, 6) for s in scores.tolist()), strict=True)
 
 
 def _fastest_s(act: Callable[[], object]) -> float:

@@ -269,14 +269,15 @@ class Quick:
 
     def _encode(self, version: Version, requests: Sequence[_Asked], logits: Logits) -> None:
         """Answer requests from the logits of their rows, one after the other."""
-        widest = max(request.top_k for request in requests)
-        best = version.pyfunc.encode(logits, widest)
+        best = version.pyfunc.write(logits)
         at = 0
         for request in requests:
-            mine, at = best[at : at + len(request.rows)], at + len(request.rows)
-            if widest > 1:
-                mine = [row[0] if request.top_k == 1 else row[: request.top_k] for row in mine]
-            body = json.dumps({"predictions": mine}).encode()
+            mine, at = slice(at, at + len(request.rows)), at + len(request.rows)
+            if request.top_k == 1:
+                text = ", ".join(best[mine])
+            else:
+                text = json.dumps(version.pyfunc.encode(logits[mine], request.top_k))[1:-1]
+            body = f'{{"predictions": [{text}]}}'.encode()
             self._answer(request, Answer(200, body, version=version))
 
     def _late(self, request: _Asked) -> None:
@@ -310,7 +311,7 @@ def _by_version(asked: Iterable[_Asked]) -> list[tuple[Version, list[_Asked]]]:
 def _parse(body: bytes, pyfunc: PyFunc) -> tuple[list[str], int] | None:
     """Texts and `top_k` of the common form, or None."""
     try:
-        request = json.loads(body)
+        request = json.loads(body.decode())  # of bytes it would first guess their encoding
     except (ValueError, RecursionError):
         return None
     if not isinstance(request, dict) or not request.keys() <= {"inputs", "params"}:

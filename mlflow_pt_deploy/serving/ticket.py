@@ -37,8 +37,8 @@ class Shape(NamedTuple):
             self.tokens + other.tokens,
         )
 
-    def fits(self, limits: Limits) -> bool:
-        padded = self.rows * self.longest
+    def fits(self, limits: Limits, pads: bool = True) -> bool:
+        padded = self.rows * self.longest if pads else self.tokens
         return (
             self.rows <= limits.max_batch_rows
             and padded <= limits.max_batch_tokens
@@ -135,8 +135,17 @@ class Ticket:
         return np.stack([answer for answer in self.answers if answer is not None])
 
 
-def cut(lengths: Sequence[int], indices: list[int], limits: Limits) -> list[Chunk]:
-    """Chunks of rows of similar length, each within the limits, the longest last."""
+def cut(
+    lengths: Sequence[int], indices: list[int], limits: Limits, pads: bool = True
+) -> list[Chunk]:
+    """Chunks of rows of similar length, each within the limits, the longest last.
+
+    Args:
+        lengths: Of all rows.
+        indices: The rows to cut.
+        limits: Of a chunk.
+        pads: Whether a row costs as much as the longest beside it.
+    """
     if len(indices) == 1:  # the common request
         return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
     chunks: list[Chunk] = []
@@ -144,7 +153,7 @@ def cut(lengths: Sequence[int], indices: list[int], limits: Limits) -> list[Chun
         length = lengths[index]
         alone = Shape(1, length, length)
         wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.fits(limits):
+        if chunks and wider.fits(limits, pads):
             chunks[-1].indices.append(index)
             chunks[-1] = chunks[-1]._replace(shape=wider)
         else:

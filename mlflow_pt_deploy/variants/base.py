@@ -94,6 +94,7 @@ class Variant(ABC):
         compiles: True where an export takes a compiler's time; such exports begin first.
         carries_code: True where the file holds a program and not only weights and a graph of
             known operators; such a file is loaded only when somebody vouches for its digest.
+        pads: False where a row costs no more beside a longer one.
     """
 
     precision: str = "fp32"
@@ -102,6 +103,7 @@ class Variant(ABC):
     extra: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
+    pads: ClassVar[bool] = True
 
     def name(self, model: str) -> str:
         """``<model>-<runtime>-<precision>``, e.g. ``student-openvino-fp32``."""

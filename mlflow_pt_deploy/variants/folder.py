@@ -87,6 +87,11 @@ class Manifest:
         return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
 
     @property
+    def pads(self) -> bool:
+        """Whether rows of different lengths should not be computed together."""
+        return RUNTIMES[self.runtime].pads
+
+    @property
     def runtimes(self) -> tuple[str, ...]:
         """What must be installed to run it: its own runtime, or those of a cascade's stages."""
         if self.runtime != Cascade.runtime:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATIC = "pt_deploy_static"
 """`model_type` of static students in their config.json."""
 
-_FEW_ROWS = 4  # up to here setting up a sparse matrix costs more than it saves
+_FEW_ROWS = 12  # up to here setting up a sparse matrix costs more than it saves
 _WEIGHTS = "static.safetensors"
 _SHAPE = "static.json"
 
@@ -36,6 +36,7 @@ class NumPy(Variant):
     """Arrays in safetensors; see `models.static` for the network they belong to."""
 
     runtime: ClassVar[str] = "numpy"
+    pads: ClassVar[bool] = False
 
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
@@ -69,15 +70,24 @@ class NumPy(Variant):
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         from safetensors.numpy import load_file
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         if device != "cpu":
             raise UnsupportedError("the numpy variant runs on the CPU only; use device=cpu.")
+        # Its products are so small that a second thread gains nothing, and is waited for by the
+        # hundredfold where its core has other work. Of the whole process, as PyTorch's threads are.
+        threadpool_limits(1, user_api="blas")
         shape = json.loads((folder / _SHAPE).read_text(encoding="utf8"))
         return _Static(load_file(folder / _WEIGHTS), **shape).predict
 
 
 class _Static:
-    """The network of `models.static`, on rows without their padding."""
+    """The network of `models.static`, on rows without their padding.
+
+    Of one row each call into NumPy costs more than what it computes, so there are few of them: the
+    layer norm subtracts no mean (the hidden layer's columns have lost theirs instead) and divides
+    behind that layer.
+    """
 
     def __init__(
         self,
@@ -88,18 +98,25 @@ class _Static:
         multipliers: list[int],
         epsilon: float,
     ) -> None:
-        self._arrays = arrays
+        self._embeddings = arrays["embeddings"]
+        self._hidden = arrays["hidden"] - arrays["hidden"].mean(0)
+        self._hidden_bias = arrays["hidden_bias"]
+        self._output, self._output_bias = arrays["output"], arrays["output_bias"]
+        width = self._embeddings.shape[1]
+        self._mean = np.full(width, 1 / width, dtype=np.float32)
         self._pieces, self._buckets = pieces, buckets
         self._multipliers, self._epsilon = multipliers, epsilon
 
     def predict(self, inputs: Inputs) -> Logits:
         features, ends = self._features(inputs["input_ids"], inputs["attention_mask"].sum(1))
         total = self._sums(features, ends)
-        total -= total.mean(1, keepdims=True)
-        total /= np.sqrt(np.square(total).mean(1, keepdims=True) + self._epsilon)
-        hidden = total @ self._arrays["hidden"] + self._arrays["hidden_bias"]
+        variance = np.einsum("ij,ij->i", total, total) * self._mean[0] - (total @ self._mean) ** 2
+        hidden = total @ self._hidden
+        hidden /= np.sqrt(variance + self._epsilon)[:, None]
+        hidden += self._hidden_bias
         np.maximum(hidden, 0, out=hidden)
-        logits: Logits = hidden @ self._arrays["output"] + self._arrays["output_bias"]
+        logits: Logits = hidden @ self._output
+        logits += self._output_bias
         return logits
 
     def _features(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
@@ -110,33 +127,43 @@ class _Static:
             lengths: int64 (batch,), pieces in each row.
         """
         if len(ids) == 1:  # the common case needs no masks
-            ids = ids[:, : lengths[0]]
-        length = ids.shape[1]
-        found, real = [ids], [np.arange(length) < lengths[:, None]]
-        code = ids * self._multipliers[0]
-        for size, multiplier in enumerate(self._multipliers[1:], start=2):
-            if length < size:
-                break
-            code = code[:, :-1] + ids[:, size - 1 :] * multiplier
-            found.append(code % self._buckets + self._pieces)
-            real.append(real[0][:, size - 1 :])
-        if len(ids) == 1:
-            flat = np.concatenate(found, axis=1)[0]
+            flat = np.concatenate(self._places(ids[0, : lengths[0]]))
             return flat, np.asarray([len(flat)])
-        kept = np.concatenate(real, axis=1)
+        real = np.arange(ids.shape[1]) < lengths[:, None]
+        found = self._places(ids)
+        kept = np.concatenate([real[:, size:] for size in range(len(found))], axis=1)
         return np.concatenate(found, axis=1)[kept], kept.sum(1).cumsum()
+
+    def _places(self, ids: Array) -> list[Array]:
+        """Table rows of the pieces, then of all pairs of neighbours, and so on.
+
+        Args:
+            ids: int64 (..., length).
+
+        Returns:
+            For n-grams of `size` pieces int64 (..., length - size + 1).
+        """
+        found, code = [ids], ids * self._multipliers[0]
+        for size, multiplier in enumerate(self._multipliers[1:], start=2):
+            if ids.shape[-1] < size:
+                break
+            code = code[..., :-1] + ids[..., size - 1 :] * multiplier
+            found.append(code % self._buckets + self._pieces)
+        return found
 
     def _sums(self, features: Array, ends: Array) -> Array:
         """Sum of each row's embeddings, float32 (batch, width)."""
-        table = self._arrays["embeddings"]
+        table, ones = self._embeddings, np.ones(len(features), dtype=np.float32)
         if len(ends) <= _FEW_ROWS:
-            starts = [0, *ends[:-1].tolist()]
-            parts = zip(starts, ends.tolist(), strict=True)
-            return np.stack([table[features[start:end]].sum(0) for start, end in parts])
+            total: Array = np.empty((len(ends), table.shape[1]), dtype=np.float32)
+            start = 0
+            for row, end in zip(total, ends.tolist(), strict=True):
+                np.dot(ones[start:end], table.take(features[start:end], axis=0), out=row)
+                start = end
+            return total
         from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
-        # A sparse matrix of ones adds rows up without copying them first: ten times as fast.
-        ones = np.ones(len(features), dtype=np.float32)
+        # A sparse matrix of ones adds rows up without copying them first.
         chosen = csr_array((ones, features, np.append(0, ends)), shape=(len(ends), len(table)))
-        total: Array = chosen @ table
+        total = chosen @ table
         return total
