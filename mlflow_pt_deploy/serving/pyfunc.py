@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.rows import read_rows
 from mlflow_pt_deploy.serving.ticket import Caller
+from mlflow_pt_deploy.serving.warmup import FEW, fastest_s, meet_shapes
 from mlflow_pt_deploy.variants.base import Logits
 from mlflow_pt_deploy.variants.cascade import Stages
 
@@ -45,7 +45,6 @@ _logger = logging.getLogger(__name__)
 # To hand rows to a thread and the answers back takes about 0.2 ms of two cores, and more where they
 # have to be woken.
 _QUICK_S = 0.5e-3
-
 
 # An event loop serves nobody else while it scores.
 MOST_AT_ONCE = 256
@@ -136,12 +135,17 @@ class PyFunc:
         for sample in self.loaded.preprocessor.samples():
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
                 self.encode(self.batcher.submit([sample] * rows, bounded=False))
-        if self.loaded.preprocessor.column != "text" or self.options.max_wait_ms:
+        if self.loaded.preprocessor.column != "text":
             return
         # the longest sample, which comes last
-        self.quick = _fastest_s(lambda: self.batcher.submit([sample], bounded=False)) < _QUICK_S
-        if isinstance(self.loaded.predict, Stages):
-            self.glances = _fastest_s(lambda: self.glance([sample])) < _QUICK_S
+        predict = self.loaded.predict
+        models = predict.models if isinstance(predict, Stages) else (predict,)
+        meet_shapes(models, self.loaded.preprocessor.collate([sample] * max(FEW)))
+        if self.options.max_wait_ms:
+            return
+        self.quick = fastest_s(lambda: self.batcher.submit([sample], bounded=False)) < _QUICK_S
+        if isinstance(predict, Stages):
+            self.glances = fastest_s(lambda: self.glance([sample])) < _QUICK_S
 
     def brisk(self, rows: int) -> bool:
         """Whether an event loop had better score this many rows itself than hand them over."""
@@ -283,16 +287,6 @@ def _best(logits: Logits) -> Iterable[tuple[int, float]]:
     """The best class of each row, and its probability to six places."""
     scores = 1 / _exponent(logits).sum(axis=1)
     return zip(logits.argmax(axis=1).tolist(), (round(s, 6) for s in scores.tolist()), strict=True)
-
-
-def _fastest_s(act: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        act()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def signature() -> ModelSignature:

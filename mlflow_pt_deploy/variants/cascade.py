@@ -93,6 +93,11 @@ class Stages:
     def __init__(self, fast: Predict, strong: Predict, threshold: float) -> None:
         self._fast, self._strong, self._threshold = fast, strong, threshold
 
+    @property
+    def models(self) -> tuple[Predict, Predict]:
+        """The fast one and the strong one."""
+        return self._fast, self._strong
+
     def __call__(self, inputs: Inputs) -> Logits:
         logits, unsure = self.glance(inputs)
         if unsure.any():

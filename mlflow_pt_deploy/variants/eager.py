@@ -62,10 +62,14 @@ def torch_predict(module: Any, device: str) -> Predict:
     """Wrap anything that is called with the inputs as tensors and returns logits."""
     import torch
 
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+
     def predict(inputs: Inputs) -> Logits:
-        tensors = (torch.from_numpy(array) for array in inputs.values())
         with torch.inference_mode():
-            logits = module(*(tensor.to(device) for tensor in tensors))
+            logits = module(*(moved(torch.from_numpy(array)) for array in inputs.values()))
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     return predict

@@ -1,0 +1,54 @@
+"""Shapes that a model meets before it serves."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_serving import predict, tiny_variant
+
+from mlflow_pt_deploy.serving.pyfunc import PyFunc
+from mlflow_pt_deploy.serving.warmup import meet_shapes
+from mlflow_pt_deploy.variants.cascade import Stages
+
+BATCH = {"input_ids": np.ones((4, 40), np.int64), "attention_mask": np.ones((4, 40), np.int64)}
+
+
+class Meeting:
+    """A model whose first meeting with a shape takes longer than the others."""
+
+    def __init__(self, first_s: float, again_s: float) -> None:
+        self.first_s, self.again_s = first_s, again_s
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, inputs: Any) -> Any:
+        shape = inputs["input_ids"].shape
+        time.sleep(self.again_s if shape in self.shapes else self.first_s)
+        self.shapes.append(shape)
+        return predict(inputs)
+
+
+def test_small_batches_of_short_texts_are_met() -> None:
+    model = Meeting(0.002, 0)
+    assert meet_shapes([model], BATCH, most_s=20) == 128
+    assert {(rows, length) for rows in range(1, 5) for length in range(1, 33)} == {*model.shapes}
+
+
+def test_where_a_new_shape_costs_nothing_few_are_met() -> None:
+    model = Meeting(0.002, 0.002)
+    assert meet_shapes([model], BATCH, most_s=20) == 8
+
+
+def test_a_slow_model_is_not_waited_for() -> None:
+    model = Meeting(0.05, 0)
+    assert meet_shapes([model], BATCH, most_s=0.1) <= 3
+
+
+@pytest.mark.parametrize("sure", [0.0, 2.0])
+def test_both_models_of_a_cascade_are_met_whether_the_first_is_sure_or_not(sure: float) -> None:
+    fast, strong = Meeting(0, 0), Meeting(0, 0)
+    pyfunc = PyFunc(replace(tiny_variant(), predict=Stages(fast, strong, sure)))  # type: ignore[arg-type]
+    pyfunc.warm_up()
+    assert (1, 1) in fast.shapes
+    assert (1, 1) in strong.shapes
