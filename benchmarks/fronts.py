@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from closed_loop import write_lua, wrk
 from servers import PT_DEPLOY, StartError, commands, running
-from serving import write_lua, wrk
 
 HERE = Path(__file__).resolve().parent
 FRONTS = (
