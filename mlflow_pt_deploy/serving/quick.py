@@ -45,6 +45,9 @@ MOST_BYTES = 16 * 2**10
 
 # How soon what a request costs the loop is forgotten: a turn's share.
 _FORGET = 0.1
+# Nobody is let in for whom what came before in the same turn takes more than this share of the time
+# that he has: by then more comes than the loop can answer, and each turn is longer than the last.
+_PATIENCE = 0.15
 _CROWDED = failure(
     429,
     "RESOURCE_EXHAUSTED",
@@ -148,7 +151,8 @@ class Quick:
         expires = expiry(batcher.limits, caller)
         if expires is None:
             return False
-        return batcher.crowded(expires - time.monotonic(), len(self._asked) * self._request_s)
+        left_s, before_s = expires - time.monotonic(), len(self._asked) * self._request_s
+        return before_s > _PATIENCE * left_s or batcher.crowded(left_s, before_s)
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
         return (
