@@ -16,14 +16,15 @@ from mlflow_pt_deploy.serving.slot import Slot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import batch
+import rates
 import servers
-import serving
+import tables
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
 
-def point(rate: float, p99_ms: float | None) -> serving.Point:
-    return serving.Point(rate, 1.0, rate, p99_ms, p99_ms, p99_ms, p99_ms, 0.0, None, 0, 1.0)
+def point(rate: float, p99_ms: float | None) -> rates.Point:
+    return rates.Point(rate, 1.0, rate, p99_ms, p99_ms, p99_ms, p99_ms, 0.0, None, 0, 1.0)
 
 
 def fire(program: Path, url: str, bodies: Path, rate: float) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def fire(program: Path, url: str, bodies: Path, rate: float) -> dict[str, Any]:
 
 
 def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path) -> None:
-    program = serving.build_generator(tmp_path)
+    program = rates.build_generator(tmp_path)
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text('{"inputs": ["red"]}\n{"inputs": [7]}\n')
     slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
@@ -53,7 +54,7 @@ def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path)
 
 
 def test_a_server_that_is_not_there_is_errors(tmp_path: Path) -> None:
-    program = serving.build_generator(tmp_path)
+    program = rates.build_generator(tmp_path)
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text("{}\n")
     seen = fire(program, "http://127.0.0.1:9", bodies, 50)
@@ -62,17 +63,17 @@ def test_a_server_that_is_not_there_is_errors(tmp_path: Path) -> None:
 
 
 def test_the_search_finds_the_rate_at_which_the_tail_breaks() -> None:
-    asked: dict[float, serving.Point] = {}
+    asked: dict[float, rates.Point] = {}
     loads: list[float] = []
 
-    def load(rate: float) -> serving.Point:
+    def load(rate: float) -> rates.Point:
         loads.append(rate)
         return point(rate, 20.0 if rate <= 100 else 70.0 if rate <= 300 else None)
 
-    slow, fast = (serving.search(load, 8, limit, asked) for limit in (40, 100))
+    slow, fast = (rates.search(load, 8, limit, asked) for limit in (40, 100))
     assert 90 <= slow <= 100
     assert 270 <= fast <= 300
-    assert serving.search(load, 8, 10, asked) == 0
+    assert rates.search(load, 8, 10, asked) == 0
     assert {rate for rate in asked if loads.count(rate) == 1} == {
         rate for rate in asked if asked[rate].keeps(40) or (rate > 128 and asked[rate].keeps(100))
     }, "what breaks a tail is looked at twice, what keeps it once"
@@ -81,23 +82,21 @@ def test_the_search_finds_the_rate_at_which_the_tail_breaks() -> None:
 def test_a_pause_of_the_machine_does_not_end_the_search() -> None:
     paused: set[float] = set()
 
-    def load(rate: float) -> serving.Point:
+    def load(rate: float) -> rates.Point:
         first = rate == 32 and rate not in paused
         paused.add(rate)
         return point(rate, 500.0 if first else 20.0 if rate <= 100 else None)
 
-    assert 90 <= serving.search(load, 8, 40, {}) <= 100
+    assert 90 <= rates.search(load, 8, 40, {}) <= 100
 
 
 def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
-    good = serving.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0))
-    lines = serving.table([good, serving.Result("bad", "no such module")]).splitlines()
+    good = tables.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0))
+    lines = tables.table([good, tables.Result("bad", "no such module")]).splitlines()
     assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 32 | 0% |")
     assert lines[3].startswith("| bad | no such module |")
     assert len({line.count("|") for line in lines}) == 1
-    assert serving.rates_table([good]).splitlines()[2:] == [
-        "| good | 16 | 9.0 | 9.0 | 9.0 | none |"
-    ]
+    assert tables.rates_table([good]).splitlines()[2:] == ["| good | 16 | 9.0 | 9.0 | 9.0 | none |"]
 
 
 def test_a_batch_job_tells_what_a_row_costs_and_the_server_is_held_against_it(
@@ -108,8 +107,8 @@ def test_a_batch_job_tells_what_a_row_costs_and_the_server_is_held_against_it(
     seen = json.loads(capsys.readouterr().out)
     assert seen["rows_per_s"] > 0
     assert 0 < seen["cpu_us"] < 1e6
-    ours = serving.Result(servers.PT_DEPLOY, "", 1.5, [point(16, 9.0)], {40: 16})
-    assert "0.50 of what `pt-deploy` takes" in serving._beside_batch([ours], 0.5)
+    ours = tables.Result(servers.PT_DEPLOY, "", 1.5, [point(16, 9.0)], {40: 16})
+    assert "0.50 of what `pt-deploy` takes" in tables.beside_batch([ours], 0.5)
 
 
 def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What was seen of servers, as Markdown and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rates import LIMITS_MS, Point
+from servers import PT_DEPLOY
+
+
+@dataclass
+class Result:
+    """What was seen of one server, or why it could not start."""
+
+    server: str
+    reason: str = ""
+    start_s: float | None = None
+    points: list[Point] = field(default_factory=list)
+    best: dict[int, float] = field(default_factory=dict)
+    overload: Point | None = None
+    padding_share: float | None = None
+
+    @property
+    def peak(self) -> Point | None:
+        """At the highest rate that kept the longest of `LIMITS_MS`."""
+        best = max(self.best.values(), default=0.0)
+        return next((point for point in self.points if point.rate == best), None)
+
+
+def table(results: Sequence[Result]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| server | start s | good/s, p99 <= 40 ms | <= 100 ms | p50, p99, p99.9 ms there "
+        "| CPU µs/row | padding | at twice that: good/s | 429 | 429's p99 ms | errors |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for result in results:
+        if result.reason:
+            lines.append(f"| {result.server} | {result.reason} " + "| " * 9 + "|")
+            continue
+        there, over = result.peak, result.overload
+        cells = [
+            f"{result.start_s:g}",
+            *(f"{result.best.get(limit, 0):g}" for limit in LIMITS_MS),
+            f"{there.p50_ms:.1f}, {there.p99_ms:.1f}, {there.p999_ms:.1f}" if there else "-",
+            f"{there.cpu_us:g}" if there else "-",
+            f"{result.padding_share:.1%}" if result.padding_share is not None else "-",
+            f"{over.good_per_s:g}" if over else "-",
+            f"{over.refused_share:.0%}" if over else "-",
+            f"{over.refused_p99_ms:.1f}" if over and over.refused_p99_ms else "-",
+            f"{over.errors}" if over else "-",
+        ]
+        lines.append(f"| {result.server} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(results: Sequence[Result]) -> str:
+    """p50, p99 and p99.9 of the 200s at each rate, as Markdown, and how many are missing."""
+    lines = [
+        "| server | requests/s offered | p50 ms | p99 ms | p99.9 ms | not answered with 200 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for result in results:
+        for point in result.points:
+            times = [point.p50_ms, point.p99_ms, point.p999_ms]
+            cells = ["-" if time is None else f"{time:.1f}" for time in times]
+            missing = f"{1 - point.answered_share:.1%}" if point.answered_share < 1 else "none"
+            lines.append(f"| {result.server} | {point.rate:g} | {' | '.join(cells)} | {missing} |")
+    return "\n".join(lines) + "\n"
+
+
+def beside_batch(results: Sequence[Result], alone_us: float) -> str:
+    """How much of the CPU time of a served row is the model's."""
+    text = f"Batch inference without a server takes {alone_us:g} CPU µs a row"
+    ours = next((r for r in results if r.server == PT_DEPLOY and r.peak), None)
+    if ours is None or ours.peak is None or not ours.peak.cpu_us:
+        return f"{text}.\n"
+    share, busy = alone_us / ours.peak.cpu_us, ours.peak.model_share
+    text += f", {share:.2f} of what `{PT_DEPLOY}` takes at its highest rate."
+    if busy is not None:
+        limit = "the model" if busy > 0.5 else "the HTTP front"
+        text += f" There the model computes for {busy:.0%} of the time: {limit} is the limit."
+    return f"{text}\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw p99 against the offered rate, both logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for result in results:
+        seen = [point for point in result.points if point.p99_ms is not None]
+        if seen:
+            rates, tails = zip(*((point.rate, point.p99_ms) for point in seen), strict=True)
+            axes.plot(rates, tails, marker="o", label=result.server)
+    for limit in LIMITS_MS:
+        axes.axhline(limit, color="grey", linestyle=":")
+    axes.set(xscale="log", yscale="log", xlabel="requests/s offered", ylabel="p99 ms of the 200s")
+    axes.legend()
+    figure.savefig(path, dpi=120)
