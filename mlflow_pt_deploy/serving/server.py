@@ -25,6 +25,7 @@ from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
+from mlflow_pt_deploy.serving.loop import SWITCH_S
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.room import Room
@@ -36,7 +37,6 @@ from mlflow_pt_deploy.serving.spans import spans_from_environment
 from mlflow_pt_deploy.serving.watcher import Watcher
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
-_SWITCH_S = 0.5e-3
 _LOOK_S = 0.05
 
 
@@ -252,13 +252,9 @@ def _in_words(error: Exception) -> PtDeployError:
 
 @contextmanager
 def _fair_threads() -> Iterator[None]:
-    """Let the event loop's thread and the models' take turns often.
-
-    Python lets a busy thread go on for 5 ms while others wait; a model then waits ten times as long
-    for its turn as it computes.
-    """
+    """Let the event loop's thread and the models' take turns often."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(SWITCH_S)
     try:
         yield
     finally:
