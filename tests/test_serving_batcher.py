@@ -489,7 +489,8 @@ def test_a_full_queue_refuses_there_too(model: GatedModel) -> None:
 
 def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
     under, told = batcher(model, deadline_ms=1400), Told()
-    under._spent_s, under._spent_rows = 0.2, 1.0  # 0.2 s a row, as seen of late
+    for rows in (1, 2, 3):  # 0.2 s a row, as seen of late
+        under._cost.saw(rows, 0.2 * rows)
     model.gate.clear()
     under.start([[1]], told)
     until(lambda: len(model.batches) == 1)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.serving.cost import Cost
 from mlflow_pt_deploy.serving.options import Limits
 from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Shape, Ticket, cut
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
@@ -28,8 +29,6 @@ Observe = Callable[[int, int, int, float], None]
 """Told of each call of the model: rows, tokens, tokens with padding, seconds."""
 Done = Callable[[Ticket], None]
 
-# How much of what is known of a row's cost stays at each call.
-_MEMORY = 0.9
 # Nobody is let in who would wait for longer than this share of the time that he has.
 _PATIENCE = 0.4
 
@@ -70,7 +69,7 @@ class Batcher:
         self._queued_rows = 0
         self._led = False
         self._computing: dict[Hashable, list[Row]] = {}
-        self._spent_s = self._spent_rows = 0.0
+        self._cost = Cost()
         self._lender: ThreadPoolExecutor | None = None
         self.observe: Observe | None = None
 
@@ -86,13 +85,13 @@ class Batcher:
 
     @property
     def row_s(self) -> float:
-        """Seconds that a row has cost of late; 0 before the first."""
-        return self._spent_s / self._spent_rows if self._spent_rows else 0.0
+        """Seconds that a row by itself has cost of late; 0 before the first."""
+        return self._cost.of(1, 1)
 
     @property
     def wait_s(self) -> float:
         """Seconds that a request would have to wait now."""
-        return self._queued_rows * self.row_s
+        return self._cost.of(self._queued_rows, self.limits.max_batch_rows)
 
     def submit(
         self,
@@ -385,8 +384,7 @@ class Batcher:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
         seconds = time.perf_counter() - start
-        self._spent_s = _MEMORY * self._spent_s + seconds
-        self._spent_rows = _MEMORY * self._spent_rows + len(rows)
+        self._cost.saw(len(rows), seconds)
         if self.observe is not None:
             lengths = [self._tokens(row) for row in rows]
             real = sum(lengths)
