@@ -14,10 +14,11 @@ demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
 	  -P epochs=2 -P learning_rate=4e-4 -P student_epochs=2 -P static_epochs=8 -P seconds=1
 
-# one thread a process, and quick compilation: what is tested here is not speed
+# one thread a process, and quick compilation: what is tested here is not speed. Each process takes
+# half of the tests, and then from what the other one has left: so few files are set up in both
 test: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 2
+	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 2 --dist worksteal
 
 check: $(VENV)/.dev
 	ruff check

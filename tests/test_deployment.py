@@ -154,10 +154,13 @@ def _ask_while(client: PtDeployClient, work: Any) -> set[str]:
     return seen
 
 
-def test_a_server_that_died_is_told_and_started_again(
-    tracking: str, tiny: str, client: PtDeployClient
+def test_a_server_that_died_is_told_and_started_again_and_tokens_guard_it(
+    tracking: str, tiny: str, client: PtDeployClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.create_deployment("shop", tiny)
+    monkeypatch.setenv("PT_DEPLOY_TOKEN", "score-score-score-score")
+    monkeypatch.setenv("PT_DEPLOY_ADMIN_TOKEN", "admin-admin-admin-admin")
+    url = client.create_deployment("shop", tiny)["url"]
+    _check_tokens(client, url)
     first = servers.read_state("shop")
     assert first and first.alive
     os.kill(first.pid, signal.SIGKILL)
@@ -168,8 +171,21 @@ def test_a_server_that_died_is_told_and_started_again(
     again = client.update_deployment("shop")
     assert again["status"] == "running"
     assert again["pid"] != first.pid
-    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
+    _check_tokens(client, again["url"])
+    monkeypatch.delenv("PT_DEPLOY_TOKEN")
+    with pytest.raises(MlflowException, match="send a token"):
+        client.predict("shop", ["red"])
     client.delete_deployment("shop")
+
+
+def _check_tokens(client: PtDeployClient, url: str) -> None:
+    """Who has them is answered, who has none is not; on disk there are none."""
+    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
+    assert client.get_deployment("shop")["served"]["version"]
+    answer = requests.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=5)
+    assert answer.status_code == 401
+    text = (home() / "deployments" / "shop" / "state.json").read_text()
+    assert "score-score" not in text
 
 
 def test_what_cannot_be_created_leaves_nothing(
@@ -183,24 +199,6 @@ def test_what_cannot_be_created_leaves_nothing(
         client.create_deployment("shop", slow, config={"ready_s": "0.5"})
     assert client.list_deployments() == []
     assert not (home() / "deployments" / "shop").exists()
-
-
-def test_tokens_guard_deployments_too(
-    tracking: str, tiny: str, client: PtDeployClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PT_DEPLOY_TOKEN", "score-score-score-score")
-    monkeypatch.setenv("PT_DEPLOY_ADMIN_TOKEN", "admin-admin-admin-admin")
-    url = client.create_deployment("shop", tiny)["url"]
-    assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
-    assert client.get_deployment("shop")["served"]["version"]
-    assert (
-        requests.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=5).status_code == 401
-    )
-    monkeypatch.delenv("PT_DEPLOY_TOKEN")
-    with pytest.raises(MlflowException, match="send a token"):
-        client.predict("shop", ["red"])
-    text = (home() / "deployments" / "shop" / "state.json").read_text()
-    assert "score-score" not in text
 
 
 @pytest.mark.parametrize(

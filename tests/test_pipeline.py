@@ -22,7 +22,7 @@ from mlflow_pt_deploy.stages import (
     read_optimized,
 )
 
-FEW = "eager-bf16,torchscript-fp32,onnxruntime-int8-dynamic,numpy"
+FEW = "eager-bf16,onnxruntime-int8-dynamic,numpy"
 
 
 def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
@@ -35,7 +35,7 @@ def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
         "student-layers": 1,
         "static-epochs": 2,
         "learning-rate": 0.01,
-        "seconds": 0.2,
+        "seconds": 0.1,
         "retain": 0.5,
         "variants": FEW,
     }
@@ -50,24 +50,59 @@ def _children(run_id: str) -> dict[str, mlflow.entities.Run]:
     return {run.info.run_name: run for run in found}
 
 
-def test_the_whole_line(
-    tracking: str, tiny_data: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A one for each step of training; the fifth, in the second epoch, is not finished."""
+    from mlflow_pt_deploy import train
+
+    real, taken = train._Run._learn, []
+
+    def die_later(self: train._Run, loss: object, chosen: object) -> float:
+        taken.append(1)
+        if len(taken) == 5:
+            raise Killed
+        return real(self, loss, chosen)
+
+    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(train._Run, "_learn", die_later)
+    return taken
+
+
+def test_the_whole_line_goes_on_where_it_was_interrupted(
+    tracking: str,
+    tiny_data: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+    steps: list[int],
 ) -> None:
-    assert main(_line(tiny_data, tiny_model)) == 0
+    with pytest.raises(Killed):
+        main(_line(tiny_data, tiny_model))
+    run_id = mlflow.search_runs(
+        filter_string="tags.`pt_deploy.stage` = 'run'", search_all_experiments=True
+    )["run_id"][0]
+    capsys.readouterr()
+    assert main(["run", "--resume", run_id, "--json"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     document = json.loads(lines[-1])
+    assert document["run_id"] == run_id
+    # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
+    assert len(steps) == 5 + 12 - 4 + 6 + 2
     _check_document(document)
     _check_tracking(document)
     _check_champion(document)
     assert any("speedup" in line and "p50" in line for line in lines), "no table was printed"
-    _check_promotion_again(document["run_id"], capsys)
+    _check_promotion_again(run_id, capsys)
 
 
 def _check_document(document: dict) -> None:
     rows = {row["variant"]: row for row in document["variants"]}
-    # Eager fp32 and the three that were asked for, for teacher and student; for the static
+    # Eager fp32 and the two that were asked for, for teacher and student; for the static
     # student NumPy.
-    assert len(rows) == 9
+    assert len(rows) == 7
     assert rows["teacher-eager-fp32"]["validation"]["accuracy"] > 0.8, "the teacher learned nothing"
     assert rows["teacher-eager-fp32"]["test"]["agreement"] == 1
     for row in rows.values():
@@ -122,43 +157,6 @@ def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> N
     assert str(client.get_model_version_by_alias("tiny", "champion").version) == promotion.version
 
 
-def test_an_interrupted_line_goes_on(
-    tracking: str,
-    tiny_data: Path,
-    tiny_model: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from mlflow_pt_deploy import train
-
-    class Killed(Exception):
-        """Stands for a power cut in the middle of the teacher's second epoch."""
-
-    real, steps = train._Run._learn, []
-
-    def die_later(self: train._Run, loss: object, chosen: object) -> float:
-        steps.append(1)
-        if len(steps) == 5:
-            raise Killed
-        return real(self, loss, chosen)
-
-    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0)
-    monkeypatch.setattr(train._Run, "_learn", die_later)
-    arguments = _line(tiny_data, tiny_model, "--variants", "eager-fp32")
-    with pytest.raises(Killed):
-        main(arguments)
-    run_id = mlflow.search_runs(
-        filter_string="tags.`pt_deploy.stage` = 'run'", search_all_experiments=True
-    )["run_id"][0]
-    capsys.readouterr()
-    assert main(["run", "--resume", run_id, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    assert document["run_id"] == run_id
-    # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
-    assert len(steps) == 5 + 12 - 4 + 6 + 2
-    assert document["choice"].endswith("eager-fp32")
-
-
 def test_the_whole_line_on_images(
     tracking: str, tiny_images: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,19 +197,12 @@ def test_what_images_do_not_have(tracking: str, tiny_images: Path, tiny_resnet: 
         search_students(replace(options, trials=1))
 
 
-def test_a_model_of_ones_own(tracking: str, tiny_data: Path, exported_teacher: Path) -> None:
+def test_a_model_of_ones_own(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
     done = optimize_models(
-        Options(
-            data=str(tiny_data),
-            teacher=str(exported_teacher),
-            variants="torchscript-fp32",
-            seconds=0.2,
-        )
+        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.1)
     )
-    assert {result.variant for result in done.results} == {
-        "model-eager-fp32",
-        "model-torchscript-fp32",
-    }
+    assert [result.variant for result in done.results] == ["model-eager-fp32"]
+    assert not done.results[0].reason
 
 
 def test_a_cascade_is_a_variant_like_any_other(
@@ -237,7 +228,7 @@ def test_a_cascade_is_a_variant_like_any_other(
             teacher=str(tiny_model),
             student=str(tmp_path / "forgetful"),
             variants="numpy,cascade",
-            seconds=0.2,
+            seconds=0.1,
         )
     )
     rows = {result.variant: result for result in done.results}
@@ -258,11 +249,6 @@ def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
     nothing = Optimized("0", (), {}, Choice(None, "No variant meets the limits.", ()))
     with pytest.raises(PolicyError, match=r"nothing is promoted. No variant meets the limits"):
         promote_choice(nothing, "tiny")
-
-
-@pytest.fixture
-def exported_teacher(tiny_model: Path) -> Path:
-    return tiny_model
 
 
 def test_a_student_with_the_vocabulary_of_train(

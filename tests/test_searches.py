@@ -33,18 +33,15 @@ def test_a_search_leads_to_a_champion(
 ) -> None:
     flags = (
         f"--data {tiny_data} --teacher {tiny_model} --name found --epochs 0 --trials 2 "
-        "--kinds static --variants numpy,onnxruntime-fp32 --seconds 0.1 --retain 0.1 --json"
+        "--kinds static --variants numpy --seconds 0.1 --retain 0.1 --json"
     )
     assert main(["run", *flags.split()]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     document = json.loads(lines[-1])
-    # The teacher has what was asked for, as far as it is for transformers, and its baseline.
-    assert {
-        "static-numpy-fp32",
-        "static-onnxruntime-fp32",
-        "teacher-eager-fp32",
-        "teacher-onnxruntime-fp32",
-    } == {row["variant"] for row in document["variants"]}
+    # What was asked for is for static students; the teacher has its baseline alone.
+    assert {"static-numpy-fp32", "teacher-eager-fp32"} == {
+        row["variant"] for row in document["variants"]
+    }
     assert document["promoted"]["uri"] == "models:/found@champion"
     assert document["seconds"]["search"] > 0
     assert sum(line.startswith("search: trial") for line in lines) == 2

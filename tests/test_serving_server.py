@@ -86,46 +86,47 @@ def test_a_head_that_does_not_come_ends_the_connection(
             time.sleep(0.15)
 
 
-def test_told_to_stop_it_ends_what_it_began_and_exits_with_0(folder: Path) -> None:
-    with started(str(folder), "--access-log") as (process, url), ThreadPoolExecutor(1) as pool:
+def test_a_life_behind_tls(folder: Path, tmp_path: Path) -> None:
+    cert, key = _certificate(tmp_path)
+    other = save_tiny(tmp_path / "other", label="crimson")
+    words = (str(folder), f"second={other}", "-C", "max_batch_rows=4", "--access-log")
+    tls = ("--tls-cert", str(cert), "--tls-key", str(key))
+    with started(*words, *tls) as (process, url), requests.Session() as session:
+        assert url.startswith("https://")
+        session.trust_env, session.verify = False, str(cert)
+        with pytest.raises(requests.ConnectionError):
+            requests.get(url.replace("https", "http"), timeout=5)
+        _check_models_and_options_by_name(session, url)
+        _check_that_it_ends_what_it_began_and_exits_with_0(process, session, url)
+        assert process.stdout
+        line = process.stdout.read()
+    assert re.search(r"/models/tiny: tiny-numpy-fp32, version 0{12}; cpu, \d+ threads a call", line)
+    assert re.search(r"^  (1|\d replicas, each a) process for \d+ core", line, re.M)
+    assert "batches up to 4 rows and 2048 tokens, queue of 1024 rows, deadline 10000 ms" in line
+
+
+def _check_models_and_options_by_name(session: requests.Session, url: str) -> None:
+    label = {}
+    for path in ("/invocations", "/models/tiny/invocations", "/models/second/invocations"):
+        answer = session.post(url + path, json={"inputs": ["red"]}, timeout=10)
+        label[path] = answer.json()["predictions"][0]["label"]
+    assert list(label.values()) == ["red", "red", "crimson"]
+    models = session.get(f"{url}/models", timeout=5).json()
+    assert [model["model"] for model in models] == ["tiny", "second"]
+    assert models[1]["model_config"] == {"max_batch_rows": 4}
+
+
+def _check_that_it_ends_what_it_began_and_exits_with_0(
+    process: subprocess.Popen[str], session: requests.Session, url: str
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
         in_flight = pool.submit(
-            requests.post, f"{url}/invocations", json={"inputs": ["red"]}, timeout=10
+            session.post, f"{url}/invocations", json={"inputs": ["red"]}, timeout=10
         )
         time.sleep(0.25)
         process.send_signal(signal.SIGTERM)
         assert in_flight.result().status_code == 200
         assert process.wait(10) == 0
-        assert process.stdout
-        line = process.stdout.read()
-    assert re.search(r"/models/tiny: tiny-numpy-fp32, version 0{12}; cpu, \d+ threads a call", line)
-    assert re.search(r"^  (1|\d replicas, each a) process for \d+ core", line, re.M)
-    assert "batches up to 32 rows and 2048 tokens, queue of 1024 rows, deadline 10000 ms" in line
-
-
-def test_several_models_and_options_by_name(folder: Path, tmp_path: Path) -> None:
-    other = save_tiny(tmp_path / "other", label="crimson")
-    words = (str(folder), f"second={other}", "-C", "max_batch_rows=4")
-    with started(*words) as (_, url):
-        label = {}
-        for path in ("/invocations", "/models/tiny/invocations", "/models/second/invocations"):
-            answer = requests.post(url + path, json={"inputs": ["red"]}, timeout=10)
-            label[path] = answer.json()["predictions"][0]["label"]
-        assert list(label.values()) == ["red", "red", "crimson"]
-        models = requests.get(f"{url}/models", timeout=5).json()
-        assert [model["model"] for model in models] == ["tiny", "second"]
-        assert models[1]["model_config"] == {"max_batch_rows": 4}
-
-
-def test_tls(folder: Path, tmp_path: Path) -> None:
-    cert, key = _certificate(tmp_path)
-    with started(str(folder), "--tls-cert", str(cert), "--tls-key", str(key)) as (_, url):
-        assert url.startswith("https://")
-        answer = requests.post(
-            f"{url}/invocations", json={"inputs": ["red"]}, timeout=10, verify=str(cert)
-        )
-        assert answer.json()["predictions"][0]["label"] == "red"
-        with pytest.raises(requests.ConnectionError):
-            requests.get(url.replace("https", "http"), timeout=5)
 
 
 @pytest.mark.parametrize(

@@ -41,29 +41,28 @@ def broken_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_in_order_and_what_fails_is_a_row(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, broken_libraries: None
 ) -> None:
-    variants = (
-        Elsewhere(),
-        OpenVino("fp32"),
-        OpenVino("int8-static"),
-        OnnxRuntime("fp32"),
-        Eager("fp32"),
-    )
+    variants = (Elsewhere(), OpenVino("fp32"), OnnxRuntime("fp32"), Eager("fp32"))
     said: list[Built] = []
     target = tmp_path / "variants"
+    # One child at a time, so that another one must take the place of the one that crashed.
     built = build(
-        {"teacher": tiny_model}, tiny_splits, target, variants=variants, progress=said.append
+        {"teacher": tiny_model},
+        tiny_splits,
+        target,
+        variants=variants,
+        parallel=1,
+        progress=said.append,
     )
     assert [row.name for row in built] == [variant.name("teacher") for variant in variants]
     assert sorted(said, key=lambda row: row.name) == sorted(built, key=lambda row: row.name)
-    elsewhere, crashed, crashed_too, missing, eager = built
+    elsewhere, crashed, missing, eager = built
 
     assert elsewhere.reason == "skipped: this machine is not elsewhere"
     assert said[0] == elsewhere  # known before any child has started
     assert "the export was ended by SIGKILL; the machine may have run out of" in crashed.reason
-    assert crashed_too.reason == crashed.reason
     assert "onnx is not installed" in missing.reason
     assert "pip install 'mlflow-pt-deploy[onnx]'" in missing.reason
-    for row in (elsewhere, crashed, crashed_too, missing):
+    for row in (elsewhere, crashed, missing):
         assert row.folder is None
 
     assert (eager.model, eager.runtime, eager.precision) == ("teacher", "eager", "fp32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 import warnings
@@ -113,10 +114,11 @@ def test_accuracy_control_puts_layers_back_until_labels_agree(
 def test_a_drop_that_cannot_be_reached(
     classifier: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
-    variant = OpenVino("int8-accuracy", max_drop=-0.1)
+    variant, shallow = OpenVino("int8-accuracy", max_drop=-0.1), copy.deepcopy(classifier)
+    del shallow.network.bert.encoder.layer[1:]  # to put one back takes seconds for each
     message = r"0.0% of 8 held-out rows change their label, allowed are -10.0%. Allow more"
     with pytest.raises(VariantError, match=message):
-        export(variant, classifier, tiny_splits.train.rows[:16], tmp_path)
+        export(variant, shallow, tiny_splits.train.rows[:16], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
