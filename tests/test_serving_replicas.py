@@ -193,6 +193,31 @@ def test_one_that_is_killed_comes_back_and_the_other_goes_on(server: Served) -> 
     until(lambda: "replica 1 is back after" in (server.scratch / "log").read_text())
 
 
+def test_one_that_stands_still_is_killed_and_comes_back(tmp_path: Path) -> None:
+    slow = save_tiny(tmp_path / "tiny", load_s=6)  # longer than the limit: that is no standstill
+    with (
+        started(tmp_path / "scratch", str(slow), "--hang-s", "5") as served,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        before = [each["pid"] for each in replicas(served.url)]
+        assert len(set(before)) == 2
+        os.kill(before[1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        waiting = [pool.submit(ask, served.url) for _ in range(8)]
+        until(lambda: not alive(before[1:]), START_S)
+        assert time.monotonic() - stopped > 4  # it was given its time
+        for each in waiting:  # those of the other are answered, its own end with it
+            error = each.exception()
+            assert error is None or type(error) is requests.ConnectionError
+        log = served.scratch / "log"
+        until(lambda: "replica 1 is back after" in log.read_text(), START_S)
+        told = "replica 1 gave no sign of life for 5 s and was killed; started again in 1 s"
+        assert told in log.read_text()
+        assert ready(served.url).status_code == 200
+        after = [each["pid"] for each in replicas(served.url)]
+        assert after[0] == before[0] and after[1] != before[1]
+
+
 def test_told_to_stop_all_end_what_they_began(tmp_path: Path) -> None:
     slow = save_tiny(tmp_path / "tiny", predict_s=0.5)
     pin = ["--pin"] if len(core_numbers()) > 1 else []
@@ -268,6 +293,8 @@ def test_cores_are_shared_out_whole() -> None:
         share_cores(3, 2, (0, 1), True)
     with pytest.raises(ServingError, match="replicas is -1"):
         Settings(replicas=-1)
+    with pytest.raises(ServingError, match="hang_s is -1.*from 0 on"):
+        Settings(hang_s=-1)
 
 
 def test_a_share_is_what_libraries_take_for_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

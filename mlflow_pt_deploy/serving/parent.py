@@ -1,5 +1,8 @@
 """The parent of replicas: holds the port, starts them, starts them again, ends them.
 
+One whose event loop stands still keeps its connections and gets new ones, so each is asked for a
+sign of life once a second, and killed when it has given none for long.
+
 A replica's standard input is its life line: when it ends, because the parent closed it or because
 somebody killed the parent, the replica ends what it began and goes. Loads no model and imports
 neither MLflow nor uvicorn, so that it stays small.
@@ -27,6 +30,7 @@ from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError, exit_in_words
 from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
+from mlflow_pt_deploy.serving.heard import PATIENCE_S, ask_replica, socket_of
 from mlflow_pt_deploy.serving.log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
 from mlflow_pt_deploy.serving.settings import Settings
@@ -35,6 +39,8 @@ from mlflow_pt_deploy.serving.shares import Share
 PAUSE_S, PAUSE_MOST_S = 1.0, 60.0
 # Beyond `grace_s`: for threads and libraries to end.
 END_S = 5.0
+# Between two questions; no shorter than a replica has to answer.
+_BEAT_S = PATIENCE_S
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +104,7 @@ def serve_replicas(
             Job(models, config, asdict(theirs), str(folder), index, len(shares), share.pinned)
             for index, share in enumerate(shares)
         ]
-        parent = _Parent(jobs, shares, settings.grace_s, say)
+        parent = _Parent(jobs, shares, settings, say)
         asyncio.run(parent.run())
     if parent.failure:
         raise ServingError(parent.failure)
@@ -115,13 +121,13 @@ class _Parent:
         self,
         jobs: Sequence[Job],
         shares: Sequence[Share],
-        grace_s: float,
+        settings: Settings,
         say: Say,
     ) -> None:
         self.failure = ""
         self._jobs = jobs
         self._shares = shares
-        self._grace_s = grace_s
+        self._settings = settings
         self._say = say
         self._processes: dict[int, Process] = {}
         self._words: dict[int, list[str]] = {}  # first words, of those that became ready
@@ -140,7 +146,7 @@ class _Parent:
         finally:
             stopped.cancel()
             self._end()
-            _, slow = await asyncio.wait(keepers, timeout=self._grace_s + 2 * END_S)
+            _, slow = await asyncio.wait(keepers, timeout=self._settings.grace_s + 2 * END_S)
             if slow:
                 self._kill()
             await asyncio.gather(*keepers)
@@ -193,15 +199,33 @@ class _Parent:
         if self._stop.is_set():
             _hang_up(process)
         assert process.stdout is not None
+        watch = asyncio.create_task(self._watch(job, process))
         line = await process.stdout.readline()
         told = json.loads(line) if line.endswith(b"\n") else {}
         if "ready" in told:
             self._ready(job, told["ready"], time.monotonic() - start)
         await process.wait()
+        if not watch.cancel():
+            return f"{name} {await watch}"
         if "failed" in told:
             return f"{name}: {told['failed']}" if late else str(told["failed"])
         killed = "; if nobody did, memory ran out: give fewer replicas"
         return f"{name} {exit_in_words(process.returncode or 0, killed)}"
+
+    async def _watch(self, job: Job, process: Process) -> str:
+        """Kill a replica that has answered once and then stands still; why, in words.
+
+        Questions without an answer are counted instead of seconds: if we all stood still together,
+        say because the machine slept, it is not killed for that.
+        """
+        missed, begun, hang_s = 0, False, self._settings.hang_s
+        while not hang_s or missed * _BEAT_S < hang_s:
+            at = socket_of(Path(job.folder), job.index)
+            heard, _ = await asyncio.gather(ask_replica(at, "/livez"), asyncio.sleep(_BEAT_S))
+            begun = begun or heard is not None
+            missed = 0 if heard or not begun or self._stop.is_set() else missed + 1
+        process.kill()
+        return f"gave no sign of life for {hang_s:g} s and was killed"
 
     def _ready(self, job: Job, words: list[str], seconds: float) -> None:
         again = job.index in self._words
