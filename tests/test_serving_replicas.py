@@ -119,6 +119,13 @@ def ready(url: str) -> requests.Response:
     return requests.get(f"{url}/readyz", timeout=10)
 
 
+def is_ready(url: str) -> bool:
+    try:
+        return ready(url).status_code == 200
+    except requests.ConnectionError:  # there is nobody at the port
+        return False
+
+
 def counted(url: str) -> dict[str, float]:
     """Good answers by replica."""
     text = requests.get(f"{url}/metrics", timeout=10).text
@@ -191,6 +198,32 @@ def test_one_that_is_killed_comes_back_and_the_other_goes_on(server: Served) -> 
     log = (server.scratch / "log").read_text()
     assert "replica 1 was killed (SIGKILL)" in log and "started again in 1 s" in log
     until(lambda: "replica 1 is back after" in (server.scratch / "log").read_text())
+
+
+def test_all_that_are_killed_come_back_with_what_served_before_a_refusal(
+    server: Served, registry: tuple[MlflowClient, str], tmp_path: Path
+) -> None:
+    client = registry[0]
+    client.set_registered_model_alias("tiny", "champion", "2")
+    until(lambda: [each["version"] for each in replicas(server.url)] == ["2", "2"], 20)
+    time.sleep(2.5)  # the parent has heard of it
+    unfit = client.create_model_version("tiny", str(save_tiny(tmp_path / "unfit", refuse="no")))
+    client.set_registered_model_alias("tiny", "champion", unfit.version)
+    try:
+        until(lambda: all(each["refused"] for each in replicas(server.url)), 20)
+        victims = [each["pid"] for each in replicas(server.url)]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        until(lambda: not alive(victims))
+        until(lambda: is_ready(server.url), START_S)
+        assert ask(server.url).headers["X-Model-Version"] == "2"
+        until(lambda: all(each["refused"] for each in replicas(server.url)), 20)
+        told = replicas(server.url)
+        assert [each["version"] for each in told] == ["2", "2"]
+        assert [each["refused"]["version"] for each in told] == [str(unfit.version)] * 2
+        assert not {each["pid"] for each in told} & set(victims)
+    finally:
+        client.set_registered_model_alias("tiny", "champion", "1")
 
 
 def test_one_that_stands_still_is_killed_and_comes_back(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 PATIENCE_S = 1.0
 """Seconds that a replica has to answer."""
+SERVED = "served"
+"""What its parent asks for, see `served`; no path that a client can ask for."""
 
 
 class Heard(NamedTuple):

@@ -1,7 +1,8 @@
 """The parent of replicas: holds the port, starts them, starts them again, ends them.
 
-One whose event loop stands still keeps its connections and gets new ones, so each is asked for a
-sign of life once a second, and killed when it has given none for long.
+Each is asked once a second what it serves. One whose event loop stands still would keep its
+connections and get new ones: it is killed when it has not answered for long. One that starts again
+opens what was served last.
 
 A replica's standard input is its life line: when it ends, because the parent closed it or because
 somebody killed the parent, the replica ends what it began and goes. Loads no model and imports
@@ -23,14 +24,14 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError, exit_in_words
 from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
-from mlflow_pt_deploy.serving.heard import PATIENCE_S, ask_replica, socket_of
+from mlflow_pt_deploy.serving.heard import PATIENCE_S, SERVED, ask_replica, socket_of
 from mlflow_pt_deploy.serving.log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
 from mlflow_pt_deploy.serving.settings import Settings
@@ -58,6 +59,7 @@ class Job:
         count: How many there are.
         pinned: Numbers of the cores that it stays on; empty: any.
         late: The others serve already: load first, listen then.
+        served: What the replicas were last heard to answer with, see `served`.
     """
 
     models: Sequence[str]
@@ -68,6 +70,7 @@ class Job:
     count: int
     pinned: Sequence[int]
     late: bool = False
+    served: Mapping[str, Any] = field(default_factory=dict)
 
 
 def serve_replicas(
@@ -131,6 +134,7 @@ class _Parent:
         self._say = say
         self._processes: dict[int, Process] = {}
         self._words: dict[int, list[str]] = {}  # first words, of those that became ready
+        self._served: dict[str, Any] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -164,8 +168,7 @@ class _Parent:
 
     def _kill(self) -> None:
         for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
+            _kill(process)
 
     async def _keep(self, job: Job) -> None:
         """Start a replica, and again whenever it ends."""
@@ -192,7 +195,8 @@ class _Parent:
         late, name = len(self._words) == job.count, f"replica {job.index}"
         start = time.monotonic()
         try:
-            process = await _start(replace(job, late=late), self._shares[job.index])
+            job = replace(job, late=late, served=self._served)
+            process = await _start(job, self._shares[job.index])
         except OSError as error:
             return f"{name} cannot be started ({error.strerror})"
         self._processes[job.index] = process
@@ -213,18 +217,22 @@ class _Parent:
         return f"{name} {exit_in_words(process.returncode or 0, killed)}"
 
     async def _watch(self, job: Job, process: Process) -> str:
-        """Kill a replica that has answered once and then stands still; why, in words.
+        """Note what a replica serves, until it stands still; kill it then, and say why.
 
-        Questions without an answer are counted instead of seconds: if we all stood still together,
-        say because the machine slept, it is not killed for that.
+        Before it has answered once it is not there yet. Questions without an answer are counted
+        instead of seconds: if we stood still together, say because the machine slept, it goes on.
         """
-        missed, begun, hang_s = 0, False, self._settings.hang_s
+        at, hang_s = socket_of(Path(job.folder), job.index), self._settings.hang_s
+        missed, begun = 0, False
         while not hang_s or missed * _BEAT_S < hang_s:
-            at = socket_of(Path(job.folder), job.index)
-            heard, _ = await asyncio.gather(ask_replica(at, "/livez"), asyncio.sleep(_BEAT_S))
-            begun = begun or heard is not None
-            missed = 0 if heard or not begun or self._stop.is_set() else missed + 1
-        process.kill()
+            heard, _ = await asyncio.gather(ask_replica(at, SERVED), asyncio.sleep(_BEAT_S))
+            if heard:
+                begun, missed = True, 0
+                with suppress(ValueError):  # the connection broke
+                    self._served |= json.loads(heard.body)
+            elif begun and not self._stop.is_set():
+                missed += 1
+        _kill(process)
         return f"gave no sign of life for {hang_s:g} s and was killed"
 
     def _ready(self, job: Job, words: list[str], seconds: float) -> None:
@@ -255,6 +263,11 @@ async def _start(job: Job, share: Share) -> Process:
 def _hang_up(process: Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
+
+
+def _kill(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
 
 
 def _environment(share: Share, scratch: Path) -> dict[str, str]:

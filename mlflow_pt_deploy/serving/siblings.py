@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from mlflow_pt_deploy.serving.heard import PATIENCE_S, Heard, ask_replica, socket_of
 from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.registry import Served
 
 _NOT_READY = "TEMPORARILY_UNAVAILABLE"
 
@@ -84,11 +85,13 @@ class Seat:
         siblings: The others.
         sockets: At the port that all of them share.
         late: Load first and listen then, because the others serve already.
+        served: What is known to have answered last, by the names of models.
     """
 
     siblings: Siblings
     sockets: Sequence[socket.socket]
     late: bool
+    served: Mapping[str, Served]
 
 
 def _ready(path: str, own: Answer, heard: Sequence[Heard | None]) -> Answer:
