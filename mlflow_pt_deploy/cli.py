@@ -94,6 +94,7 @@ _SERVE = {
     "--max-body-mb": (float, 4.0, "longest request body"),
     "--max-connections": (int, 1024, "most connections at a time"),
     "--replicas": (int, 0, "processes at the port; 0: one for every 4 cores, at most 8"),
+    "--hang-s": (float, 30.0, "seconds until a replica that stands still is killed; 0: never"),
     "--max-models": (int, 0, "most models in memory, others load when asked for; 0: no limit"),
     "--max-memory-mb": (float, 0.0, "resident memory above which models go; 0: no limit"),
     "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),

@@ -123,6 +123,23 @@ def loaded(slots: Sequence[Slot]) -> list[bool]:
     return [slot.current is not None for slot in slots]
 
 
+def test_memory_is_read_only_where_it_has_a_limit(tmp_path: Path) -> None:
+    reads: list[float] = []
+
+    def resident() -> float:
+        reads.append(100.0)
+        return reads[-1]
+
+    slots = slots_of(tmp_path, "a", "b")
+    for room in (Room(), Room(max_models=2)):
+        keeper = Keeper(slots, room, resident)
+        keeper.open()
+        assert not keeper.attend()
+    assert reads == []
+    assert not Keeper(slots, Room(max_memory_mb=150), resident).attend()
+    assert reads == [100.0]
+
+
 def test_at_the_start_the_first_ones_stay(tmp_path: Path) -> None:
     slots = slots_of(tmp_path, "a", "b", "c")
     keeper = Keeper(slots, Room(max_memory_mb=150), lambda: 100.0 * sum(map(bool, loaded(slots))))

@@ -119,6 +119,13 @@ def ready(url: str) -> requests.Response:
     return requests.get(f"{url}/readyz", timeout=10)
 
 
+def is_ready(url: str) -> bool:
+    try:
+        return ready(url).status_code == 200
+    except requests.ConnectionError:  # there is nobody at the port
+        return False
+
+
 def counted(url: str) -> dict[str, float]:
     """Good answers by replica."""
     text = requests.get(f"{url}/metrics", timeout=10).text
@@ -174,7 +181,7 @@ def test_all_replicas_follow_the_alias(server: Served, registry: tuple[MlflowCli
 def test_one_that_is_killed_comes_back_and_the_other_goes_on(server: Served) -> None:
     victim = replicas(server.url)[1]["pid"]
     os.kill(victim, signal.SIGKILL)
-    unready: list[requests.Response] = []
+    unready: list[dict[str, Any]] = []  # a response kept would keep its connection open
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         assert patient(ask, server.url).status_code == 200
@@ -182,15 +189,66 @@ def test_one_that_is_killed_comes_back_and_the_other_goes_on(server: Served) -> 
         if probe.status_code == 200 and unready:
             break
         if probe.status_code == 503:
-            unready.append(probe)
+            unready.append(probe.json())
     assert len(unready) > 1
-    assert unready[-1].json() == {"status": "loading", "replicas": [1]}
+    assert unready[-1] == {"status": "loading", "replicas": [1]}
     told = replicas(server.url)
     assert [each["answers"] for each in told] == [True, True]
     assert told[1]["pid"] != victim
     log = (server.scratch / "log").read_text()
     assert "replica 1 was killed (SIGKILL)" in log and "started again in 1 s" in log
     until(lambda: "replica 1 is back after" in (server.scratch / "log").read_text())
+
+
+def test_all_that_are_killed_come_back_with_what_served_before_a_refusal(
+    server: Served, registry: tuple[MlflowClient, str], tmp_path: Path
+) -> None:
+    client = registry[0]
+    client.set_registered_model_alias("tiny", "champion", "2")
+    until(lambda: [each["version"] for each in replicas(server.url)] == ["2", "2"], 20)
+    time.sleep(2.5)  # the parent has heard of it
+    unfit = client.create_model_version("tiny", str(save_tiny(tmp_path / "unfit", refuse="no")))
+    client.set_registered_model_alias("tiny", "champion", unfit.version)
+    try:
+        until(lambda: all(each["refused"] for each in replicas(server.url)), 20)
+        victims = [each["pid"] for each in replicas(server.url)]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        until(lambda: not alive(victims))
+        until(lambda: is_ready(server.url), START_S)
+        assert ask(server.url).headers["X-Model-Version"] == "2"
+        until(lambda: all(each["refused"] for each in replicas(server.url)), 20)
+        told = replicas(server.url)
+        assert [each["version"] for each in told] == ["2", "2"]
+        assert [each["refused"]["version"] for each in told] == [str(unfit.version)] * 2
+        assert not {each["pid"] for each in told} & set(victims)
+    finally:
+        client.set_registered_model_alias("tiny", "champion", "1")
+
+
+def test_one_that_stands_still_is_killed_and_comes_back(tmp_path: Path) -> None:
+    slow = save_tiny(tmp_path / "tiny", load_s=6)  # longer than the limit: that is no standstill
+    with (
+        started(tmp_path / "scratch", str(slow), "--hang-s", "5") as served,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        before = [each["pid"] for each in replicas(served.url)]
+        assert len(set(before)) == 2
+        os.kill(before[1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        waiting = [pool.submit(ask, served.url) for _ in range(8)]
+        until(lambda: not alive(before[1:]), START_S)
+        assert time.monotonic() - stopped > 4  # it was given its time
+        for each in waiting:  # those of the other are answered, its own end with it
+            error = each.exception()
+            assert error is None or type(error) is requests.ConnectionError
+        log = served.scratch / "log"
+        until(lambda: "replica 1 is back after" in log.read_text(), START_S)
+        told = "replica 1 gave no sign of life for 5 s and was killed; started again in 1 s"
+        assert told in log.read_text()
+        assert ready(served.url).status_code == 200
+        after = [each["pid"] for each in replicas(served.url)]
+        assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_told_to_stop_all_end_what_they_began(tmp_path: Path) -> None:
@@ -268,6 +326,8 @@ def test_cores_are_shared_out_whole() -> None:
         share_cores(3, 2, (0, 1), True)
     with pytest.raises(ServingError, match="replicas is -1"):
         Settings(replicas=-1)
+    with pytest.raises(ServingError, match="hang_s is -1.*from 0 on"):
+        Settings(hang_s=-1)
 
 
 def test_a_share_is_what_libraries_take_for_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,14 @@ from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, resolve, source
+from mlflow_pt_deploy.serving.registry import (
+    DIGEST_TAG,
+    Address,
+    Served,
+    Target,
+    resolve,
+    source,
+)
 from mlflow_pt_deploy.serving.serve import serve
 from mlflow_pt_deploy.serving.server import name_slots
 from mlflow_pt_deploy.serving.slot import RETRY_S, Slot
@@ -172,6 +179,35 @@ def test_other_library_versions_are_told_in_the_log(
 ) -> None:
     Slot("tiny", source(URI)).open()
     assert f"exported with python 2.7 (here {platform.python_version()})" in caplog.text
+
+
+def test_who_starts_again_opens_what_served_before_and_then_looks(registry: Registry) -> None:
+    before = Served(Target(URI), resolve(URI))
+    registry.promote(registry.add(refuse="it answers differently here"))
+    slot = Slot("tiny", source(URI), before=before)
+    slot.open()
+    assert slot.current and slot.current.label == "1"
+    slot.look()
+    assert slot.current.label == "1"
+    assert slot.refused and slot.refused.address.version == "2"
+    registry.client.delete_registered_model_alias("tiny", "champion")
+    Slot("tiny", source(URI), before=before).open()
+    with pytest.raises(MlflowException, match="alias champion not found"):
+        Slot("tiny", source(URI)).open()
+
+
+def test_where_what_served_before_is_gone_the_alias_counts(registry: Registry) -> None:
+    before = Served(Target(URI), resolve(URI))
+    registry.promote(registry.add(label="two"))
+    unfit = registry.add(refuse="it answers differently here")
+    registry.client.delete_model_version("tiny", "1")
+    slot = Slot("tiny", source(URI), before=before)
+    slot.open()
+    assert slot.current and slot.current.label == "2"
+    assert slot.refused is None
+    registry.promote(unfit)
+    with pytest.raises(ArtifactError, match="it answers differently here"):
+        Slot("tiny", source(URI), before=before).open()
 
 
 def test_going_back_forgets_the_refusal(registry: Registry) -> None:

@@ -20,7 +20,7 @@ class Keeper:
     Args:
         slots: All of the server's, the most important first.
         room: The limits.
-        resident: Tells the process's resident memory in MB.
+        resident: Tells the process's resident memory in MB; asked only where that has a limit.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class Keeper:
         return True
 
     def _too_much(self) -> str:
-        return self._room.excess(len(self._loaded()), self._resident())
+        held_mb = self._resident() if self._room.max_memory_mb else 0.0
+        return self._room.excess(len(self._loaded()), held_mb)
 
     def _unload(self, reason: str) -> bool:
         name = longest_unused(self._loaded(), time.perf_counter())

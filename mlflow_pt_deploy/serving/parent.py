@@ -1,5 +1,9 @@
 """The parent of replicas: holds the port, starts them, starts them again, ends them.
 
+Each is asked once a second what it serves. One whose event loop stands still would keep its
+connections and get new ones: it is killed when it has not answered for long. One that starts again
+opens what was served last.
+
 A replica's standard input is its life line: when it ends, because the parent closed it or because
 somebody killed the parent, the replica ends what it began and goes. Loads no model and imports
 neither MLflow nor uvicorn, so that it stays small.
@@ -20,13 +24,14 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError, exit_in_words
 from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
+from mlflow_pt_deploy.serving.heard import PATIENCE_S, SERVED, ask_replica, socket_of
 from mlflow_pt_deploy.serving.log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
 from mlflow_pt_deploy.serving.settings import Settings
@@ -35,6 +40,8 @@ from mlflow_pt_deploy.serving.shares import Share
 PAUSE_S, PAUSE_MOST_S = 1.0, 60.0
 # Beyond `grace_s`: for threads and libraries to end.
 END_S = 5.0
+# Between two questions; no shorter than a replica has to answer.
+_BEAT_S = PATIENCE_S
 
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +59,7 @@ class Job:
         count: How many there are.
         pinned: Numbers of the cores that it stays on; empty: any.
         late: The others serve already: load first, listen then.
+        served: What the replicas were last heard to answer with, see `served`.
     """
 
     models: Sequence[str]
@@ -62,6 +70,7 @@ class Job:
     count: int
     pinned: Sequence[int]
     late: bool = False
+    served: Mapping[str, Any] = field(default_factory=dict)
 
 
 def serve_replicas(
@@ -98,7 +107,7 @@ def serve_replicas(
             Job(models, config, asdict(theirs), str(folder), index, len(shares), share.pinned)
             for index, share in enumerate(shares)
         ]
-        parent = _Parent(jobs, shares, settings.grace_s, say)
+        parent = _Parent(jobs, shares, settings, say)
         asyncio.run(parent.run())
     if parent.failure:
         raise ServingError(parent.failure)
@@ -115,16 +124,17 @@ class _Parent:
         self,
         jobs: Sequence[Job],
         shares: Sequence[Share],
-        grace_s: float,
+        settings: Settings,
         say: Say,
     ) -> None:
         self.failure = ""
         self._jobs = jobs
         self._shares = shares
-        self._grace_s = grace_s
+        self._settings = settings
         self._say = say
         self._processes: dict[int, Process] = {}
         self._words: dict[int, list[str]] = {}  # first words, of those that became ready
+        self._served: dict[str, Any] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
@@ -140,7 +150,7 @@ class _Parent:
         finally:
             stopped.cancel()
             self._end()
-            _, slow = await asyncio.wait(keepers, timeout=self._grace_s + 2 * END_S)
+            _, slow = await asyncio.wait(keepers, timeout=self._settings.grace_s + 2 * END_S)
             if slow:
                 self._kill()
             await asyncio.gather(*keepers)
@@ -158,8 +168,7 @@ class _Parent:
 
     def _kill(self) -> None:
         for process in self._processes.values():
-            if process.returncode is None:
-                process.kill()
+            _kill(process)
 
     async def _keep(self, job: Job) -> None:
         """Start a replica, and again whenever it ends."""
@@ -186,22 +195,45 @@ class _Parent:
         late, name = len(self._words) == job.count, f"replica {job.index}"
         start = time.monotonic()
         try:
-            process = await _start(replace(job, late=late), self._shares[job.index])
+            job = replace(job, late=late, served=self._served)
+            process = await _start(job, self._shares[job.index])
         except OSError as error:
             return f"{name} cannot be started ({error.strerror})"
         self._processes[job.index] = process
         if self._stop.is_set():
             _hang_up(process)
         assert process.stdout is not None
+        watch = asyncio.create_task(self._watch(job, process))
         line = await process.stdout.readline()
         told = json.loads(line) if line.endswith(b"\n") else {}
         if "ready" in told:
             self._ready(job, told["ready"], time.monotonic() - start)
         await process.wait()
+        if not watch.cancel():
+            return f"{name} {await watch}"
         if "failed" in told:
             return f"{name}: {told['failed']}" if late else str(told["failed"])
         killed = "; if nobody did, memory ran out: give fewer replicas"
         return f"{name} {exit_in_words(process.returncode or 0, killed)}"
+
+    async def _watch(self, job: Job, process: Process) -> str:
+        """Note what a replica serves, until it stands still; kill it then, and say why.
+
+        Before it has answered once it is not there yet. Questions without an answer are counted
+        instead of seconds: if we stood still together, say because the machine slept, it goes on.
+        """
+        at, hang_s = socket_of(Path(job.folder), job.index), self._settings.hang_s
+        missed, begun = 0, False
+        while not hang_s or missed * _BEAT_S < hang_s:
+            heard, _ = await asyncio.gather(ask_replica(at, SERVED), asyncio.sleep(_BEAT_S))
+            if heard:
+                begun, missed = True, 0
+                with suppress(ValueError):  # the connection broke
+                    self._served |= json.loads(heard.body)
+            elif begun and not self._stop.is_set():
+                missed += 1
+        _kill(process)
+        return f"gave no sign of life for {hang_s:g} s and was killed"
 
     def _ready(self, job: Job, words: list[str], seconds: float) -> None:
         again = job.index in self._words
@@ -231,6 +263,11 @@ async def _start(job: Job, share: Share) -> Process:
 def _hang_up(process: Process) -> None:
     assert process.stdin is not None
     process.stdin.close()
+
+
+def _kill(process: Process) -> None:
+    if process.returncode is None:
+        process.kill()
 
 
 def _environment(share: Share, scratch: Path) -> dict[str, str]:

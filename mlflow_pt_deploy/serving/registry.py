@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.serving.options import Options
@@ -47,6 +47,13 @@ class Address:
     uri: str
     name: str | None = None
     version: str | None = None
+
+
+class Served(NamedTuple):
+    """What answers somewhere: what was asked for there, and the version that it became."""
+
+    target: Target
+    address: Address
 
 
 Source = Callable[[], Target]

@@ -46,12 +46,14 @@ def main() -> int:
 
 def _serve(job: Job, tell: Callable[..., None]) -> None:
     from mlflow_pt_deploy.serving.port import join_port
+    from mlflow_pt_deploy.serving.served import read_served
     from mlflow_pt_deploy.serving.server import build_server, run_server
     from mlflow_pt_deploy.serving.siblings import Seat, Siblings
 
     settings = Settings(**job.settings)
     siblings = Siblings(Path(job.folder), job.index, job.count)
-    seat = Seat(siblings, join_port(settings.host, settings.port), job.late)
+    sockets = join_port(settings.host, settings.port)
+    seat = Seat(siblings, sockets, job.late, read_served(job.served))
     server = build_server(
         job.models, job.model_config, settings, lambda words: tell(ready=words), seat
     )

@@ -27,9 +27,10 @@ from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.loop import SWITCH_S
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
-from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.registry import Served, source
 from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.rows import EXAMPLES
+from mlflow_pt_deploy.serving.served import with_served
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.siblings import Seat
 from mlflow_pt_deploy.serving.slot import Slot
@@ -60,7 +61,7 @@ def build_server(
         ServingError: An option is wrong; names it.
     """
     metrics = best_metrics()
-    slots = name_slots(models, model_config, metrics)
+    slots = name_slots(models, model_config, metrics, seat.served if seat else None)
     app = App(
         slots,
         spans=spans_from_environment(),
@@ -92,8 +93,11 @@ def name_slots(
     models: Sequence[str],
     model_config: Mapping[str, Any] | None = None,
     metrics: Metrics | None = None,
+    served: Mapping[str, Served] | None = None,
 ) -> dict[str, Slot]:
     """A slot for each word of the command line, under the name it has or is given.
+
+    `served` is what answered before under these names.
 
     Raises:
         ServingError: No models, two of one name, or a wrong option.
@@ -104,7 +108,8 @@ def name_slots(
         name, uri = (named[1], named[2]) if named else (_name(word), word)
         if name in slots:
             raise ServingError(f"two models are called {name}; name them: {name}=... other=...")
-        slots[name] = Slot(name, source(uri, model_config), metrics=metrics)
+        before = (served or {}).get(name)
+        slots[name] = Slot(name, source(uri, model_config), metrics=metrics, before=before)
     if not slots:
         raise ServingError("there is nothing to serve; give models:/NAME@champion")
     return slots
@@ -147,7 +152,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self.seat is not None:
-            await self.seat.siblings.listen(self.app.own)
+            await self.seat.siblings.listen(with_served(self.app.own, self._slots))
             if self.seat.late:
                 self._watcher.start()
                 while not self._opened:

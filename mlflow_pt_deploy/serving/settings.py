@@ -31,6 +31,8 @@ class Settings:
         max_memory_mb: Resident memory of a process above which models go, likewise.
         replicas: Processes that answer at the port, each with the model in its own memory; 0: as
             many as suit the cores, see `shares`.
+        hang_s: Seconds without a sign of life after which a replica is killed and started again;
+            0: never. Loading a model, in a thread of its own, does not count.
         pin: Give each replica cores of its own, which it never leaves.
     """
 
@@ -47,6 +49,7 @@ class Settings:
     max_models: int = 0
     max_memory_mb: float = 0.0
     replicas: int = 0
+    hang_s: float = 30.0
     pin: bool = False
 
     def __post_init__(self) -> None:
@@ -55,8 +58,8 @@ class Settings:
         for path in filter(None, (self.tls_cert, self.tls_key)):
             if not os.access(path, os.R_OK):
                 raise ServingError(f"{path} cannot be read; give a PEM file")
-        for name in ("poll_s", "grace_s"):
-            if getattr(self, name) < 0:
+        for name in ("poll_s", "grace_s", "hang_s"):
+            if not getattr(self, name) >= 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
         if self.max_body_mb <= 0 or self.max_connections < 1:
             raise ServingError("max_body_mb and max_connections must be above 0")

@@ -1,8 +1,7 @@
 """One answer for the whole server, whichever replica is asked.
 
-Each replica listens on a Unix socket in a folder that only its user can enter, and tells there what
-it would answer by itself; whoever is asked by a client asks the others, for a second at most.
-Nothing is kept in between, so nothing can be out of date.
+Each replica tells at its Unix socket what it would answer by itself; whoever is asked by a client
+asks the others, for a second at most. Nothing is kept in between, so nothing can be out of date.
 """
 
 from __future__ import annotations
@@ -11,24 +10,17 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from mlflow_pt_deploy.serving.heard import PATIENCE_S, Heard, ask_replica, socket_of
 from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.registry import Served
 
-_PATIENCE_S = 1.0
 _NOT_READY = "TEMPORARILY_UNAVAILABLE"
-
-
-class Heard(NamedTuple):
-    """What one replica answers by itself."""
-
-    status: int
-    pid: int
-    body: bytes
 
 
 class Siblings:
@@ -42,7 +34,7 @@ class Siblings:
 
     def __init__(self, folder: Path, index: int, count: int) -> None:
         self.index = index
-        self._paths = [folder / f"{at}.sock" for at in range(count)]
+        self._paths = [socket_of(folder, at) for at in range(count)]
         self._server: asyncio.Server | None = None
 
     async def listen(self, own: Callable[[str], Answer]) -> None:
@@ -50,7 +42,7 @@ class Siblings:
 
         async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with suppress(OSError, TimeoutError):
-                async with asyncio.timeout(_PATIENCE_S):
+                async with asyncio.timeout(PATIENCE_S):
                     path = (await reader.readline()).decode().rstrip("\n")
                     answer = own(path)
                     writer.write(b"%d %d\n" % (answer.status, os.getpid()) + answer.body)
@@ -70,7 +62,7 @@ class Siblings:
         """What the server as a whole answers to `path`; this replica by itself answers `own`."""
         mine = Heard(own.status, os.getpid(), own.body)
         heard = await asyncio.gather(
-            *(_ask(at, path) for at in self._paths if at != self._paths[self.index])
+            *(ask_replica(at, path) for at in self._paths if at != self._paths[self.index])
         )
         heard.insert(self.index, mine)
         if path in ("/ping", "/health", "/readyz"):
@@ -93,27 +85,13 @@ class Seat:
         siblings: The others.
         sockets: At the port that all of them share.
         late: Load first and listen then, because the others serve already.
+        served: What is known to have answered last, by the names of models.
     """
 
     siblings: Siblings
     sockets: Sequence[socket.socket]
     late: bool
-
-
-async def _ask(at: Path, path: str) -> Heard | None:
-    """What a sibling answers; None: nothing, or not soon enough."""
-    try:
-        async with asyncio.timeout(_PATIENCE_S):
-            reader, writer = await asyncio.open_unix_connection(at)
-            try:
-                writer.write(path.encode() + b"\n")
-                head, _, body = (await reader.read(-1)).partition(b"\n")
-                status, pid = head.split()
-                return Heard(int(status), int(pid), body)
-            finally:
-                writer.close()
-    except (OSError, TimeoutError, ValueError):
-        return None
+    served: Mapping[str, Served]
 
 
 def _ready(path: str, own: Answer, heard: Sequence[Heard | None]) -> Answer:

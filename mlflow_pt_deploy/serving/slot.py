@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.serving.metrics import Metrics
-from mlflow_pt_deploy.serving.registry import Address, Source, Target, resolve
+from mlflow_pt_deploy.serving.registry import Address, Served, Source, Target, resolve
 from mlflow_pt_deploy.serving.version import Version, check_there, load_version, now
 
 RETRY_S, RETRY_MOST_S = 60.0, 3600.0
@@ -75,6 +75,7 @@ class Slot:
         name: Its part of the path ``/models/NAME/invocations``.
         source: Says what is to be served.
         metrics: Told of swaps and refusals.
+        before: What answered before, where this takes the place of another process.
         find: Makes a version's address of a URI.
         load: Makes a version ready, or raises.
 
@@ -98,6 +99,7 @@ class Slot:
         source: Source,
         *,
         metrics: Metrics | None = None,
+        before: Served | None = None,
         find: Callable[[str], Address] = resolve,
         load: Callable[[Address, Target], Version] = load_version,
     ) -> None:
@@ -113,18 +115,22 @@ class Slot:
         self._noted: Address | None = None
         self._source = source
         self._metrics = metrics or Metrics()
+        self._before = before
         self._find = find
         self._load = load
 
     def open(self) -> None:
-        """Load the first version.
+        """Load the first version: what answered before, or else what is wanted now.
 
         Raises:
             PtDeployError: It may not serve.
             MlflowException: It cannot be found or fetched.
         """
-        target, address = self._wanted()
-        self._take_over(self._load(address, target), 0.0)
+        if self._before is not None:
+            self._try(self._before.address, self._before.target)
+        if self.current is None:
+            target, address = self._wanted()
+            self._take_over(self._load(address, target), 0.0)
 
     def defer(self, reason: str) -> None:
         """Make sure that there is something to load, and leave it until it is asked for.
