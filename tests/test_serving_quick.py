@@ -336,7 +336,8 @@ def test_a_cascade_hands_only_open_cases_over(
 
 def test_a_turn_too_full_for_a_deadline_is_refused(both: Both) -> None:
     app = App({"tiny": both.slot})
-    app.quick._request_s = 0.05  # what a request costs, as seen of late
+    for requests_ in (1, 2, 3):  # 50 ms each, as seen of late
+        app.quick._turn.saw(requests_, 0.05 * requests_)
     answers: list[Answer | None] = []
     body = json.dumps({"inputs": ["red"]}).encode()
     hasty = {b"content-type": b"application/json", b"x-deadline-ms": b"100"}

@@ -1,4 +1,4 @@
-"""A port that several processes listen on, each with a socket of its own (SO_REUSEPORT).
+"""A port to listen on, alone or with other processes, each with a socket of its own (SO_REUSEPORT).
 
 Of one inherited socket the process that wakes first takes whatever waits, so that a pool of
 connections kept alive may end up with one of them; here the kernel spreads connections evenly, a
@@ -9,10 +9,35 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Sequence
 
 from mlflow_pt_deploy.errors import ServingError
 
+_HANDLES = 16
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+def take_port(host: str, port: int) -> list[socket.socket]:
+    """Sockets at a port for this process alone, ready to listen.
+
+    Args:
+        host, port: As for `hold_port`.
+
+    Raises:
+        ServingError: As for `hold_port`.
+    """
+    return _bind_in_words(host, port, shared=False)
+
+
+def several_handles(sockets: Sequence[socket.socket]) -> list[socket.socket]:
+    """The same sockets, each under several file descriptors, for an event loop to listen on all.
+
+    libuv takes one new connection a turn from each; where turns last milliseconds, a client that
+    opens hundreds of connections would wait for the last one for seconds.
+    """
+    return [
+        each for known in sockets for each in [known, *(known.dup() for _ in range(_HANDLES - 1))]
+    ]
 
 
 def hold_port(host: str, port: int) -> list[socket.socket]:
@@ -25,20 +50,24 @@ def hold_port(host: str, port: int) -> list[socket.socket]:
     Raises:
         ServingError: Somebody else listens there, or the address is not this machine's.
     """
-    try:
-        if port:  # else a second server would silently share the port of the first
-            for held in _bind(host, port, shared=False):
-                held.close()
-        return _bind(host, port, shared=True)
-    except OSError as error:
-        raise ServingError(
-            f"{host}, port {port}: {error.strerror}; give another --port or --host"
-        ) from error
+    if port:  # else a second server would silently share the port of the first
+        for held in _bind_in_words(host, port, shared=False):
+            held.close()
+    return _bind_in_words(host, port, shared=True)
 
 
 def join_port(host: str, port: int) -> list[socket.socket]:
     """Sockets at a port that this user's process holds, ready to listen."""
     return _bind(host, port, shared=True)
+
+
+def _bind_in_words(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+    try:
+        return _bind(host, port, shared=shared)
+    except OSError as error:
+        raise ServingError(
+            f"{host}, port {port}: {error.strerror}; give another --port or --host"
+        ) from error
 
 
 def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:

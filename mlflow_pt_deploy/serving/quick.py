@@ -19,6 +19,7 @@ from functools import partial
 
 import numpy as np
 
+from mlflow_pt_deploy.serving.cost import Cost
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import (
     DEADLINE_HEADER,
@@ -43,8 +44,6 @@ Told = Callable[[Slot, str, Answer, float, bytes], None]
 MOST_ROWS = 16
 MOST_BYTES = 16 * 2**10
 
-# How soon what a request costs the loop is forgotten: a turn's share.
-_FORGET = 0.1
 # Nobody is let in for whom what came before in the same turn takes more than this share of the time
 # that he has: by then more comes than the loop can answer, and each turn is longer than the last.
 _PATIENCE = 0.15
@@ -95,7 +94,7 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._request_s = 0.0  # what a request has cost the loop of late
+        self._turn = Cost()  # of the loop, by the requests that it answers
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
@@ -151,7 +150,8 @@ class Quick:
         expires = expiry(batcher.limits, caller)
         if expires is None:
             return False
-        left_s, before_s = expires - time.monotonic(), len(self._asked) * self._request_s
+        left_s = expires - time.monotonic()
+        before_s = self._turn.of(len(self._asked), MOST_AT_ONCE)
         return before_s > _PATIENCE * left_s or batcher.crowded(left_s, before_s)
 
     def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
@@ -166,8 +166,7 @@ class Quick:
         """What came in this turn of the loop."""
         asked, self._asked = self._asked, []
         self._score(asked)
-        spent_s = (time.perf_counter() - asked[0].since) / len(asked)
-        self._request_s += _FORGET * (spent_s - self._request_s)
+        self._turn.saw(len(asked), time.perf_counter() - asked[0].since)
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):

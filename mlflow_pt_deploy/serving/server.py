@@ -27,6 +27,7 @@ from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.loop import SWITCH_S
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
+from mlflow_pt_deploy.serving.port import several_handles, take_port
 from mlflow_pt_deploy.serving.registry import Served, source
 from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.rows import EXAMPLES
@@ -78,11 +79,14 @@ def run_server(server: Server) -> None:
     """Serve until told to stop.
 
     Raises:
+        ServingError: The port is taken, or the address is not this machine's.
         TrackingError: A model cannot be found or fetched.
         PtDeployError: A model may not serve.
     """
     with _quiet_end(), _fair_threads(), _serving_environment():
-        server.run(list(server.seat.sockets) if server.seat else None)
+        settings = server.settings
+        sockets = server.seat.sockets if server.seat else take_port(settings.host, settings.port)
+        server.run(several_handles(sockets))
     if server.app.spans is not None:
         server.app.spans.close()
     if server.failure is not None:
@@ -128,6 +132,7 @@ class Server(uvicorn.Server):
     Attributes:
         app: What answers.
         seat: Its place among the replicas, or None.
+        settings: As given.
         failure: Why it ended, where a model could not be opened.
     """
 
@@ -140,7 +145,7 @@ class Server(uvicorn.Server):
         self.failure: Exception | None = None
         self._say = say
         self._opened = False
-        self._settings = settings
+        self.settings = settings
         self._slots = slots
         self._watcher = Watcher(
             list(slots.values()),
@@ -194,7 +199,7 @@ class Server(uvicorn.Server):
         assert first.current is not None
         row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
         example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
-        poll_s = self._settings.poll_s
+        poll_s = self.settings.poll_s
         return [
             f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
             *(f"  {describe(slot, poll_s)}" for slot in self._slots.values()),
