@@ -94,7 +94,10 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._turn = Cost()  # of the loop, by the requests that it answers
+        self._turn = (
+            Cost()
+        )  # of the loop, by the requests that it answers; what it refuses left out
+        self._reading_s = 0.0
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
@@ -131,7 +134,7 @@ class Quick:
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
         if self._crowded(version, caller):  # before it is read: to refuse must cost little
             request = _Asked(route, slot, version, [], 1, since, caller, parent, done)
-            loop.call_soon(self._answer, request, _CROWDED._replace(version=version))
+            loop.call_soon(self._answer, request, Answer(*_CROWDED[:-1], version))
         elif (found := _parse(body, version.pyfunc)) is None:
             return False
         else:
@@ -139,6 +142,7 @@ class Quick:
             if not self._asked:
                 loop.call_soon(self._score_all)
             self._asked.append(request)
+            self._reading_s += time.perf_counter() - since
         self._in_flight[slot.name] += 1
         return True
 
@@ -165,8 +169,10 @@ class Quick:
     def _score_all(self) -> None:
         """What came in this turn of the loop."""
         asked, self._asked = self._asked, []
+        reading_s, self._reading_s = self._reading_s, 0.0
+        start = time.perf_counter()
         self._score(asked)
-        self._turn.saw(len(asked), time.perf_counter() - asked[0].since)
+        self._turn.saw(len(asked), reading_s + time.perf_counter() - start)
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):

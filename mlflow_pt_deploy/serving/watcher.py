@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlflow_pt_deploy.serving.keeper import Keeper
+from mlflow_pt_deploy.serving.memory import settle
 from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.slot import Slot
 
@@ -57,13 +58,17 @@ class Watcher(threading.Thread):
         except Exception as error:
             self._failed(error)
             return
+        settle()
         self._opened()
         look_at = self._next_look()
         while not self._stopped.wait(_SOON_S):
             waiting = self._keeper.attend()
             if look_at is not None and time.monotonic() >= look_at:
+                before = self._labels()
                 for slot in self._slots:
                     slot.look()
+                if self._labels() != before:
+                    settle()
                 look_at = self._next_look()
             elif not waiting:
                 self._woken.wait(None if look_at is None else look_at - time.monotonic())
@@ -73,6 +78,10 @@ class Watcher(threading.Thread):
         """Look no more; does not wait for a look under way."""
         self._stopped.set()
         self._woken.set()
+
+    def _labels(self) -> list[str]:
+        """What serves."""
+        return [slot.current.label if slot.current else "" for slot in self._slots]
 
     def _next_look(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)
