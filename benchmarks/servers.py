@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -72,11 +73,11 @@ def save_teacher(teacher: Path, folder: Path) -> Path:
 
 
 def commands(model: str, teacher: Path) -> dict[str, list[str]]:
-    """The servers that are compared, by name; each takes ``--port``."""
+    """The servers that are compared, by name; each takes ``--port``, some begin with NAME=VALUE."""
     stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
     return {
         TEACHER: [*stock, str(teacher)],
-        OURS: [*stock, model],
+        OURS: ["UVICORN_LOOP=mlflow_pt_deploy.serving.loop:new_loop", *stock, model],
         PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
     }
 
@@ -139,14 +140,20 @@ def running(command: Sequence[str], log: Path, path: str = "/invocations") -> It
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    variables = dict(word.split("=", 1) for word in takewhile(lambda word: "=" in word, command))
+    command = command[len(variables) :]
     programs = os.pathsep.join([str(Path(command[0]).parent), os.environ.get("PATH", "")])
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {
-        "PATH": programs,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = (
+        os.environ
+        | variables
+        | {
+            "PATH": programs,
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -180,12 +180,13 @@ class Batcher:
                 return None
             self._led = True
         try:
-            places = dict(zip(keys or range(len(rows)), range(len(rows)), strict=True))
-            if len(places) == len(rows):
-                return self._call(rows)
-            logits = self._call([rows[at] for at in places.values()])
-            order = {key: at for at, key in enumerate(places)}
-            return logits[[order[key] for key in keys or ()]]
+            keys = keys or range(len(rows))
+            distinct = dict(zip(keys, rows, strict=True))
+            logits = self._call(list(distinct.values()))
+            if len(distinct) == len(rows):
+                return logits
+            order = {key: at for at, key in enumerate(distinct)}
+            return logits[[order[key] for key in keys]]
         finally:
             with self._lock:
                 self._pass_on()
@@ -380,7 +381,7 @@ class Batcher:
             return
         answers.update(zip((key for key, _ in batch), logits, strict=True))
 
-    def _call(self, rows: Sequence[Encoded]) -> Logits:
+    def _call(self, rows: list[Encoded]) -> Logits:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
         seconds = time.perf_counter() - start

@@ -1,8 +1,7 @@
 """What `/metrics` tells, in Prometheus' format and by model and version.
 
 What each request and each batch adds to is counted here without a lock, since one thread at a time
-does so: the event loop, and whoever leads a batcher. That takes a tenth of the time that the
-library's own series would.
+does so: the event loop, and whoever leads a batcher.
 """
 
 from __future__ import annotations

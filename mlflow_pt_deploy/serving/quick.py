@@ -94,10 +94,8 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._turn = (
-            Cost()
-        )  # of the loop, by the requests that it answers; what it refuses left out
-        self._reading_s = 0.0
+        self._turn = Cost()  # of the loop, by the requests that it answers
+        self._reading_s = 0.0  # those of this turn; what is refused costs nobody his place
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
