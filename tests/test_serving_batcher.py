@@ -151,6 +151,20 @@ def test_rows_of_very_different_length_do_not_share_padding(
     assert [sorted({len(row) for row in batch}) for batch in model.batches[1:]] == [[490, 500], [5]]
 
 
+@pytest.mark.parametrize(("call_s", "together"), [(0.0, False), (1e-3, True)])
+def test_padding_is_shared_where_a_call_costs_more(
+    call_s: float, together: bool, model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    for tokens in (5, 20, 50, 5, 20, 50):  # 0.1 ms a token, as seen of late
+        under._token_cost.saw(tokens, call_s + 1e-4 * tokens)
+    others = queue(under, pool, [[[2] * 9], [[3] * 5]])
+    model.gate.set()
+    wait([first, *others])
+    assert len(model.batches) == (2 if together else 3)
+
+
 def test_the_oldest_is_never_overtaken_by_a_better_fit(
     model: GatedModel, pool: ThreadPoolExecutor
 ) -> None:

@@ -41,4 +41,4 @@ def test_no_part_is_ever_negative(calls: list[tuple[int, float]]) -> None:
     for rows, seconds in calls * 20:
         cost.saw(rows, seconds)
     assert cost.call_s >= 0
-    assert cost.row_s >= 0
+    assert cost.each_s >= 0

@@ -29,6 +29,8 @@ Observe = Callable[[int, int, int, float], None]
 """Told of each call of the model: rows, tokens, tokens with padding, seconds."""
 Done = Callable[[Ticket], None]
 
+# A call is never taken to be worth more padding than this; nor less, before it is known.
+_MOST_SLACK = 64
 # Nobody is let in who would wait for longer than this share of the time that he has.
 _PATIENCE = 0.4
 
@@ -69,7 +71,7 @@ class Batcher:
         self._queued_rows = 0
         self._led = False
         self._computing: dict[Hashable, list[Row]] = {}
-        self._cost = Cost()
+        self._cost, self._token_cost = Cost(), Cost()
         self._lender: ThreadPoolExecutor | None = None
         self.observe: Observe | None = None
 
@@ -92,6 +94,14 @@ class Batcher:
     def wait_s(self) -> float:
         """Seconds that a request would have to wait now."""
         return self._cost.of(self._queued_rows, self.limits.max_batch_rows)
+
+    @property
+    def _slack(self) -> float | None:
+        """How many tokens of padding a call less is worth, see `Shape.fits`."""
+        if not self._pads:
+            return None
+        call_s, token_s = self._token_cost.call_s, self._token_cost.each_s
+        return min(call_s / token_s, _MOST_SLACK) if token_s else _MOST_SLACK
 
     def submit(
         self,
@@ -173,7 +183,7 @@ class Batcher:
             Exception: Whatever the model raised on any of the rows.
         """
         lengths = [self._tokens(row) for row in rows]
-        if not Shape(len(rows), max(lengths), sum(lengths)).fits(self.limits, self._pads):
+        if not Shape(len(rows), max(lengths), sum(lengths)).fits(self.limits, self._slack):
             return None
         with self._lock:
             if self._led:
@@ -229,7 +239,7 @@ class Batcher:
         if not ticket.rows:
             raise ServingError("a request of no rows cannot be computed; send at least one")
         lengths = [self._tokens(row) for row in ticket.rows]
-        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self._pads)
+        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self._slack)
         return self._enter(ticket, bounded)
 
     def _join(self, ticket: Ticket) -> list[int]:
@@ -346,14 +356,14 @@ class Batcher:
         """The oldest request's next chunk, and what goes well with it; the same rows together."""
         if not self._queue:
             return {}
-        oldest = self._queue[0].chunks[-1].shape
+        oldest, slack = self._queue[0].chunks[-1].shape, self._slack
         taken, shape = [self._queue[0]], oldest
         younger = sorted(
             list(self._queue)[1:], key=lambda t: abs(t.chunks[-1].shape.longest - oldest.longest)
         )
         for ticket in younger:
             wider = shape.plus(ticket.chunks[-1].shape)
-            if wider.fits(self.limits, self._pads):
+            if wider.fits(self.limits, slack):
                 taken.append(ticket)
                 shape = wider
         self._queued_rows -= shape.rows
@@ -385,11 +395,13 @@ class Batcher:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
         seconds = time.perf_counter() - start
+        lengths = [self._tokens(row) for row in rows]
+        real = sum(lengths)
+        padded = len(rows) * max(lengths) if self._pads else real
         self._cost.saw(len(rows), seconds)
+        self._token_cost.saw(padded, seconds)
         if self.observe is not None:
-            lengths = [self._tokens(row) for row in rows]
-            real = sum(lengths)
-            self.observe(len(rows), real, len(rows) * max(lengths) if self._pads else real, seconds)
+            self.observe(len(rows), real, padded, seconds)
         if len(logits) != len(rows):
             raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
         return logits

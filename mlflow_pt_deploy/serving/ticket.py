@@ -17,11 +17,6 @@ from mlflow_pt_deploy.variants.base import Logits
 Encoded = Any
 """A row as a preprocessor's `encode` gave it."""
 
-# A call costs about as much as this many tokens before it computes the first one (MiniLM-L6 on
-# two cores, OpenVINO): padding below that is cheaper than a second call.
-_CALL_TOKENS = 64
-_PADDING_SHARE = 0.25
-
 
 class Shape(NamedTuple):
     """What decides whether rows go together: their number, the longest, tokens unpadded."""
@@ -37,12 +32,18 @@ class Shape(NamedTuple):
             self.tokens + other.tokens,
         )
 
-    def fits(self, limits: Limits, pads: bool = True) -> bool:
-        padded = self.rows * self.longest if pads else self.tokens
+    def fits(self, limits: Limits, slack: float | None) -> bool:
+        """Whether these rows should be one call.
+
+        Args:
+            limits: Of a call.
+            slack: How many tokens of padding a call less is worth; None: rows are not padded.
+        """
+        padded = self.tokens if slack is None else self.rows * self.longest
         return (
             self.rows <= limits.max_batch_rows
             and padded <= limits.max_batch_tokens
-            and padded - self.tokens <= _CALL_TOKENS + _PADDING_SHARE * self.tokens
+            and padded - self.tokens <= (slack or 0) * (self.rows - 1)
         )
 
 
@@ -136,15 +137,14 @@ class Ticket:
 
 
 def cut(
-    lengths: Sequence[int], indices: list[int], limits: Limits, pads: bool = True
+    lengths: Sequence[int], indices: list[int], limits: Limits, slack: float | None
 ) -> list[Chunk]:
     """Chunks of rows of similar length, each within the limits, the longest last.
 
     Args:
         lengths: Of all rows.
         indices: The rows to cut.
-        limits: Of a chunk.
-        pads: Whether a row costs as much as the longest beside it.
+        limits, slack: As for `Shape.fits`.
     """
     if len(indices) == 1:  # the common request
         return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
@@ -153,7 +153,7 @@ def cut(
         length = lengths[index]
         alone = Shape(1, length, length)
         wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.fits(limits, pads):
+        if chunks and wider.fits(limits, slack):
             chunks[-1].indices.append(index)
             chunks[-1] = chunks[-1]._replace(shape=wider)
         else:
