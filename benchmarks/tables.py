@@ -89,7 +89,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     """Draw p99 against the offered rate, both logarithmic."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for result in results:
         seen = [point for point in result.points if point.p99_ms is not None]
@@ -99,5 +99,5 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for limit in LIMITS_MS:
         axes.axhline(limit, color="grey", linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel="requests/s offered", ylabel="p99 ms of the 200s")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
     figure.savefig(path, dpi=120)
