@@ -76,11 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk, the load generator, is missing. Install it with: apt-get install wrk")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
-    from mlflow_pt_deploy.data import load_data
-
-    splits = load_data(options.data)
-    texts = [row for row in splits.test.rows if isinstance(row, str)]
-    rows = sample(texts, [splits.labels[at] for at in splits.test.targets])
+    rows = sample(options.data)
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
         lua = write_lua(folder, [text for text, _ in rows])

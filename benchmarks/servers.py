@@ -50,8 +50,13 @@ class Server:
     start_s: float
 
 
-def sample(texts: Sequence[str], labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Unique texts with their labels, shuffled: data sets often come sorted by label."""
+def sample(data: str) -> list[tuple[str, str]]:
+    """Unique test texts with their labels, shuffled: data sets often come sorted by label."""
+    from mlflow_pt_deploy.data import load_data
+
+    splits = load_data(data)
+    texts = [row for row in splits.test.rows if isinstance(row, str)]
+    labels = [splits.labels[at] for at in splits.test.targets]
     unique = list(dict(zip(texts, labels, strict=True)).items())
     random.Random(SEED).shuffle(unique)
     return unique

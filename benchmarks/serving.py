@@ -47,11 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON, Markdown and a plot."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
-    from mlflow_pt_deploy.data import load_data
-
-    splits = load_data(options.data)
-    texts = [row for row in splits.test.rows if isinstance(row, str)]
-    rows = sample(texts, [splits.labels[at] for at in splits.test.targets])
+    rows = sample(options.data)
     results: list[Result] = []
     alone_us = _batch_cpu_us(options)
     with tempfile.TemporaryDirectory(prefix="open-loop-") as name:

@@ -182,8 +182,7 @@ class Batcher:
         Raises:
             Exception: Whatever the model raised on any of the rows.
         """
-        lengths = [self._tokens(row) for row in rows]
-        if not Shape(len(rows), max(lengths), sum(lengths)).fits(self.limits, self._slack):
+        if not self._shape(rows).fits(self.limits, self._slack):
             return None
         with self._lock:
             if self._led:
@@ -395,16 +394,20 @@ class Batcher:
         start = time.perf_counter()
         logits = self._predict(self._collate(rows))
         seconds = time.perf_counter() - start
-        lengths = [self._tokens(row) for row in rows]
-        real = sum(lengths)
-        padded = len(rows) * max(lengths) if self._pads else real
-        self._cost.saw(len(rows), seconds)
-        self._token_cost.saw(padded, seconds)
+        shape = self._shape(rows)
+        padded = shape.padded(self._pads)
+        self._cost.saw(shape.rows, seconds)
+        if self._pads:
+            self._token_cost.saw(padded, seconds)
         if self.observe is not None:
-            self.observe(len(rows), real, padded, seconds)
+            self.observe(shape.rows, shape.tokens, padded, seconds)
         if len(logits) != len(rows):
             raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
         return logits
+
+    def _shape(self, rows: Sequence[Encoded]) -> Shape:
+        lengths = [self._tokens(row) for row in rows]
+        return Shape(len(rows), max(lengths), sum(lengths))
 
 
 class _Call:

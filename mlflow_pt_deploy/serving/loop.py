@@ -19,17 +19,10 @@ for its turn as it computes."""
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A loop with `THREADS` threads, which take turns every `SWITCH_S` seconds."""
+    """The loop that uvicorn would take, with `THREADS` threads and turns of `SWITCH_S` seconds."""
+    from uvicorn.loops.auto import auto_loop_factory
+
     sys.setswitchinterval(SWITCH_S)
-    loop = _fastest_loop()
+    loop = auto_loop_factory()()
     loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="score"))
     return loop
-
-
-def _fastest_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, where the extra `serve` is installed."""
-    try:
-        import uvloop
-    except ModuleNotFoundError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()

@@ -36,8 +36,8 @@ def trim() -> None:
 def settle() -> None:
     """Have later garbage collections leave alone what lives now.
 
-    Some hundred thousand objects of libraries and models would be looked at again and again, for
-    tens of milliseconds and a tenth of a busy server's time.
+    All objects of libraries and models would be looked at again and again, for nearly a tenth of a
+    busy server's time.
     """
     gc.unfreeze()  # what was left alone before may be garbage by now
     gc.collect()

@@ -66,10 +66,13 @@ _S = TypeVar("_S", _Count, _Spread)
 class _Series(Collector, Generic[_S]):
     """All series of one name, by their labels; what counts keeps hold of its own."""
 
-    def __init__(self, family: Callable[[], Any], make: Callable[[], _S]) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, family: Callable[[], Any], make: Callable[[], _S]
+    ) -> None:
         self._family = family
         self._make: Callable[[], _S] = make
         self._found: dict[tuple[str, ...], _S] = {}
+        registry.register(self)
 
     def labels(self, *labels: str) -> _S:
         """The one with these labels, which from now on is told."""
@@ -97,18 +100,17 @@ class PrometheusMetrics(Metrics):
 
         def counts(name: str, about: str, *labels: str) -> _Series[_Count]:
             full, all_labels = f"pt_deploy_{name}", (*_VERSION, *labels)
-            series = _Series(lambda: CounterMetricFamily(full, about, labels=all_labels), _Count)
-            registry.register(series)
-            return series
+            return _Series(
+                registry, lambda: CounterMetricFamily(full, about, labels=all_labels), _Count
+            )
 
         def spread(name: str, about: str, bounds: tuple[float, ...]) -> _Series[_Spread]:
             full = f"pt_deploy_{name}"
-            series = _Series(
+            return _Series(
+                registry,
                 lambda: HistogramMetricFamily(full, about, labels=_VERSION),
                 lambda: _Spread(bounds),
             )
-            registry.register(series)
-            return series
 
         def gauge(name: str, about: str, *labels: str) -> Gauge:
             return Gauge(f"pt_deploy_{name}", about, labels, registry=registry)

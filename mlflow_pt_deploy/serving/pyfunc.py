@@ -243,7 +243,7 @@ class PyFunc:
         ]
 
     def write(self, logits: Logits) -> list[str]:
-        """The answer to each row of logits, as JSON: what `encode` says, in half of the time.
+        """The answer to each row of logits, as JSON: what `encode` says, without objects.
 
         Raises:
             ServingError: As for `encode`.

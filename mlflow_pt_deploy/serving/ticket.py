@@ -32,6 +32,10 @@ class Shape(NamedTuple):
             self.tokens + other.tokens,
         )
 
+    def padded(self, pads: bool) -> int:
+        """Tokens that are computed; `pads`: whether rows are padded to the longest."""
+        return self.rows * self.longest if pads else self.tokens
+
     def fits(self, limits: Limits, slack: float | None) -> bool:
         """Whether these rows should be one call.
 
@@ -39,7 +43,7 @@ class Shape(NamedTuple):
             limits: Of a call.
             slack: How many tokens of padding a call less is worth; None: rows are not padded.
         """
-        padded = self.tokens if slack is None else self.rows * self.longest
+        padded = self.padded(slack is not None)
         return (
             self.rows <= limits.max_batch_rows
             and padded <= limits.max_batch_tokens
