@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "hardware",
     "home",
+    "cost",
     "data",
     "preprocess",
     "models",

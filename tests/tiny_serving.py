@@ -35,7 +35,6 @@ class TinyManifest:
     runtime: str = "numpy"
     precision: str = "fp32"
     digest: str = "0" * 64
-    pads: bool = True
     libraries: Mapping[str, str] = field(default_factory=lambda: {"python": "2.7"})
 
 
@@ -55,6 +54,7 @@ class TinyVariant:
     preprocessor: Preprocessor
     labels: tuple[str, ...] = ("red", "green", "blue")
     predict: Any = staticmethod(predict)
+    pads: bool = True
 
 
 def tiny_variant() -> TinyVariant:

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from mlflow_pt_deploy.cost import Cost
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
-from mlflow_pt_deploy.serving.cost import Cost
 from mlflow_pt_deploy.serving.options import Limits
 from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Shape, Ticket, cut
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict

@@ -123,7 +123,7 @@ class PyFunc:
             preprocessor.collate,
             self.options,
             preprocessor.tokens,
-            self.loaded.manifest.pads,
+            self.loaded.pads,
         )
 
     def warm_up(self) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from mlflow_pt_deploy.serving.cost import Cost
+from mlflow_pt_deploy.cost import Cost
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import (
     DEADLINE_HEADER,

@@ -36,6 +36,7 @@ from mlflow_pt_deploy.preprocess import (
 )
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.variants.cascade import Cascade
+from mlflow_pt_deploy.variants.streams import Streams
 from mlflow_pt_deploy.variants.table import RUNTIMES
 
 FORMAT = 1
@@ -87,11 +88,6 @@ class Manifest:
         return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
 
     @property
-    def pads(self) -> bool:
-        """Whether rows of different lengths should not be computed together."""
-        return RUNTIMES[self.runtime].pads
-
-    @property
     def runtimes(self) -> tuple[str, ...]:
         """What must be installed to run it: its own runtime, or those of a cascade's stages."""
         if self.runtime != Cascade.runtime:
@@ -114,6 +110,11 @@ class LoadedVariant:
     preprocessor: Preprocessor
     labels: tuple[str, ...]
     predict: Predict
+
+    @property
+    def pads(self) -> bool:
+        """Whether a row costs more beside a longer one."""
+        return RUNTIMES[self.manifest.runtime].pads and not isinstance(self.predict, Streams)
 
     def logits(self, rows: Sequence[Row]) -> Logits:
         """Logits of raw rows, float32 (rows, classes), as one batch."""

@@ -1,0 +1,153 @@
+"""A batch's rows side by side, a thread each, instead of one call by all threads.
+
+Threads that share a call wait for each other at every layer, and a short row beside a long one is
+padded. One thread takes as long for a row by itself as for one of a batch, so neither is needed:
+OpenVINO calls this streams.
+
+Knows arrays and threads; does not know which runtime computes.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cached_property
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_pt_deploy.cost import Cost
+from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
+
+_MASK = "attention_mask"
+# A row that takes less than this is not worth a call of its own, which costs some 0.05 ms.
+_CHEAP_S = 0.3e-3
+# All threads get a row alone where they take at most this share of one thread's time. Each way is
+# tried in turns at first, then the other one once in a while.
+_MUCH_SOONER = 0.75
+_FIRST_ROWS = 64
+_TRIED_EVERY = 16
+
+
+class Part(NamedTuple):
+    """Rows of one length that are computed by one call: their places in the batch, their arrays."""
+
+    places: npt.NDArray[np.int64]
+    inputs: Inputs
+
+
+class Streams:
+    """A `Predict` that computes as many parts of a batch at a time as it has threads.
+
+    A row that comes alone goes to one thread too, unless all of them are found to be much sooner:
+    they take the processor's time from others, and to wake them can take longer than the row.
+
+    Args:
+        whole: Computes rows with all threads.
+        single: Computes rows with one thread; may be called by several threads at once.
+        threads: How many.
+
+    Attributes:
+        pads: False: no row is padded to another's length.
+    """
+
+    pads = False
+
+    def __init__(self, whole: Predict, single: Predict, *, threads: int) -> None:
+        self._whole, self._single = _Way(whole), _Way(single)
+        self._threads = threads
+        self._lone_rows = 0
+
+    def __call__(self, inputs: Inputs) -> Logits:
+        rows = len(next(iter(inputs.values())))
+        if rows == 1:
+            return self._lone(inputs)
+        if rows < self._threads or self._single.expected_s(_size(inputs) // rows) < _CHEAP_S:
+            return self._whole.predict(inputs)
+        parts = cut(inputs, math.ceil(rows / (2 * self._threads)))
+        found = self._compute(parts)
+        logits = np.empty((rows, found[0].shape[1]), dtype=np.float32)
+        for part, some in zip(parts, found, strict=True):
+            logits[part.places] = some
+        return logits
+
+    def _lone(self, inputs: Inputs) -> Logits:
+        """Compute one row the better way, and now and then the other, to know which it is."""
+        size = _size(inputs)
+        sooner = self._whole.expected_s(size) < _MUCH_SOONER * self._single.expected_s(size)
+        every = 2 if self._lone_rows < _FIRST_ROWS else _TRIED_EVERY
+        self._lone_rows += 1
+        if self._lone_rows % every == 0:
+            sooner = not sooner
+        return (self._whole if sooner else self._single).timed(inputs, size)
+
+    @cached_property
+    def _helpers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads - 1, thread_name_prefix="stream")
+
+    def _compute(self, parts: list[Part]) -> list[Logits]:
+        """Logits of each part; this thread works too, and whoever is free takes the next."""
+        found: dict[int, Logits] = {}
+        waiting = iter(enumerate(parts))
+
+        def work() -> None:
+            for at, part in waiting:
+                found[at] = self._single.predict(part.inputs)
+
+        others = min(self._threads, len(parts)) - 1
+        helped = [self._helpers.submit(work) for _ in range(others)]
+        try:
+            work()
+        finally:
+            wait(helped)
+        for helper in helped:
+            helper.result()
+        return [found[at] for at in range(len(parts))]
+
+
+class _Way:
+    """One of two ways to compute a row, and what it has taken of late."""
+
+    def __init__(self, predict: Predict) -> None:
+        self.predict = predict
+        self._cost = Cost()
+
+    def expected_s(self, size: int) -> float:
+        return self._cost.of(size, size)
+
+    def timed(self, inputs: Inputs, size: int) -> Logits:
+        start = perf_counter()
+        logits = self.predict(inputs)
+        self._cost.saw(size, perf_counter() - start)
+        return logits
+
+
+def cut(inputs: Inputs, most: int) -> list[Part]:
+    """Parts of at most so many rows, the longest rows first, no padding in any.
+
+    Args:
+        inputs: A batch; texts padded on the right. Without an attention mask all rows are alike.
+        most: Rows in a part.
+    """
+    rows = len(next(iter(inputs.values())))
+    lengths = inputs[_MASK].sum(1) if _MASK in inputs else np.zeros(rows, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    parts, start = [], 0
+    for end in range(1, rows + 1):
+        length = lengths[order[start]]
+        if end == rows or end - start == most or lengths[order[end]] != length:
+            places = order[start:end]
+            parts.append(Part(places, {k: _rows(v, places, length) for k, v in inputs.items()}))
+            start = end
+    return parts
+
+
+def _size(inputs: Inputs) -> int:
+    """Tokens, or rows of what has none."""
+    return int(inputs[_MASK].sum()) if _MASK in inputs else len(next(iter(inputs.values())))
+
+
+def _rows(array: npt.NDArray[Any], places: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
+    return array[places, :length] if length else array[places]
