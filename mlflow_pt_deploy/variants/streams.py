@@ -13,7 +13,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ _MASK = "attention_mask"
 _CHEAP_S = 0.3e-3
 # All threads get a row alone where they take at most this share of one thread's time. Each way is
 # tried in turns at first, then the other one once in a while.
-_MUCH_SOONER = 0.75
+_SOONER = 0.9
 _FIRST_ROWS = 64
 _TRIED_EVERY = 16
 
@@ -41,8 +41,8 @@ class Part(NamedTuple):
 class Streams:
     """A `Predict` that computes as many parts of a batch at a time as it has threads.
 
-    A row that comes alone goes to one thread too, unless all of them are found to be much sooner:
-    they take the processor's time from others, and to wake them can take longer than the row.
+    A row that comes alone goes to one thread too, unless all of them are found to be sooner: they
+    take the processor's time from others, and to wake them can take longer than the row.
 
     Args:
         whole: Computes rows with all threads.
@@ -64,7 +64,7 @@ class Streams:
         rows = len(next(iter(inputs.values())))
         if rows == 1:
             return self._lone(inputs)
-        if rows < self._threads or self._single.expected_s(_size(inputs) // rows) < _CHEAP_S:
+        if not self._apart(inputs, rows):
             return self._whole.predict(inputs)
         parts = cut(inputs, math.ceil(rows / (2 * self._threads)))
         found = self._compute(parts)
@@ -73,10 +73,16 @@ class Streams:
             logits[part.places] = some
         return logits
 
+    def _apart(self, inputs: Inputs, rows: int) -> bool:
+        """Whether a batch's rows are worth calls of their own; images, all of a size, are not."""
+        if _MASK not in inputs or rows < self._threads:
+            return False
+        return self._single.expected_s(_size(inputs) // rows) >= _CHEAP_S
+
     def _lone(self, inputs: Inputs) -> Logits:
         """Compute one row the better way, and now and then the other, to know which it is."""
         size = _size(inputs)
-        sooner = self._whole.expected_s(size) < _MUCH_SOONER * self._single.expected_s(size)
+        sooner = self._whole.expected_s(size) < _SOONER * self._single.expected_s(size)
         every = 2 if self._lone_rows < _FIRST_ROWS else _TRIED_EVERY
         self._lone_rows += 1
         if self._lone_rows % every == 0:
@@ -128,26 +134,22 @@ def cut(inputs: Inputs, most: int) -> list[Part]:
     """Parts of at most so many rows, the longest rows first, no padding in any.
 
     Args:
-        inputs: A batch; texts padded on the right. Without an attention mask all rows are alike.
+        inputs: A batch of texts, padded on the right.
         most: Rows in a part.
     """
-    rows = len(next(iter(inputs.values())))
-    lengths = inputs[_MASK].sum(1) if _MASK in inputs else np.zeros(rows, dtype=np.int64)
+    lengths = inputs[_MASK].sum(1)
+    rows = len(lengths)
     order = np.argsort(-lengths, kind="stable")
     parts, start = [], 0
     for end in range(1, rows + 1):
         length = lengths[order[start]]
         if end == rows or end - start == most or lengths[order[end]] != length:
             places = order[start:end]
-            parts.append(Part(places, {k: _rows(v, places, length) for k, v in inputs.items()}))
+            parts.append(Part(places, {k: v[places, :length] for k, v in inputs.items()}))
             start = end
     return parts
 
 
 def _size(inputs: Inputs) -> int:
-    """Tokens, or rows of what has none."""
+    """Tokens; of images, how many."""
     return int(inputs[_MASK].sum()) if _MASK in inputs else len(next(iter(inputs.values())))
-
-
-def _rows(array: npt.NDArray[Any], places: npt.NDArray[np.int64], length: int) -> npt.NDArray[Any]:
-    return array[places, :length] if length else array[places]
