@@ -16,12 +16,12 @@ import mlflow
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.optimize import Optimized
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.promote import Promotion
 from mlflow_pt_deploy.searches import search_students
 from mlflow_pt_deploy.stages import (
-    Trained,
     distill_stage,
     distill_student,
     optimize_models,

@@ -17,6 +17,7 @@ from mlflow_pt_deploy.chart import plot_front
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import SearchError
+from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import home, work_folder
 from mlflow_pt_deploy.options import Options
@@ -34,7 +35,7 @@ from mlflow_pt_deploy.search import (
     choose_point,
     search,
 )
-from mlflow_pt_deploy.stages import Trained, distill_stage, distill_student, unless_finished
+from mlflow_pt_deploy.stages import distill_stage, distill_student, unless_finished
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier

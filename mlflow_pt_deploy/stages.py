@@ -7,20 +7,19 @@ science, and logs what it returned. Does not know which stage comes next.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import mlflow
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.data import Split, Splits, load_data
+from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
-from mlflow_pt_deploy.home import home, work_folder
+from mlflow_pt_deploy.fitting import Lesson, Trained, fit_in_run
+from mlflow_pt_deploy.home import home
 from mlflow_pt_deploy.measure import Result
 from mlflow_pt_deploy.optimize import Optimized, optimize
 from mlflow_pt_deploy.options import Options
@@ -30,26 +29,6 @@ from mlflow_pt_deploy.variants.numpy import STATIC
 from mlflow_pt_deploy.variants.table import select
 
 TEACHER, STUDENT, STATIC_STUDENT, MODEL = "teacher", "student", "static", "model"
-
-EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
-"""Passes over train where a user left them to us, by stage and whether a model is pretrained."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model.
-
-    Attributes:
-        run_id: The run that made it.
-        model: Its address, ``runs:/RUN_ID/model``.
-        validation_accuracy: Share of validation rows it labels right.
-        seconds: Time that training took, interruptions left out.
-    """
-
-    run_id: str
-    model: str
-    validation_accuracy: float
-    seconds: float
 
 
 def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
@@ -73,8 +52,8 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
             source, splits.labels, splits.train.rows, image_size=options.image_size
         )
     check_fit(classifier, splits)
-    loss = cross_entropy(splits.train.targets)
-    return _fit_and_log("train", options, splits, classifier, loss, options.epochs)
+    lesson = Lesson(cross_entropy(splits.train.targets))
+    return fit_in_run("train", options, splits, classifier, lesson, options.epochs)
 
 
 def distill_student(options: Options, splits: Splits | None = None) -> Trained:
@@ -98,10 +77,9 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     check_fit(teacher, splits)
     torch.manual_seed(options.seed)
     student = _start_student(teacher, options, splits)
-    loss, taught = _lesson(teacher, student, options, splits)
+    lesson = _lesson(teacher, student, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
-    stage = distill_stage(options)
-    return _fit_and_log(stage, options, splits, student, loss, epochs, taught)
+    return fit_in_run(distill_stage(options), options, splits, student, lesson, epochs)
 
 
 def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
@@ -133,27 +111,22 @@ def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
     )
 
 
-def _lesson(
-    teacher: Any, student: Any, options: Options, splits: Splits
-) -> tuple[Any, Split | None]:
-    """The student's loss, and what it is shown in place of train, if anything.
-
-    Texts are labelled once; of images each epoch shows other views, labelled as they come.
-    """
+def _lesson(teacher: Any, student: Any, options: Options, splits: Splits) -> Lesson:
+    """What a teacher teaches: of texts once and for all, of images other views in each epoch."""
     from mlflow_pt_deploy.distill import soft_labels, teach, view_labels, with_relations
 
     share = {"temperature": options.temperature, "weight": options.soft_weight}
     if splits.column == "image":
-        return view_labels(teacher.to(options.device), splits.train.targets, **share), None
+        return Lesson(view_labels(teacher.to(options.device), splits.train.targets, **share))
     count = round((1 + options.made_texts) * len(splits.train))
     print(f"distill: the teacher labels {count} rows", flush=True)
     cache, made = home() / "logits", options.made_texts
-    lesson = teach(
+    taught = teach(
         teacher, splits.train, cache, made=made, seed=options.seed, device=options.device
     )
-    loss = soft_labels(lesson.logits, lesson.split.targets, **share)
-    loss = with_relations(loss, student, lesson.features, options.relation_weight)
-    return loss, lesson.split
+    loss = soft_labels(taught.logits, taught.split.targets, **share)
+    loss = with_relations(loss, student, taught.features, options.relation_weight)
+    return Lesson(loss, taught.split)
 
 
 def distill_stage(options: Options) -> str:
@@ -272,69 +245,3 @@ def _students(addresses: str) -> dict[str, Path]:
 def _prepared(options: Options) -> Splits:
     tracking.check_tracking()
     return load_data(options.data, seed=options.seed, limit=options.limit)
-
-
-def _fit_and_log(
-    stage: str,
-    options: Options,
-    splits: Splits,
-    classifier: Any,
-    loss: Any,
-    epochs: int,
-    taught: Split | None = None,
-) -> Trained:
-    """Train on train, or on `taught` in its place, and log what came of it."""
-    from mlflow_pt_deploy.models import save_classifier
-    from mlflow_pt_deploy.rounding import int8_rounding
-    from mlflow_pt_deploy.train import Epoch, Schedule, evaluate, fit
-
-    if epochs < 0:
-        epochs = EPOCHS[stage][classifier.pretrained]
-    aware = stage == "distill" and options.student_precision == "int8-qat"
-    rounding = int8_rounding(classifier.network) if aware else nullcontext()
-    schedule = Schedule(
-        epochs=epochs,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        seed=options.seed,
-    ).resolved(classifier)
-    with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
-        work = work_folder(run.info.run_id)
-        if not options.resume:
-            mlflow.log_params(asdict(schedule))
-        tracking.log_dataset_facts(splits)
-
-        def log(epoch: Epoch) -> None:
-            mlflow.log_metrics(
-                {
-                    "train_loss": epoch.train_loss,
-                    "validation_accuracy": epoch.validation_accuracy,
-                },
-                step=epoch.number,
-            )
-            print(
-                f"{stage}: epoch {epoch.number}/{epochs}, loss {epoch.train_loss:.4f}, "
-                f"validation accuracy {epoch.validation_accuracy:.4f}, {epoch.seconds:.0f} s",
-                flush=True,
-            )
-
-        seconds = 0.0
-        if epochs:
-            with rounding:
-                history = fit(
-                    classifier,
-                    replace(splits, train=taught or splits.train),
-                    loss,
-                    schedule,
-                    device=options.device,
-                    checkpoint=work / "checkpoint.pt",
-                    on_epoch=log,
-                )
-            seconds = sum(epoch.seconds for epoch in history)
-        accuracy = evaluate(classifier, splits.validation, device=options.device)
-        mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
-        mlflow.log_metric("seconds", seconds)
-        save_classifier(classifier.to("cpu"), work / "model")
-        address = tracking.log_folder(work / "model", "model")
-        shutil.rmtree(work, ignore_errors=True)
-    return Trained(run.info.run_id, address, accuracy, seconds)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _parser, main
+from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.flags import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("run", "train", "distill", "search", "optimize", "promote", "serve")
@@ -42,7 +43,7 @@ def test_the_command_line_understands_every_entry_point() -> None:
         values = {key: shlex.quote(str(kind.get("default", "x"))) for key, kind in given.items()}
         command = shlex.split(point["command"].format(**values))
         assert command[:2] == ["pt-deploy", "run" if name == "main" else name]
-        parsed = vars(_parser().parse_args(command[1:]))
+        parsed = vars(parser().parse_args(command[1:]))
         for key, kind in given.items():
             assert parsed[key] == type(parsed[key])(kind.get("default", "x")), (name, key)
             assert f"{{{key}}}" in point["command"], (name, key)

@@ -41,11 +41,13 @@ ROOMS = (
     "promote",
     "tracking",
     "plugins",
+    "fitting",
     "trial",
     "optimize",
     "stages",
     "searches",
     "pipeline",
+    "flags",
     "cli",
 )
 FIRST_WITH_MLFLOW = ROOMS.index("serving")

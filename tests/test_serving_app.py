@@ -16,7 +16,7 @@ import mlflow
 import pytest
 import requests
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny_serving import running, save_tiny
+from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.serving.app import App
@@ -163,6 +163,21 @@ def test_probes_answer(ours: str, path: str) -> None:
     assert requests.get(ours + path, timeout=5).status_code == 200
     head = requests.head(ours + path, timeout=5)
     assert (head.status_code, head.content) == (200, b"")
+
+
+def test_a_model_that_hangs_is_told_of(tmp_path: Path) -> None:
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.005, hang_s=1.5))))
+    slot.open()
+    with running(App({"tiny": slot}, hang_s=0.5)) as url, ThreadPoolExecutor(1) as pool:
+        for path in ("/livez", "/readyz", "/ping"):
+            assert requests.get(url + path, timeout=5).status_code == 200
+        stuck = pool.submit(post, url, {"inputs": ["explode"]})
+        until(lambda: requests.get(f"{url}/livez", timeout=5).status_code == 503)
+        assert requests.get(f"{url}/livez", timeout=5).json() == {"status": "hangs"}
+        assert requests.get(f"{url}/readyz", timeout=5).status_code == 503
+        assert stuck.result().status_code == 500
+        assert requests.get(f"{url}/livez", timeout=5).status_code == 200
+        assert requests.get(f"{url}/readyz", timeout=5).status_code == 200
 
 
 def test_a_client_may_give_a_deadline_of_its_own(ours: str) -> None:

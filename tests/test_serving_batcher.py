@@ -79,9 +79,9 @@ def queue(
     """Let requests queue one after the other, so that their order is known."""
     futures = []
     for rows in requests:
-        before = under._queued_rows
+        before = under.queued_rows
         futures.append(pool.submit(under.submit, rows))
-        until(lambda before=before, rows=rows: under._queued_rows == before + len(rows))  # type: ignore[misc]
+        until(lambda before=before, rows=rows: under.queued_rows == before + len(rows))  # type: ignore[misc]
     return futures
 
 
@@ -158,7 +158,7 @@ def test_padding_is_shared_where_a_call_costs_more(
     under = batcher(model)
     first = hold(model, under, pool)
     for tokens in (5, 20, 50, 5, 20, 50):  # 0.1 ms a token, as seen of late
-        under._token_cost.saw(tokens, call_s + 1e-4 * tokens)
+        under.calls._token_cost.saw(tokens, call_s + 1e-4 * tokens)
     others = queue(under, pool, [[[2] * 9], [[3] * 5]])
     model.gate.set()
     wait([first, *others])
@@ -215,7 +215,7 @@ def test_a_late_request_is_given_up_and_never_computed(
     first.result()
     assert under.submit([[8]]).tolist() == [[8, 1]]
     assert [[7]] not in model.batches
-    assert under._queued_rows == 0
+    assert under.queued_rows == 0
 
 
 def test_one_bad_row_fails_alone(model: GatedModel, pool: ThreadPoolExecutor) -> None:
@@ -316,7 +316,7 @@ def test_a_callers_own_deadline_counts_where_it_is_earlier(
 def test_each_call_of_the_model_is_told(model: GatedModel) -> None:
     under = batcher(model)
     told: list[tuple[int, int, int, float]] = []
-    under.observe = lambda *numbers: told.append(numbers)
+    under.calls.observe = lambda *numbers: told.append(numbers)
     under.submit([[5] * 3, [6], [7] * 2])
     assert [numbers[:3] for numbers in told] == [(3, 6, 9)]
     assert 0 < told[0][3] < 1
@@ -363,7 +363,7 @@ def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPo
 
     for future in [pool.submit(client, seed) for seed in range(32)]:
         future.result(timeout=20)
-    assert under._queued_rows == 0
+    assert under.queued_rows == 0
     assert not under._led
 
 
@@ -406,7 +406,7 @@ def test_who_computes_at_once_passes_the_lead_on(
 def test_where_padding_costs_nothing_lengths_do_not_matter(model: GatedModel) -> None:
     told: list[tuple[int, int, int]] = []
     under = Batcher(model.predict, model.collate, Limits(max_batch_tokens=1000), pads=False)
-    under.observe = lambda rows, tokens, padded, _: told.append((rows, tokens, padded))
+    under.calls.observe = lambda rows, tokens, padded, _: told.append((rows, tokens, padded))
     under.submit([[1], [2] * 300, [3] * 200])
     under.submit([[1] * 600, [2] * 600])
     assert told == [(3, 501, 501), (1, 600, 600), (1, 600, 600)]
@@ -504,7 +504,7 @@ def test_a_full_queue_refuses_there_too(model: GatedModel) -> None:
 def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
     under, told = batcher(model, deadline_ms=1400), Told()
     for rows in (1, 2, 3):  # 0.2 s a row, as seen of late
-        under._cost.saw(rows, 0.2 * rows)
+        under.calls._cost.saw(rows, 0.2 * rows)
     model.gate.clear()
     under.start([[1]], told)
     until(lambda: len(model.batches) == 1)

@@ -32,7 +32,7 @@ def test_many_requests_meet_in_a_batch_of_mlflows_server(
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # asyncio then has six threads
     model = mlflow.pyfunc.load_model(str(save_tiny(tmp_path / "slow", predict_s=0.2)))
     batches: list[int] = []
-    model._model_impl.batcher.observe = lambda rows, *_: batches.append(rows)
+    model._model_impl.batcher.calls.observe = lambda rows, *_: batches.append(rows)
     settings = {"loop": "mlflow_pt_deploy.serving.loop:new_loop"} if lifted else {}
     with (
         running(scoring_server.init(model), **settings) as url,

@@ -18,8 +18,8 @@ from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.quick import MOST_ROWS
 from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.short import MOST_ROWS
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import Caller
 
@@ -230,8 +230,8 @@ def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> Non
             while not batcher.queued_rows:
                 assert not waiting.done()
             with batcher._lock:
-                batcher._queue[0].leads = True
-                batcher._queue[0].wake.set()
+                batcher._queue.oldest.leads = True
+                batcher._queue.oldest.wake.set()
             assert waiting.result().status_code == 200
     finally:
         assert not batcher.busy
@@ -292,7 +292,7 @@ def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
     assert slot.current
     batcher = slot.current.pyfunc.batcher
     rows: list[int] = []
-    batcher.observe = lambda count, *_: rows.append(count)
+    batcher.calls.observe = lambda count, *_: rows.append(count)
 
     def leave(word: str) -> None:
         with pytest.raises(requests.ReadTimeout):
@@ -319,7 +319,7 @@ def test_a_cascade_hands_only_open_cases_over(
     assert slot.current
     slot.current.pyfunc.glances = True
     computed: list[int] = []
-    slot.current.pyfunc.batcher.observe = lambda rows, *_: computed.append(rows)
+    slot.current.pyfunc.batcher.calls.observe = lambda rows, *_: computed.append(rows)
     with running(App({"tiny": slot}), http=connection.BoundedProtocol, proxy_headers=False) as url:
 
         def ask(*rows: str) -> list[str]:

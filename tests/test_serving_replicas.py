@@ -96,9 +96,9 @@ def server(
         yield served
 
 
-def ask(url: str) -> requests.Response:
+def ask(url: str, text: str = "red") -> requests.Response:
     """Score over a connection of its own."""
-    return requests.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=20)
+    return requests.post(f"{url}/invocations", json={"inputs": [text]}, timeout=20)
 
 
 def patient(call: Callable[[str], requests.Response], url: str) -> requests.Response:
@@ -249,6 +249,19 @@ def test_one_that_stands_still_is_killed_and_comes_back(tmp_path: Path) -> None:
         assert ready(served.url).status_code == 200
         after = [each["pid"] for each in replicas(served.url)]
         assert after[0] == before[0] and after[1] != before[1]
+
+
+def test_one_whose_model_hangs_is_killed_and_comes_back(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "tiny", predict_s=0.005, hang_s=600)
+    with started(tmp_path / "scratch", str(folder), "--hang-s", "2") as served:
+        before = [each["pid"] for each in replicas(served.url)]
+        with pytest.raises(requests.ConnectionError):  # its end is its replica's
+            ask(served.url, "explode")
+        until(lambda: is_ready(served.url), START_S)
+        after = [each["pid"] for each in replicas(served.url)]
+        assert len(set(before) & set(after)) == 1
+        told = "was killed: its model computed one batch for 2 s; started again in 1 s"
+        assert told in (served.scratch / "log").read_text()
 
 
 def test_told_to_stop_all_end_what_they_began(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
             return predict(inputs)
 
         variant = replace(variant, predict=slow)
+    if "hang_s" in habits:
+        free = variant.predict
+
+        def hangs(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == WORDS.index("explode")).any():
+                time.sleep(habits["hang_s"])
+            return free(inputs)
+
+        variant = replace(variant, predict=hangs)
     if "unsure_below" in habits:
         variant = replace(variant, predict=Stages(predict, predict, habits["unsure_below"]))
     return PyFunc(variant, model_config)  # type: ignore[arg-type]
@@ -100,7 +109,8 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
     """Write an MLmodel that loads the tiny model.
 
     Habits: `images` to look at colours, `label` for red, `load_s` and `predict_s` to take their
-    time, `refuse` to fail to load, `unsure_below` to be a cascade of the model and itself.
+    time, `hang_s` to stand still where others explode, `refuse` to fail to load, `unsure_below` to
+    be a cascade of the model and itself.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.serving.body import CLOSE, MAX_BODY_BYTES, Receive, Watch, read_body
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.openapi import document
@@ -35,19 +36,12 @@ from mlflow_pt_deploy.serving.spans import Spans
 from mlflow_pt_deploy.serving.ticket import Caller
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Page = Callable[[], Answer]
 
-MAX_BODY_BYTES = 4 * 2**20
-# A body must have come within this time, or a slow client would hold its connection for ever.
-BODY_S = 30.0
 # A request holds a thread while it waits for its batch; asyncio's own pool (cores + 4) would keep
 # batches small. More requests than threads are refused, so that none waits outside the deadline.
 THREADS = 256
-# Whether a client left is looked at only when his answer takes longer than this.
-_PATIENCE_S = 0.05
-_CLOSE = (b"connection", b"close")
 
 
 class App:
@@ -61,6 +55,8 @@ class App:
         spans: Told of each answer of a model too, if anything.
         max_body_bytes: Longest request body.
         siblings: The other replicas, where there are any.
+        hang_s: Seconds after which a model that computes the same batch still is taken to hang; 0:
+            never.
 
     Attributes:
         spans: As given.
@@ -76,6 +72,7 @@ class App:
         spans: Spans | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         siblings: Siblings | None = None,
+        hang_s: float = 0.0,
     ) -> None:
         self._slots = slots
         self._guard = guard or Guard()
@@ -84,6 +81,7 @@ class App:
         self.spans = spans
         self._max_body_bytes = max_body_bytes
         self._siblings = siblings
+        self._hang_s = hang_s
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
         self._in_flight = dict.fromkeys(slots, 0)
         self._in_threads = 0
@@ -94,7 +92,7 @@ class App:
             "/ping": self._ping,
             "/health": self._ping,
             "/version": _mlflow_version,
-            "/livez": lambda: Answer(200, b"{}"),
+            "/livez": self._alive,
             "/readyz": self._ready,
             "/openapi.json": self._openapi,
         }
@@ -167,7 +165,7 @@ class App:
         """Read and score one request."""
         if not self._guard.may_score(headers.get(b"authorization")):
             return _who("a token")
-        body = await _read(receive, headers.get(b"content-length"), self._max_body_bytes)
+        body = await read_body(receive, headers.get(b"content-length"), self._max_body_bytes)
         if isinstance(body, Answer):
             return body
         version = slot.ask()  # from here on this one, whatever is promoted meanwhile
@@ -180,7 +178,7 @@ class App:
         media = headers.get(b"content-type", b"").decode("latin1")
         self._in_flight[slot.name] += 1
         self._in_threads += 1
-        watch = _Watch(receive, caller)
+        watch = Watch(receive, caller)
         try:
             work = partial(answer, version, body, media, caller)
             result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -190,7 +188,16 @@ class App:
             watch.end()
         return LEFT if caller.left else result
 
+    def _alive(self) -> Answer:
+        hangs = any(_running_s(slot) > self._hang_s for slot in self._slots.values())
+        if self._hang_s and hangs:
+            return Answer(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
+        return Answer(200, b"{}")
+
     def _ready(self) -> Answer:
+        alive = self._alive()
+        if alive.status != 200:
+            return alive
         if all(slot.current or slot.unloaded for slot in self._slots.values()):
             return Answer(200, b'{"status": "ready"}')
         return Answer(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
@@ -211,32 +218,9 @@ class App:
         return Answer(200, text, content_type=self._metrics.content_type)
 
 
-class _Watch:
-    """Notices that a client left while his answer is on its way."""
-
-    def __init__(self, receive: Receive, caller: Caller) -> None:
-        self._receive = receive
-        self._caller = caller
-        self._task: asyncio.Task[None] | None = None
-        self._timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self._begin)
-
-    def end(self) -> None:
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
-
-    def _begin(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._listen())
-
-    async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._caller.left = True
-
-
 def _who(token: str) -> Answer:
     message = f"send {token}: Authorization: Bearer ..."
-    return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), _CLOSE)
+    return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), CLOSE)
 
 
 def _absent(slot: Slot) -> Answer:
@@ -254,34 +238,12 @@ def _queued(slot: Slot) -> Callable[[], int]:
     return lambda: version.pyfunc.batcher.queued_rows if (version := slot.current) else 0
 
 
+def _running_s(slot: Slot) -> float:
+    return version.pyfunc.batcher.calls.running_s if (version := slot.current) else 0.0
+
+
 def _is_loaded(slot: Slot) -> Callable[[], int]:
     return lambda: int(slot.current is not None)
-
-
-async def _read(receive: Receive, length: bytes | None, limit: int) -> bytes | Answer:
-    """The whole body, or why it is not taken."""
-    if length and length.isdigit() and int(length) > limit:
-        return _too_long(limit)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            while True:
-                part = await receive()
-                if part["type"] == "http.disconnect":
-                    return LEFT
-                body += part.get("body", b"")
-                if len(body) > limit:
-                    return _too_long(limit)
-                if not part.get("more_body"):
-                    return bytes(body)
-    except TimeoutError:
-        message = f"the body did not come within {BODY_S:g} s"
-        return failure(408, "DEADLINE_EXCEEDED", message, _CLOSE)
-
-
-def _too_long(limit: int) -> Answer:
-    message = f"the body is longer than {limit} bytes; send fewer rows"
-    return failure(413, "INVALID_PARAMETER_VALUE", message, _CLOSE)
 
 
 def _mlflow_version() -> Answer:

@@ -13,24 +13,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mlflow_pt_deploy.cost import Cost
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.serving.calls import Answers, Calls, Collate, Tokens
 from mlflow_pt_deploy.serving.options import Limits
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Shape, Ticket, cut
-from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
+from mlflow_pt_deploy.serving.queue import Batch, Queue
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Ticket, cut
+from mlflow_pt_deploy.variants.base import Logits, Predict
 
-Collate = Callable[[Sequence[Encoded]], Inputs]
-Tokens = Callable[[Encoded], int]
-Observe = Callable[[int, int, int, float], None]
-"""Told of each call of the model: rows, tokens, tokens with padding, seconds."""
 Done = Callable[[Ticket], None]
 
-# A call is never taken to be worth more padding than this; nor less, before it is known.
-_MOST_SLACK = 64
 # Nobody is let in who would wait for longer than this share of the time that he has.
 _PATIENCE = 0.4
 
@@ -50,6 +44,9 @@ class Batcher:
         limits: Sizes and times.
         tokens: What an encoded row costs.
         pads: Whether a row costs as much as the longest beside it.
+
+    Attributes:
+        calls: The model, and what it has cost.
     """
 
     def __init__(
@@ -61,24 +58,18 @@ class Batcher:
         pads: bool = True,
     ) -> None:
         self.limits = limits or Limits()
-        self._predict = predict
-        self._tokens = tokens
-        self._collate = collate
-        self._pads = pads
+        self.calls = Calls(predict, collate, tokens, pads)
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._queue: deque[Ticket] = deque()
-        self._queued_rows = 0
+        self._queue = Queue()
         self._led = False
-        self._computing: dict[Hashable, list[Row]] = {}
-        self._cost, self._token_cost = Cost(), Cost()
+        self._computing: Batch = {}
         self._lender: ThreadPoolExecutor | None = None
-        self.observe: Observe | None = None
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait, those in the model left out."""
-        return self._queued_rows
+        return self._queue.rows
 
     @property
     def busy(self) -> bool:
@@ -88,20 +79,12 @@ class Batcher:
     @property
     def row_s(self) -> float:
         """Seconds that a row by itself has cost of late; 0 before the first."""
-        return self._cost.of(1, 1)
+        return self.calls.expected_s(1, 1)
 
     @property
     def wait_s(self) -> float:
         """Seconds that a request would have to wait now."""
-        return self._cost.of(self._queued_rows, self.limits.max_batch_rows)
-
-    @property
-    def _slack(self) -> float | None:
-        """How many tokens of padding a call less is worth, see `Shape.fits`."""
-        if not self._pads:
-            return None
-        call_s, token_s = self._token_cost.call_s, self._token_cost.each_s
-        return min(call_s / token_s, _MOST_SLACK) if token_s else _MOST_SLACK
+        return self.calls.expected_s(self._queue.rows, self.limits.max_batch_rows)
 
     def submit(
         self,
@@ -182,7 +165,7 @@ class Batcher:
         Raises:
             Exception: Whatever the model raised on any of the rows.
         """
-        if not self._shape(rows).fits(self.limits, self._slack):
+        if not self.calls.shape(rows).fits(self.limits, self.calls.slack):
             return None
         with self._lock:
             if self._led:
@@ -191,7 +174,7 @@ class Batcher:
         try:
             keys = keys or range(len(rows))
             distinct = dict(zip(keys, rows, strict=True))
-            logits = self._call(list(distinct.values()))
+            logits = self.calls.logits(list(distinct.values()))
             if len(distinct) == len(rows):
                 return logits
             order = {key: at for at, key in enumerate(distinct)}
@@ -237,8 +220,8 @@ class Batcher:
         """Take a ticket's rows in; whether it has to lead at once."""
         if not ticket.rows:
             raise ServingError("a request of no rows cannot be computed; send at least one")
-        lengths = [self._tokens(row) for row in ticket.rows]
-        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self._slack)
+        lengths = self.calls.lengths(ticket.rows)
+        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self.calls.slack)
         return self._enter(ticket, bounded)
 
     def _join(self, ticket: Ticket) -> list[int]:
@@ -253,13 +236,13 @@ class Batcher:
             return others if self._computing else list(range(len(ticket.rows)))
 
     def _enter(self, ticket: Ticket, bounded: bool) -> bool:
-        rows = sum(chunk.shape.rows for chunk in ticket.chunks)
+        rows = ticket.waiting_rows
         if not rows:
             return False
         with self._lock:
-            if bounded and self._queued_rows + rows > self.limits.queue_rows:
+            if bounded and self._queue.rows + rows > self.limits.queue_rows:
                 raise OverloadedError(
-                    f"the queue has no room: {self._queued_rows} rows wait, {rows} "
+                    f"the queue has no room: {self._queue.rows} rows wait, {rows} "
                     f"more came, queue_rows is {self.limits.queue_rows}. Try again later."
                 )
             left_s = ticket.left_s() if bounded else None
@@ -268,8 +251,7 @@ class Batcher:
                     f"a request would wait for about {1000 * self.wait_s:.0f} ms, too long for its "
                     f"deadline in {1000 * left_s:.0f} ms. Try again later."
                 )
-            self._queue.append(ticket)
-            self._queued_rows += rows
+            self._queue.push(ticket)
             ticket.leads = at_once = not self._led
             self._led = True
             self._arrived.notify()
@@ -285,13 +267,8 @@ class Batcher:
 
     def _leave(self, ticket: Ticket) -> None:
         """Forget the request and pass the lead on; on every way out, errors included."""
-        self._withdraw(ticket)
+        self._queue.withdraw(ticket)
         self._hand_over(ticket)
-
-    def _withdraw(self, ticket: Ticket) -> None:
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-            self._queued_rows -= sum(chunk.shape.rows for chunk in ticket.chunks)
 
     def _hand_over(self, ticket: Ticket) -> None:
         if ticket.leads:
@@ -302,36 +279,31 @@ class Batcher:
         """Let the oldest in the queue lead, if there is any."""
         self._led = bool(self._queue)
         if self._queue:
-            self._queue[0].leads = True
-            self._queue[0].wake.set()
+            self._queue.oldest.leads = True
+            self._queue.oldest.wake.set()
 
     def _step(self, leader: Ticket) -> None:
         """Compute one batch and hand out its answers."""
         with self._lock:
             self._wait_for_company()
             self._drop_pointless()
-            batch = self._computing = self._take()
-        answers: dict[Hashable, Logits | Exception] = {}
+            batch = self._computing = self._queue.take(self.limits, self.calls.slack)
+        answers: Answers = {}
         try:
             if batch:
-                self._compute(list(batch.items()), answers)
+                self.calls.answer([(key, rows[0].encoded) for key, rows in batch.items()], answers)
         finally:
             with self._lock:
                 self._computing = {}
                 self._hand_out(batch, answers, leader)
 
-    def _hand_out(
-        self,
-        batch: dict[Hashable, list[Row]],
-        answers: dict[Hashable, Logits | Exception],
-        leader: Ticket,
-    ) -> None:
+    def _hand_out(self, batch: Batch, answers: Answers, leader: Ticket) -> None:
         for key, rows in batch.items():
             for row in rows:
                 row.ticket.put(row.at, answers[key] if key in answers else _interrupted())
         finished = {row.ticket for rows in batch.values() for row in rows if row.ticket.done}
         for ticket in finished - {leader}:
-            self._withdraw(ticket)
+            self._queue.withdraw(ticket)
         if leader.done:  # first the next leader, so that the model is not kept idle
             self._leave(leader)
         for ticket in finished - {leader}:
@@ -339,75 +311,16 @@ class Batcher:
 
     def _wait_for_company(self) -> None:
         until = time.monotonic() + self.limits.max_wait_ms / 1000
-        while self._queued_rows < self.limits.max_batch_rows:
+        while self._queue.rows < self.limits.max_batch_rows:
             left = until - time.monotonic()
             if left <= 0:
                 return
             self._arrived.wait(left)
 
     def _drop_pointless(self) -> None:
-        for ticket in [ticket for ticket in self._queue if ticket.pointless]:
+        for ticket in self._queue.withdraw_pointless():
             ticket.error = self.late()
-            self._withdraw(ticket)
             ticket.wake.set()
-
-    def _take(self) -> dict[Hashable, list[Row]]:
-        """The oldest request's next chunk, and what goes well with it; the same rows together."""
-        if not self._queue:
-            return {}
-        oldest, slack = self._queue[0].chunks[-1].shape, self._slack
-        taken, shape = [self._queue[0]], oldest
-        younger = sorted(
-            list(self._queue)[1:], key=lambda t: abs(t.chunks[-1].shape.longest - oldest.longest)
-        )
-        for ticket in younger:
-            wider = shape.plus(ticket.chunks[-1].shape)
-            if wider.fits(self.limits, slack):
-                taken.append(ticket)
-                shape = wider
-        self._queued_rows -= shape.rows
-        batch: dict[Hashable, list[Row]] = {}
-        for ticket in taken:
-            for at in ticket.chunks.pop().indices:
-                batch.setdefault(ticket.keys[at], []).append(Row(ticket, at))
-        waiting = [ticket for ticket in self._queue if ticket not in taken]
-        self._queue = deque(waiting + [ticket for ticket in taken if ticket.chunks])
-        return batch
-
-    def _compute(
-        self,
-        batch: list[tuple[Hashable, list[Row]]],
-        answers: dict[Hashable, Logits | Exception],
-    ) -> None:
-        try:
-            logits = self._call([rows[0].ticket.rows[rows[0].at] for _, rows in batch])
-        except Exception as error:
-            if len(batch) == 1:
-                answers[batch[0][0]] = error
-                return
-            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-                self._compute(half, answers)
-            return
-        answers.update(zip((key for key, _ in batch), logits, strict=True))
-
-    def _call(self, rows: list[Encoded]) -> Logits:
-        start = time.perf_counter()
-        logits = self._predict(self._collate(rows))
-        seconds = time.perf_counter() - start
-        shape = self._shape(rows)
-        padded = shape.padded(self._pads)
-        self._cost.saw(shape.rows, seconds)
-        if self._pads:
-            self._token_cost.saw(padded, seconds)
-        if self.observe is not None:
-            self.observe(shape.rows, shape.tokens, padded, seconds)
-        if len(logits) != len(rows):
-            raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
-        return logits
-
-    def _shape(self, rows: Sequence[Encoded]) -> Shape:
-        lengths = [self._tokens(row) for row in rows]
-        return Shape(len(rows), max(lengths), sum(lengths))
 
 
 class _Call:

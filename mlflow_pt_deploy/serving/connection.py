@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.quick import MOST_BYTES, Quick
+from mlflow_pt_deploy.serving.quick import Quick
+from mlflow_pt_deploy.serving.short import MOST_BYTES
 from mlflow_pt_deploy.serving.ticket import Caller
 
 HEAD_BYTES = 64 * 2**10

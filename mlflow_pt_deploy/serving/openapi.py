@@ -28,7 +28,7 @@ _PROBES = {
     "/ping": "Ready? An empty line",
     "/health": "Ready? An empty line",
     "/version": "MLflow's version",
-    "/livez": "The process answers",
+    "/livez": "The process answers, and no model hangs",
     "/readyz": "All models in every replica are loaded, checked and warm, or unloaded for room",
     "/openapi.json": "This document",
 }

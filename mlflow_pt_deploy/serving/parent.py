@@ -217,7 +217,7 @@ class _Parent:
         return f"{name} {exit_in_words(process.returncode or 0, killed)}"
 
     async def _watch(self, job: Job, process: Process) -> str:
-        """Note what a replica serves, until it stands still; kill it then, and say why.
+        """Note what a replica serves, until it or its model stands still; kill it, and say why.
 
         Before it has answered once it is not there yet. Questions without an answer are counted
         instead of seconds: if we stood still together, say because the machine slept, it goes on.
@@ -226,6 +226,9 @@ class _Parent:
         missed, begun = 0, False
         while not hang_s or missed * _BEAT_S < hang_s:
             heard, _ = await asyncio.gather(ask_replica(at, SERVED), asyncio.sleep(_BEAT_S))
+            if heard and heard.status != 200:
+                _kill(process)
+                return f"was killed: its model computed one batch for {hang_s:g} s"
             if heard:
                 begun, missed = True, 0
                 with suppress(ValueError):  # the connection broke

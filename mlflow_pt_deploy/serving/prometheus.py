@@ -161,7 +161,7 @@ class PrometheusMetrics(Metrics):
             padding.value += padded - real
             compute.observe(took_s)
 
-        version.pyfunc.batcher.observe = observe
+        version.pyfunc.batcher.calls.observe = observe
         manifest = version.pyfunc.loaded.manifest
         before = self._serving.get(name)
         if before is not None:

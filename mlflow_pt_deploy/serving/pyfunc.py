@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from mlflow_pt_deploy.errors import (
     OverloadedError,
     RequestError,
     RowError,
-    ServingError,
 )
 from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.serving.batcher import Batcher
+from mlflow_pt_deploy.serving.labels import Labels
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.rows import read_rows
 from mlflow_pt_deploy.serving.ticket import Caller
@@ -99,6 +99,7 @@ class PyFunc:
         model_config: Serving options; see `MODEL_CONFIG`.
 
     Attributes:
+        labels: Writes the answers.
         quick: Whether a row takes less time than a thread would; known after `warm_up`.
         glances: Whether that is so of a cascade's fast model; see `glance`.
 
@@ -112,7 +113,7 @@ class PyFunc:
         self.loaded = loaded
         self.options = Options.from_config(model_config)
         self.quick = self.glances = False
-        self._starts = [f'{{"label": {json.dumps(label)}, "score": ' for label in loaded.labels]
+        self.labels = Labels(loaded.labels)
         self.setup()
 
     def setup(self) -> None:
@@ -134,7 +135,7 @@ class PyFunc:
         """
         for sample in self.loaded.preprocessor.samples():
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
-                self.encode(self.batcher.submit([sample] * rows, bounded=False))
+                self.labels.read(self.batcher.submit([sample] * rows, bounded=False))
         if self.loaded.preprocessor.column != "text":
             return
         # the longest sample, which comes last
@@ -205,7 +206,7 @@ class PyFunc:
         """
         serving = _is_serving()
         try:
-            top_k = self._top_k(params)
+            top_k = self.labels.top_k(params)
             rows = self.decode(data)
             if serving and len(rows) > self.options.queue_rows:
                 column = self.loaded.preprocessor.column
@@ -220,36 +221,10 @@ class PyFunc:
                 logits = self.batcher.submit(
                     self._read(part, start), keys=part, bounded=serving, caller=caller
                 )
-                answers += self.encode(logits, top_k)
+                answers += self.labels.read(logits, top_k)
             return answers
         except Exception as error:
             raise scoring_error(error) from error
-
-    def encode(self, logits: Logits, top_k: int = 1) -> list[Any]:
-        """Labels and probabilities from logits, float32 (rows, classes).
-
-        Raises:
-            ServingError: The model's answer holds NaN or infinity.
-        """
-        labels = self.loaded.labels
-        if top_k == 1:
-            return [{"label": labels[at], "score": score} for at, score in _best(logits)]
-        exponent = _exponent(logits)
-        scores = exponent / exponent.sum(axis=1, keepdims=True)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
-        return [
-            [{"label": labels[at], "score": round(float(row[at]), 6)} for at in order]
-            for row, order in zip(scores, best.tolist(), strict=True)
-        ]
-
-    def write(self, logits: Logits) -> list[str]:
-        """The answer to each row of logits, as JSON: what `encode` says, without objects.
-
-        Raises:
-            ServingError: As for `encode`.
-        """
-        starts = self._starts
-        return [f"{starts[at]}{score!r}}}" for at, score in _best(logits)]
 
     def get_raw_model(self) -> LoadedVariant:
         """What ``PyFuncModel.get_raw_model`` answers."""
@@ -262,31 +237,6 @@ class PyFunc:
         except RowError as error:
             column = self.loaded.preprocessor.column
             raise RequestError(f"'{column}' row {start + error.row} {error.fault}") from error
-
-    def _top_k(self, params: Mapping[str, Any] | None) -> int:
-        top_k = (params or {}).get("top_k")
-        if top_k is None:
-            return 1
-        classes = len(self.loaded.labels)
-        whole = isinstance(top_k, (int, np.integer)) and not isinstance(top_k, bool)
-        if not whole or not 1 <= top_k <= classes:
-            raise RequestError(f"'top_k' must be a whole number from 1 to {classes}")
-        return int(top_k)
-
-
-def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
-    """Of each row the softmax's numerators; that of its largest logit is 1."""
-    if not np.isfinite(logits).all():
-        raise ServingError("the model's logits are not finite")
-    above = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    exponent: npt.NDArray[np.float64] = np.exp(above)
-    return exponent
-
-
-def _best(logits: Logits) -> Iterable[tuple[int, float]]:
-    """The best class of each row, and its probability to six places."""
-    scores = 1 / _exponent(logits).sum(axis=1)
-    return zip(logits.argmax(axis=1).tolist(), (round(s, 6) for s in scores.tolist()), strict=True)
 
 
 def signature() -> ModelSignature:

@@ -30,7 +30,8 @@ from mlflow_pt_deploy.serving.protocol import (
     failed,
     failure,
 )
-from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE, PyFunc
+from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
+from mlflow_pt_deploy.serving.short import looks_short, read_short
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, expiry
 from mlflow_pt_deploy.serving.version import Version
@@ -41,9 +42,6 @@ Done = Callable[[Answer | None], None]
 Told = Callable[[Slot, str, Answer, float, bytes], None]
 """Told of each answer: slot, path, answer, seconds, the request's ``traceparent``."""
 
-MOST_ROWS = 16
-MOST_BYTES = 16 * 2**10
-
 # Nobody is let in for whom what came before in the same turn takes more than this share of the time
 # that he has: by then more comes than the loop can answer, and each turn is longer than the last.
 _PATIENCE = 0.15
@@ -53,7 +51,6 @@ _CROWDED = failure(
     "so many rows wait that the request's deadline would be missed. Try again later.",
     LATER,
 )
-_MEDIA = (b"application/json", b"application/json; charset=utf-8")
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +121,9 @@ class Quick:
         version = slot.current
         if version is None or version.pyfunc.loaded.preprocessor.column != "text":
             return False
-        if not self._common(headers, body):
+        if not looks_short(headers, body):
+            return False
+        if not self._guard.may_score(headers.get(b"authorization")):
             return False
         parent = headers.get(b"traceparent", b"")
         since, loop = time.perf_counter(), asyncio.get_running_loop()
@@ -133,7 +132,7 @@ class Quick:
         if self._crowded(version, caller):  # before it is read: to refuse must cost little
             request = _Asked(route, slot, version, [], 1, since, caller, parent, done)
             loop.call_soon(self._answer, request, Answer(*_CROWDED[:-1], version))
-        elif (found := _parse(body, version.pyfunc)) is None:
+        elif (found := read_short(body, len(version.pyfunc.loaded.labels))) is None:
             return False
         else:
             request = _Asked(route, slot, version, *found, since, caller, parent, done)
@@ -155,14 +154,6 @@ class Quick:
         left_s = expires - time.monotonic()
         before_s = self._turn.of(len(self._asked), MOST_AT_ONCE)
         return before_s > _PATIENCE * left_s or batcher.crowded(left_s, before_s)
-
-    def _common(self, headers: Mapping[bytes, bytes], body: bytes) -> bool:
-        return (
-            len(body) <= MOST_BYTES
-            and headers.get(b"content-type", b"").lower() in _MEDIA
-            and b"content-encoding" not in headers
-            and self._guard.may_score(headers.get(b"authorization"))
-        )
 
     def _score_all(self) -> None:
         """What came in this turn of the loop."""
@@ -276,14 +267,14 @@ class Quick:
 
     def _encode(self, version: Version, requests: Sequence[_Asked], logits: Logits) -> None:
         """Answer requests from the logits of their rows, one after the other."""
-        best = version.pyfunc.write(logits)
+        best = version.pyfunc.labels.write(logits)
         at = 0
         for request in requests:
             mine, at = slice(at, at + len(request.rows)), at + len(request.rows)
             if request.top_k == 1:
                 text = ", ".join(best[mine])
             else:
-                text = json.dumps(version.pyfunc.encode(logits[mine], request.top_k))[1:-1]
+                text = json.dumps(version.pyfunc.labels.read(logits[mine], request.top_k))[1:-1]
             body = f'{{"predictions": [{text}]}}'.encode()
             self._answer(request, Answer(200, body, version=version))
 
@@ -313,21 +304,3 @@ def _by_version(asked: Iterable[_Asked]) -> list[tuple[Version, list[_Asked]]]:
     for request in asked:
         found.setdefault(id(request.version), (request.version, []))[1].append(request)
     return list(found.values())
-
-
-def _parse(body: bytes, pyfunc: PyFunc) -> tuple[list[str], int] | None:
-    """Texts and `top_k` of the common form, or None."""
-    try:
-        request = json.loads(body.decode())  # of bytes it would first guess their encoding
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(request, dict) or not request.keys() <= {"inputs", "params"}:
-        return None
-    rows, params = request.get("inputs"), request.get("params")
-    params = {} if params is None else params
-    if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
-        return None
-    top_k = params.get("top_k", 1) if isinstance(params, dict) else None
-    if type(top_k) is not int or not 1 <= top_k <= len(pyfunc.loaded.labels):
-        return None
-    return (rows, top_k) if 0 < len(rows) <= MOST_ROWS else None

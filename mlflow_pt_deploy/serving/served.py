@@ -18,7 +18,10 @@ from mlflow_pt_deploy.serving.slot import Slot
 
 
 def with_served(own: Callable[[str], Answer], slots: Mapping[str, Slot]) -> Callable[[str], Answer]:
-    """What `own` answers to a path, and to `SERVED` what serves in each slot that is not empty."""
+    """What `own` answers to a path, and to `SERVED` what serves in each slot that is not empty.
+
+    Its status is that of ``/livez``.
+    """
 
     def tell(path: str) -> Answer:
         if path != SERVED:
@@ -29,7 +32,7 @@ def with_served(own: Callable[[str], Answer], slots: Mapping[str, Slot]) -> Call
             for name, version in versions.items()
             if version
         }
-        return Answer(200, json.dumps(told).encode())
+        return Answer(own("/livez").status, json.dumps(told).encode())
 
     return tell
 

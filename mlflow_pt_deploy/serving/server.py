@@ -71,6 +71,7 @@ def build_server(
         access=AccessLog() if settings.access_log else None,
         max_body_bytes=int(settings.max_body_mb * 2**20),
         siblings=seat.siblings if seat else None,
+        hang_s=settings.hang_s,
     )
     return Server(app, slots, settings, say, seat)
 

@@ -31,8 +31,9 @@ class Settings:
         max_memory_mb: Resident memory of a process above which models go, likewise.
         replicas: Processes that answer at the port, each with the model in its own memory; 0: as
             many as suit the cores, see `shares`.
-        hang_s: Seconds without a sign of life after which a replica is killed and started again;
-            0: never. Loading a model, in a thread of its own, does not count.
+        hang_s: Seconds without a sign of life, or for one batch of the model, after which a replica
+            is killed and started again, and a server alone says so at ``/livez``; 0: never.
+            Loading a model, in a thread of its own, does not count.
         pin: Give each replica cores of its own, which it never leaves.
     """
 

@@ -59,8 +59,14 @@ class Chunk(NamedTuple):
 
 
 class Row(NamedTuple):
+    """One row of a request."""
+
     ticket: Ticket
     at: int
+
+    @property
+    def encoded(self) -> Encoded:
+        return self.ticket.rows[self.at]
 
 
 class Caller:
@@ -122,6 +128,11 @@ class Ticket:
     def pointless(self) -> bool:
         """Whether nobody waits for the answer any more."""
         return self.caller.left or self.left_s() == 0
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that nobody has taken yet."""
+        return sum(chunk.shape.rows for chunk in self.chunks)
 
     def put(self, index: int, answer: Logits | Exception) -> None:
         if isinstance(answer, Exception):

@@ -28,7 +28,7 @@ _CHEAP_S = 0.3e-3
 # tried in turns at first, then the other one once in a while.
 _SOONER = 0.9
 _FIRST_ROWS = 64
-_TRIED_EVERY = 16
+_TRIED_EVERY = 64
 
 
 class Part(NamedTuple):
