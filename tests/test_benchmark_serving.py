@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from tiny_serving import running, save_tiny
 
@@ -141,3 +142,15 @@ def test_a_server_is_awaited_at_its_own_path_and_ends_with_the_block(
         assert servers.cpu_seconds(run.pid) > 0
     with pytest.raises(OSError):
         servers.ask(run.url + run.path, "red", timeout=5)
+
+
+def test_the_others_answer_as_we_do_with_our_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(servers.__file__).parent / "handlers")
+    from score import make_score
+
+    folder = save_tiny(tmp_path / "tiny")
+    texts = ["red", "blue blue green"]
+    expected = mlflow.pyfunc.load_model(str(folder)).predict(texts)
+    assert make_score(None, str(folder))(texts) == expected

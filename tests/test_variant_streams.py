@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.variants import streams
-from mlflow_pt_deploy.variants.base import Inputs, Logits
+from mlflow_pt_deploy.variants.base import Inputs, Logits, pads_rows
+from mlflow_pt_deploy.variants.cascade import Stages
 from mlflow_pt_deploy.variants.streams import Streams, cut
 
 
@@ -173,3 +174,11 @@ def test_an_error_in_any_part_is_the_batchs_and_the_next_batch_is_computed(
             predict(batch(9, 3, 4, 3))
     rows = batch(9, 4, 4)
     np.testing.assert_array_equal(predict(rows), answer(rows))
+
+
+def test_a_cascade_pads_where_one_of_its_models_does() -> None:
+    apart = Streams(answer, answer, threads=2)
+    assert not pads_rows(apart)
+    assert not pads_rows(Stages(apart, apart, 0.5))
+    assert pads_rows(Stages(apart, answer, 0.5))
+    assert pads_rows(Stages(answer, apart, 0.5))

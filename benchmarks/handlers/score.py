@@ -32,6 +32,6 @@ def _ours(folder: str) -> Callable[[list[str]], list[dict]]:
     preprocessor, predict = pyfunc.loaded.preprocessor, pyfunc.loaded.predict
 
     def score(texts: list[str]) -> list[dict]:
-        return pyfunc.encode(predict(preprocessor.collate(preprocessor.encode(list(texts)))))
+        return pyfunc.labels.read(predict(preprocessor.collate(preprocessor.encode(list(texts)))))
 
     return score

@@ -39,6 +39,11 @@ CONVOLUTIONAL = frozenset(
 """`model_type` of networks that consist of convolutions."""
 
 
+def pads_rows(predict: Predict) -> bool:
+    """Whether a row costs more beside a longer one; what knows better has an attribute `pads`."""
+    return bool(getattr(predict, "pads", True))
+
+
 def no_native_bf16() -> str | None:
     """Why bf16 is pointless on this processor, or None where it is not."""
     if cpu_flags() & BF16_FLAGS:
@@ -94,7 +99,6 @@ class Variant(ABC):
         compiles: True where an export takes a compiler's time; such exports begin first.
         carries_code: True where the file holds a program and not only weights and a graph of
             known operators; such a file is loaded only when somebody vouches for its digest.
-        pads: False where a row costs no more beside a longer one.
     """
 
     precision: str = "fp32"
@@ -103,7 +107,6 @@ class Variant(ABC):
     extra: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
-    pads: ClassVar[bool] = True
 
     def name(self, model: str) -> str:
         """``<model>-<runtime>-<precision>``, e.g. ``student-openvino-fp32``."""

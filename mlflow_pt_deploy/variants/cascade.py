@@ -17,7 +17,14 @@ import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.preprocess import Row, load_preprocessor
-from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant, confidence
+from mlflow_pt_deploy.variants.base import (
+    Inputs,
+    Logits,
+    Predict,
+    Variant,
+    confidence,
+    pads_rows,
+)
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
@@ -88,10 +95,14 @@ class Stages:
     Args:
         fast, strong: What the two variants predict.
         threshold: See `Cascade`.
+
+    Attributes:
+        pads: Whether one of them does.
     """
 
     def __init__(self, fast: Predict, strong: Predict, threshold: float) -> None:
         self._fast, self._strong, self._threshold = fast, strong, threshold
+        self.pads = pads_rows(fast) or pads_rows(strong)
 
     @property
     def models(self) -> tuple[Predict, Predict]:

@@ -34,9 +34,8 @@ from mlflow_pt_deploy.preprocess import (
     row_from_json,
     row_to_json,
 )
-from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant, pads_rows
 from mlflow_pt_deploy.variants.cascade import Cascade
-from mlflow_pt_deploy.variants.streams import Streams
 from mlflow_pt_deploy.variants.table import RUNTIMES
 
 FORMAT = 1
@@ -114,7 +113,7 @@ class LoadedVariant:
     @property
     def pads(self) -> bool:
         """Whether a row costs more beside a longer one."""
-        return RUNTIMES[self.manifest.runtime].pads and not isinstance(self.predict, Streams)
+        return pads_rows(self.predict)
 
     def logits(self, rows: Sequence[Row]) -> Logits:
         """Logits of raw rows, float32 (rows, classes), as one batch."""

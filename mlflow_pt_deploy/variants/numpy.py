@@ -36,7 +36,6 @@ class NumPy(Variant):
     """Arrays in safetensors; see `models.static` for the network they belong to."""
 
     runtime: ClassVar[str] = "numpy"
-    pads: ClassVar[bool] = False
 
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
@@ -78,7 +77,7 @@ class NumPy(Variant):
         # hundredfold where its core has other work. Of the whole process, as PyTorch's threads are.
         threadpool_limits(1, user_api="blas")
         shape = json.loads((folder / _SHAPE).read_text(encoding="utf8"))
-        return _Static(load_file(folder / _WEIGHTS), **shape).predict
+        return _Static(load_file(folder / _WEIGHTS), **shape)
 
 
 class _Static:
@@ -88,6 +87,8 @@ class _Static:
     layer norm subtracts no mean (the hidden layer's columns have lost theirs instead) and divides
     behind that layer.
     """
+
+    pads = False
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class _Static:
         self._pieces, self._buckets = pieces, buckets
         self._multipliers, self._epsilon = multipliers, epsilon
 
-    def predict(self, inputs: Inputs) -> Logits:
+    def __call__(self, inputs: Inputs) -> Logits:
         features, ends = self._features(inputs["input_ids"], inputs["attention_mask"].sum(1))
         total = self._sums(features, ends)
         variance = np.einsum("ij,ij->i", total, total) * self._mean[0] - (total @ self._mean) ** 2
