@@ -49,6 +49,11 @@ def check_tracking() -> None:
     os.environ.update(short)
     try:
         MlflowClient().search_experiments(max_results=1)
+    except ModuleNotFoundError as error:  # a database's driver
+        raise TrackingError(
+            f"the MLflow tracking server {_without_password(uri)} needs the Python package "
+            f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
+        ) from error
     except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
         raise TrackingError(
             f"the MLflow tracking server {_without_password(uri)} does not answer "

@@ -1,5 +1,6 @@
 """The command line: fast to answer, clear when it refuses."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -99,4 +100,21 @@ def test_an_unreachable_tracking_server_is_told_before_training(
     message = capsys.readouterr().err
     assert "server http://127.0.0.1:9 does not answer" in message
     assert "nothing was trained" in message
+    assert "secret" not in message
+
+
+def test_a_database_without_its_driver_names_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    for driver in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, driver, None)
+    mlflow.set_tracking_uri("postgresql://user:secret@127.0.0.1:9/mlflow")
+    try:
+        assert main(["run"]) == 1
+    finally:
+        mlflow.set_tracking_uri(None)
+    message = capsys.readouterr().err
+    assert re.search(r"needs the Python package psycopg2?\. Install it: pip install psy", message)
     assert "secret" not in message
