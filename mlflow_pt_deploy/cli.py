@@ -178,14 +178,10 @@ def _next_steps(done: Lifecycle) -> None:
 
     from mlflow_pt_deploy.serving.rows import EXAMPLES
 
-    uri = mlflow.get_tracking_uri()
-    local = uri.startswith("sqlite:")
-    start = f"mlflow ui --backend-store-uri {shlex.quote(uri)}   # and open" if local else "open"
-    address = "http://127.0.0.1:5000" if local else uri
+    start, address, prefix = _ways(mlflow.get_tracking_uri())
     experiment = mlflow.get_run(done.run_id).info.experiment_id
     pages = f"{address}/#/experiments/{experiment}"
     view = "?workflowType=machine_learning"  # else the UI opens among traces of agents
-    prefix = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} "
     row = EXAMPLES[done.column]
     times = ", ".join(f"{stage} {value:.0f} s" for stage, value in done.seconds.items())
     print(f"""
@@ -199,6 +195,21 @@ serve:  {prefix}mlflow models serve -m {done.promotion.uri} --env-manager local 
 score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\
              -d '{{"inputs": ["{row}"]}}'
 """)
+
+
+def _ways(uri: str) -> tuple[str, str, str]:
+    """To a tracking store: what starts its UI, where that is, what a command needs in front.
+
+    A password is not repeated on the terminal; where there is one, the environment has it.
+    """
+    from mlflow_pt_deploy.tracking import without_password
+
+    secret = without_password(uri) != uri
+    shown = '"$MLFLOW_TRACKING_URI"' if secret else shlex.quote(uri)
+    prefix = "" if secret else f"MLFLOW_TRACKING_URI={shown} "
+    if uri.startswith(("http:", "https:")):
+        return "open", without_password(uri), prefix
+    return f"mlflow ui --backend-store-uri {shown}   # and open", "http://127.0.0.1:5000", prefix
 
 
 def _document(done: Optimized) -> dict[str, Any]:

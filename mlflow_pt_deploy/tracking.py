@@ -51,12 +51,12 @@ def check_tracking() -> None:
         MlflowClient().search_experiments(max_results=1)
     except ModuleNotFoundError as error:  # a database's driver
         raise TrackingError(
-            f"the MLflow tracking server {_without_password(uri)} needs the Python package "
+            f"the MLflow tracking server {without_password(uri)} needs the Python package "
             f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
         ) from error
     except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
         raise TrackingError(
-            f"the MLflow tracking server {_without_password(uri)} does not answer "
+            f"the MLflow tracking server {without_password(uri)} does not answer "
             f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
         ) from error
     finally:
@@ -109,7 +109,7 @@ def saved_options(run_id: str) -> Options:
     except (MlflowException, KeyError) as error:
         raise TrackingError(
             f"run {run_id} cannot be resumed: it is not a pt-deploy run on this tracking server "
-            f"({_without_password(mlflow.get_tracking_uri())})."
+            f"({without_password(mlflow.get_tracking_uri())})."
         ) from error
 
 
@@ -257,7 +257,7 @@ def _download(reference: str) -> Path:
     except Exception as error:  # each artifact store has its own
         raise ModelError(
             f"{reference} cannot be fetched from MLflow. Check it, and that MLFLOW_TRACKING_URI "
-            f"({_without_password(mlflow.get_tracking_uri())}) is where it was logged: {error}"
+            f"({without_password(mlflow.get_tracking_uri())}) is where it was logged: {error}"
         ) from error
 
 
@@ -285,6 +285,9 @@ def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Pat
     mlflow.log_artifact(str(figure))
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """The address of a tracking store without user and password; a file has none."""
     scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri
+    if not separator or scheme.startswith(("sqlite", "file")):
+        return uri
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

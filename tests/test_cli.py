@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.cli import _ways, main
 from mlflow_pt_deploy.flags import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,3 +118,20 @@ def test_a_database_without_its_driver_names_the_package(
     message = capsys.readouterr().err
     assert re.search(r"needs the Python package psycopg2?\. Install it: pip install psy", message)
     assert "secret" not in message
+
+
+def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> None:
+    ui = "http://127.0.0.1:5000"
+    start, address, prefix = _ways("sqlite:////tmp/a b/mlflow.db")
+    assert start.startswith("mlflow ui --backend-store-uri 'sqlite:////tmp/a b/mlflow.db'")
+    assert (address, prefix) == (ui, "MLFLOW_TRACKING_URI='sqlite:////tmp/a b/mlflow.db' ")
+    start, address, prefix = _ways("postgresql://me:secret@db/mlflow")
+    assert start.startswith('mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"')
+    assert (address, prefix) == (ui, "")
+    assert "a@b" in _ways("sqlite:////home/a@b/mlflow.db")[0]
+    assert _ways("https://me:secret@team") == ("open", "https://team", "")
+    assert _ways("http://team:5000") == (
+        "open",
+        "http://team:5000",
+        "MLFLOW_TRACKING_URI=http://team:5000 ",
+    )
