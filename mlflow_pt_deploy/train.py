@@ -197,17 +197,21 @@ def predict_logits(
 def predict_batches(
     classifier: Classifier, rows: Sequence[Row], *, device: str = "cpu", batch_size: int = 64
 ) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
-    """Logits of all rows, rows of like length together: their places, and (places, classes)."""
+    """Logits of all rows, rows of like length together: their places, and (places, classes).
+
+    In the precision of the weights, also where `fit` computes in less: what is said of a model is
+    said of the model that is saved.
+    """
     classifier.to(device).eval()
     size = classifier.preprocessor.slice_rows
-    with torch.inference_mode(), _precision(device):
+    with torch.inference_mode():
         for start in range(0, len(rows), size):
             encoded = classifier.preprocessor.encode(rows[start : start + size])
             order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
             for first in range(0, len(order), batch_size):
                 chosen = order[first : first + batch_size]
                 inputs = _tensors(classifier, [encoded[row] for row in chosen], device)
-                yield np.add(chosen, start), classifier(*inputs).float()
+                yield np.add(chosen, start), classifier(*inputs)
 
 
 def evaluate(classifier: Classifier, split: Split, *, device: str = "cpu") -> float:

@@ -4,8 +4,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
 
@@ -87,37 +89,38 @@ def test_a_mistake_is_one_clear_line(
     assert "Traceback" not in shown.err
 
 
-def test_an_unreachable_tracking_server_is_told_before_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import mlflow
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Runs the line on a tracking server that it must refuse; what it says, without a secret."""
 
-    mlflow.set_tracking_uri("http://user:secret@127.0.0.1:9")
-    try:
-        assert main(["run"]) == 1
-    finally:
-        mlflow.set_tracking_uri(None)
-    message = capsys.readouterr().err
+    def run(uri: str) -> str:
+        mlflow.set_tracking_uri(uri)
+        try:
+            assert main(["run"]) == 1
+        finally:
+            mlflow.set_tracking_uri(None)
+        message = capsys.readouterr().err
+        assert "secret" not in message
+        return message
+
+    return run
+
+
+def test_an_unreachable_tracking_server_is_told_before_training(
+    refused: Callable[[str], str],
+) -> None:
+    message = refused("http://user:secret@127.0.0.1:9")
     assert "server http://127.0.0.1:9 does not answer" in message
     assert "nothing was trained" in message
-    assert "secret" not in message
 
 
 def test_a_database_without_its_driver_names_the_package(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, refused: Callable[[str], str]
 ) -> None:
-    import mlflow
-
     for driver in ("psycopg", "psycopg2"):
         monkeypatch.setitem(sys.modules, driver, None)
-    mlflow.set_tracking_uri("postgresql://user:secret@127.0.0.1:9/mlflow")
-    try:
-        assert main(["run"]) == 1
-    finally:
-        mlflow.set_tracking_uri(None)
-    message = capsys.readouterr().err
+    message = refused("postgresql://user:secret@127.0.0.1:9/mlflow")
     assert re.search(r"needs the Python package psycopg2?\. Install it: pip install psy", message)
-    assert "secret" not in message
 
 
 def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> None:

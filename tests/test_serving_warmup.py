@@ -36,7 +36,7 @@ def test_small_batches_of_short_texts_are_met() -> None:
 
 
 def test_where_a_new_shape_costs_nothing_few_are_met() -> None:
-    model = Meeting(0.002, 0.002)
+    model = Meeting(0.02, 0.02)
     assert meet_shapes([model], BATCH, most_s=20) == 8
 
 

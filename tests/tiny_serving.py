@@ -54,7 +54,6 @@ class TinyVariant:
     preprocessor: Preprocessor
     labels: tuple[str, ...] = ("red", "green", "blue")
     predict: Any = staticmethod(predict)
-    pads: bool = True
 
 
 def tiny_variant() -> TinyVariant:

@@ -30,7 +30,7 @@ from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.rows import read_rows
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.serving.warmup import FEW, fastest_s, meet_shapes
-from mlflow_pt_deploy.variants.base import Logits
+from mlflow_pt_deploy.variants.base import Logits, pads_rows
 from mlflow_pt_deploy.variants.cascade import Stages
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class PyFunc:
             preprocessor.collate,
             self.options,
             preprocessor.tokens,
-            self.loaded.pads,
+            pads_rows(self.loaded.predict),
         )
 
     def warm_up(self) -> None:

@@ -34,7 +34,7 @@ from mlflow_pt_deploy.preprocess import (
     row_from_json,
     row_to_json,
 )
-from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant, pads_rows
+from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.variants.cascade import Cascade
 from mlflow_pt_deploy.variants.table import RUNTIMES
 
@@ -109,11 +109,6 @@ class LoadedVariant:
     preprocessor: Preprocessor
     labels: tuple[str, ...]
     predict: Predict
-
-    @property
-    def pads(self) -> bool:
-        """Whether a row costs more beside a longer one."""
-        return pads_rows(self.predict)
 
     def logits(self, rows: Sequence[Row]) -> Logits:
         """Logits of raw rows, float32 (rows, classes), as one batch."""

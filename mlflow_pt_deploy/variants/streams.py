@@ -50,7 +50,8 @@ class Streams:
         threads: How many.
 
     Attributes:
-        pads: False: no row is padded to another's length.
+        pads: False: rows of any lengths may share a batch. Those that are not computed apart are
+            padded all the same.
     """
 
     pads = False
