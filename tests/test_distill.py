@@ -208,9 +208,15 @@ def test_made_texts_have_the_teachers_label(
     assert teach(teacher, train, tmp_path, made=0.5, seed=1).split.digest != lesson.split.digest
 
 
+@pytest.mark.parametrize("flags", [(), ("avx512_bf16",)])
 def test_relations_are_learnt_across_widths(
-    teacher: Classifier, tiny_splits: Splits, tmp_path: Path
+    teacher: Classifier,
+    tiny_splits: Splits,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.train.cpu_flags", lambda: frozenset(flags))
     lesson = teach(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:

@@ -88,6 +88,25 @@ def test_it_learns(classifier: Classifier, turned: Splits) -> None:
     assert not classifier.training
 
 
+def test_training_may_be_in_bf16_but_what_is_said_of_a_model_is_not(
+    classifier: Classifier, turned: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    entropy, seen = cross_entropy(turned.train.targets), set()
+
+    def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return entropy(logits, rows, inputs)
+
+    epochs = fit(classifier, turned, loss, FAST)
+    assert seen == {True}
+    assert epochs[-1].train_loss < epochs[0].train_loss
+    assert {tensor.dtype for tensor in classifier.parameters()} == {torch.float32}
+    found = predict_logits(classifier, turned.test.rows)
+    monkeypatch.setattr(train, "cpu_flags", frozenset)
+    assert (predict_logits(classifier, turned.test.rows) == found).all()
+
+
 def test_the_same_seed_learns_the_same(tiny_model: Path, turned: Splits) -> None:
     def learned(seed: int) -> dict[str, torch.Tensor]:
         classifier = load_classifier(str(tiny_model))
