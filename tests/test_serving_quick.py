@@ -14,6 +14,7 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.serving import heads as parsed
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import Guard
@@ -151,13 +152,13 @@ def test_a_head_that_was_parsed_before_means_the_same(both: Both) -> None:
         sent.append(chance.choice([[whole], [whole], [whole], [whole[:cut], whole[cut:]]]))
     for pieces in sent[::20]:  # and two of them at once
         pieces[-1] += sent[0][0] + b"".join(sent[0][1:])
-    before = set(connection._known)
+    before = set(parsed._known)
     answers = [talk(url, sent) for url in (both.short, both.long)]
     assert answers[0] == answers[1]
     assert {status for status, _ in answers[0]} >= {200, 400, 404, 415, 500}
-    learned = {head.split()[1] for head in set(connection._known) - before}
+    learned = {head.split()[1] for head in set(parsed._known) - before}
     assert learned <= {b"/invocations", b"/models/tiny/invocations"}
-    assert any(b"/invocations" in head for head in connection._known)
+    assert any(b"/invocations" in head for head in parsed._known)
 
 
 def talk(url: str, sent: list[list[bytes]]) -> list[tuple[int, Any]]:
@@ -334,20 +335,58 @@ def test_a_cascade_hands_only_open_cases_over(
         assert computed == [1, 2]
 
 
-def test_a_turn_too_full_for_a_deadline_is_refused(both: Both) -> None:
-    app = App({"tiny": both.slot})
-    for requests_ in (1, 2, 3):  # 50 ms each, as seen of late
-        app.quick._turn.saw(requests_, 0.05 * requests_)
+def test_a_turn_too_full_for_a_deadline_is_refused(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = Routes()
+    app = App({"tiny": both.slot}, access=routes)
+    monkeypatch.setattr(app.quick._turn, "takes_s", lambda answers: 0.05 * answers)
     answers: list[Answer | None] = []
     body = json.dumps({"inputs": ["red"]}).encode()
     hasty = {b"content-type": b"application/json", b"x-deadline-ms": b"100"}
 
     async def turn() -> None:
         for headers in (hasty, hasty, {b"content-type": b"application/json"}):
-            assert app.quick.take(b"/invocations", headers, body, Caller(), answers.append)
+            refusal = app.quick.refuse(b"/invocations", headers)
+            if refusal is not None:
+                answers.append(refusal)
+            else:
+                assert app.quick.take(b"/invocations", headers, body, Caller(), answers.append)
+        assert len(answers) == 1  # the second: at once, for it would wait for half of its 100 ms
         while len(answers) < 3:
             await asyncio.sleep(0.001)
 
     asyncio.run(turn())
-    statuses = [answer.status for answer in answers if answer]
-    assert sorted(statuses) == [200, 200, 429]  # the second would wait for half of its 100 ms
+    assert [answer.status for answer in answers if answer] == [429, 200, 200]
+    assert sorted(status for _, status in routes.lines) == [200, 200, 429]
+
+
+def test_who_may_not_score_learns_nothing_of_the_load(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
+    monkeypatch.setattr(app.quick._turn, "has_room", lambda *_: False)
+    app.quick._asked.append(None)  # type: ignore[arg-type]
+    assert app.quick.refuse(b"/invocations", {}) is None
+    known = {b"authorization": b"Bearer 0123456789abcdef"}
+    refusal = app.quick.refuse(b"/invocations", known)
+    assert refusal is not None
+    assert refusal.status == 429
+
+
+def test_a_connection_is_closed_when_it_has_rested_for_long_enough(both: Both) -> None:
+    app = App({"tiny": both.slot})
+    settings: dict[str, Any] = {"http": connection.BoundedProtocol, "proxy_headers": False}
+    with running(app, timeout_keep_alive=1, **settings) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"inputs": ["red"]}'
+        head = b"POST /invocations HTTP/1.1\r\nContent-Type: application/json\r\n"
+        whole = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        with socket.create_connection((host, int(port)), timeout=10) as client:
+            for _ in range(4):  # longer than a second in all, but never at rest for as long
+                client.sendall(whole)
+                assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+                time.sleep(0.4)
+            start = time.monotonic()
+            assert client.recv(65536) == b""
+            assert 0.3 < time.monotonic() - start < 1.5

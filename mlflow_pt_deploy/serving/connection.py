@@ -2,46 +2,29 @@
 
 The parser in C that uvicorn uses has a limit for neither; a request's body is the `app`'s business.
 A short request is offered to `quick` first. Whatever that does not take on
-goes uvicorn's way, as if nothing had been. A client sends the same head again and again: what the
-parser made of one is kept, and the same bytes are not parsed twice.
+goes uvicorn's way, as if nothing had been.
 """
 
 from __future__ import annotations
 
 import asyncio
-from functools import lru_cache, partial
-from http import HTTPStatus
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from mlflow_pt_deploy.serving.heads import GAP, Head, keep, known, start_of_answer
 from mlflow_pt_deploy.serving.protocol import Answer
 from mlflow_pt_deploy.serving.quick import Quick
-from mlflow_pt_deploy.serving.short import MOST_BYTES
+from mlflow_pt_deploy.serving.short import MOST_BYTES, looks_short
 from mlflow_pt_deploy.serving.ticket import Caller
 
 HEAD_BYTES = 64 * 2**10
 HEAD_S = 15.0
 SHORT_S = 0.2
-_KNOWN_HEADS = 1024
-_KNOWN_BYTES = 1024
-_GAP = b"\r\n\r\n"
 
 
-class _Head(NamedTuple):
-    """What a request's head says; its connection stays open."""
-
-    url: bytes
-    headers: list[tuple[bytes, bytes]]
-    fields: dict[bytes, bytes]
-    length: int
-
-
-_known: dict[bytes, _Head] = {}
-"""What was parsed before, by its bytes."""
-
-
-class _Turn:
+class _UnderWay:
     """What uvicorn must see as the request under way while `quick` has it."""
 
     message_event = asyncio.Event()  # nobody waits for it
@@ -73,6 +56,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._short_timer: asyncio.TimerHandle | None = None
         self._between = True  # whether all requests that began have come to their end
         self._came = b""  # what came last, if a request began with it
+        self._rested_s = 0.0  # since when nothing is under way, by the loop's clock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -128,12 +112,12 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._stop_short_timer()
         body = self._short
-        head = _Head(self.url, self.headers, dict(self.headers), len(body))
+        head = Head(self.url, self.headers, dict(self.headers), len(body))
         keep_alive = self.parser.should_keep_alive()
-        if self._offer(head, body, keep_alive):
+        if looks_short(head.fields, body) and self._offer(head, body, keep_alive):
             self._short = None
             if keep_alive:
-                self._keep(head, body)
+                keep(self._came, head, body)
         elif self._go_uvicorns_way():
             super().on_message_complete()
 
@@ -154,10 +138,14 @@ class BoundedProtocol(HttpToolsProtocol):
             len(self.connections) < (self.limit_concurrency or len(self.connections) + 1)
         )
 
-    def _offer(self, head: _Head, body: bytes, keep_alive: bool) -> bool:
-        """Whether `quick` takes a request on."""
+    def _offer(self, head: Head, body: bytes, keep_alive: bool) -> bool:
+        """Whether `quick` refuses a request, or takes it on."""
         assert self._quick is not None
-        turn, before = _Turn(keep_alive), self.cycle
+        refusal = self._quick.refuse(head.url, head.fields)
+        if refusal is not None:
+            self._send(refusal, keep_alive)
+            return True
+        turn, before = _UnderWay(keep_alive), self.cycle
         self.cycle = turn  # type: ignore[assignment]
         done = partial(self._done, turn, head, body)
         if self._quick.take(head.url, head.fields, body, turn.caller, done):
@@ -167,28 +155,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _is_known(self, data: bytes) -> bool:
         """Take on a whole request whose head has been parsed before."""
-        text, _, body = data.partition(_GAP)
-        head = _known.get(text)
-        if head is None or len(body) != head.length or self._quick is None:
+        head, body = known(data)
+        if head is None or self._quick is None:
             return False
         if not (self._quick.knows(head.url) and self._is_free() and self._offer(head, body, True)):
             return False
-        self._unset_keepalive_if_required()
         self._close_head()
         return True
-
-    def _keep(self, head: _Head, body: bytes) -> None:
-        """Remember a head if it, its body and nothing else came in one piece."""
-        text, _, rest = self._came.partition(_GAP)
-        if (
-            rest == body
-            and len(text) <= _KNOWN_BYTES
-            and head.fields.get(b"content-length") == b"%d" % len(body)
-            and b"transfer-encoding" not in head.fields
-        ):
-            if len(_known) >= _KNOWN_HEADS:
-                _known.clear()
-            _known[text] = head
 
     def _close_head(self) -> None:
         self._head_open = False
@@ -206,30 +179,55 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_body(body)
         return True
 
-    def _done(self, turn: _Turn, head: _Head, body: bytes, result: Answer | None) -> None:
+    def _done(self, turn: _UnderWay, head: Head, body: bytes, result: Answer | None) -> None:
         """Send what `quick` answered; None: begin anew, from what was kept of the request."""
         if turn.disconnected or self.transport.is_closing():
             return
         if result is None:
             self._begin(turn, head, body)
             return
+        turn.response_complete = True
+        self._send(result, turn.keep_alive)
+
+    def _send(self, result: Answer, keep_alive: bool) -> None:
         assert result.version is not None
-        start = _start_of_answer(
+        start = start_of_answer(
             result.status,
-            turn.keep_alive,
+            keep_alive,
             *self.server_state.default_headers,
             (b"content-type", result.content_type),
             result.version.header,
             *result.headers,
         )
         length = b"content-length: %d" % len(result.body)
-        self.transport.write(b"".join([start, length, _GAP, result.body]))
-        turn.response_complete = True
-        if not turn.keep_alive:
+        self.transport.write(b"".join([start, length, GAP, result.body]))
+        if not keep_alive:
             self.transport.close()
         self.on_response_complete()
 
-    def _begin(self, turn: _Turn, head: _Head, body: bytes) -> None:
+    def on_response_complete(self) -> None:
+        """Uvicorn's; but where its timer for an idle connection runs still, it runs on."""
+        self._rested_s = self.loop.time()
+        if self.pipeline or self.flow.read_paused or self.timeout_keep_alive_task is None:
+            super().on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection, unless something has come since the timer was set."""
+        self.timeout_keep_alive_task = None
+        if self.transport.is_closing():
+            return
+        busy = self.cycle is not None and not self.cycle.response_complete
+        rested_s = 0.0 if busy else self.loop.time() - self._rested_s
+        if rested_s >= self.timeout_keep_alive:
+            super().timeout_keep_alive_handler()
+            return
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive - rested_s, self.timeout_keep_alive_handler
+        )
+
+    def _begin(self, turn: _UnderWay, head: Head, body: bytes) -> None:
         scope: Any = {
             "type": "http",
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
@@ -281,13 +279,3 @@ class BoundedProtocol(HttpToolsProtocol):
     def _too_late(self) -> None:
         if not self.transport.is_closing():
             self.transport.abort()
-
-
-@lru_cache(maxsize=256)
-def _start_of_answer(status: int, keep_alive: bool, *headers: tuple[bytes, bytes]) -> bytes:
-    """Status line and headers; the same for a second, for then the date is another."""
-    lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
-    lines += [b"%s: %s" % header for header in headers]
-    if not keep_alive:
-        lines.append(b"connection: close")
-    return b"\r\n".join([*lines, b""])

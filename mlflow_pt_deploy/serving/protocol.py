@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import lru_cache
 from io import BytesIO, StringIO
 from typing import Any, NamedTuple
 
@@ -53,11 +54,18 @@ LEFT = failure(499, "CANCELLED", "the client left")
 DEADLINE_HEADER = b"x-deadline-ms"
 
 
-def deadline(header: bytes | None) -> float | None:
-    """A client's own deadline in milliseconds from now, by `time.monotonic`; nonsense is none."""
+@lru_cache(maxsize=256)
+def patience(header: bytes | None) -> float | None:
+    """Seconds that a client waits, from his milliseconds; nonsense is none."""
     if header is None or not header.isdigit() or len(header) > 9:
         return None
-    return time.monotonic() + int(header) / 1000
+    return int(header) / 1000
+
+
+def deadline(header: bytes | None) -> float | None:
+    """The end of a client's patience, by `time.monotonic`."""
+    seconds = patience(header)
+    return None if seconds is None else time.monotonic() + seconds
 
 
 def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> Answer:

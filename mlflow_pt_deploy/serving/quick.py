@@ -19,7 +19,6 @@ from functools import partial
 
 import numpy as np
 
-from mlflow_pt_deploy.cost import Cost
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import (
     DEADLINE_HEADER,
@@ -29,11 +28,13 @@ from mlflow_pt_deploy.serving.protocol import (
     deadline,
     failed,
     failure,
+    patience,
 )
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
-from mlflow_pt_deploy.serving.short import looks_short, read_short
+from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, expiry
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
+from mlflow_pt_deploy.serving.turn import Turn
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
 
@@ -42,9 +43,6 @@ Done = Callable[[Answer | None], None]
 Told = Callable[[Slot, str, Answer, float, bytes], None]
 """Told of each answer: slot, path, answer, seconds, the request's ``traceparent``."""
 
-# Nobody is let in for whom what came before in the same turn takes more than this share of the time
-# that he has: by then more comes than the loop can answer, and each turn is longer than the last.
-_PATIENCE = 0.15
 _CROWDED = failure(
     429,
     "RESOURCE_EXHAUSTED",
@@ -91,14 +89,44 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._turn = Cost()  # of the loop, by the requests that it answers
-        self._reading_s = 0.0  # those of this turn; what is refused costs nobody his place
+        self._turn = Turn()
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
     def knows(self, path: bytes) -> bool:
         """Whether a request to this path may be a common one."""
         return path in self._scored
+
+    def refuse(self, path: bytes, headers: Mapping[bytes, bytes]) -> Answer | None:
+        """Refuse a request that would come too late, before it is read: to refuse must cost little.
+
+        Args:
+            path: One that it knows.
+            headers: Of the request, names in lower case.
+
+        Returns:
+            The refusal, which has been told; None: it may be taken on.
+        """
+        route, slot = self._scored[path]
+        version, turn, taken = slot.current, self._turn, len(self._asked)
+        if version is None:
+            return None
+        batcher = version.pyfunc.batcher
+        if not (taken or batcher.queued_rows):
+            return None
+        left_s = _least(batcher.limits.deadline_ms / 1000, patience(headers.get(DEADLINE_HEADER)))
+        if left_s is None:
+            return None
+        full = not turn.has_room(taken, left_s)
+        if not (full or batcher.crowded(left_s, turn.takes_s(taken))):
+            return None
+        if not self._guard.may_score(headers.get(b"authorization")):
+            return None
+        if full:
+            turn.refuse()
+        refusal = Answer(*_CROWDED[:-1], version)
+        self._told(slot, route, refusal, 0.0, headers.get(b"traceparent", b""))
+        return refusal
 
     def take(
         self,
@@ -113,7 +141,7 @@ class Quick:
         Args:
             path: One that it knows.
             headers: Of the request, names in lower case.
-            body: The whole of it.
+            body: The whole of it, of a request that `looks_short`.
             caller: Who asks; says so when he leaves.
             done: Called once, in a later turn of the loop, if this returns True.
         """
@@ -121,47 +149,27 @@ class Quick:
         version = slot.current
         if version is None or version.pyfunc.loaded.preprocessor.column != "text":
             return False
-        if not looks_short(headers, body):
-            return False
         if not self._guard.may_score(headers.get(b"authorization")):
             return False
-        parent = headers.get(b"traceparent", b"")
-        since, loop = time.perf_counter(), asyncio.get_running_loop()
+        if not self._turn.open:
+            self._turn.begin()
+            asyncio.get_running_loop().call_soon(self._score_all)
+        since = time.perf_counter()
+        found = read_short(body, len(version.pyfunc.loaded.labels))
+        if found is None:
+            return False
         slot.used = since
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
-        if self._crowded(version, caller):  # before it is read: to refuse must cost little
-            request = _Asked(route, slot, version, [], 1, since, caller, parent, done)
-            loop.call_soon(self._answer, request, Answer(*_CROWDED[:-1], version))
-        elif (found := read_short(body, len(version.pyfunc.loaded.labels))) is None:
-            return False
-        else:
-            request = _Asked(route, slot, version, *found, since, caller, parent, done)
-            if not self._asked:
-                loop.call_soon(self._score_all)
-            self._asked.append(request)
-            self._reading_s += time.perf_counter() - since
+        parent = headers.get(b"traceparent", b"")
+        self._asked.append(_Asked(route, slot, version, *found, since, caller, parent, done))
         self._in_flight[slot.name] += 1
         return True
-
-    def _crowded(self, version: Version, caller: Caller) -> bool:
-        """Whether what came before, in this turn of the loop and to the batcher, is too much."""
-        batcher = version.pyfunc.batcher
-        if not (self._asked or batcher.queued_rows):
-            return False
-        expires = expiry(batcher.limits, caller)
-        if expires is None:
-            return False
-        left_s = expires - time.monotonic()
-        before_s = self._turn.of(len(self._asked), MOST_AT_ONCE)
-        return before_s > _PATIENCE * left_s or batcher.crowded(left_s, before_s)
 
     def _score_all(self) -> None:
         """What came in this turn of the loop."""
         asked, self._asked = self._asked, []
-        reading_s, self._reading_s = self._reading_s, 0.0
-        start = time.perf_counter()
         self._score(asked)
-        self._turn.saw(len(asked), reading_s + time.perf_counter() - start)
+        self._turn.end(len(asked))
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):
@@ -304,3 +312,10 @@ def _by_version(asked: Iterable[_Asked]) -> list[tuple[Version, list[_Asked]]]:
     for request in asked:
         found.setdefault(id(request.version), (request.version, []))[1].append(request)
     return list(found.values())
+
+
+def _least(seconds: float, his: float | None) -> float | None:
+    """Seconds until the earlier of two deadlines; our 0 is none."""
+    if his is None:
+        return seconds or None
+    return min(seconds, his) if seconds else his
