@@ -11,6 +11,8 @@ from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
 
+from mlflow_pt_deploy.errors import UnsupportedError
+
 _LIBRARIES = (
     "torch",
     "torchao",
@@ -77,6 +79,27 @@ def core_numbers(_root: Path = _ROOT) -> list[int]:
         return package, core, number
 
     return sorted(os.sched_getaffinity(0), key=place)
+
+
+def check_device(name: str) -> None:
+    """Make sure that PyTorch can use a device here.
+
+    Args:
+        name: As PyTorch names it: ``cuda``, ``cuda:1``, ...
+
+    Raises:
+        UnsupportedError: It cannot; says why.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedError(
+            f"device={name}: PyTorch cannot use it here ({reason}). Give device=cpu, or "
+            "see that the driver and a build of PyTorch for this GPU are installed."
+        ) from error
 
 
 def library_versions() -> dict[str, str]:

@@ -9,8 +9,10 @@ import json
 from dataclasses import asdict, dataclass
 
 from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.policy import Policy
 
+DEVICES = ("cpu", "cuda")
 VOCABULARIES = ("all", "train")
 PRECISIONS = ("fp32", "int8-qat")
 
@@ -105,11 +107,18 @@ class Options:
     resume: str = ""
 
     def __post_init__(self) -> None:
-        for name, known in (("vocabulary", VOCABULARIES), ("student_precision", PRECISIONS)):
+        lists = {
+            "device": DEVICES,
+            "vocabulary": VOCABULARIES,
+            "student_precision": PRECISIONS,
+        }
+        for name, known in lists.items():
             if getattr(self, name) not in known:
                 raise ModelError(
                     f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
                 )
+        if self.device != "cpu":
+            check_device(self.device)
         if not 0 <= self.soft_weight <= 1:
             raise ModelError(f"soft_weight is {self.soft_weight}; give a share from 0 to 1.")
         for name in ("relation_weight", "made_texts"):

@@ -71,6 +71,7 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
     ("arguments", "message"),
     [
         (["run", "--data", "nowhere.csv"], "nowhere.csv"),
+        (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
         (["run", "--retain", "2"], "retain is 2.0; give the share"),
         (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
         (["run", "--objective", "size"], "objective is 'size'"),

@@ -21,6 +21,7 @@ from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedEr
 from mlflow_pt_deploy.preprocess import TextPreprocessor
 from mlflow_pt_deploy.variants import Variant, load_variant, read_manifest, verify, write_variant
 from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 NAME = "teacher-eager-fp32"
@@ -173,6 +174,39 @@ def test_an_instruction_set_that_is_not_here(folder: Path) -> None:
 def test_a_device_that_is_not_here(exported: Callable[[Variant], Path]) -> None:
     with pytest.raises(UnsupportedError, match="eager-int8-dynamic runs on the CPU only"):
         load_variant(exported(Eager("int8-dynamic")), device="cuda", threads=1)
+    with pytest.raises(UnsupportedError, match=r"device=cuda:99: .*Give device=cpu, or see"):
+        load_variant(exported(Eager()), device="cuda:99", threads=1)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_that_onnxruntime_would_only_warn_of(
+    exported: Callable[[Variant], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder = exported(OnnxRuntime())
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is one")
+    with pytest.raises(UnsupportedError, match="onnxruntime cannot use device=cuda; use device=c"):
+        load_variant(folder, device="cuda", threads=1)
+    known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
+    with pytest.raises(UnsupportedError, match="onnxruntime cannot use device=cuda; use device=c"):
+        load_variant(folder, device="cuda", threads=1)
+
+
+def test_a_gpu_is_given_pinned_inputs_and_computes_in_fp32(
+    exported: Callable[[Variant], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that is no GPU, but is not called cpu either; the golden check compares."""
+    import torch
+
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    loaded = load_variant(exported(Eager()), device="cpu:0", threads=1)
+    assert len(pinned) >= 2
+    assert not torch.backends.cudnn.allow_tf32
+    assert loaded.logits(["my card"]).shape == (1, 3)
 
 
 def reseal(folder: Path, golden: dict[str, Any]) -> None:

@@ -257,7 +257,8 @@ def _in_words(error: Exception) -> PtDeployError:
         return error
     line = next(iter(str(error).splitlines()), type(error).__name__)
     return TrackingError(
-        f"the model cannot be fetched: {line} Look at the address, and at MLFLOW_TRACKING_URI."
+        f"the model cannot be fetched or opened: {line} Look at its address, and at "
+        "MLFLOW_TRACKING_URI."
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mlflow_pt_deploy.errors import UnsupportedError
+from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 
 if TYPE_CHECKING:
@@ -47,10 +48,11 @@ class Eager(Variant):
 
         from mlflow_pt_deploy.models import load_classifier
 
+        if self.precision == "int8-dynamic" and device != "cpu":
+            raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
+        check_device(device)
         torch.set_num_threads(threads)
         if self.precision == "int8-dynamic":
-            if device != "cpu":
-                raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
             module: torch.nn.Module = _load_int8(folder)
         else:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -59,8 +61,15 @@ class Eager(Variant):
 
 
 def torch_predict(module: Any, device: str) -> Predict:
-    """Wrap anything that is called with the inputs as tensors and returns logits."""
+    """Wrap anything that is called with the inputs as tensors and returns logits.
+
+    On a GPU inputs go by way of pinned memory, and fp32 is fp32 in the whole process: PyTorch's
+    default for convolutions is TF32, whose ten bits of mantissa would fail the golden check.
+    """
     import torch
+
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         if device == "cpu":

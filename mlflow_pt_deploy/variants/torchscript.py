@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant, first_line
 from mlflow_pt_deploy.variants.eager import quantize_linears, torch_predict
 
@@ -45,6 +46,7 @@ class TorchScript(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
+        check_device(device)
         torch.set_num_threads(threads)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
