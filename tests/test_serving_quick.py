@@ -361,6 +361,27 @@ def test_a_turn_too_full_for_a_deadline_is_refused(
     assert sorted(status for _, status in routes.lines) == [200, 200, 429]
 
 
+def test_an_error_in_a_turn_stops_none_of_the_next(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App({"tiny": both.slot})
+    answers: list[Answer | None] = []
+    body = json.dumps({"inputs": ["red"]}).encode()
+
+    async def turns() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(app.quick, "_score", lambda asked: 1 / 0)
+            assert app.quick.take(b"/invocations", {}, body, Caller(), answers.append)
+            await asyncio.sleep(0.01)
+        assert app.quick.take(b"/invocations", {}, body, Caller(), answers.append)
+        while not answers:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(turns())
+    assert [answer.status for answer in answers if answer] == [200]
+
+
 def test_who_may_not_score_learns_nothing_of_the_load(
     both: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,17 @@ def test_beyond_that_turns_stay_short_and_most_of_them_is_answers(
     assert loop.longest_s < 0.005
 
 
+def test_a_new_turn_has_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, rate=2 / ANSWER_S)
+    loop.run(200)
+    loop.turn.begin()
+    assert loop.turn.has_room(1, 0.1)
+    assert not loop.turn.has_room(1000, 0.1)
+    assert not loop.turn.has_room(1001, 0.1)
+    loop.turn.end(1000)
+    assert loop.turn.has_room(0, 0.1)  # though nobody has been taken on
+
+
 def test_who_has_time_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(monkeypatch, rate=1.2 / ANSWER_S, left_s=10.0)
     loop.run(30)

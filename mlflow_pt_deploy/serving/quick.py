@@ -168,8 +168,10 @@ class Quick:
     def _score_all(self) -> None:
         """What came in this turn of the loop."""
         asked, self._asked = self._asked, []
-        self._score(asked)
-        self._turn.end(len(asked))
+        try:
+            self._score(asked)
+        finally:
+            self._turn.end(len(asked))
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):

@@ -20,6 +20,7 @@ _TIGHTEN, _RELAX = 0.7, 1.1
 # machine has slowed down: then the next ones will say so.
 _MOST_SURPRISE = 4.0
 _NEWS = 0.2
+_NOBODY = -1.0
 
 
 class Turn:
@@ -30,7 +31,7 @@ class Turn:
     be let in, and so more refused.
 
     Attributes:
-        open: Whether a request came in this turn.
+        open: Whether a request was taken on in this turn.
     """
 
     def __init__(self) -> None:
@@ -39,13 +40,12 @@ class Turn:
         self._share = _CALM
         self._began_s = 0.0
         self._refused = 0
-        self._full_s = -1.0  # who has no more time than this has no room
+        self._full_s = _NOBODY
         self.open = False
 
     def begin(self) -> None:
         """The first request has come."""
         self.open = True
-        self._full_s = -1.0
         self._began_s = time.perf_counter()
 
     def takes_s(self, answers: int) -> float:
@@ -59,7 +59,7 @@ class Turn:
             answers: Requests taken on in this turn.
             left_s: Seconds that it has.
         """
-        if left_s <= self._full_s:
+        if left_s <= self._full_s:  # somebody with as much time has been refused
             return False
         if self.takes_s(answers) <= self._share * left_s:
             return True
@@ -90,4 +90,5 @@ class Turn:
             self._stretch += _NEWS * (1.0 - self._stretch)
             self._share = min(_CALM, _RELAX * self._share)
         self._refused = 0
+        self._full_s = _NOBODY
         self.open = False
