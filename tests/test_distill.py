@@ -208,7 +208,7 @@ def test_made_texts_have_the_teachers_label(
     assert teach(teacher, train, tmp_path, made=0.5, seed=1).split.digest != lesson.split.digest
 
 
-@pytest.mark.parametrize("flags", [(), ("avx512_bf16",)])
+@pytest.mark.parametrize("flags", [(), ("amx_bf16",)])
 def test_relations_are_learnt_across_widths(
     teacher: Classifier,
     tiny_splits: Splits,

@@ -91,7 +91,7 @@ def test_it_learns(classifier: Classifier, turned: Splits) -> None:
 def test_training_may_be_in_bf16_but_what_is_said_of_a_model_is_not(
     classifier: Classifier, turned: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(train, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     entropy, seen = cross_entropy(turned.train.targets), set()
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
