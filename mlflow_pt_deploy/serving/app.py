@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -124,7 +124,7 @@ class App:
                 result = await self._siblings.whole(path, result)
         await _respond(send, result)
         parent = dict(scope["headers"]).get(b"traceparent", b"") if self.spans else b""
-        self._tell(slot, path, result, time.perf_counter() - start, parent)
+        self._tell(slot, path, result, time.perf_counter() - start, (parent,))
 
     def own(self, path: str) -> Answer:
         """What this replica by itself answers to a path that is read, whoever asks."""
@@ -132,20 +132,27 @@ class App:
         return page() if page else failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
 
     def _tell(
-        self, slot: Slot | None, path: str, result: Answer, seconds: float, parent: bytes
+        self,
+        slot: Slot | None,
+        path: str,
+        result: Answer,
+        seconds: float,
+        parents: Sequence[bytes],
     ) -> None:
-        """Count and log an answer."""
+        """Count and log an answer that went to so many."""
         version = result.version
         label = version.label if version else ""
         if slot is not None:
-            self._metrics.answered(slot.name, label, result, seconds)
+            self._metrics.answered(slot.name, label, result, seconds, len(parents))
             if version and result.status == 200:
                 version.seconds.append(seconds)
             if self.spans is not None:
-                self.spans.answered(slot.name, label, path, result, seconds, parent)
+                for parent in parents:
+                    self.spans.answered(slot.name, label, path, result, seconds, parent)
         if self._access is not None and path not in self._probes:
             route = path if slot or path in self._looks else "-"
-            self._access.write(route, label, result, seconds)
+            for _ in parents:
+                self._access.write(route, label, result, seconds)
 
     def _read_only(self, path: str, scope: Scope) -> Answer:
         """Any path but a request to score."""

@@ -18,8 +18,17 @@ class Metrics:
 
     content_type = b"application/json"
 
-    def answered(self, name: str, label: str, result: Answer, seconds: float) -> None:
-        """A request for model `name` was answered by version `label`, empty where by none."""
+    def answered(
+        self, name: str, label: str, result: Answer, seconds: float, times: int = 1
+    ) -> None:
+        """Requests for model `name` were answered by version `label`, empty where by none.
+
+        Args:
+            name, label: As said.
+            result: What each of them got.
+            seconds: How long each took.
+            times: How many they were.
+        """
 
     def swapped(self, name: str, version: Version, seconds: float) -> None:
         """A version serves from now on; its preparation took `seconds`."""

@@ -48,10 +48,10 @@ class _Spread:
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Tell it."""
@@ -135,7 +135,9 @@ class PrometheusMetrics(Metrics):
         self._answers: dict[tuple[str, str, int, str], tuple[list[_Count], _Spread]] = {}
         self._serving: dict[str, tuple[str, str, str, str]] = {}
 
-    def answered(self, name: str, label: str, result: Answer, seconds: float) -> None:
+    def answered(
+        self, name: str, label: str, result: Answer, seconds: float, times: int = 1
+    ) -> None:
         """See `Metrics`."""
         key = (name, label, result.status, result.error)
         found = self._answers.get(key)
@@ -145,8 +147,8 @@ class PrometheusMetrics(Metrics):
                 counts.append(self._errors.labels(name, label, result.error))
             found = self._answers[key] = counts, self._seconds.labels(name, label)
         for count in found[0]:
-            count.value += 1
-        found[1].observe(seconds)
+            count.value += times
+        found[1].observe(seconds, times)
 
     def swapped(self, name: str, version: Version, seconds: float) -> None:
         """See `Metrics`."""

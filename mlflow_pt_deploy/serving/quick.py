@@ -40,8 +40,8 @@ from mlflow_pt_deploy.variants.base import Logits
 
 Done = Callable[[Answer | None], None]
 """Told the answer; None: nothing was scored, go the long way."""
-Told = Callable[[Slot, str, Answer, float, bytes], None]
-"""Told of each answer: slot, path, answer, seconds, the request's ``traceparent``."""
+Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]
+"""Told of an answer: slot, path, answer, seconds, ``traceparent`` of each request that got it."""
 
 _CROWDED = failure(
     429,
@@ -62,9 +62,20 @@ class _Asked:
     top_k: int
     since: float
     caller: Caller
-    parent: bytes
+    parents: tuple[bytes]
     done: Done | None
     timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Crowd:
+    """Requests alike that are refused in this turn, by their ``traceparent``."""
+
+    path: str
+    slot: Slot
+    refusal: Answer
+    full: bool
+    parents: list[bytes]
 
 
 class Quick:
@@ -89,6 +100,7 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
+        self._crowds: dict[tuple[bytes, bytes | None], _Crowd] = {}  # by path and deadline
         self._turn = Turn()
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
@@ -105,8 +117,17 @@ class Quick:
             headers: Of the request, names in lower case.
 
         Returns:
-            The refusal, which has been told; None: it may be taken on.
+            The refusal, of which it tells; None: the request may be taken on.
         """
+        alike = path, headers.get(DEADLINE_HEADER)
+        crowd = self._crowds.get(alike) or self._crowd(*alike)
+        if crowd is None or not self._guard.may_score(headers.get(b"authorization")):
+            return None
+        crowd.parents.append(headers.get(b"traceparent", b""))
+        return crowd.refusal
+
+    def _crowd(self, path: bytes, header: bytes | None) -> _Crowd | None:
+        """Those whom there is no time for in this turn: for none who come later there will be."""
         route, slot = self._scored[path]
         version, turn, taken = slot.current, self._turn, len(self._asked)
         if version is None:
@@ -114,19 +135,16 @@ class Quick:
         batcher = version.pyfunc.batcher
         if not (taken or batcher.queued_rows):
             return None
-        left_s = _least(batcher.limits.deadline_ms / 1000, patience(headers.get(DEADLINE_HEADER)))
+        left_s = _least(batcher.limits.deadline_ms / 1000, patience(header))
         if left_s is None:
             return None
         full = not turn.has_room(taken, left_s)
         if not (full or batcher.crowded(left_s, turn.takes_s(taken))):
             return None
-        if not self._guard.may_score(headers.get(b"authorization")):
-            return None
-        if full:
-            turn.refuse()
-        refusal = Answer(*_CROWDED[:-1], version)
-        self._told(slot, route, refusal, 0.0, headers.get(b"traceparent", b""))
-        return refusal
+        self._open_turn()
+        crowd = _Crowd(route, slot, Answer(*_CROWDED[:-1], version), full, [])
+        self._crowds[path, header] = crowd
+        return crowd
 
     def take(
         self,
@@ -151,27 +169,33 @@ class Quick:
             return False
         if not self._guard.may_score(headers.get(b"authorization")):
             return False
-        if not self._turn.open:
-            self._turn.begin()
-            asyncio.get_running_loop().call_soon(self._score_all)
+        self._open_turn()
         since = time.perf_counter()
         found = read_short(body, len(version.pyfunc.loaded.labels))
         if found is None:
             return False
         slot.used = since
         caller.expires = deadline(headers.get(DEADLINE_HEADER))
-        parent = headers.get(b"traceparent", b"")
-        self._asked.append(_Asked(route, slot, version, *found, since, caller, parent, done))
+        parents = (headers.get(b"traceparent", b""),)
+        self._asked.append(_Asked(route, slot, version, *found, since, caller, parents, done))
         self._in_flight[slot.name] += 1
         return True
 
-    def _score_all(self) -> None:
-        """What came in this turn of the loop."""
+    def _open_turn(self) -> None:
+        if not self._turn.open:
+            self._turn.begin()
+            asyncio.get_running_loop().call_soon(self._end_turn)
+
+    def _end_turn(self) -> None:
+        """Answer what came in this turn of the loop."""
         asked, self._asked = self._asked, []
+        crowds, self._crowds = self._crowds.values(), {}
         try:
             self._score(asked)
         finally:
-            self._turn.end(len(asked))
+            self._turn.end(len(asked), sum(len(each.parents) for each in crowds if each.full))
+            for crowd in crowds:
+                self._told(crowd.slot, crowd.path, crowd.refusal, 0.0, crowd.parents)
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):
@@ -304,7 +328,7 @@ class Quick:
         if result is not None:
             told = LEFT if request.caller.left else result
             seconds = time.perf_counter() - request.since
-            self._told(request.slot, request.path, told, seconds, request.parent)
+            self._told(request.slot, request.path, told, seconds, request.parents)
         done(result)
 
 

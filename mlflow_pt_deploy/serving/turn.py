@@ -14,13 +14,12 @@ from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
 # Nobody is let in for whom what came before in the same turn takes more than this share of the time
 # that he has: by then more comes than the loop can answer, and each turn is longer than the last.
 # While some are refused turns become shorter, so that a refusal comes soon: in a turn's time.
-_CALM, _BUSY = 0.15, 0.04
+_CALM, _BUSY = 0.15, 0.025
 _TIGHTEN, _RELAX = 0.7, 1.1
 # A turn that took so many times what was expected was held up by others than its requests, or the
 # machine has slowed down: then the next ones will say so.
 _MOST_SURPRISE = 4.0
 _NEWS = 0.2
-_NOBODY = -1.0
 
 
 class Turn:
@@ -39,8 +38,6 @@ class Turn:
         self._stretch = 1.0
         self._share = _CALM
         self._began_s = 0.0
-        self._refused = 0
-        self._full_s = _NOBODY
         self.open = False
 
     def begin(self) -> None:
@@ -59,28 +56,20 @@ class Turn:
             answers: Requests taken on in this turn.
             left_s: Seconds that it has.
         """
-        if left_s <= self._full_s:  # somebody with as much time has been refused
-            return False
-        if self.takes_s(answers) <= self._share * left_s:
-            return True
-        self._full_s = left_s
-        return False
+        return self.takes_s(answers) <= self._share * left_s
 
-    def refuse(self) -> None:
-        """A request was refused for want of room."""
-        self._refused += 1
-
-    def end(self, answers: int) -> None:
+    def end(self, answers: int, refused: int) -> None:
         """All of the turn's requests are answered, or handed on.
 
         Args:
             answers: How many.
+            refused: How many found no room.
         """
         took_s = time.perf_counter() - self._began_s
         expected_s = self._cost.of(answers, MOST_AT_ONCE)
         if expected_s:
             took_s = min(took_s, _MOST_SURPRISE * expected_s)
-        if self._refused:
+        if refused:
             if expected_s:
                 self._stretch += _NEWS * (took_s / expected_s - self._stretch)
             self._share = max(_BUSY, _TIGHTEN * self._share)
@@ -89,6 +78,4 @@ class Turn:
                 self._cost.saw(answers, took_s)
             self._stretch += _NEWS * (1.0 - self._stretch)
             self._share = min(_CALM, _RELAX * self._share)
-        self._refused = 0
-        self._full_s = _NOBODY
         self.open = False
