@@ -64,7 +64,7 @@ def test_beyond_that_turns_stay_short_and_most_of_them_is_answers(
     loop.run(2000)
     seconds = loop.clock.now - start
     could = (1 - rate * REFUSAL_S) / (ANSWER_S - REFUSAL_S)
-    assert 0.85 * could < (loop.answered - answered) / seconds <= could
+    assert 0.8 * could < (loop.answered - answered) / seconds <= could
     assert loop.longest_s < 0.005
 
 
@@ -75,9 +75,14 @@ def test_who_has_time_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pause_of_the_machine_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = Loop(monkeypatch, rate=8_000)
-    loop.run(100)
-    loop.turn.begin()
-    loop.clock.now += 0.06
-    loop.turn.end(1, 0)
-    assert loop.turn.has_room(100, loop.left_s)
+    loop = Loop(monkeypatch, rate=4_000)
+    for pause_s in (0.02, 0.05, 0.1, 0.02) * 20:
+        loop.run(100)
+        loop.turn.begin()
+        loop.clock.now += pause_s
+        loop.turn.end(1, 0)
+        if pause_s == 0.02:
+            assert loop.turn.has_room(80, loop.left_s)  # all who came meanwhile
+    before = loop.refused
+    loop.run(2000)
+    assert loop.refused == before
