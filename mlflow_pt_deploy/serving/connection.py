@@ -60,8 +60,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # What is written goes out at once, not when all that came in this turn has been read.
-        transport.set_write_buffer_limits(high=0)
+        if self.scheme == "http":  # with this limit a TLS transport would never write again
+            # What is written goes out at once, not when all that came in this turn has been read.
+            transport.set_write_buffer_limits(high=0)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
