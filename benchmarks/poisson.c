@@ -4,8 +4,8 @@
  *
  * BODIES holds a JSON body a line, sent in turn. A request is due at its own time, whatever became
  * of those before it, and its latency counts from then: waiting for a free connection is included.
- * Connections are kept alive; another is opened when all are busy, up to the limit. What is not
- * answered within DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms
+ * MAX_CONNECTIONS are opened before the first request is due, as a pool in use has them, and kept
+ * alive; one that was closed is replaced when all others are busy. What is not answered within DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms
  * for how long it is of use, which a server may heed or not. Prints one line of JSON.
  */
 #define _GNU_SOURCE
@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #define DRAIN_S 5.0
+#define POOL_S 0.3
 #define ANSWER_BYTES 65536
 
 typedef struct { double *at; size_t n, room; } Times;
@@ -186,9 +187,21 @@ static void on_event(Connection *c, uint32_t events) {
     if (fault) { drop(c); return; }
     c->connecting = 0;
     watch(c, EPOLL_CTL_MOD, EPOLLIN);
-    if (c->request && !push_bytes(c)) { drop(c); return; }
+    if (!c->busy) push(c);
+    else if (!push_bytes(c)) { drop(c); return; }
   }
   if (events & (EPOLLIN | EPOLLHUP | EPOLLERR)) receive(c);
+}
+
+static void open_pool(void) {
+  struct epoll_event event;
+  int open = 0;
+  while (opened < max_connections) dial();
+  while (open < max_connections && epoll_wait(poller, &event, 1, 1000) > 0) {
+    on_event(event.data.ptr, event.events);
+    ++open;
+  }
+  usleep(POOL_S * 1e6); /* the server may not have seen all of them yet */
 }
 
 int main(int n, char **word) {
@@ -212,7 +225,9 @@ int main(int n, char **word) {
   poller = epoll_create1(0);
   int timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK);
   struct epoll_event events[32], tick = {.events = EPOLLIN, .data.ptr = NULL};
-  if (poller < 0 || timer < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, timer, &tick)) die("epoll");
+  if (poller < 0 || timer < 0) die("epoll");
+  open_pool();
+  if (epoll_ctl(poller, EPOLL_CTL_ADD, timer, &tick)) die("epoll");
   double begin = now() + 0.05, end = begin + seconds + DRAIN_S;
   while ((head < due.n || answered < sent) && now() < end) {
     while (head < due.n && begin + due.at[head] <= now()) {
