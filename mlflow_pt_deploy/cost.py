@@ -1,7 +1,6 @@
-"""What a call costs, learned from the calls of late: of the model by its rows or its tokens, of the
-event loop's turn by its requests.
+"""What a call costs, by its rows or its tokens, learned from the calls of late.
 
-Knows none of them, only how large a call was and how long it took.
+Knows neither, only how large a call was and how long it took.
 """
 
 from __future__ import annotations
