@@ -13,12 +13,12 @@ from collections import deque
 # that he has: by then more comes than the loop can answer, and each turn is longer than the last.
 # While some are refused turns become shorter, so that a refusal comes soon: in a turn's time.
 _CALM, _BUSY = 0.15, 0.025
-_TIGHTEN, _RELAX = 0.7, 1.1
+_TIGHTEN, _RELAX = 0.7, 1.05
 # Turns of a few answers say nothing of one with many: mostly they take what any turn takes.
 _MANY = 16
 # A machine that pauses for a moment, as one does whose processor is shared out by quota, holds up
 # some turns in a row; one that has become slower all of them.
-_OF_LATE, _FASTER = 5, 1
+_OF_LATE, _ENOUGH, _FASTER = 5, 3, 1
 
 
 class Turn:
@@ -67,7 +67,7 @@ class Turn:
         """
         if answers >= _MANY or (answers and refused):
             self._of_late.append((time.perf_counter() - self._began_s) / answers)
-            if len(self._of_late) == _OF_LATE:
+            if len(self._of_late) >= _ENOUGH:
                 self._each_s = sorted(self._of_late)[_FASTER]
         if refused:
             self._share *= max(_TIGHTEN, answers / (answers + refused))
