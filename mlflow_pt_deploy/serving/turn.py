@@ -12,7 +12,7 @@ from collections import deque
 # Nobody is let in for whom what came before in the same turn takes more than this share of the time
 # that he has: by then more comes than the loop can answer, and each turn is longer than the last.
 # While some are refused turns become shorter, so that a refusal comes soon: in a turn's time.
-_CALM, _BUSY = 0.15, 0.025
+_CALM, _BUSY = 0.15, 0.03
 _TIGHTEN, _RELAX = 0.7, 1.05
 # Turns of a few answers say nothing of one with many: mostly they take what any turn takes.
 _MANY = 16
