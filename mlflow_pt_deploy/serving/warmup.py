@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from statistics import median
 
 from mlflow_pt_deploy.variants.base import Inputs, Predict
 
@@ -34,17 +35,20 @@ def meet_shapes(models: Sequence[Predict], batch: Inputs, most_s: float = _MOST_
         How many shapes were met.
     """
     until = time.monotonic() + most_s
-    first_s = again_s = 0.0
+    first_s: list[float] = []
+    again_s: list[float] = []
     met = 0
     for rows, length in product(FEW, range(1, _SHORT + 1)):
-        if time.monotonic() > until or (met == _PROBES and first_s < _DEAR * again_s):
+        if time.monotonic() > until or (
+            met == _PROBES and median(first_s) < _DEAR * median(again_s)
+        ):
             break
         inputs = {name: array[:rows, :length] for name, array in batch.items()}
         ask = partial(_ask, models, inputs)
         took_s = _seconds(ask)
         if met < _PROBES:
-            first_s += took_s
-            again_s += _seconds(ask)
+            first_s.append(took_s)
+            again_s.append(_seconds(ask))
         met += 1
     return met
 
