@@ -126,6 +126,11 @@ class DeadlineError(ServingError):
     """The answer would have come after the request's deadline."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its traceback or graph dump."""
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+
+
 def exit_in_words(code: int, killed: str) -> str:
     """How a child process ended.
 

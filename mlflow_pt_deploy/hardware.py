@@ -11,7 +11,7 @@ from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
 
-from mlflow_pt_deploy.errors import UnsupportedError
+from mlflow_pt_deploy.errors import UnsupportedError, first_line
 
 _LIBRARIES = (
     "torch",
@@ -95,10 +95,9 @@ def check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UnsupportedError(
-            f"device={name}: PyTorch cannot use it here ({reason}). Give device=cpu, or "
-            "see that the driver and a build of PyTorch for this GPU are installed."
+            f"device={name}: PyTorch cannot use it here ({first_line(error)}). Give "
+            "device=cpu, or see that the driver and a build of PyTorch for this GPU are installed."
         ) from error
 
 

@@ -33,7 +33,7 @@ from mlflow_pt_deploy.serving.protocol import (
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
 from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, seconds_left
 from mlflow_pt_deploy.serving.turn import Turn
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
@@ -135,7 +135,7 @@ class Quick:
         batcher = version.pyfunc.batcher
         if not (taken or batcher.queued_rows):
             return None
-        left_s = _least(batcher.limits.deadline_ms / 1000, patience(header))
+        left_s = seconds_left(batcher.limits, patience(header))
         if left_s is None:
             return None
         full = not turn.has_room(taken, left_s)
@@ -338,10 +338,3 @@ def _by_version(asked: Iterable[_Asked]) -> list[tuple[Version, list[_Asked]]]:
     for request in asked:
         found.setdefault(id(request.version), (request.version, []))[1].append(request)
     return list(found.values())
-
-
-def _least(seconds: float, his: float | None) -> float | None:
-    """Seconds until the earlier of two deadlines; our 0 is none."""
-    if his is None:
-        return seconds or None
-    return min(seconds, his) if seconds else his

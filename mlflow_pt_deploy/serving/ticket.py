@@ -84,12 +84,20 @@ class Caller:
         self.left = False
 
 
+def seconds_left(limits: Limits, his_s: float | None) -> float | None:
+    """How long a request may take: as ours or its caller's patience allows; None: for ever."""
+    ours_s = limits.deadline_ms / 1000
+    if his_s is None:
+        return ours_s or None
+    return min(ours_s, his_s) if ours_s else his_s
+
+
 def expiry(limits: Limits, caller: Caller) -> float | None:
     """When a request that comes now is given up, by `time.monotonic`; None: never."""
-    seconds = limits.deadline_ms / 1000
-    own = [time.monotonic() + seconds] if seconds else []
-    his = [caller.expires] if caller.expires is not None else []
-    return min(own + his, default=None)
+    now = time.monotonic()
+    his_s = None if caller.expires is None else caller.expires - now
+    left_s = seconds_left(limits, his_s)
+    return None if left_s is None else now + left_s
 
 
 class Wake(Protocol):

@@ -56,7 +56,7 @@ class Turn:
             answers: Requests taken on in this turn.
             left_s: Seconds that it has.
         """
-        return answers * self._each_s <= self._share * left_s
+        return self.takes_s(answers) <= self._share * left_s
 
     def end(self, answers: int, refused: int) -> None:
         """All of the turn's requests are answered, or handed on.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
 from mlflow_pt_deploy.hardware import cpu_flags
 from mlflow_pt_deploy.variants.base import (
     VNNI_FLAGS,
@@ -17,7 +17,6 @@ from mlflow_pt_deploy.variants.base import (
     Predict,
     Variant,
     check_calibration,
-    first_line,
     int8_saturates,
 )
 from mlflow_pt_deploy.variants.eager import torch_predict

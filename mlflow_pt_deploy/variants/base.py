@@ -79,11 +79,6 @@ def check_calibration(calibration: Sequence[Inputs]) -> None:
         )
 
 
-def first_line(error: Exception) -> str:
-    """What a runtime's error says, without its traceback or graph dump."""
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
-
-
 @dataclass(frozen=True)
 class Variant(ABC):
     """A way to run a model: a runtime with its options.

@@ -48,13 +48,13 @@ class Eager(Variant):
 
         from mlflow_pt_deploy.models import load_classifier
 
-        if self.precision == "int8-dynamic" and device != "cpu":
-            raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
-        check_device(device)
         torch.set_num_threads(threads)
         if self.precision == "int8-dynamic":
+            if device != "cpu":
+                raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
             module: torch.nn.Module = _load_int8(folder)
         else:
+            check_device(device)
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             module = load_classifier(str(folder)).to(device=device, dtype=dtype)
         return torch_predict(module, device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
 from mlflow_pt_deploy.variants.base import (
     CONVOLUTIONAL,
     Inputs,
@@ -20,7 +20,6 @@ from mlflow_pt_deploy.variants.base import (
     Predict,
     Variant,
     check_calibration,
-    first_line,
 )
 from mlflow_pt_deploy.variants.eager import torch_predict
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.errors import VariantError, first_line
 from mlflow_pt_deploy.hardware import check_device
-from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant, first_line
+from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.variants.eager import quantize_linears, torch_predict
 
 if TYPE_CHECKING:
