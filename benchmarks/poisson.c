@@ -5,8 +5,10 @@
  * BODIES holds a JSON body a line, sent in turn. A request is due at its own time, whatever became
  * of those before it, and its latency counts from then: waiting for a free connection is included.
  * MAX_CONNECTIONS are opened before the first request is due, as a pool in use has them, and kept
- * alive; one that was closed is replaced when all others are busy. What is not answered within DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms
- * for how long it is of use, which a server may heed or not. Prints one line of JSON.
+ * alive; one that was closed is replaced when all others are busy. What is not answered within
+ * DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms for how long it
+ * is of use, which a server may heed or not. Prints one line of JSON; `sent_late_p99_ms` is how late
+ * a request was sent, which tells what of the others is this program's and the machine's own.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -39,7 +41,7 @@ typedef struct Connection {
   struct Connection *next;   /* in the list of idle ones */
 } Connection;
 
-static Times ok, refused;
+static Times ok, refused, late;
 static long statuses[1000], errors, sent, answered;
 static Connection *idle;
 static int poller, opened, max_connections;
@@ -235,6 +237,7 @@ int main(int n, char **word) {
       if (c) idle = c->next;
       else if (opened < max_connections) c = dial();
       else break; /* it is late already, and waits for a connection */
+      add(&late, now() - (begin + due.at[head]));
       start(c, &requests[head % bodies], begin + due.at[head]);
       ++sent; ++head;
     }
@@ -251,6 +254,7 @@ int main(int n, char **word) {
   }
   qsort(ok.at, ok.n, sizeof(double), ascending);
   qsort(refused.at, refused.n, sizeof(double), ascending);
+  qsort(late.at, late.n, sizeof(double), ascending);
   printf("{\"rate\": %g, \"seconds\": %g, \"sent\": %zu, \"connections\": %d, \"errors\": %ld, \"statuses\": {",
          rate, seconds, due.n, opened, errors + (long)due.n - answered);
   for (int i = 0, some = 0; i < 1000; ++i)
@@ -262,7 +266,9 @@ int main(int n, char **word) {
   print_ms("p99_ms", &ok, ok.n, 0.99);
   print_ms("p999_ms", &ok, ok.n, 0.999);
   print_ms("p99_all_ms", &ok, due.n, 0.99);
+  print_ms("refused_p50_ms", &refused, refused.n, 0.5);
   print_ms("refused_p99_ms", &refused, refused.n, 0.99);
+  print_ms("sent_late_p99_ms", &late, late.n, 0.99);
   printf("}\n");
   return 0;
 }

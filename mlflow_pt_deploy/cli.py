@@ -9,10 +9,14 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import PtDeployError
@@ -30,20 +34,49 @@ Call = Callable[[argparse.Namespace], dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status (0 done, 1 a stage failed, 2 wrong usage)."""
+    """Run the command.
+
+    Returns:
+        Its exit status: 0 done, 1 a stage failed, 2 wrong usage, 130 interrupted, 143 terminated.
+    """
     options = parser().parse_args(arguments)
     _quiet_libraries()
     try:
-        document = _CALLS[options.stage](options)
+        with _told_of_the_end():
+            document = _CALLS[options.stage](options)
     except PtDeployError as error:
         print(f"pt-deploy {options.stage}: {error}", file=sys.stderr)
         return 1
+    except _Terminated:
+        print(f"pt-deploy {options.stage}: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"pt-deploy {options.stage}: interrupted", file=sys.stderr)
         return 130
     if options.json:
         print(json.dumps(document))
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as containers and batch systems send it: ends a stage as Ctrl-C does."""
+
+
+@contextmanager
+def _told_of_the_end() -> Iterator[None]:
+    """Let SIGTERM end MLflow's runs too, which would be shown as running for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet_libraries() -> None:

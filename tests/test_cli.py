@@ -1,9 +1,12 @@
 """The command line: fast to answer, clear when it refuses."""
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import mlflow
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _ways, main
+from mlflow_pt_deploy.cli import _CALLS, _ways, main
 from mlflow_pt_deploy.flags import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,3 +142,25 @@ def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> N
         "http://team:5000",
         "MLFLOW_TRACKING_URI=http://team:5000 ",
     )
+
+
+def test_a_terminated_stage_ends_its_run(
+    monkeypatch: pytest.MonkeyPatch, tracking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow_pt_deploy.tracking import stage_run
+
+    runs: list[str] = []
+
+    def stage(_: object) -> dict[str, object]:
+        with stage_run("train", "train") as run:
+            runs.append(run.info.run_id)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(_CALLS, "train", stage)
+    assert main(["train", "--data", "x"]) == 143
+    assert mlflow.get_run(runs[0]).info.status == "FAILED"
+    assert capsys.readouterr().err == "pt-deploy train: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is before

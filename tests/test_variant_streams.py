@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.variants import streams
-from mlflow_pt_deploy.variants.base import Inputs, Logits, pads_rows
+from mlflow_pt_deploy.variants.base import Inputs, Logits, pads_rows, tokens_computed
 from mlflow_pt_deploy.variants.cascade import Stages
 from mlflow_pt_deploy.variants.streams import Streams, cut
 
@@ -65,17 +65,42 @@ def settle(predict: Streams) -> None:
         predict(batch(5))
 
 
-def test_parts_hold_each_row_once_longest_first_and_no_padding() -> None:
-    lengths = (3, 7, 3, 1, 7, 7, 3)
-    parts = cut(batch(*lengths), 2)
-    assert [part.inputs["attention_mask"].shape for part in parts] == [
-        *((2, 7), (1, 7)),
-        *((2, 3), (1, 3)),
-        (1, 1),
-    ]
+def test_parts_hold_each_row_once_longest_first_and_hardly_any_padding() -> None:
+    lengths = (3, 7, 4, 1, 9, 7, 7)
+    parts = cut(batch(*lengths), 3)
+    shapes = [part.inputs["attention_mask"].shape for part in parts]
+    assert shapes == [(3, 9), (1, 7), (2, 4), (1, 1)]
     assert sorted(place for part in parts for place in part.places) == list(range(7))
     for part in parts:
-        assert part.inputs["attention_mask"].all()
+        mine = part.inputs["attention_mask"].sum(1)
+        assert mine.tolist() == [lengths[place] for place in part.places]
+        assert mine.max() - mine.min() <= 2
+
+
+def test_a_few_rows_of_a_length_are_one_call_and_many_a_few_for_each_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    predict, _, single = timed(monkeypatch, 1.0, 1.0)
+    settle(predict)
+    for rows, expected in ((2, [1, 1]), (5, [3, 2]), (8, [4, 4]), (16, [4] * 4), (32, [8] * 4)):
+        single.shapes.clear()
+        predict(batch(*[5] * rows))
+        assert sorted((shape[0] for shape in single.shapes), reverse=True) == expected
+
+
+def test_it_tells_the_tokens_that_it_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    predict, _, _ = timed(monkeypatch, 1.0, 1.0)
+    assert tokens_computed(predict, 77) == 77, "nothing was computed yet"
+    settle(predict)
+    assert tokens_computed(predict, 77) == 5
+    predict(batch(9, 8, 3))
+    assert tokens_computed(predict, 77) == 9 + 9 + 3
+    cheap, _, _ = timed(monkeypatch, 1e-6, 1e-6)
+    settle(cheap)
+    cheap(batch(9, 8, 3))
+    assert tokens_computed(cheap, 77) == 27
+    cheap({"pixels": np.zeros((2, 2, 2), dtype=np.float32)})
+    assert tokens_computed(cheap, 77) == 77
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -112,7 +137,7 @@ def test_two_parts_are_computed_at_a_time() -> None:
 
     predict = Streams(answer, meets, threads=2)
     predict._single._cost.saw(1, 1.0)
-    rows = batch(3, 5)
+    rows = batch(3, 9)
     np.testing.assert_array_equal(predict(rows), answer(rows))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from mlflow_pt_deploy.cost import Cost
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.serving.ticket import Encoded, Shape
-from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict
+from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, tokens_computed
 
 Collate = Callable[[Sequence[Encoded]], Inputs]
 Tokens = Callable[[Encoded], int]
@@ -91,7 +91,8 @@ class Calls:
         if self._pads:
             self._token_cost.saw(padded, seconds)
         if self.observe is not None:
-            self.observe(shape.rows, shape.tokens, padded, seconds)
+            computed = tokens_computed(self._predict, padded)
+            self.observe(shape.rows, shape.tokens, computed, seconds)
         if len(logits) != len(rows):
             raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
         return logits

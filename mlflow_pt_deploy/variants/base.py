@@ -44,6 +44,12 @@ def pads_rows(predict: Predict) -> bool:
     return bool(getattr(predict, "pads", True))
 
 
+def tokens_computed(predict: Predict, otherwise: int) -> int:
+    """Tokens of its last batch, padding included; what knows has an attribute `tokens`."""
+    tokens = getattr(predict, "tokens", None)
+    return otherwise if tokens is None else int(tokens)
+
+
 def no_native_bf16() -> str | None:
     """Why bf16 is pointless on this processor, or None where it is not."""
     if cpu_flags() & BF16_FLAGS:
