@@ -33,7 +33,8 @@ class Point:
         p50_ms: Of the 200s, from the time a request was due; p99_ms and p999_ms too.
         p99_all_ms: Of all requests, others than 200 counted as infinite; None: infinite.
         refused_share: Share answered with 429.
-        refused_p99_ms: How soon.
+        refused_p50_ms: How soon; refused_p99_ms too.
+        sent_late_p99_ms: How late the load generator itself sent a request: the machine's part.
         errors: Not answered at all, or neither with 200 nor with 429.
         cpu_us: CPU microseconds of the server's processes for each 200.
         model_share: Share of the time in which the model computed, where the server tells.
@@ -47,7 +48,9 @@ class Point:
     p999_ms: float | None
     p99_all_ms: float | None
     refused_share: float
+    refused_p50_ms: float | None
     refused_p99_ms: float | None
+    sent_late_p99_ms: float | None
     errors: int
     cpu_us: float | None
     model_share: float | None = None
@@ -163,9 +166,8 @@ def _point(raw: dict[str, Any], used_s: float) -> Point:
         rate=raw["rate"],
         answered_share=round(good / max(1, raw["sent"]), 4),
         good_per_s=round(raw["in_time"] / raw["seconds"], 1),
-        **{key: raw[key] for key in ("p50_ms", "p99_ms", "p999_ms", "p99_all_ms")},
+        **{key: value for key, value in raw.items() if key.endswith("_ms")},
         refused_share=round(refused / max(1, raw["sent"]), 4),
-        refused_p99_ms=raw["refused_p99_ms"],
         errors=raw["sent"] - good - refused,
         cpu_us=round(used_s / good * 1e6, 1) if good else None,
     )

@@ -24,8 +24,19 @@ import tables
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
 
-def point(rate: float, p99_ms: float | None) -> rates.Point:
-    return rates.Point(rate, 1.0, rate, p99_ms, p99_ms, p99_ms, p99_ms, 0.0, None, 0, 1.0)
+def point(rate: float, p99_ms: float | None, refused_share: float = 0.0) -> rates.Point:
+    times = dict.fromkeys(("p50_ms", "p99_ms", "p999_ms", "p99_all_ms"), p99_ms)
+    refused = {"refused_p50_ms": 2.0, "refused_p99_ms": 4.5} if refused_share else {}
+    return rates.Point(
+        rate=rate,
+        answered_share=1 - refused_share,
+        good_per_s=(1 - refused_share) * rate,
+        refused_share=refused_share,
+        sent_late_p99_ms=0.3,
+        errors=0,
+        cpu_us=1.0,
+        **{"refused_p50_ms": None, "refused_p99_ms": None} | times | refused,
+    )
 
 
 def fire(program: Path, url: str, bodies: Path, rate: float) -> dict[str, Any]:
@@ -51,6 +62,7 @@ def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path)
     assert seen["statuses"]["200"] == -(-seen["sent"] // 2), "bodies are sent in turn"
     assert seen["in_time"] == seen["statuses"]["200"]
     assert seen["p50_ms"] >= 50
+    assert 0 <= seen["sent_late_p99_ms"] < seen["p50_ms"]
     assert seen["p99_all_ms"] is None, "what is not answered with 200 is infinitely late"
 
 
@@ -92,12 +104,14 @@ def test_a_pause_of_the_machine_does_not_end_the_search() -> None:
 
 
 def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
-    good = tables.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0))
+    good = tables.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0, 0.5))
     lines = tables.table([good, tables.Result("bad", "no such module")]).splitlines()
-    assert lines[2].startswith("| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 32 | 0% |")
+    cells = "| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 16 | 50% | 2.0, 4.5 | 0 |"
+    assert lines[2] == cells
     assert lines[3].startswith("| bad | no such module |")
     assert len({line.count("|") for line in lines}) == 1
-    assert tables.rates_table([good]).splitlines()[2:] == ["| good | 16 | 9.0 | 9.0 | 9.0 | none |"]
+    row = "| good | 16 | 9.0 | 9.0 | 9.0 | none | 0.3 |"
+    assert tables.rates_table([good]).splitlines()[2:] == [row]
 
 
 def test_a_batch_job_tells_what_a_row_costs_and_the_server_is_held_against_it(
