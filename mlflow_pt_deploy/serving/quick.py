@@ -19,36 +19,19 @@ from functools import partial
 
 import numpy as np
 
+from mlflow_pt_deploy.serving.crowd import Crowds, Told
 from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import (
-    DEADLINE_HEADER,
-    LATER,
-    LEFT,
-    Answer,
-    deadline,
-    failed,
-    failure,
-    patience,
-)
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, deadline, failed
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
 from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, seconds_left
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
 from mlflow_pt_deploy.serving.turn import Turn
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
 
 Done = Callable[[Answer | None], None]
 """Told the answer; None: nothing was scored, go the long way."""
-Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]
-"""Told of an answer: slot, path, answer, seconds, ``traceparent`` of each request that got it."""
-
-_CROWDED = failure(
-    429,
-    "RESOURCE_EXHAUSTED",
-    "so many rows wait that the request's deadline would be missed. Try again later.",
-    LATER,
-)
 
 
 @dataclass(slots=True, eq=False)
@@ -65,17 +48,6 @@ class _Asked:
     parents: tuple[bytes]
     done: Done | None
     timer: asyncio.TimerHandle | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Crowd:
-    """Requests alike that are refused in this turn, by their ``traceparent``."""
-
-    path: str
-    slot: Slot
-    refusal: Answer
-    full: bool
-    parents: list[bytes]
 
 
 class Quick:
@@ -100,8 +72,8 @@ class Quick:
         self._told = told
         self._in_flight = in_flight
         self._asked: list[_Asked] = []
-        self._crowds: dict[tuple[bytes, bytes | None], _Crowd] = {}  # by path and deadline
         self._turn = Turn()
+        self._crowds = Crowds(self._turn, told)
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
 
@@ -110,7 +82,7 @@ class Quick:
         return path in self._scored
 
     def refuse(self, path: bytes, headers: Mapping[bytes, bytes]) -> Answer | None:
-        """Refuse a request that would come too late, before it is read: to refuse must cost little.
+        """Refuse a request that would come too late, before it is read.
 
         Args:
             path: One that it knows.
@@ -119,32 +91,12 @@ class Quick:
         Returns:
             The refusal, of which it tells; None: the request may be taken on.
         """
-        alike = path, headers.get(DEADLINE_HEADER)
-        crowd = self._crowds.get(alike) or self._crowd(*alike)
-        if crowd is None or not self._guard.may_score(headers.get(b"authorization")):
+        if not self._guard.may_score(headers.get(b"authorization")):
             return None
-        crowd.parents.append(headers.get(b"traceparent", b""))
-        return crowd.refusal
-
-    def _crowd(self, path: bytes, header: bytes | None) -> _Crowd | None:
-        """Those whom there is no time for in this turn: for none who come later there will be."""
-        route, slot = self._scored[path]
-        version, turn, taken = slot.current, self._turn, len(self._asked)
-        if version is None:
-            return None
-        batcher = version.pyfunc.batcher
-        if not (taken or batcher.queued_rows):
-            return None
-        left_s = seconds_left(batcher.limits, patience(header))
-        if left_s is None:
-            return None
-        full = not turn.has_room(taken, left_s)
-        if not (full or batcher.crowded(left_s, turn.takes_s(taken))):
-            return None
-        self._open_turn()
-        crowd = _Crowd(route, slot, Answer(*_CROWDED[:-1], version), full, [])
-        self._crowds[path, header] = crowd
-        return crowd
+        refusal = self._crowds.refuse(*self._scored[path], headers, len(self._asked))
+        if refusal is not None:
+            self._open_turn()
+        return refusal
 
     def take(
         self,
@@ -189,13 +141,10 @@ class Quick:
     def _end_turn(self) -> None:
         """Answer what came in this turn of the loop."""
         asked, self._asked = self._asked, []
-        crowds, self._crowds = self._crowds.values(), {}
         try:
             self._score(asked)
         finally:
-            self._turn.end(len(asked), sum(len(each.parents) for each in crowds if each.full))
-            for crowd in crowds:
-                self._told(crowd.slot, crowd.path, crowd.refusal, 0.0, crowd.parents)
+            self._crowds.disperse(len(asked))
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):

@@ -1,8 +1,7 @@
 """Export many variants, two child processes at a time; a crash costs a row, not the run.
 
-A child exports one variant after the other, because starting it takes as long as an export. Run by
-`build`, not by people:
-``python -m mlflow_pt_deploy.variants.build JOB.json``
+A child (`export`) exports one variant after the other, because starting it takes as long as an
+export.
 """
 
 from __future__ import annotations
@@ -14,28 +13,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from mlflow_pt_deploy.data.splits import Splits
-from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
+from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.preprocess import Row, row_from_json, row_to_json
-from mlflow_pt_deploy.variants.base import Inputs, Variant
-from mlflow_pt_deploy.variants.folder import verify, write_variant
+from mlflow_pt_deploy.preprocess import Row, row_to_json
+from mlflow_pt_deploy.variants.base import Variant
+from mlflow_pt_deploy.variants.folder import verify
 from mlflow_pt_deploy.variants.table import VARIANTS, suits, useless
-
-if TYPE_CHECKING:
-    from mlflow_pt_deploy.models import Classifier
 
 _CALIBRATION_ROWS = 128
 _TIMEOUT_S = 1800
@@ -211,7 +205,7 @@ class _Exporter:
     """
 
     def __init__(self, job: Path, log: Path, threads: int) -> None:
-        self._command = [sys.executable, "-m", "mlflow_pt_deploy.variants.build", str(job)]
+        self._command = [sys.executable, "-m", "mlflow_pt_deploy.variants.export", str(job)]
         self._log = log
         # Two children with all cores each would wait for one another at every OpenMP barrier; and
         # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
@@ -294,70 +288,3 @@ def _cause(code: int, log: Path) -> str:
         return f"the export was ended by {name}{hint}"
     last = log.read_text(encoding="utf8", errors="replace").strip().splitlines()[-1:]
     return f"the export ended with code {code}: {last[0] if last else 'no message'}"
-
-
-def main(path: Path) -> None:
-    """The child: a task a line on stdin, its outcome a line on stdout, until stdin ends."""
-    warnings.simplefilter("ignore")
-    answers = _private_stdout()
-    job = json.loads(path.read_text(encoding="utf8"))
-    known: dict[str, _Source] = {}
-    for line in sys.stdin:
-        task = json.loads(line)
-        started = time.monotonic()
-        reason = ""
-        try:
-            if task["source"] not in known:  # only one stays in memory
-                known = {task["source"]: _Source.load(task["source"], job)}
-            _export(task, known[task["source"]], job)
-        except (PtDeployError, OSError) as error:
-            reason = str(error)
-        except Exception as error:  # a runtime's own: one row fails, the others go on
-            reason = str(VariantError(f"{type(error).__name__}: {str(error)[:300]}"))
-        seconds = round(time.monotonic() - started, 3)
-        print(json.dumps({"reason": reason, "seconds": seconds}), file=answers, flush=True)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model to export, and its inputs to trace and to calibrate with."""
-
-    classifier: Classifier
-    example: Inputs
-    calibration: Sequence[Inputs]
-
-    @classmethod
-    def load(cls, folder: str, job: Mapping[str, Any]) -> _Source:
-        from mlflow_pt_deploy.models import load_classifier
-
-        classifier = load_classifier(folder)
-        preprocess = classifier.preprocessor
-        calibration = [preprocess([row_from_json(row)]) for row in job["calibration"]]
-        example = preprocess([row_from_json(row) for row in job["example"]])
-        return cls(classifier, example, calibration)
-
-
-def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) -> None:
-    from mlflow_pt_deploy.variants.table import RUNTIMES
-
-    variant = RUNTIMES[task["runtime"]](**task["options"])
-    write_variant(
-        variant,
-        source.classifier,
-        Path(job["target"]) / variant.name(task["model"]),
-        model=task["model"],
-        example=source.example,
-        calibration=source.calibration,
-        golden_rows=[row_from_json(row) for row in job["golden"]],
-    )
-
-
-def _private_stdout() -> TextIO:
-    """The real stdout for answers alone; what libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf8")
-    os.dup2(2, 1)
-    return answers
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,0 +1,96 @@
+"""Whom there is no time for in a turn of the event loop: refused before they are read.
+
+Where more comes than can be answered, most of what is done is to refuse, so it must cost little:
+whether is decided once for all requests alike, and they are told of together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, failure, patience
+from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.ticket import seconds_left
+from mlflow_pt_deploy.serving.turn import Turn
+
+Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]
+"""Told of an answer: slot, path, answer, seconds, ``traceparent`` of each request that got it."""
+
+_CROWDED = failure(
+    429,
+    "RESOURCE_EXHAUSTED",
+    "so many rows wait that the request's deadline would be missed. Try again later.",
+    LATER,
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Crowd:
+    """Requests alike that are refused in this turn, by their ``traceparent``."""
+
+    path: str
+    slot: Slot
+    refusal: Answer
+    full: bool
+    parents: list[bytes]
+
+
+class Crowds:
+    """Those who are refused in the turn under way.
+
+    Args:
+        turn: Knows what turns take.
+        told: Told of refusals when the turn ends.
+    """
+
+    def __init__(self, turn: Turn, told: Told) -> None:
+        self._turn, self._told = turn, told
+        self._crowds: dict[tuple[str, bytes | None], _Crowd] = {}  # by path and deadline
+
+    def refuse(
+        self, path: str, slot: Slot, headers: Mapping[bytes, bytes], taken: int
+    ) -> Answer | None:
+        """Refuse a request that would come too late.
+
+        Args:
+            path: That it came to.
+            slot: Behind that path.
+            headers: Of the request, names in lower case.
+            taken: Requests that were taken on in this turn.
+
+        Returns:
+            The refusal; None: there is time for it.
+        """
+        alike = path, headers.get(DEADLINE_HEADER)
+        crowd = self._crowds.get(alike)
+        if crowd is None:
+            crowd = self._gather(*alike, slot, taken)
+            if crowd is None:
+                return None
+            self._crowds[alike] = crowd
+        crowd.parents.append(headers.get(b"traceparent", b""))
+        return crowd.refusal
+
+    def disperse(self, answered: int) -> None:
+        """The turn is at its end, with so many requests answered, or handed on."""
+        crowds, self._crowds = self._crowds.values(), {}
+        self._turn.end(answered, sum(len(crowd.parents) for crowd in crowds if crowd.full))
+        for crowd in crowds:
+            self._told(crowd.slot, crowd.path, crowd.refusal, 0.0, crowd.parents)
+
+    def _gather(self, path: str, header: bytes | None, slot: Slot, taken: int) -> _Crowd | None:
+        """Those whom there is no time for: for none who come later in this turn there will be."""
+        version = slot.current
+        if version is None:
+            return None
+        batcher = version.pyfunc.batcher
+        if not (taken or batcher.queued_rows):
+            return None
+        left_s = seconds_left(batcher.limits, patience(header))
+        if left_s is None:
+            return None
+        full = not self._turn.has_room(taken, left_s)
+        if not (full or batcher.crowded(left_s, self._turn.takes_s(taken))):
+            return None
+        return _Crowd(path, slot, Answer(*_CROWDED[:-1], version), full, [])
