@@ -8,7 +8,8 @@
  * alive; one that was closed is replaced when all others are busy. What is not answered within
  * DRAIN_S after the last one was due is an error. Each request says in X-Deadline-Ms for how long it
  * is of use, which a server may heed or not. Prints one line of JSON; `sent_late_p99_ms` is how late
- * a request was sent, which tells what of the others is this program's and the machine's own.
+ * a request was sent, which tells what of the others is this program's and the machine's own;
+ * `refused_after_p99_ms` counts from when it was sent.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -34,14 +35,14 @@ typedef struct { double *at; size_t n, room; } Times;
 typedef struct { char *bytes; size_t n; } Request;
 typedef struct Connection {
   int fd, busy, connecting;
-  double due;                /* of the request that it carries */
+  double due, began;         /* when its request should have been sent, and when it was */
   const Request *request;
   size_t sent, got;
   char *answer;
   struct Connection *next;   /* in the list of idle ones */
 } Connection;
 
-static Times ok, refused, late;
+static Times ok, refused, refused_after, late;
 static long statuses[1000], errors, sent, answered;
 static Connection *idle;
 static int poller, opened, max_connections;
@@ -149,7 +150,8 @@ static int push_bytes(Connection *c) { /* 0: the connection is broken */
 }
 
 static void start(Connection *c, const Request *request, double due) {
-  c->busy = 1; c->request = request; c->due = due; c->sent = c->got = 0;
+  c->busy = 1; c->request = request; c->due = due; c->began = now(); c->sent = c->got = 0;
+  add(&late, c->began - due);
   if (!c->connecting && !push_bytes(c)) drop(c);
 }
 
@@ -175,7 +177,7 @@ static void receive(Connection *c) {
   if (done != 1 || sscanf(c->answer, "HTTP/1.%*c %3d", &status) != 1 || status < 100) { drop(c); return; }
   ++statuses[status]; ++answered;
   if (status == 200) add(&ok, now() - c->due);
-  if (status == 429) add(&refused, now() - c->due);
+  if (status == 429) add(&refused, now() - c->due), add(&refused_after, now() - c->began);
   const char *close_it = strcasestr(c->answer, "\r\nconnection: close");
   push(c);
   if (close_it && close_it < strstr(c->answer, "\r\n\r\n")) drop(c);
@@ -237,7 +239,6 @@ int main(int n, char **word) {
       if (c) idle = c->next;
       else if (opened < max_connections) c = dial();
       else break; /* it is late already, and waits for a connection */
-      add(&late, now() - (begin + due.at[head]));
       start(c, &requests[head % bodies], begin + due.at[head]);
       ++sent; ++head;
     }
@@ -254,6 +255,7 @@ int main(int n, char **word) {
   }
   qsort(ok.at, ok.n, sizeof(double), ascending);
   qsort(refused.at, refused.n, sizeof(double), ascending);
+  qsort(refused_after.at, refused_after.n, sizeof(double), ascending);
   qsort(late.at, late.n, sizeof(double), ascending);
   printf("{\"rate\": %g, \"seconds\": %g, \"sent\": %zu, \"connections\": %d, \"errors\": %ld, \"statuses\": {",
          rate, seconds, due.n, opened, errors + (long)due.n - answered);
@@ -268,6 +270,7 @@ int main(int n, char **word) {
   print_ms("p99_all_ms", &ok, due.n, 0.99);
   print_ms("refused_p50_ms", &refused, refused.n, 0.5);
   print_ms("refused_p99_ms", &refused, refused.n, 0.99);
+  print_ms("refused_after_p99_ms", &refused_after, refused_after.n, 0.99);
   print_ms("sent_late_p99_ms", &late, late.n, 0.99);
   printf("}\n");
   return 0;

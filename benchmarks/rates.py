@@ -34,6 +34,7 @@ class Point:
         p99_all_ms: Of all requests, others than 200 counted as infinite; None: infinite.
         refused_share: Share answered with 429.
         refused_p50_ms: How soon; refused_p99_ms too.
+        refused_after_p99_ms: How soon after it was sent, which may have been later than due.
         sent_late_p99_ms: How late the load generator itself sent a request: the machine's part.
         errors: Not answered at all, or neither with 200 nor with 429.
         cpu_us: CPU microseconds of the server's processes for each 200.
@@ -50,6 +51,7 @@ class Point:
     refused_share: float
     refused_p50_ms: float | None
     refused_p99_ms: float | None
+    refused_after_p99_ms: float | None
     sent_late_p99_ms: float | None
     errors: int
     cpu_us: float | None

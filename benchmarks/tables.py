@@ -33,7 +33,8 @@ def table(results: Sequence[Result]) -> str:
     """The results as Markdown."""
     lines = [
         "| server | start s | good/s, p99 <= 40 ms | <= 100 ms | p50, p99, p99.9 ms there "
-        "| CPU µs/row | padding | at twice that: good/s | 429 | 429's p50, p99 ms | errors |",
+        "| CPU µs/row | padding | at twice that: good/s | 429 | 429's p50, p99 ms (since sent) "
+        "| errors |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for result in results:
@@ -49,13 +50,16 @@ def table(results: Sequence[Result]) -> str:
             f"{result.padding_share:.1%}" if result.padding_share is not None else "-",
             f"{over.good_per_s:g}" if over else "-",
             f"{over.refused_share:.0%}" if over else "-",
-            f"{over.refused_p50_ms:.1f}, {over.refused_p99_ms:.1f}"
-            if over and over.refused_p50_ms and over.refused_p99_ms
-            else "-",
+            _refusals(over) if over else "-",
             f"{over.errors}" if over else "-",
         ]
         lines.append(f"| {result.server} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _refusals(point: Point) -> str:
+    times = (point.refused_p50_ms, point.refused_p99_ms, point.refused_after_p99_ms)
+    return "-" if None in times else "{:.1f}, {:.1f} ({:.1f})".format(*times)
 
 
 def rates_table(results: Sequence[Result]) -> str:

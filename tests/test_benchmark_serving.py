@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compil
 
 def point(rate: float, p99_ms: float | None, refused_share: float = 0.0) -> rates.Point:
     times = dict.fromkeys(("p50_ms", "p99_ms", "p999_ms", "p99_all_ms"), p99_ms)
-    refused = {"refused_p50_ms": 2.0, "refused_p99_ms": 4.5} if refused_share else {}
+    names = ("refused_p50_ms", "refused_p99_ms", "refused_after_p99_ms")
+    refused = zip(names, (2.0, 4.5, 4.1) if refused_share else (None,) * 3, strict=True)
     return rates.Point(
         rate=rate,
         answered_share=1 - refused_share,
@@ -35,7 +36,8 @@ def point(rate: float, p99_ms: float | None, refused_share: float = 0.0) -> rate
         sent_late_p99_ms=0.3,
         errors=0,
         cpu_us=1.0,
-        **{"refused_p50_ms": None, "refused_p99_ms": None} | times | refused,
+        **times,
+        **dict(refused),
     )
 
 
@@ -106,7 +108,7 @@ def test_a_pause_of_the_machine_does_not_end_the_search() -> None:
 def test_a_server_that_did_not_start_is_a_row_with_its_reason() -> None:
     good = tables.Result("good", "", 1.5, [point(16, 9.0)], {40: 16, 100: 16}, point(32, 99.0, 0.5))
     lines = tables.table([good, tables.Result("bad", "no such module")]).splitlines()
-    cells = "| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 16 | 50% | 2.0, 4.5 | 0 |"
+    cells = "| good | 1.5 | 16 | 16 | 9.0, 9.0, 9.0 | 1 | - | 16 | 50% | 2.0, 4.5 (4.1) | 0 |"
     assert lines[2] == cells
     assert lines[3].startswith("| bad | no such module |")
     assert len({line.count("|") for line in lines}) == 1
