@@ -164,7 +164,9 @@ class _Static:
             return total
         from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
-        # A sparse matrix of ones adds rows up without copying them first.
-        chosen = csr_array((ones, features, np.append(0, ends)), shape=(len(ends), len(table)))
+        # A sparse matrix of ones adds rows up without copying them first; it would look for the
+        # largest of wider indices.
+        places = (features.astype(np.int32), np.append(0, ends).astype(np.int32))
+        chosen = csr_array((ones, *places), shape=(len(ends), len(table)))
         total = chosen @ table
         return total
