@@ -25,8 +25,9 @@ from mlflow_pt_deploy.variants.base import Logits, Predict
 
 Done = Callable[[Ticket], None]
 
-# Nobody is let in who would wait for longer than this share of the time that he has.
-_PATIENCE = 0.4
+# Nobody is let in whom those before him in the queue would keep waiting for longer than this share
+# of the time that he has: the batch that is being computed, and his own, take about as long again.
+_PATIENCE = 1 / 3
 
 
 class Batcher:
