@@ -127,8 +127,8 @@ class DeadlineError(ServingError):
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, without its traceback or graph dump."""
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+    """What a library's error says, without its traceback or graph dump; else what it is."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def exit_in_words(code: int, killed: str) -> str:

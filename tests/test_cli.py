@@ -1,12 +1,9 @@
 """The command line: fast to answer, clear when it refuses."""
 
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import mlflow
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _CALLS, _ways, main
+from mlflow_pt_deploy.cli import _ways, main
 from mlflow_pt_deploy.flags import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,23 +141,27 @@ def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> N
     )
 
 
-def test_a_terminated_stage_ends_its_run(
-    monkeypatch: pytest.MonkeyPatch, tracking: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_terminated_stage_ends_its_run(tracking: str) -> None:
+    code = """
+import os, signal, sys, time
+from mlflow_pt_deploy import cli
+
+def stage(_):
     from mlflow_pt_deploy.tracking import stage_run
 
-    runs: list[str] = []
+    with stage_run("train", "train") as run:
+        print(run.info.run_id, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-    def stage(_: object) -> dict[str, object]:
-        with stage_run("train", "train") as run:
-            runs.append(run.info.run_id)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(30)
-        raise AssertionError("went on")
-
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setitem(_CALLS, "train", stage)
-    assert main(["train", "--data", "x"]) == 143
-    assert mlflow.get_run(runs[0]).info.status == "FAILED"
-    assert capsys.readouterr().err == "pt-deploy train: terminated\n"
-    assert signal.getsignal(signal.SIGTERM) is before
+before = signal.getsignal(signal.SIGTERM)
+cli._CALLS["train"] = stage
+status = cli.main(["train", "--data", "x"])
+assert signal.getsignal(signal.SIGTERM) is before
+sys.exit(status)
+"""
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 143
+    assert ended.stderr.splitlines()[-1] == "pt-deploy train: terminated"
+    assert mlflow.get_run(ended.stdout.strip()).info.status == "FAILED"

@@ -11,7 +11,7 @@ import pytest
 
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.variants import Variant, load_variant, verify
-from mlflow_pt_deploy.variants.build import Built, build
+from mlflow_pt_deploy.variants.build import Built, _cause, build
 from mlflow_pt_deploy.variants.eager import Eager
 from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.variants.openvino import OpenVino
@@ -59,7 +59,7 @@ def test_all_in_order_and_what_fails_is_a_row(
 
     assert elsewhere.reason == "skipped: this machine is not elsewhere"
     assert said[0] == elsewhere  # known before any child has started
-    assert "the export was ended by SIGKILL; the machine may have run out of" in crashed.reason
+    assert "the export was killed (SIGKILL); the machine may have run out of" in crashed.reason
     assert "onnx is not installed" in missing.reason
     assert "pip install 'mlflow-pt-deploy[onnx]'" in missing.reason
     for row in (elsewhere, crashed, missing):
@@ -72,6 +72,14 @@ def test_all_in_order_and_what_fails_is_a_row(
     assert list(target.glob("[!.]*")) == [eager.folder]  # a dot: what a killed export leaves
     loaded = load_variant(eager.folder, threads=1)
     assert loaded.labels[loaded.logits(["a refund"]).argmax()] == "refund"
+
+
+def test_a_child_that_ended_by_itself_is_quoted(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Loading\nno space left\n")
+    assert _cause(3, log) == "the export ended with exit code 3: no space left"
+    log.write_text("")
+    assert _cause(3, log) == "the export ended with exit code 3"
 
 
 def test_intact_exports_are_kept_and_others_built_anew(

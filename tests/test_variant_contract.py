@@ -267,15 +267,20 @@ def test_golden_rows_are_answered_as_when_exported(variant: Variant, folder: Pat
     assert off(actual, np.asarray(golden["logits"])) < 1e-5  # the same machine
 
 
-def test_threads_change_no_answer(
-    folder: Path, loaded: LoadedVariant, splits: Splits, monkeypatch: pytest.MonkeyPatch
+def test_threads_change_no_answer_but_by_the_company_of_a_row(
+    variant: Variant,
+    folder: Path,
+    loaded: LoadedVariant,
+    splits: Splits,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(streams, "_CHEAP_S", 0.0)  # the tiny model's rows are worth a thread each
     rows = splits.test.rows[:2]
     one = loaded.logits(rows)
     two = load_variant(folder, threads=2, allow_code=True, check_golden=False).logits(rows)
     loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)  # sets it back
-    assert off(two, one) < 1e-5
+    apart = isinstance(loaded.predict, streams.Streams)  # two threads take a row each
+    assert off(two, one) < (COMPANY[variant.precision] if apart else 1e-5)
     assert off(loaded.logits(rows), one) < 1e-5
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import uvicorn
 
-from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
+from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError, first_line
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
@@ -255,9 +255,8 @@ def _http() -> Any:
 def _in_words(error: Exception) -> PtDeployError:
     if isinstance(error, PtDeployError):
         return error
-    line = next(iter(str(error).splitlines()), type(error).__name__)
     return TrackingError(
-        f"the model cannot be fetched or opened: {line} Look at its address, and at "
+        f"the model cannot be fetched or opened: {first_line(error)} Look at its address, and at "
         "MLFLOW_TRACKING_URI."
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mlflow_pt_deploy.data.splits import Splits
-from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.errors import ArtifactError, exit_in_words
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.preprocess import Row, row_to_json
 from mlflow_pt_deploy.variants.base import Variant
@@ -282,9 +281,6 @@ class _Exporter:
 
 
 def _cause(code: int, log: Path) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        return f"the export was ended by {name}{hint}"
+    how = exit_in_words(code, "; the machine may have run out of memory")
     last = log.read_text(encoding="utf8", errors="replace").strip().splitlines()[-1:]
-    return f"the export ended with code {code}: {last[0] if last else 'no message'}"
+    return f"the export {how}: {last[0]}" if code > 0 and last else f"the export {how}"
