@@ -9,18 +9,15 @@ import argparse
 import json
 import os
 import shlex
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.flags import SERVE, parser
+from mlflow_pt_deploy.sigterm import on_sigterm
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.fitting import Trained
@@ -42,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     _quiet_libraries()
     try:
-        with _told_of_the_end():
+        with on_sigterm(_terminate):
             document = _CALLS[options.stage](options)
     except PtDeployError as error:
         print(f"pt-deploy {options.stage}: {error}", file=sys.stderr)
@@ -59,24 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as containers and batch systems send it: ends a stage as Ctrl-C does."""
+    """SIGTERM, as containers and batch systems send it: ends a stage, and MLflow's runs, as Ctrl-C
+    does; else they would be shown as running for ever.
+    """
 
 
-@contextmanager
-def _told_of_the_end() -> Iterator[None]:
-    """Let SIGTERM end MLflow's runs too, which would be shown as running for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _terminate() -> None:
+    raise _Terminated
 
 
 def _quiet_libraries() -> None:

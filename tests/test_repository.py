@@ -19,6 +19,7 @@ ROOMS = (
     "hardware",
     "home",
     "cost",
+    "sigterm",
     "data",
     "preprocess",
     "models",

@@ -279,8 +279,9 @@ def test_threads_change_no_answer_but_by_the_company_of_a_row(
     one = loaded.logits(rows)
     two = load_variant(folder, threads=2, allow_code=True, check_golden=False).logits(rows)
     loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)  # sets it back
-    apart = isinstance(loaded.predict, streams.Streams)  # two threads take a row each
-    assert off(two, one) < (COMPANY[variant.precision] if apart else 1e-5)
+    scaled = isinstance(loaded.predict, streams.Streams) and variant.precision == "int8-dynamic"
+    # Two threads take a row each, one takes both, with one scale.
+    assert off(two, one) < (COMPANY[variant.precision] if scaled else 1e-5)
     assert off(loaded.logits(rows), one) < 1e-5
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -37,6 +35,7 @@ from mlflow_pt_deploy.serving.siblings import Seat
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.spans import spans_from_environment
 from mlflow_pt_deploy.serving.watcher import Watcher
+from mlflow_pt_deploy.sigterm import on_sigterm
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
 _LOOK_S = 0.05
@@ -84,7 +83,8 @@ def run_server(server: Server) -> None:
         TrackingError: A model cannot be found or fetched.
         PtDeployError: A model may not serve.
     """
-    with _quiet_end(), _fair_threads(), _serving_environment():
+    # Uvicorn raises SIGTERM again when all is done; the status shall be 0.
+    with on_sigterm(lambda: None), _fair_threads(), _serving_environment():
         settings = server.settings
         sockets = server.seat.sockets if server.seat else take_port(settings.host, settings.port)
         server.run(several_handles(sockets))
@@ -286,16 +286,3 @@ def _serving_environment() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-@contextmanager
-def _quiet_end() -> Iterator[None]:
-    """Let SIGTERM end the server with status 0: uvicorn raises it again when all is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
