@@ -35,7 +35,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # torch goes first and by its exact version: a range could pull another build with CUDA
-$(VENV)/.all: setup.cfg conda.yaml pyproject.toml
+$(VENV)/.all: setup.cfg setup.py conda.yaml pyproject.toml mlflow_pt_deploy/serving/_front.c
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	sed -n 's/^ *- \([a-z].*==.*\)/\1/p' conda.yaml > $(VENV)/pins.txt
 	pip install --quiet $$(grep '^torch==' $(VENV)/pins.txt)

@@ -51,7 +51,7 @@ def server(
         slot.current.pyfunc.quick = request.param
         count = Count()
         app = App({"tiny": slot}, access=count)
-        with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+        with running(app, http=connection.Connection, proxy_headers=False) as url:
             yield url, count
 
 

@@ -66,7 +66,7 @@ def both(
         # whatever this machine's clock said
         slot.current.pyfunc.quick = request.param == "loop"
         slot.current.pyfunc.glances = request.param == "cascade"
-        routes, options = Routes(), {"http": connection.BoundedProtocol, "proxy_headers": False}
+        routes, options = Routes(), {"http": connection.Connection, "proxy_headers": False}
         short, long = App({"tiny": slot}, access=routes), App({"tiny": slot})
         long.quick = None  # type: ignore[assignment]
         with running(short, **options) as first, running(long, **options) as second:
@@ -188,7 +188,7 @@ def test_a_known_head_is_still_asked_for_its_token(both: Both) -> None:
     whole = head + b"Authorization: Bearer 0123456789abcdef\r\n\r\n" + body
     for token, status in ((b"0123456789abcdef", 200), (b"fedcba9876543210", 401)):
         app = App({"tiny": both.slot}, guard=Guard(scoring=(token,)))
-        with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+        with running(app, http=connection.Connection, proxy_headers=False) as url:
             # known from the first server on; a refusal closes the connection
             found = [talk(url, [[whole]])[0][0] for _ in range(3)]
         assert found == [status] * 3
@@ -241,7 +241,7 @@ def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> Non
 
 def test_a_token_is_asked_for(both: Both) -> None:
     app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
-    with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+    with running(app, http=connection.Connection, proxy_headers=False) as url:
         assert both.post(url, {"inputs": ["red"]}).status_code == 401
         right = both.post(url, {"inputs": ["red"]}, Authorization="Bearer 0123456789abcdef")
         assert right.status_code == 200
@@ -254,7 +254,7 @@ def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
     config = {"max_batch_rows": 1, "queue_rows": 3}
     slot = Slot("slow", source(str(save_tiny(tmp_path / "slow", predict_s=0.2)), config))
     slot.open()
-    with running(App({"slow": slot}), http=connection.BoundedProtocol, proxy_headers=False) as url:
+    with running(App({"slow": slot}), http=connection.Connection, proxy_headers=False) as url:
         yield url, slot
 
 
@@ -322,7 +322,7 @@ def test_a_cascade_hands_only_open_cases_over(
     slot.current.pyfunc.glances = True
     computed: list[int] = []
     slot.current.pyfunc.batcher.calls.observe = lambda rows, *_: computed.append(rows)
-    with running(App({"tiny": slot}), http=connection.BoundedProtocol, proxy_headers=False) as url:
+    with running(App({"tiny": slot}), http=connection.Connection, proxy_headers=False) as url:
 
         def ask(*rows: str) -> list[str]:
             answer = requests.post(f"{url}/invocations", json={"inputs": rows}, timeout=10)
@@ -434,7 +434,7 @@ def test_each_refusal_is_told_once(both: Both, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_connection_is_closed_when_it_has_rested_for_long_enough(both: Both) -> None:
     app = App({"tiny": both.slot})
-    settings: dict[str, Any] = {"http": connection.BoundedProtocol, "proxy_headers": False}
+    settings: dict[str, Any] = {"http": connection.Connection, "proxy_headers": False}
     with running(app, timeout_keep_alive=1, **settings) as url:
         host, port = url.removeprefix("http://").split(":")
         body = b'{"inputs": ["red"]}'

@@ -18,6 +18,7 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.serving import bounded
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.slot import Slot
@@ -34,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(folder: Path) -> Iterator[tuple[str, int]]:
     slot = Slot("tiny", source(str(folder)))
     slot.open()
-    with running(App({"tiny": slot}), http=connection.BoundedProtocol) as url:
+    with running(App({"tiny": slot}), http=connection.Connection) as url:
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 
@@ -73,7 +74,7 @@ def test_a_long_head_is_refused(address: tuple[str, int]) -> None:
 def test_a_head_that_does_not_come_ends_the_connection(
     address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "HEAD_S", 0.1)
+    monkeypatch.setattr(bounded, "HEAD_S", 0.1)
     for head in (b"", b"GET /livez HTTP/1.1\r\nHo"):
         with socket.create_connection(address, timeout=5) as client:
             client.sendall(head)

@@ -27,7 +27,7 @@ def kept(tmp_path: Path) -> Iterator[tuple[str, Spans, InMemorySpanExporter]]:
     slot, spans = Slot("tiny", source(str(save_tiny(tmp_path / "tiny")))), Spans(exporter)
     slot.open()
     app = App({"tiny": slot}, spans=spans)
-    with running(app, http=connection.BoundedProtocol, proxy_headers=False) as url:
+    with running(app, http=connection.Connection, proxy_headers=False) as url:
         yield url, spans, exporter
 
 

@@ -6,6 +6,7 @@ It is also an MLflow loader module, so that MLflow itself loads what `save_tiny`
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -124,10 +125,23 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
 
 @contextmanager
 def running(app: Any, **settings: Any) -> Iterator[str]:
-    """An application on a free port; its address."""
+    """An application on a free port, with the front that `pt-deploy serve` has; its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", **settings))
+    from mlflow_pt_deploy.serving.front import open_front
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            if getattr(app, "quick", None) is not None:
+                app.front = open_front(app.quick, lambda: self.server_state.default_headers)
+            await super().startup(sockets)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            if getattr(app, "front", None) is not None:
+                app.front.close()
+
+    server = Server(uvicorn.Config(app, port=0, log_level="error", **settings))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.body import CLOSE, MAX_BODY_BYTES, Receive, Watch, read_body
+from mlflow_pt_deploy.serving.front import Front
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.metrics import Metrics
 from mlflow_pt_deploy.serving.openapi import document
@@ -60,6 +61,8 @@ class App:
 
     Attributes:
         spans: As given.
+        quick: Answers common requests.
+        front: Reads those, while the server runs, where there is one.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class App:
         }
         self._of_all = {"/ping", "/health", "/readyz", *self._looks}
         self.quick = Quick(self._scored, self._guard, self._tell, self._in_flight)
+        self.front: Front | None = None
         for name, slot in slots.items():
             self._metrics.gauge("queue_rows", name, _queued(slot))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))

@@ -1,8 +1,7 @@
-"""One connection: the head of a request must be short, and come soon; common requests go past ASGI.
+"""One connection: common requests go past ASGI, and past Python's reading where that is possible.
 
-The parser in C that uvicorn uses has a limit for neither; a request's body is the `app`'s business.
-A short request is offered to `quick` first. Whatever that does not take on
-goes uvicorn's way, as if nothing had been.
+A short request is offered to `quick` first; whatever that does not take on goes uvicorn's way, as
+if nothing had been. A connection on which the same heads come again is lent to the `front`.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from mlflow_pt_deploy.serving.heads import GAP, Head, keep, known, start_of_answer
+from mlflow_pt_deploy.serving.bounded import BoundedProtocol
+from mlflow_pt_deploy.serving.front import Loan
+from mlflow_pt_deploy.serving.heads import Head, keep, known, written
 from mlflow_pt_deploy.serving.protocol import Answer
 from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.short import MOST_BYTES, looks_short
 from mlflow_pt_deploy.serving.ticket import Caller
 
-HEAD_BYTES = 64 * 2**10
-HEAD_S = 15.0
 SHORT_S = 0.2
+# A connection that seems idle comes back before it is closed, so that what is on its way is heard.
+_LAST_LOOK_S = 0.05
 
 
 class _UnderWay:
@@ -43,33 +44,33 @@ class _UnderWay:
         self.caller.left = gone
 
 
-class BoundedProtocol(HttpToolsProtocol):
-    """Uvicorn's, with a limit on heads: `HEAD_BYTES`, and `HEAD_S` until one has come."""
+class Connection(BoundedProtocol):
+    """Uvicorn's, within its limits, but for the requests that `quick` takes on."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._head_open = True
-        self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
         self._quick: Quick | None = getattr(self.app, "quick", None)
+        self._loan: Loan | None = None
         self._short: bytes | None = None  # the body of a request that `quick` may take
         self._short_timer: asyncio.TimerHandle | None = None
         self._between = True  # whether all requests that began have come to their end
         self._came = b""  # what came last, if a request began with it
-        self._rested_s = 0.0  # since when nothing is under way, by the loop's clock
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self.scheme == "http":  # with this limit a TLS transport would never write again
-            # What is written goes out at once, not when all that came in this turn has been read.
-            transport.set_write_buffer_limits(high=0)
-        self._start_timer()
+        front = getattr(self.app, "front", None)
+        if front is not None and self.scheme == "http":
+            self._loan = Loan(front, self, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._recall()
         self._short = None
         self._stop_short_timer()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        self._recall()
+        super().shutdown()
 
     def data_received(self, data: bytes) -> None:
         if self._between and self._is_known(data):
@@ -81,21 +82,34 @@ class BoundedProtocol(HttpToolsProtocol):
             # Many clients send a body apart from its head. Should its end not come soon, `app` has
             # the patience and the limits.
             self._short_timer = self.loop.call_later(SHORT_S, self._go_uvicorns_way)
-        if not self._head_open:
+
+    def lent_request(self, data: bytes, since: float) -> None:
+        """A whole request came while the connection was lent.
+
+        Args:
+            data: Its head is one that the `Loan` was told.
+            since: When it was read, by `time.perf_counter`.
+        """
+        if self.transport.is_closing():
             return
-        self._head_bytes += len(data)
-        if self._head_timer is None:
-            self._start_timer()
-        if self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"The request's head is longer than {HEAD_BYTES} bytes.")
+        head, body = known(data)
+        if head is None or not self._take(head, body, True, since):
+            self._recall()
+            self.data_received(data)
+
+    def given_back(self, data: bytes) -> None:
+        """The connection is lent no more, and this was read on it last."""
+        self._recall()
+        if data and not self.transport.is_closing():
+            self.data_received(data)
 
     def on_message_begin(self) -> None:
-        self._head_open, self._between = True, False
+        self._between = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._close_head()
         if self._may_be_quick():
+            self.close_head()
             self._short = b""
         else:
             super().on_headers_complete()
@@ -115,7 +129,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._stop_short_timer()
         body = self._short
-        head = Head(self.url, self.headers, dict(self.headers), len(body))
+        head = Head(b"", self.url, self.headers, dict(self.headers), len(body))
         keep_alive = self.parser.should_keep_alive()
         if looks_short(head.fields, body) and self._offer(head, body, keep_alive):
             self._short = None
@@ -123,6 +137,16 @@ class BoundedProtocol(HttpToolsProtocol):
                 keep(self._came, head, body)
         elif self._go_uvicorns_way():
             super().on_message_complete()
+
+    def rested_s(self) -> float:
+        if self._loan is None or not self._loan.lent:
+            return super().rested_s()
+        self._rested_s = max(self._rested_s, self._loan.heard_s())
+        rested_s = super().rested_s()
+        if rested_s < self.timeout_keep_alive:
+            return rested_s
+        self._recall()
+        return min(super().rested_s(), self.timeout_keep_alive - _LAST_LOOK_S)
 
     def _may_be_quick(self) -> bool:
         return (
@@ -145,13 +169,18 @@ class BoundedProtocol(HttpToolsProtocol):
         """Whether `quick` refuses a request, or takes it on."""
         assert self._quick is not None
         refusal = self._quick.refuse(head.url, head.fields)
-        if refusal is not None:
-            self._send(refusal, keep_alive)
-            return True
+        if refusal is None:
+            return self._take(head, body, keep_alive)
+        self._send(refusal, keep_alive)
+        return True
+
+    def _take(self, head: Head, body: bytes, keep_alive: bool, since: float | None = None) -> bool:
+        """Whether `quick` takes a request on, which came at `since`, or now."""
+        assert self._quick is not None
         turn, before = _UnderWay(keep_alive), self.cycle
         self.cycle = turn  # type: ignore[assignment]
         done = partial(self._done, turn, head, body)
-        if self._quick.take(head.url, head.fields, body, turn.caller, done):
+        if self._quick.take(head.url, head.fields, body, turn.caller, done, since):
             return True
         self.cycle = before
         return False
@@ -163,13 +192,14 @@ class BoundedProtocol(HttpToolsProtocol):
             return False
         if not (self._quick.knows(head.url) and self._is_free() and self._offer(head, body, True)):
             return False
-        self._close_head()
+        self.close_head()
+        if self._loan is not None:
+            self._loan.lend(head, busy=not self._is_free())
         return True
 
-    def _close_head(self) -> None:
-        self._head_open = False
-        self._head_bytes = 0
-        self._stop_timer()
+    def _recall(self) -> None:
+        if self._loan is not None and self._loan.lent:
+            self._rested_s = max(self._rested_s, self._loan.recall())
 
     def _go_uvicorns_way(self) -> bool:
         """Begin the request as uvicorn would have done, unless the connection closes."""
@@ -187,48 +217,23 @@ class BoundedProtocol(HttpToolsProtocol):
         if turn.disconnected or self.transport.is_closing():
             return
         if result is None:
+            self._recall()
             self._begin(turn, head, body)
             return
         turn.response_complete = True
         self._send(result, turn.keep_alive)
 
     def _send(self, result: Answer, keep_alive: bool) -> None:
-        assert result.version is not None
-        start = start_of_answer(
-            result.status,
-            keep_alive,
-            *self.server_state.default_headers,
-            (b"content-type", result.content_type),
-            result.version.header,
-            *result.headers,
-        )
-        length = b"content-length: %d" % len(result.body)
-        self.transport.write(b"".join([start, length, GAP, result.body]))
+        data = written(result, keep_alive, self.server_state.default_headers)
+        if self._loan is not None and self._loan.lent:
+            data = self._loan.answer(data)
+        if data:
+            self._recall()
+            self.transport.write(data)
         if not keep_alive:
+            self._recall()
             self.transport.close()
         self.on_response_complete()
-
-    def on_response_complete(self) -> None:
-        """Uvicorn's; but where its timer for an idle connection runs still, it runs on."""
-        self._rested_s = self.loop.time()
-        if self.pipeline or self.flow.read_paused or self.timeout_keep_alive_task is None:
-            super().on_response_complete()
-        else:
-            self.server_state.total_requests += 1
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Close the connection, unless something has come since the timer was set."""
-        self.timeout_keep_alive_task = None
-        if self.transport.is_closing():
-            return
-        busy = self.cycle is not None and not self.cycle.response_complete
-        rested_s = 0.0 if busy else self.loop.time() - self._rested_s
-        if rested_s >= self.timeout_keep_alive:
-            super().timeout_keep_alive_handler()
-            return
-        self.timeout_keep_alive_task = self.loop.call_later(
-            self.timeout_keep_alive - rested_s, self.timeout_keep_alive_handler
-        )
 
     def _begin(self, turn: _UnderWay, head: Head, body: bytes) -> None:
         scope: Any = {
@@ -266,19 +271,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.cycle = cycle
         self._start_asgi_task(cycle, self.app)
 
-    def _start_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_S, self._too_late)
-
-    def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
     def _stop_short_timer(self) -> None:
         if self._short_timer is not None:
             self._short_timer.cancel()
             self._short_timer = None
-
-    def _too_late(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.abort()

@@ -13,6 +13,7 @@ from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, fa
 from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.ticket import seconds_left
 from mlflow_pt_deploy.serving.turn import Turn
+from mlflow_pt_deploy.serving.version import Version
 
 Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]
 """Told of an answer: slot, path, answer, seconds, ``traceparent`` of each request that got it."""
@@ -47,6 +48,7 @@ class Crowds:
     def __init__(self, turn: Turn, told: Told) -> None:
         self._turn, self._told = turn, told
         self._crowds: dict[tuple[str, bytes | None], _Crowd] = {}  # by path and deadline
+        self._outside = 0
 
     def refuse(
         self, path: str, slot: Slot, headers: Mapping[bytes, bytes], taken: int
@@ -72,10 +74,28 @@ class Crowds:
         crowd.parents.append(headers.get(b"traceparent", b""))
         return crowd.refusal
 
+    def room(self, slot: Slot, header: bytes | None) -> tuple[int, Answer] | tuple[None, None]:
+        """How many requests with the same deadline may wait for the next turn, and what the others
+        are told; None: as many as come."""
+        version = slot.current
+        left_s = None if version is None else _left_s(version, header)
+        if version is None or left_s is None:
+            return None, None
+        batcher = version.pyfunc.batcher
+        full = bool(batcher.queued_rows) and batcher.crowded(left_s)
+        return 0 if full else self._turn.room(left_s), Answer(*_CROWDED[:-1], version)
+
+    def tell(self, path: str, slot: Slot, number: int) -> None:
+        """So many were refused outside, before the turn that comes to its end next."""
+        self._outside += number
+        self._told(slot, path, Answer(*_CROWDED[:-1], slot.current), 0.0, [b""] * number)
+
     def disperse(self, answered: int) -> None:
         """The turn is at its end, with so many requests answered, or handed on."""
         crowds, self._crowds = self._crowds.values(), {}
-        self._turn.end(answered, sum(len(crowd.parents) for crowd in crowds if crowd.full))
+        outside, self._outside = self._outside, 0
+        full = sum(len(crowd.parents) for crowd in crowds if crowd.full)
+        self._turn.end(answered, full, outside)
         for crowd in crowds:
             self._told(crowd.slot, crowd.path, crowd.refusal, 0.0, crowd.parents)
 
@@ -87,10 +107,15 @@ class Crowds:
         batcher = version.pyfunc.batcher
         if not (taken or batcher.queued_rows):
             return None
-        left_s = seconds_left(batcher.limits, patience(header))
+        left_s = _left_s(version, header)
         if left_s is None:
             return None
         full = not self._turn.has_room(taken, left_s)
         if not (full or batcher.crowded(left_s, self._turn.takes_s(taken))):
             return None
         return _Crowd(path, slot, Answer(*_CROWDED[:-1], version), full, [])
+
+
+def _left_s(version: Version, header: bytes | None) -> float | None:
+    """Seconds for a request that comes now, as its header and the version's limits have it."""
+    return seconds_left(version.pyfunc.batcher.limits, patience(header))

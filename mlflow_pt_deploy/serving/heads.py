@@ -6,9 +6,12 @@ bytes are not parsed twice. Knows nothing of who may send what.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from http import HTTPStatus
 from typing import NamedTuple
+
+from mlflow_pt_deploy.serving.protocol import Answer
 
 GAP = b"\r\n\r\n"
 """What ends a head."""
@@ -17,8 +20,9 @@ _MOST_BYTES = 1024
 
 
 class Head(NamedTuple):
-    """What a request's head says; its connection stays open."""
+    """What a request's head says; its connection stays open. `text` is the head itself."""
 
+    text: bytes
     url: bytes
     headers: list[tuple[bytes, bytes]]
     fields: dict[bytes, bytes]
@@ -55,14 +59,35 @@ def keep(came: bytes, head: Head, body: bytes) -> None:
     ):
         if len(_known) >= _MOST_HEADS:
             _known.clear()
-        _known[text] = head
+        _known[text] = head._replace(text=text)
 
 
 @lru_cache(maxsize=256)
-def start_of_answer(status: int, keep_alive: bool, *headers: tuple[bytes, bytes]) -> bytes:
+def _start(status: int, keep_alive: bool, *headers: tuple[bytes, bytes]) -> bytes:
     """Status line and headers; the same for a second, for then the date is another."""
     lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
     lines += [b"%s: %s" % header for header in headers]
     if not keep_alive:
         lines.append(b"connection: close")
     return b"\r\n".join([*lines, b""])
+
+
+def written(result: Answer, keep_alive: bool, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """An answer of a model's as it goes out.
+
+    Args:
+        result: Its version must be given.
+        keep_alive: Whether the connection stays open.
+        headers: More of them.
+    """
+    assert result.version is not None
+    start = _start(
+        result.status,
+        keep_alive,
+        *headers,
+        (b"content-type", result.content_type),
+        result.version.header,
+        *result.headers,
+    )
+    length = b"content-length: %d" % len(result.body)
+    return b"".join([start, length, GAP, result.body])

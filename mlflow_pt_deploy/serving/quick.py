@@ -76,6 +76,27 @@ class Quick:
         self._crowds = Crowds(self._turn, told)
         self._finished: deque[tuple[_Asked, Ticket]] = deque()
         self._collecting = False
+        self._changed: Callable[[], None] = lambda: None
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        """Have somebody told whenever `room` may have changed."""
+        self._changed = changed
+
+    def room(self, path: bytes, deadline: bytes | None) -> tuple[int, Answer] | tuple[None, None]:
+        """How many requests may wait outside until the next turn of the loop.
+
+        Args:
+            path: One that it knows.
+            deadline: The header of these requests, if they have it.
+
+        Returns:
+            Their number, and what the others are told; None: as many as come.
+        """
+        return self._crowds.room(self._scored[path][1], deadline)
+
+    def tell_refused(self, path: bytes, number: int) -> None:
+        """So many were refused outside."""
+        self._crowds.tell(*self._scored[path], number)
 
     def knows(self, path: bytes) -> bool:
         """Whether a request to this path may be a common one."""
@@ -105,6 +126,7 @@ class Quick:
         body: bytes,
         caller: Caller,
         done: Done,
+        since: float | None = None,
     ) -> bool:
         """Take a request on, or say that it must go the long way.
 
@@ -114,6 +136,7 @@ class Quick:
             body: The whole of it, of a request that `looks_short`.
             caller: Who asks; says so when he leaves.
             done: Called once, in a later turn of the loop, if this returns True.
+            since: When it came, by `time.perf_counter`; None: now.
         """
         route, slot = self._scored[path]
         version = slot.current
@@ -122,12 +145,14 @@ class Quick:
         if not self._guard.may_score(headers.get(b"authorization")):
             return False
         self._open_turn()
-        since = time.perf_counter()
+        now = time.perf_counter()
+        since = since or now
         found = read_short(body, len(version.pyfunc.loaded.labels))
         if found is None:
             return False
         slot.used = since
-        caller.expires = deadline(headers.get(DEADLINE_HEADER))
+        expires = deadline(headers.get(DEADLINE_HEADER))
+        caller.expires = None if expires is None else expires - (now - since)
         parents = (headers.get(b"traceparent", b""),)
         self._asked.append(_Asked(route, slot, version, *found, since, caller, parents, done))
         self._in_flight[slot.name] += 1
@@ -145,6 +170,7 @@ class Quick:
             self._score(asked)
         finally:
             self._crowds.disperse(len(asked))
+            self._changed()
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):
@@ -234,6 +260,7 @@ class Quick:
                 self._answer(request, failed(request.version, ticket.error))
         for version, requests in _by_version(tickets):
             self._encode_all(version, requests, [tickets[request].result() for request in requests])
+        self._changed()
 
     def _encode_all(
         self, version: Version, requests: Sequence[_Asked], logits: Sequence[Logits]

@@ -21,6 +21,7 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError, 
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.front import missing, open_front
 from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.loop import SWITCH_S
@@ -165,6 +166,7 @@ class Server(uvicorn.Server):
                     if self.should_exit:
                         return
                     await asyncio.sleep(_LOOK_S)
+        self.app.front = open_front(self.app.quick, lambda: self.server_state.default_headers)
         await super().startup(sockets)
         if self.seat is not None and self.seat.late:
             self._say(self._first_words())
@@ -174,6 +176,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._watcher.stop()
         await super().shutdown(sockets)
+        if self.app.front is not None:
+            self.app.front.close()
         if self.seat is not None:
             self.seat.siblings.close()
 
@@ -204,6 +208,7 @@ class Server(uvicorn.Server):
         return [
             f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
             *(f"  {describe(slot, poll_s)}" for slot in self._slots.values()),
+            *([f"  {missing()}"] if missing() else []),
         ]
 
 
@@ -246,10 +251,10 @@ def describe(slot: Slot, poll_s: float) -> str:
 def _http() -> Any:
     """The parser in C with our limits; without the extra `serve`, h11, which has its own."""
     try:
-        from mlflow_pt_deploy.serving.connection import BoundedProtocol
+        from mlflow_pt_deploy.serving.connection import Connection
     except ModuleNotFoundError:
         return "h11"
-    return BoundedProtocol
+    return Connection
 
 
 def _in_words(error: Exception) -> PtDeployError:

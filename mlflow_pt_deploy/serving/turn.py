@@ -14,6 +14,9 @@ from collections import deque
 # While some are refused turns become shorter, so that a refusal comes soon: in a turn's time.
 _CALM, _BUSY = 0.15, 0.03
 _TIGHTEN, _RELAX = 0.7, 1.05
+# Those who wait outside it, where refusing takes no time of it, may wait for this share; before
+# anything is known of turns, so many.
+_WAITING, _FIRST = 0.1, 1024
 # Turns of a few answers say nothing of one with many: mostly they take what any turn takes.
 _MANY = 16
 # A machine that pauses for a moment, as one does whose processor is shared out by quota, holds up
@@ -58,14 +61,19 @@ class Turn:
         """
         return self.takes_s(answers) <= self._share * left_s
 
-    def end(self, answers: int, refused: int) -> None:
+    def room(self, left_s: float) -> int:
+        """How many requests that have so many seconds may wait for the next turn."""
+        return max(1, int(_WAITING * left_s / self._each_s)) if self._each_s else _FIRST
+
+    def end(self, answers: int, refused: int, outside: int = 0) -> None:
         """All of the turn's requests are answered, or handed on.
 
         Args:
             answers: How many.
             refused: How many found no room.
+            outside: How many were refused before the turn, where that takes no time of it.
         """
-        if answers >= _MANY or (answers and refused):
+        if answers >= _MANY or (answers and (refused or outside)):
             self._of_late.append((time.perf_counter() - self._began_s) / answers)
             if len(self._of_late) >= _ENOUGH:
                 self._each_s = sorted(self._of_late)[_FASTER]
