@@ -353,6 +353,55 @@ def test_refused_while_python_does_something_else(tiny: Tiny) -> None:
         client.close()
 
 
+def stopped(tiny: Tiny, clients: list[Client], sent: list[bytes], seconds: float) -> None:
+    """Have clients send while the event loop stands still for so long."""
+    began = threading.Event()
+    tiny.on_loop(lambda: (began.set(), time.sleep(seconds)))
+    assert began.wait(10)
+    for client, data in zip(clients, sent, strict=True):
+        client.socket.sendall(data)
+
+
+def test_what_waited_for_too_long_is_not_computed(tiny: Tiny) -> None:
+    head = HEAD + b"X-Deadline-Ms: 100\r\n"
+    clients = [Client(tiny) for _ in range(2)]
+    for client in clients:
+        for _ in range(3):
+            assert client.ask(whole("red", head))[0] == 200
+    assert tiny.loans == 2
+    slot = tiny.app.front._quick._scored[b"/invocations"][1]  # type: ignore[union-attr]
+    assert slot.current
+    rows: list[int] = []
+    slot.current.pyfunc.batcher.calls.observe = lambda count, *_: rows.append(count)
+    stopped(tiny, clients, [whole("red", head)] * 2, 0.3)
+    for client in clients:
+        status, answer = client.answer()
+        assert (status, answer["error_code"]) == (504, "DEADLINE_EXCEEDED")
+        client.close()
+    assert rows == []
+
+
+def test_a_turn_scores_no_more_rows_than_it_may(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.serving.quick.MOST_AT_ONCE", 3)
+    clients = [Client(tiny) for _ in range(8)]
+    for client in clients:
+        for _ in range(3):
+            assert client.ask(whole("red"))[0] == 200
+    assert tiny.loans == 8
+    turns: list[int] = []
+    honest = tiny.app.quick._score
+    monkeypatch.setattr(
+        tiny.app.quick, "_score", lambda asked: (turns.append(len(asked)), honest(asked))
+    )
+    stopped(tiny, clients, [whole(word) for word in ["red", "tan"] * 4], 0.1)
+    for client in clients:
+        assert client.answer()[1]["predictions"][0]["label"] == "red"
+        client.close()
+    assert turns == [3, 3, 2]
+
+
 def test_where_there_was_no_room_there_will_be_soon(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +515,50 @@ def test_who_leaves_is_not_computed_any_more(tmp_path: Path) -> None:
         until(lambda: routes.statuses - before == Counter({200: 2, 499: 1}))
         for client in clients:
             client.close()
+
+
+def test_all_leave_at_once(tiny: Tiny) -> None:
+    clients = [Client(tiny) for _ in range(300)]
+    for client in clients:
+        for _ in range(2):
+            assert client.ask(whole("red"))[0] == 200
+    assert tiny.loans == 300
+    began, ends = threading.Event(), threading.Event()
+    tiny.on_loop(lambda: (began.set(), ends.wait(10)))
+    assert began.wait(10)
+    for at, client in enumerate(clients):
+        if at % 2:
+            client.socket.sendall(whole("red"))
+        client.close()
+    ends.set()
+    until(lambda: not tiny.loans)
+    client = Client(tiny)
+    for _ in range(3):
+        assert client.ask(whole("red"))[0] == 200
+    assert tiny.loans == 1
+    client.close()
+
+
+def test_a_fault_ends_its_own_connection_only(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = connection.Connection.lent_request
+
+    def fails(self: Any, data: bytes, since: float) -> None:
+        if b"bad" in data:
+            raise RuntimeError("a fault")
+        honest(self, data, since)
+
+    monkeypatch.setattr(connection.Connection, "lent_request", fails)
+    clients = [Client(tiny) for _ in range(3)]
+    for client in clients:
+        for _ in range(3):
+            assert client.ask(whole("red"))[0] == 200
+    for client, word in zip(clients, ("red", "bad", "tan"), strict=True):
+        client.socket.sendall(whole(word))
+    assert [clients[at].answer()[0] for at in (0, 2)] == [200, 200]
+    assert clients[1].socket.recv(10) == b""
+    until(lambda: tiny.loans == 2)
+    for client in clients:
+        client.close()
 
 
 def test_more_heads_and_kinds_than_are_kept_are_answered_too(

@@ -45,6 +45,8 @@ typedef struct {
     size_t used, size;
 } Inbox;
 
+static const struct timespec NAP = {.tv_nsec = 250000};
+
 typedef enum { FREE, IDLE, BUSY, BACK } State;
 
 typedef struct {
@@ -231,7 +233,8 @@ static void *run(void *argument) {
                          events[at].events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
         }
         pthread_mutex_lock(&self->lock);
-        bool tell = self->inbox->count && !self->told;
+        bool waits = self->told; /* what was read before has not been taken yet */
+        bool tell = self->inbox->count && !waits;
         self->told |= tell;
         pthread_mutex_unlock(&self->lock);
         if (tell) {
@@ -239,6 +242,8 @@ static void *run(void *argument) {
             ssize_t written = write(self->bell, &one, sizeof one);
             (void)written;
         }
+        if (waits) /* nobody is in a hurry: many at a time cost less, here and where they come from */
+            nanosleep(&NAP, NULL);
     }
 }
 
@@ -354,16 +359,40 @@ static PyObject *front_know(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* How many have been refused of which kind, from now on anew; with the lock. */
+static void count_refused(Front *self, long refused[MOST_KINDS]) {
+    for (int kind = 0; kind < MOST_KINDS; kind++) {
+        refused[kind] = self->kinds[kind].refused;
+        self->kinds[kind].refused = 0;
+    }
+}
+
+/* The same as a list of pairs. */
+static PyObject *listed(const long refused[MOST_KINDS]) {
+    PyObject *counts = PyList_New(0);
+    for (int kind = 0; counts && kind < MOST_KINDS; kind++) {
+        if (!refused[kind])
+            continue;
+        PyObject *one = Py_BuildValue("il", kind, refused[kind]);
+        if (!one || PyList_Append(counts, one))
+            Py_CLEAR(counts);
+        Py_XDECREF(one);
+    }
+    return counts;
+}
+
 static PyObject *front_forget(PyObject *object, PyObject *none) {
     (void)none;
     Front *self = (Front *)object;
+    long refused[MOST_KINDS];
     pthread_mutex_lock(&self->lock);
+    count_refused(self, refused);
     for (int at = 0; at < TABLE; at++)
         free(self->heads[at].text);
     memset(self->heads, 0, sizeof self->heads);
     self->known = 0;
     pthread_mutex_unlock(&self->lock);
-    Py_RETURN_NONE;
+    return listed(refused);
 }
 
 static PyObject *front_room(PyObject *object, PyObject *args) {
@@ -532,12 +561,11 @@ static PyObject *front_take(PyObject *object, PyObject *none) {
     Inbox *inbox = self->inbox;
     self->inbox = inbox == &self->inboxes[0] ? &self->inboxes[1] : &self->inboxes[0];
     self->told = false;
-    for (int kind = 0; kind < MOST_KINDS; kind++) {
-        refused[kind] = self->kinds[kind].refused;
-        self->kinds[kind].refused = self->kinds[kind].waiting = 0;
-    }
+    count_refused(self, refused);
+    for (int kind = 0; kind < MOST_KINDS; kind++)
+        self->kinds[kind].waiting = 0;
     pthread_mutex_unlock(&self->lock);
-    PyObject *items = PyList_New((Py_ssize_t)inbox->count), *counts = PyList_New(0);
+    PyObject *items = PyList_New((Py_ssize_t)inbox->count), *counts = listed(refused);
     for (size_t at = 0; items && counts && at < inbox->count; at++) {
         Item *item = &inbox->items[at];
         const char *bytes = item->length ? inbox->bytes + item->at : "";
@@ -545,14 +573,6 @@ static PyObject *front_take(PyObject *object, PyObject *none) {
                                       (Py_ssize_t)item->length, item->since);
         if (!one || PyList_SetItem(items, (Py_ssize_t)at, one))
             Py_CLEAR(items);
-    }
-    for (int kind = 0; items && counts && kind < MOST_KINDS; kind++) {
-        if (!refused[kind])
-            continue;
-        PyObject *one = Py_BuildValue("il", kind, refused[kind]);
-        if (!one || PyList_Append(counts, one))
-            Py_CLEAR(counts);
-        Py_XDECREF(one);
     }
     inbox->count = inbox->used = 0;
     if (!items || !counts) {

@@ -4,8 +4,8 @@ class Front:
     def know(self, head: bytes, body: int, kind: int) -> None:
         """Take requests with this head and a body of so many bytes."""
 
-    def forget(self) -> None:
-        """Forget all heads."""
+    def forget(self) -> list[tuple[int, int]]:
+        """Forget all heads; how many were refused of which kind, as with `take`."""
 
     def room(self, kind: int, most: int, refusal: bytes) -> None:
         """How many requests of a kind may wait to be taken, and what the others are told."""

@@ -74,16 +74,19 @@ class Crowds:
         crowd.parents.append(headers.get(b"traceparent", b""))
         return crowd.refusal
 
-    def room(self, slot: Slot, header: bytes | None) -> tuple[int, Answer] | tuple[None, None]:
-        """How many requests with the same deadline may wait for the next turn, and what the others
-        are told; None: as many as come."""
+    def room(
+        self, slot: Slot, header: bytes | None, taken: int
+    ) -> tuple[int, Answer] | tuple[None, None]:
+        """How many more with the same deadline may wait for the next turn beside those taken, and
+        what the others are told; None: as many as come."""
         version = slot.current
         left_s = None if version is None else _left_s(version, header)
         if version is None or left_s is None:
             return None, None
         batcher = version.pyfunc.batcher
         full = bool(batcher.queued_rows) and batcher.crowded(left_s)
-        return 0 if full else self._turn.room(left_s), Answer(*_CROWDED[:-1], version)
+        room = 0 if full else max(0, self._turn.room(left_s) - taken)
+        return room, Answer(*_CROWDED[:-1], version)
 
     def tell(self, path: str, slot: Slot, number: int) -> None:
         """So many were refused outside, before the turn that comes to its end next."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
@@ -86,7 +85,8 @@ class Front:
         self._native, self._quick, self._headers = native, quick, headers
         self._names = count()
         self._loans: dict[int, Loan] = {}
-        self._came: deque[tuple[int, bytes, float]] = deque()
+        self._recalled: list[int] = []
+        self._looking = False
         self._known: set[bytes] = set()
         self._kinds: list[tuple[bytes, bytes | None]] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -110,10 +110,10 @@ class Front:
         return slot, name
 
     def recall(self, slot: int, name: int) -> float:
-        """Lend it no more; when it was heard last. What was read before is handed on first."""
+        """Lend it no more; when it was heard last. What was read before is handed on at once."""
         heard = self._native.recall(slot)
+        self._recalled.append(name)
         self._look()
-        del self._loans[name]
         return heard
 
     def heard(self, slot: int) -> float:
@@ -131,8 +131,7 @@ class Front:
         kind = head.url, head.fields.get(DEADLINE_HEADER)
         new = kind not in self._kinds
         if len(self._known) >= _MOST_HEADS or (new and len(self._kinds) >= _MOST_KINDS):
-            self._native.forget()
-            self._look()  # who was refused is told of by the kinds of before
+            self._tell_refused(self._native.forget())  # by the kinds of before
             self._known.clear()
             self._kinds.clear()
         if kind not in self._kinds:
@@ -142,14 +141,31 @@ class Front:
         self._native.know(head.text, head.length, self._kinds.index(kind))
 
     def _look(self) -> None:
-        """Hand on what has been read, in its order, also where one of them recalls another."""
-        came, refused = self._native.take()
+        """Hand on what has been read, in its order.
+
+        Whoever is told may recall connections: what was read on those before comes with the next
+        look, and only then are they forgotten.
+        """
+        if self._looking:
+            return
+        self._looking = True
+        try:
+            again = True
+            while again:
+                recalled, self._recalled = self._recalled, []
+                came, refused = self._native.take()
+                self._tell_refused(refused)
+                for name, data, since in came:
+                    self._loans[name].tell(data, since)
+                for name in recalled:
+                    del self._loans[name]
+                again = bool(self._recalled)
+        finally:
+            self._looking = False
+
+    def _tell_refused(self, refused: Iterable[tuple[int, int]]) -> None:
         for kind, number in refused:
             self._quick.tell_refused(self._kinds[kind][0], number)
-        self._came.extend(came)
-        while self._came:
-            name, data, since = self._came.popleft()
-            self._loans[name].tell(data, since)
 
     def _make_room(self) -> None:
         """Say how many requests may wait, and what to tell the others; soon again if none may."""
@@ -226,8 +242,13 @@ class Loan:
 
     def tell(self, data: bytes, since: float) -> None:
         """What came: a request, or with `since` 0 something else, and with it the connection."""
-        if since:
-            self._connection.lent_request(data, since)
-            return
-        self._known, self._backs = 0, min(self._backs + 1, _MOST_BACKS)
-        self._connection.given_back(data)
+        try:
+            if since:
+                self._connection.lent_request(data, since)
+                return
+            self._known, self._backs = 0, min(self._backs + 1, _MOST_BACKS)
+            self._connection.given_back(data)
+        except Exception as error:  # of one connection; what came on others is told next
+            about = {"message": "a connection failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(about)
+            self._transport.abort()

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from mlflow_pt_deploy.serving.crowd import Crowds, Told
 from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, deadline, failed
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, patience
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
 from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, seconds_left
 from mlflow_pt_deploy.serving.turn import Turn
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
@@ -92,7 +95,7 @@ class Quick:
         Returns:
             Their number, and what the others are told; None: as many as come.
         """
-        return self._crowds.room(self._scored[path][1], deadline)
+        return self._crowds.room(self._scored[path][1], deadline, len(self._asked))
 
     def tell_refused(self, path: bytes, number: int) -> None:
         """So many were refused outside."""
@@ -151,8 +154,9 @@ class Quick:
         if found is None:
             return False
         slot.used = since
-        expires = deadline(headers.get(DEADLINE_HEADER))
-        caller.expires = None if expires is None else expires - (now - since)
+        header = headers.get(DEADLINE_HEADER)
+        left_s = seconds_left(version.pyfunc.batcher.limits, patience(header))
+        caller.expires = None if left_s is None else time.monotonic() - (now - since) + left_s
         parents = (headers.get(b"traceparent", b""),)
         self._asked.append(_Asked(route, slot, version, *found, since, caller, parents, done))
         self._in_flight[slot.name] += 1
@@ -164,13 +168,26 @@ class Quick:
             asyncio.get_running_loop().call_soon(self._end_turn)
 
     def _end_turn(self) -> None:
-        """Answer what came in this turn of the loop."""
-        asked, self._asked = self._asked, []
+        """Answer what came in this turn of the loop, at most `MOST_AT_ONCE` rows of it."""
+        asked = self._first()
         try:
-            self._score(asked)
+            now = time.monotonic()
+            for request in asked:
+                if request.caller.left or now >= (request.caller.expires or math.inf):
+                    self._late(request)
+            self._score([request for request in asked if request.done is not None])
         finally:
             self._crowds.disperse(len(asked))
+            if self._asked:
+                self._open_turn()
             self._changed()
+
+    def _first(self) -> list[_Asked]:
+        """Those whose turn it is; the others wait for the next."""
+        rows = list(accumulate(len(request.rows) for request in self._asked))
+        count = max(1, bisect_right(rows, MOST_AT_ONCE))
+        asked, self._asked = self._asked[:count], self._asked[count:]
+        return asked
 
     def _score(self, asked: Sequence[_Asked]) -> None:
         for version, requests in _by_version(asked):
