@@ -52,3 +52,8 @@ class Cost:
     def of(self, count: int, most: int) -> float:
         """Seconds that so many take, with at most `most` in a call."""
         return math.ceil(count / most) * self.call_s + count * self.each_s
+
+    def within(self, seconds: float, most: int) -> float:
+        """How many surely take no longer, with at most `most` in a call; infinity if unknown."""
+        each_s = self.each_s + self.call_s / most
+        return max(0.0, seconds - self.call_s) / each_s if each_s else math.inf

@@ -42,3 +42,18 @@ def test_no_part_is_ever_negative(calls: list[tuple[int, float]]) -> None:
         cost.saw(rows, seconds)
     assert cost.call_s >= 0
     assert cost.each_s >= 0
+
+
+@pytest.mark.parametrize("most", [1, 16])
+def test_what_surely_takes_no_longer_is_no_more_and_hardly_less(most: int) -> None:
+    cost = Cost()
+    for rows in (1, 4, 16, 1, 4, 16):
+        cost.saw(rows, 5e-3 + rows * 1e-3)
+    for seconds in (0.0, 4e-3, 10e-3, 0.1, 1.0):
+        rows = int(cost.within(seconds, most))
+        assert cost.of(rows, most) <= seconds or rows == 0
+        assert cost.of(rows + most + 1, most) > seconds
+
+
+def test_of_what_is_not_known_any_number_may_come() -> None:
+    assert Cost().within(0.1, 16) == float("inf")

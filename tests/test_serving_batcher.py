@@ -516,3 +516,18 @@ def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
     assert time.perf_counter() - start < 0.1
     model.gate.set()
     until(lambda: len(told.tickets) == 4)
+
+
+def test_spare_rows_are_those_before_it_is_crowded(model: GatedModel) -> None:
+    ours = batcher(model)
+    assert ours.spare_rows(0.1) == float("inf")
+    for rows in (1, 4, 16, 1, 4, 16):
+        ours.calls._cost.saw(rows, 1e-3 + rows * 1e-3)
+    spare = int(ours.spare_rows(0.15))  # a third of it: 50 ms
+    assert 40 <= spare <= 50
+    ours._queue.rows = spare
+    assert not ours.crowded(0.15)
+    assert 1 <= ours.spare_rows(0.15) <= 3
+    ours._queue.rows = 60
+    assert ours.crowded(0.15)
+    assert ours.spare_rows(0.15) == 0

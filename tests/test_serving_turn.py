@@ -86,3 +86,17 @@ def test_a_pause_of_the_machine_is_no_reason_to_refuse(monkeypatch: pytest.Monke
     before = loop.refused
     loop.run(2000)
     assert loop.refused == before
+
+
+def test_outside_as_many_may_wait_as_fit_into_a_part_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = Loop(monkeypatch, rate=1.0)
+    assert loop.turn.room(0.1) >= 512  # nothing is known yet
+    for each_s in (50e-6, 10e-3, 50e-6):  # also after a pause of few answers, if some were refused
+        for _ in range(10):
+            loop.turn.begin()
+            loop.clock.now += 2 * each_s
+            loop.turn.end(2, 0, outside=1)
+        assert loop.turn.room(0.1) == pytest.approx(max(1, 0.01 / each_s), rel=0.02)
+    assert loop.turn.has_room(200, 0.1)  # and those inside are not fewer for it

@@ -193,6 +193,13 @@ class Batcher:
         """
         return before_s + self.wait_s > _PATIENCE * left_s
 
+    def spare_rows(self, left_s: float) -> float:
+        """How many more rows could line up until it would be `crowded`; 0 where it is."""
+        if self.crowded(left_s):
+            return 0
+        rows = self.calls.expected_rows(_PATIENCE * left_s, self.limits.max_batch_rows)
+        return max(1, rows - self._queue.rows)
+
     def late(self) -> DeadlineError:
         """What is told to a request whose deadline has passed."""
         return DeadlineError(

@@ -64,6 +64,10 @@ class Calls:
         """Seconds that so many rows take, at most `most` a call; 0 before the first call."""
         return self._cost.of(rows, most)
 
+    def expected_rows(self, seconds: float, most: int) -> float:
+        """How many rows take so long, at most `most` a call; infinity before the first call."""
+        return self._cost.within(seconds, most)
+
     def lengths(self, rows: Sequence[Encoded]) -> list[int]:
         """Tokens of each row."""
         return [self._tokens(row) for row in rows]

@@ -83,10 +83,10 @@ class Crowds:
         left_s = None if version is None else _left_s(version, header)
         if version is None or left_s is None:
             return None, None
-        batcher = version.pyfunc.batcher
-        full = bool(batcher.queued_rows) and batcher.crowded(left_s)
-        room = 0 if full else max(0, self._turn.room(left_s) - taken)
-        return room, Answer(*_CROWDED[:-1], version)
+        room: float = self._turn.room(left_s) - taken
+        if version.pyfunc.batcher.busy:
+            room = min(room, version.pyfunc.batcher.spare_rows(left_s))
+        return int(max(0, room)), Answer(*_CROWDED[:-1], version)
 
     def tell(self, path: str, slot: Slot, number: int) -> None:
         """So many were refused outside, before the turn that comes to its end next."""
