@@ -7,7 +7,8 @@
    the end) is given back together with the connection. So there is no parser of HTTP in here, and
    nothing is decided but "one of those" and "too many".
 
-   One mutex guards all; it is never held while waiting for the GIL. Linux only (epoll). */
+   One mutex guards all that both sides touch; nobody waits for the GIL, or for the kernel, while he
+   holds it. Linux only (epoll). What Python may call stands in _front.pyi. */
 
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -17,6 +18,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -27,8 +29,18 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MOST_READ = 32 * 1024, MOST_EVENTS = 256, TABLE = 4096, MOST_HEADS = 1024, MOST_KINDS = 64, MOST_REFUSAL = 1024 };
+enum {
+    MOST_READ = 32 * 1024,
+    MOST_EVENTS = 256,
+    MOST_HEADS = 1024,
+    TABLE = 4 * MOST_HEADS,
+    MOST_KINDS = 16,
+    MOST_REFUSAL = 1024,
+};
+static const struct timespec NAP = {.tv_nsec = 250000};
+static const uint64_t STOP = UINT64_MAX; /* no slot */
 
+/* Told once of all that came; whoever does not read it then has to ask again. */
 #define EVENT(slot) {.events = EPOLLIN | EPOLLRDHUP | EPOLLET, .data.u64 = (slot)}
 
 /* What was read on a connection, and when; 0: the connection comes back with it. */
@@ -38,6 +50,7 @@ typedef struct {
     double since;
 } Item;
 
+/* Items, and what was read, one after the other. */
 typedef struct {
     Item *items;
     size_t count, room;
@@ -45,19 +58,22 @@ typedef struct {
     size_t used, size;
 } Inbox;
 
-static const struct timespec NAP = {.tv_nsec = 250000};
-
-typedef enum { FREE, IDLE, BUSY, BACK } State;
+typedef enum {
+    FREE, /* not lent */
+    IDLE, /* all requests are answered */
+    BUSY, /* one waits for its answer */
+    BACK, /* given back, not yet recalled */
+} State;
 
 typedef struct {
-    uint64_t name;
+    uint64_t name; /* Python's */
     int fd;
     State state;
     bool reading; /* here, so that it must not be closed */
     bool sending; /* an answer, so that no refusal may come before it */
     bool again;   /* something came meanwhile */
-    double heard;
-    uint32_t next;
+    double heard; /* when the last request came */
+    uint32_t next; /* free slot */
 } Connection;
 
 typedef struct {
@@ -67,7 +83,7 @@ typedef struct {
     int kind;
 } Head;
 
-/* Requests that are refused together. */
+/* Requests that are refused together: how many may wait to be taken, do so, and were refused. */
 typedef struct {
     long room, waiting, refused;
     char *refusal;
@@ -78,7 +94,8 @@ typedef struct {
     PyObject_HEAD
     pthread_t thread;
     pthread_mutex_t lock;
-    bool running, told;
+    bool running;
+    bool told; /* Python: that there is something to take */
     int epoll, bell, stop;
     Connection **connections; /* by slot; never freed before the end, events may still name them */
     uint32_t count, size, free;
@@ -86,7 +103,7 @@ typedef struct {
     size_t known;
     Kind kinds[MOST_KINDS];
     Inbox inboxes[2];
-    Inbox *inbox;
+    Inbox *inbox; /* the one that is filled; the other one is Python's */
     char buffer[MOST_READ];
 } Front;
 
@@ -119,6 +136,7 @@ static Head *find(Front *self, const char *text, size_t length, uint64_t hash) {
     }
 }
 
+/* Whether there was memory for one more. */
 static bool put(Inbox *inbox, uint64_t connection, const char *bytes, size_t length, double since) {
     if (inbox->count == inbox->room) {
         size_t room = inbox->room ? 2 * inbox->room : 256;
@@ -143,6 +161,7 @@ static bool put(Inbox *inbox, uint64_t connection, const char *bytes, size_t len
     return true;
 }
 
+/* With the lock. */
 static void give_back(Front *self, Connection *connection, const char *bytes, size_t length) {
     connection->state = BACK;
     /* Without memory what came is lost, and with it the connection's sense: it ends. */
@@ -159,7 +178,8 @@ static bool refuse(Connection *connection, const char *refusal, size_t length) {
     return false;
 }
 
-/* Read what has come on a connection; the lock is held only where nothing is read or written. */
+/* Read what has come on a connection, which is `over` if it will be all; the lock is held only
+   where nothing is read or written. */
 static void read_request(Front *self, uint64_t slot, bool over) {
     char *buffer = self->buffer, refusal[MOST_REFUSAL];
     pthread_mutex_lock(&self->lock);
@@ -173,8 +193,11 @@ static void read_request(Front *self, uint64_t slot, bool over) {
     connection->reading = true;
     pthread_mutex_unlock(&self->lock);
 
-    ssize_t count = recv(connection->fd, buffer, MOST_READ, MSG_DONTWAIT);
-    bool nothing = count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR);
+    ssize_t count;
+    do
+        count = recv(connection->fd, buffer, MOST_READ, MSG_DONTWAIT);
+    while (count < 0 && errno == EINTR);
+    bool nothing = count < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
     size_t length = count > 0 ? (size_t)count : 0;
     char *gap = length ? memmem(buffer, length, "\r\n\r\n", 4) : NULL;
     size_t text = gap ? (size_t)(gap - buffer) : 0, body = gap ? length - text - 4 : 0;
@@ -219,6 +242,13 @@ static void read_request(Front *self, uint64_t slot, bool over) {
     pthread_mutex_unlock(&self->lock);
 }
 
+/* Say so once. */
+static void ring(int bell) {
+    uint64_t one = 1;
+    ssize_t written = write(bell, &one, sizeof one);
+    (void)written; /* it fails only if it has been rung 2^64 times */
+}
+
 static void *run(void *argument) {
     Front *self = argument;
     struct epoll_event events[MOST_EVENTS];
@@ -227,7 +257,7 @@ static void *run(void *argument) {
         if (count < 0 && errno != EINTR)
             return NULL;
         for (int at = 0; at < count; at++) {
-            if (events[at].data.u64 == UINT64_MAX)
+            if (events[at].data.u64 == STOP)
                 return NULL;
             read_request(self, events[at].data.u64,
                          events[at].events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR));
@@ -237,14 +267,24 @@ static void *run(void *argument) {
         bool tell = self->inbox->count && !waits;
         self->told |= tell;
         pthread_mutex_unlock(&self->lock);
-        if (tell) {
-            uint64_t one = 1;
-            ssize_t written = write(self->bell, &one, sizeof one);
-            (void)written;
-        }
-        if (waits) /* nobody is in a hurry: many at a time cost less, here and where they come from */
+        if (tell)
+            ring(self->bell);
+        if (waits) /* nobody is in a hurry, and many at a time cost less, also who sends them */
             nanosleep(&NAP, NULL);
     }
+}
+
+/* From here on: what Python calls. */
+
+/* The thread gets no signals: they are Python's. */
+static int start(Front *self) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&self->thread, NULL, run, self);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    errno = error;
+    return error;
 }
 
 static PyObject *front_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
@@ -261,10 +301,9 @@ static PyObject *front_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     self->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     self->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    struct epoll_event event = {.events = EPOLLIN, .data.u64 = UINT64_MAX};
+    struct epoll_event event = {.events = EPOLLIN, .data.u64 = STOP};
     if (self->epoll < 0 || self->bell < 0 || self->stop < 0 ||
-        epoll_ctl(self->epoll, EPOLL_CTL_ADD, self->stop, &event) ||
-        pthread_create(&self->thread, NULL, run, self)) {
+        epoll_ctl(self->epoll, EPOLL_CTL_ADD, self->stop, &event) || start(self)) {
         PyErr_SetFromErrno(PyExc_OSError);
         Py_DECREF(self);
         return NULL;
@@ -276,9 +315,7 @@ static PyObject *front_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void end(Front *self) {
     if (!self->running)
         return;
-    uint64_t one = 1;
-    ssize_t written = write(self->stop, &one, sizeof one);
-    (void)written;
+    ring(self->stop);
     Py_BEGIN_ALLOW_THREADS
     pthread_join(self->thread, NULL);
     Py_END_ALLOW_THREADS
@@ -412,7 +449,8 @@ static PyObject *front_room(PyObject *object, PyObject *args) {
         return NULL;
     }
     Kind *kind = &self->kinds[number];
-    bool same = kind->refusal && kind->length == (size_t)length && !memcmp(kind->refusal, refusal, kind->length);
+    bool same = kind->refusal && kind->length == (size_t)length &&
+                !memcmp(kind->refusal, refusal, kind->length); /* only Python changes it */
     char *copy = same ? NULL : malloc((size_t)length + 1);
     if (!same && !copy)
         return PyErr_NoMemory();
@@ -457,7 +495,8 @@ static PyObject *front_lend(PyObject *object, PyObject *args) {
     } else {
         self->free = self->connections[slot]->next;
     }
-    *self->connections[slot] = (Connection){.name = name, .fd = own, .state = busy ? BUSY : IDLE, .heard = now()};
+    *self->connections[slot] = (Connection){
+        .name = name, .fd = own, .state = busy ? BUSY : IDLE, .heard = now()};
     struct epoll_event event = EVENT(slot);
     if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, own, &event)) {
         self->connections[slot]->state = FREE;
@@ -589,7 +628,7 @@ static PyMethodDef methods[] = {
     {"recall", front_recall, METH_VARARGS, NULL}, {"heard", front_heard, METH_VARARGS, NULL},
     {"answer", front_answer, METH_VARARGS, NULL}, {"take", front_take, METH_NOARGS, NULL},
     {"fileno", front_fileno, METH_NOARGS, NULL},  {"close", front_close, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL}, /* what they do stands in _front.pyi */
+    {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

@@ -74,15 +74,13 @@ class Crowds:
         crowd.parents.append(headers.get(b"traceparent", b""))
         return crowd.refusal
 
-    def room(
-        self, slot: Slot, header: bytes | None, taken: int
-    ) -> tuple[int, Answer] | tuple[None, None]:
+    def room(self, slot: Slot, header: bytes | None, taken: int) -> tuple[int, Answer] | None:
         """How many more with the same deadline may wait for the next turn beside those taken, and
         what the others are told; None: as many as come."""
         version = slot.current
         left_s = None if version is None else _left_s(version, header)
         if version is None or left_s is None:
-            return None, None
+            return None
         room: float = self._turn.room(left_s) - taken
         if version.pyfunc.batcher.busy:
             room = min(room, version.pyfunc.batcher.spare_rows(left_s))

@@ -24,10 +24,12 @@ from mlflow_pt_deploy.serving.quick import Quick
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving._front import Front as Native
 
-_MOST_HEADS = 1024
+_MOST_HEADS = 1024  # as in _front.c
 _MOST_KINDS = 16
-_SOON_S = 0.002
 _NO_LIMIT = 2**31 - 1
+# Where none may wait, nothing that comes would have it looked at again.
+_SOON_S = 0.002
+# A connection that came back so often is lent after 2 to the power of this many known heads.
 _MOST_BACKS = 10
 
 
@@ -95,7 +97,10 @@ class Front:
         quick.listen(self._make_room)
 
     def close(self) -> None:
-        """End the thread; all connections must have been recalled."""
+        """Recall all connections and end the thread."""
+        for loan in list(self._loans.values()):
+            if loan.lent:
+                loan.recall()
         self._loop.remove_reader(self._native.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -171,12 +176,13 @@ class Front:
         """Say how many requests may wait, and what to tell the others; soon again if none may."""
         full = False
         for kind, (path, deadline) in enumerate(self._kinds):
-            room, refusal = self._quick.room(path, deadline)
-            if room is None or refusal is None:
+            limit = self._quick.room(path, deadline)
+            if limit is None:
                 self._native.room(kind, _NO_LIMIT, b"")
-            else:
-                self._native.room(kind, room, written(refusal, True, self._headers()))
-                full = full or not room
+                continue
+            room, refusal = limit
+            self._native.room(kind, room, written(refusal, True, self._headers()))
+            full = full or not room
         if full and self._timer is None:
             self._timer = self._loop.call_later(_SOON_S, self._look_again)
 

@@ -85,7 +85,7 @@ class Quick:
         """Have somebody told whenever `room` may have changed."""
         self._changed = changed
 
-    def room(self, path: bytes, deadline: bytes | None) -> tuple[int, Answer] | tuple[None, None]:
+    def room(self, path: bytes, deadline: bytes | None) -> tuple[int, Answer] | None:
         """How many requests may wait outside until the next turn of the loop.
 
         Args:
