@@ -23,6 +23,7 @@ from tiny_serving import running, save_tiny, until
 from mlflow_pt_deploy.serving import front as module
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.files import room_for_loans
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.slot import Slot
 
@@ -517,6 +518,33 @@ def test_who_leaves_is_not_computed_any_more(tmp_path: Path) -> None:
         until(lambda: routes.statuses - before == Counter({200: 2, 499: 1}))
         for client in clients:
             client.close()
+
+
+def test_no_more_are_lent_than_may_be(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tiny.app.front
+    monkeypatch.setattr(tiny.app.front, "_most", 2)
+    clients = [Client(tiny) for _ in range(4)]
+    for _ in range(4):
+        for client in clients:
+            assert client.ask(whole("red"))[0] == 200
+    assert tiny.loans == 2
+    for client in clients:
+        client.close()
+
+
+def test_files_are_asked_for_where_connections_need_them() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        assert room_for_loans(100) == 100
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 512
+        assert room_for_loans(300) == 300
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (856, before[1])
+        too_many = before[1] if before[1] > 0 else 2**20
+        assert room_for_loans(too_many) <= max(0, too_many - 256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_all_leave_at_once(tiny: Tiny) -> None:

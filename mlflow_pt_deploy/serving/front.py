@@ -33,18 +33,21 @@ _SOON_S = 0.002
 _MOST_BACKS = 10
 
 
-def open_front(quick: Quick, headers: Callable[[], Iterable[tuple[bytes, bytes]]]) -> Front | None:
+def open_front(
+    quick: Quick, headers: Callable[[], Iterable[tuple[bytes, bytes]]], most: int = 1024
+) -> Front | None:
     """A front in the running loop; None where there cannot be one, see `missing`.
 
     Args:
         quick: Who answers.
         headers: Asked for the headers of every answer.
+        most: How many connections may be lent at a time.
     """
     try:
         from mlflow_pt_deploy.serving import _front
     except ImportError:
         return None
-    return Front(_front.Front(), quick, headers)
+    return Front(_front.Front(), quick, headers, most)
 
 
 def missing() -> str:
@@ -83,8 +86,9 @@ class Front:
         native: Native,
         quick: Quick,
         headers: Callable[[], Iterable[tuple[bytes, bytes]]],
+        most: int,
     ) -> None:
-        self._native, self._quick, self._headers = native, quick, headers
+        self._native, self._quick, self._headers, self._most = native, quick, headers, most
         self._names = count()
         self._loans: dict[int, Loan] = {}
         self._recalled: list[int] = []
@@ -106,8 +110,10 @@ class Front:
             self._timer.cancel()
         self._native.close()
 
-    def lend(self, loan: Loan, fd: int, head: Head, busy: bool) -> tuple[int, int]:
-        """Lend a connection: its slot and its name."""
+    def lend(self, loan: Loan, fd: int, head: Head, busy: bool) -> tuple[int, int] | None:
+        """Lend a connection: its slot and its name; None: too many are lent."""
+        if len(self._loans) >= self._most:
+            return None
         self._know(head)
         name = next(self._names)
         slot = self._native.lend(fd, name, busy)
@@ -225,7 +231,8 @@ class Loan:
             return
         fd = self._transport.get_extra_info("socket").fileno()
         self._lent = self._front.lend(self, fd, head, busy)
-        self._transport.pause_reading()
+        if self.lent:
+            self._transport.pause_reading()
 
     def recall(self) -> float:
         """End the loan; when the connection was heard last, by `time.perf_counter`."""

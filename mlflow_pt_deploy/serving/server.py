@@ -21,6 +21,7 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError, 
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.files import room_for_loans
 from mlflow_pt_deploy.serving.front import missing, open_front
 from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.log import Say
@@ -166,7 +167,9 @@ class Server(uvicorn.Server):
                     if self.should_exit:
                         return
                     await asyncio.sleep(_LOOK_S)
-        self.app.front = open_front(self.app.quick, lambda: self.server_state.default_headers)
+        loans = room_for_loans(self.settings.max_connections)
+        state = self.server_state
+        self.app.front = open_front(self.app.quick, lambda: state.default_headers, loans)
         await super().startup(sockets)
         if self.seat is not None and self.seat.late:
             self._say(self._first_words())
