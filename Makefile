@@ -32,7 +32,7 @@ format: $(VENV)/.dev
 CI: check test
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info mlflow_pt_deploy/serving/*.so .mypy_cache .ruff_cache .pytest_cache
 
 # torch goes first and by its exact version: a range could pull another build with CUDA
 $(VENV)/.all: setup.cfg setup.py conda.yaml pyproject.toml mlflow_pt_deploy/serving/_front.c

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,28 @@ class Client:
         self.socket.close()
 
 
+def lent_clients(tiny: Tiny, number: int, head: bytes = HEAD) -> list[Client]:
+    """Clients whose connections are lent, and all others are not."""
+    clients = [Client(tiny) for _ in range(number)]
+    for client in clients:
+        for _ in range(3):
+            assert client.ask(whole("red", head))[0] == 200
+    assert tiny.loans == number
+    return clients
+
+
+@contextmanager
+def standing_still(tiny: Tiny, first: Callable[[], Any] = lambda: None) -> Iterator[None]:
+    """The event loop stands still, after it has done something, until the block ends."""
+    began, ends = threading.Event(), threading.Event()
+    tiny.on_loop(lambda: (first(), began.set(), ends.wait(10)))
+    assert began.wait(10)
+    try:
+        yield
+    finally:
+        ends.set()
+
+
 def test_a_connection_is_lent_answered_and_given_back(tiny: Tiny) -> None:
     client = Client(tiny)
     for word in ("red", "red", "red", "tan", "red"):
@@ -321,32 +344,20 @@ def test_a_connection_is_lent_answered_and_given_back(tiny: Tiny) -> None:
 
 
 def test_refused_while_python_does_something_else(tiny: Tiny) -> None:
-    clients = [Client(tiny) for _ in range(8)]
-    for client in clients:
-        for _ in range(3):
-            assert client.ask(whole("red"))[0] == 200
-    assert tiny.loans == 8
-    assert tiny.app.front
-    began, ends = threading.Event(), threading.Event()
+    clients = lent_clients(tiny, 8)
 
-    def stand_still() -> None:
+    def leave_room() -> None:
         assert tiny.app.front
         limit = tiny.app.quick.room(b"/invocations", None)
         assert limit
-        refusal = limit[1]
-        written = module.written(refusal, True, [])
-        tiny.app.front._native.room(0, 3, written)
-        began.set()
-        ends.wait(10)
+        tiny.app.front._native.room(0, 3, module.written(limit[1], True, []))
 
     before = tiny.routes.statuses.copy()
-    tiny.on_loop(stand_still)
-    assert began.wait(10)
-    for client in clients:
-        client.socket.sendall(whole("red"))
-    refused = [client for client in clients if select.select([client.socket], [], [], 0.3)[0]]
-    assert [client.answer()[0] for client in refused] == [429] * 5
-    ends.set()
+    with standing_still(tiny, leave_room):
+        for client in clients:
+            client.socket.sendall(whole("red"))
+        refused = [client for client in clients if select.select([client.socket], [], [], 0.3)[0]]
+        assert [client.answer()[0] for client in refused] == [429] * 5
     assert [client.answer()[0] for client in clients if client not in refused] == [200] * 3
     until(lambda: tiny.routes.statuses - before == Counter({429: 5, 200: 3}))
     for client in clients:  # and all goes on
@@ -354,27 +365,17 @@ def test_refused_while_python_does_something_else(tiny: Tiny) -> None:
         client.close()
 
 
-def stopped(tiny: Tiny, clients: list[Client], sent: list[bytes], seconds: float) -> None:
-    """Have clients send while the event loop stands still for so long."""
-    began = threading.Event()
-    tiny.on_loop(lambda: (began.set(), time.sleep(seconds)))
-    assert began.wait(10)
-    for client, data in zip(clients, sent, strict=True):
-        client.socket.sendall(data)
-
-
 def test_what_waited_for_too_long_is_not_computed(tiny: Tiny) -> None:
     head = HEAD + b"X-Deadline-Ms: 100\r\n"
-    clients = [Client(tiny) for _ in range(2)]
-    for client in clients:
-        for _ in range(3):
-            assert client.ask(whole("red", head))[0] == 200
-    assert tiny.loans == 2
+    clients = lent_clients(tiny, 2, head)
     slot = tiny.app.front._quick._scored[b"/invocations"][1]  # type: ignore[union-attr]
     assert slot.current
     rows: list[int] = []
     slot.current.pyfunc.batcher.calls.observe = lambda count, *_: rows.append(count)
-    stopped(tiny, clients, [whole("red", head)] * 2, 0.3)
+    with standing_still(tiny):
+        for client in clients:
+            client.socket.sendall(whole("red", head))
+        time.sleep(0.3)
     for client in clients:
         status, answer = client.answer()
         assert (status, answer["error_code"]) == (504, "DEADLINE_EXCEEDED")
@@ -386,17 +387,16 @@ def test_a_turn_scores_no_more_rows_than_it_may(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.serving.quick.MOST_AT_ONCE", 3)
-    clients = [Client(tiny) for _ in range(8)]
-    for client in clients:
-        for _ in range(3):
-            assert client.ask(whole("red"))[0] == 200
-    assert tiny.loans == 8
+    clients = lent_clients(tiny, 8)
     turns: list[int] = []
     honest = tiny.app.quick._score
     monkeypatch.setattr(
         tiny.app.quick, "_score", lambda asked: (turns.append(len(asked)), honest(asked))
     )
-    stopped(tiny, clients, [whole(word) for word in ["red", "tan"] * 4], 0.1)
+    with standing_still(tiny):
+        for client, word in zip(clients, ["red", "tan"] * 4, strict=True):
+            client.socket.sendall(whole(word))
+        time.sleep(0.1)
     for client in clients:
         assert client.answer()[1]["predictions"][0]["label"] == "red"
         client.close()
@@ -406,9 +406,7 @@ def test_a_turn_scores_no_more_rows_than_it_may(
 def test_where_there_was_no_room_there_will_be_soon(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = Client(tiny)
-    for _ in range(3):
-        assert client.ask(whole("red"))[0] == 200
+    [client] = lent_clients(tiny, 1)
     assert tiny.app.front
     quick, front = tiny.app.quick, tiny.app.front
     limit = quick.room(b"/invocations", None)
@@ -429,11 +427,7 @@ def test_where_there_was_no_room_there_will_be_soon(
 
 
 def test_an_idle_connection_is_closed_and_one_in_use_is_not(tiny: Tiny) -> None:
-    idle, used = Client(tiny), Client(tiny)
-    for client in (idle, used):
-        for _ in range(3):
-            assert client.ask(whole("red"))[0] == 200
-    assert tiny.loans == 2
+    idle, used = lent_clients(tiny, 2)
     until_s = time.monotonic() + 2.5
     while time.monotonic() < until_s:
         assert used.ask(whole("red"))[0] == 200
@@ -449,9 +443,7 @@ def test_the_server_ends_with_connections_lent(tmp_path: Path) -> None:
     slot.open()
     app = App({"tiny": slot})
     with running(app, http=connection.Connection, proxy_headers=False) as url:
-        client = Client(Tiny(app, url, Routes()))
-        for _ in range(3):
-            assert client.ask(whole("red"))[0] == 200
+        [client] = lent_clients(Tiny(app, url, Routes()), 1)
         began = time.monotonic()
     assert time.monotonic() - began < 3
     assert client.socket.recv(10) == b""
@@ -548,25 +540,14 @@ def test_files_are_asked_for_where_connections_need_them() -> None:
 
 
 def test_all_leave_at_once(tiny: Tiny) -> None:
-    clients = [Client(tiny) for _ in range(300)]
-    for client in clients:
-        for _ in range(2):
-            assert client.ask(whole("red"))[0] == 200
-    assert tiny.loans == 300
-    began, ends = threading.Event(), threading.Event()
-    tiny.on_loop(lambda: (began.set(), ends.wait(10)))
-    assert began.wait(10)
-    for at, client in enumerate(clients):
-        if at % 2:
-            client.socket.sendall(whole("red"))
-        client.close()
-    ends.set()
+    clients = lent_clients(tiny, 300)
+    with standing_still(tiny):
+        for at, client in enumerate(clients):
+            if at % 2:
+                client.socket.sendall(whole("red"))
+            client.close()
     until(lambda: not tiny.loans)
-    client = Client(tiny)
-    for _ in range(3):
-        assert client.ask(whole("red"))[0] == 200
-    assert tiny.loans == 1
-    client.close()
+    lent_clients(tiny, 1)[0].close()
 
 
 def test_a_fault_ends_its_own_connection_only(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,10 +559,7 @@ def test_a_fault_ends_its_own_connection_only(tiny: Tiny, monkeypatch: pytest.Mo
         honest(self, data, since)
 
     monkeypatch.setattr(connection.Connection, "lent_request", fails)
-    clients = [Client(tiny) for _ in range(3)]
-    for client in clients:
-        for _ in range(3):
-            assert client.ask(whole("red"))[0] == 200
+    clients = lent_clients(tiny, 3)
     for client, word in zip(clients, ("red", "bad", "tan"), strict=True):
         client.socket.sendall(whole(word))
     assert [clients[at].answer()[0] for at in (0, 2)] == [200, 200]

@@ -73,6 +73,7 @@ typedef struct {
     bool sending; /* an answer, so that no refusal may come before it */
     bool again;   /* something came meanwhile */
     double heard; /* when the last request came */
+    uint32_t slot;
     uint32_t next; /* free slot */
 } Connection;
 
@@ -312,6 +313,14 @@ static PyObject *front_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)self;
 }
 
+/* With the lock, or with the thread at its end. */
+static void set_free(Front *self, Connection *connection) {
+    close(connection->fd);
+    connection->state = FREE;
+    connection->next = self->free;
+    self->free = connection->slot;
+}
+
 static void end(Front *self) {
     if (!self->running)
         return;
@@ -321,10 +330,8 @@ static void end(Front *self) {
     Py_END_ALLOW_THREADS
     self->running = false;
     for (uint32_t at = 0; at < self->count; at++)
-        if (self->connections[at]->state != FREE) {
-            close(self->connections[at]->fd);
-            self->connections[at]->state = FREE;
-        }
+        if (self->connections[at]->state != FREE)
+            set_free(self, self->connections[at]);
 }
 
 static void front_dealloc(PyObject *object) {
@@ -496,14 +503,13 @@ static PyObject *front_lend(PyObject *object, PyObject *args) {
         self->free = self->connections[slot]->next;
     }
     *self->connections[slot] = (Connection){
-        .name = name, .fd = own, .state = busy ? BUSY : IDLE, .heard = now()};
+        .name = name, .fd = own, .state = busy ? BUSY : IDLE, .heard = now(), .slot = slot};
     struct epoll_event event = EVENT(slot);
     if (epoll_ctl(self->epoll, EPOLL_CTL_ADD, own, &event)) {
-        self->connections[slot]->state = FREE;
-        self->connections[slot]->next = self->free;
-        self->free = slot;
+        int error = errno;
+        set_free(self, self->connections[slot]);
         pthread_mutex_unlock(&self->lock);
-        close(own);
+        errno = error;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
     pthread_mutex_unlock(&self->lock);
@@ -514,7 +520,11 @@ no_memory:
     return PyErr_NoMemory();
 }
 
-static Connection *lent(Front *self, unsigned long slot) {
+/* The connection that is lent in a slot; NULL, and an error is set: there is none. */
+static Connection *lent(Front *self, PyObject *number) {
+    unsigned long slot = PyLong_AsUnsignedLong(number);
+    if (PyErr_Occurred())
+        return NULL;
     if (slot < self->count && self->connections[slot]->state != FREE)
         return self->connections[slot];
     PyErr_SetString(PyExc_ValueError, "no such connection is lent");
@@ -523,10 +533,10 @@ static Connection *lent(Front *self, unsigned long slot) {
 
 static PyObject *front_answer(PyObject *object, PyObject *args) {
     Front *self = (Front *)object;
-    unsigned long slot;
+    PyObject *slot;
     const char *bytes;
     Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "ky#", &slot, &bytes, &length))
+    if (!PyArg_ParseTuple(args, "Oy#", &slot, &bytes, &length))
         return NULL;
     Connection *connection = lent(self, slot);
     if (!connection)
@@ -544,18 +554,15 @@ static PyObject *front_answer(PyObject *object, PyObject *args) {
     connection->sending = connection->again = false;
     pthread_mutex_unlock(&self->lock);
     if (again) { /* tell it once more */
-        struct epoll_event event = EVENT(slot);
+        struct epoll_event event = EVENT(connection->slot);
         epoll_ctl(self->epoll, EPOLL_CTL_MOD, connection->fd, &event);
     }
     Py_END_ALLOW_THREADS
     return PyLong_FromSsize_t(sent < 0 ? 0 : sent);
 }
 
-static PyObject *front_heard(PyObject *object, PyObject *args) {
+static PyObject *front_heard(PyObject *object, PyObject *slot) {
     Front *self = (Front *)object;
-    unsigned long slot;
-    if (!PyArg_ParseTuple(args, "k", &slot))
-        return NULL;
     Connection *connection = lent(self, slot);
     if (!connection)
         return NULL;
@@ -565,11 +572,8 @@ static PyObject *front_heard(PyObject *object, PyObject *args) {
     return PyFloat_FromDouble(heard);
 }
 
-static PyObject *front_recall(PyObject *object, PyObject *args) {
+static PyObject *front_recall(PyObject *object, PyObject *slot) {
     Front *self = (Front *)object;
-    unsigned long slot;
-    if (!PyArg_ParseTuple(args, "k", &slot))
-        return NULL;
     Connection *connection = lent(self, slot);
     if (!connection)
         return NULL;
@@ -581,10 +585,7 @@ static PyObject *front_recall(PyObject *object, PyObject *args) {
     }
     double heard = connection->heard;
     epoll_ctl(self->epoll, EPOLL_CTL_DEL, connection->fd, NULL);
-    close(connection->fd);
-    connection->state = FREE;
-    connection->next = self->free;
-    self->free = (uint32_t)slot;
+    set_free(self, connection);
     pthread_mutex_unlock(&self->lock);
     return PyFloat_FromDouble(heard);
 }
@@ -625,7 +626,7 @@ static PyObject *front_take(PyObject *object, PyObject *none) {
 static PyMethodDef methods[] = {
     {"know", front_know, METH_VARARGS, NULL},     {"forget", front_forget, METH_NOARGS, NULL},
     {"room", front_room, METH_VARARGS, NULL},     {"lend", front_lend, METH_VARARGS, NULL},
-    {"recall", front_recall, METH_VARARGS, NULL}, {"heard", front_heard, METH_VARARGS, NULL},
+    {"recall", front_recall, METH_O, NULL},       {"heard", front_heard, METH_O, NULL},
     {"answer", front_answer, METH_VARARGS, NULL}, {"take", front_take, METH_NOARGS, NULL},
     {"fileno", front_fileno, METH_NOARGS, NULL},  {"close", front_close, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -70,10 +70,14 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.server_state.total_requests += 1
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
     def rested_s(self) -> float:
         """Seconds since the last answer; 0 while a request is under way."""
-        busy = self.cycle is not None and not self.cycle.response_complete
-        return 0.0 if busy else self.loop.time() - self._rested_s
+        return 0.0 if self.busy else self.loop.time() - self._rested_s
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, unless something has come since the timer was set."""

@@ -160,8 +160,7 @@ class Connection(BoundedProtocol):
 
     def _is_free(self) -> bool:
         """Whether nothing is under way here, and there is room for more."""
-        busy = self.cycle is not None and not self.cycle.response_complete
-        return not (busy or self.flow.write_paused) and (
+        return not (self.busy or self.flow.write_paused) and (
             len(self.connections) < (self.limit_concurrency or len(self.connections) + 1)
         )
 
@@ -194,7 +193,7 @@ class Connection(BoundedProtocol):
             return False
         self.close_head()
         if self._loan is not None:
-            self._loan.lend(head, busy=not self._is_free())
+            self._loan.lend(head, self.busy)
         return True
 
     def _recall(self) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, failure, patience
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, failure, time_left
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import seconds_left
 from mlflow_pt_deploy.serving.turn import Turn
-from mlflow_pt_deploy.serving.version import Version
 
 Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]
 """Told of an answer: slot, path, answer, seconds, ``traceparent`` of each request that got it."""
@@ -78,18 +76,18 @@ class Crowds:
         """How many more with the same deadline may wait for the next turn beside those taken, and
         what the others are told; None: as many as come."""
         version = slot.current
-        left_s = None if version is None else _left_s(version, header)
+        left_s = None if version is None else time_left(version, header)
         if version is None or left_s is None:
             return None
         room: float = self._turn.room(left_s) - taken
         if version.pyfunc.batcher.busy:
             room = min(room, version.pyfunc.batcher.spare_rows(left_s))
-        return int(max(0, room)), Answer(*_CROWDED[:-1], version)
+        return int(max(0, room)), _CROWDED._replace(version=version)
 
     def tell(self, path: str, slot: Slot, number: int) -> None:
         """So many were refused outside, before the turn that comes to its end next."""
         self._outside += number
-        self._told(slot, path, Answer(*_CROWDED[:-1], slot.current), 0.0, [b""] * number)
+        self._told(slot, path, _CROWDED._replace(version=slot.current), 0.0, [b""] * number)
 
     def disperse(self, answered: int) -> None:
         """The turn is at its end, with so many requests answered, or handed on."""
@@ -108,15 +106,10 @@ class Crowds:
         batcher = version.pyfunc.batcher
         if not (taken or batcher.queued_rows):
             return None
-        left_s = _left_s(version, header)
+        left_s = time_left(version, header)
         if left_s is None:
             return None
         full = not self._turn.has_room(taken, left_s)
         if not (full or batcher.crowded(left_s, self._turn.takes_s(taken))):
             return None
-        return _Crowd(path, slot, Answer(*_CROWDED[:-1], version), full, [])
-
-
-def _left_s(version: Version, header: bytes | None) -> float | None:
-    """Seconds for a request that comes now, as its header and the version's limits have it."""
-    return seconds_left(version.pyfunc.batcher.limits, patience(header))
+        return _Crowd(path, slot, _CROWDED._replace(version=version), full, [])

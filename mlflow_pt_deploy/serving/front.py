@@ -43,25 +43,26 @@ def open_front(
         headers: Asked for the headers of every answer.
         most: How many connections may be lent at a time.
     """
-    try:
-        from mlflow_pt_deploy.serving import _front
-    except ImportError:
-        return None
-    return Front(_front.Front(), quick, headers, most)
+    native = _native()
+    return None if native is None else Front(native(), quick, headers, most)
 
 
 def missing() -> str:
     """What to say where this system could have the part in C, and has not; else nothing."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or _native() is not None:
         return ""
+    return (
+        "Requests are read in Python, since the part in C was not built; for more of them, "
+        "install mlflow-pt-deploy again where there are a C compiler and Python's headers."
+    )
+
+
+def _native() -> type[Native] | None:
     try:
-        from mlflow_pt_deploy.serving import _front  # noqa: F401
+        from mlflow_pt_deploy.serving import _front
     except ImportError:
-        return (
-            "Requests are read in Python, since the part in C was not built; for more of them, "
-            "install mlflow-pt-deploy again where there are a C compiler and Python's headers."
-        )
-    return ""
+        return None
+    return _front.Front
 
 
 class Borrowed(Protocol):

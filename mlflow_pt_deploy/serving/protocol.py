@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.serving.parquet import check_unpacked
 from mlflow_pt_deploy.serving.pyfunc import scoring_error
-from mlflow_pt_deploy.serving.ticket import Caller
+from mlflow_pt_deploy.serving.ticket import Caller, seconds_left
 from mlflow_pt_deploy.serving.version import Version
 
 _JSON, _CSV, _PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
@@ -60,6 +60,11 @@ def patience(header: bytes | None) -> float | None:
     if header is None or not header.isdigit() or len(header) > 9:
         return None
     return int(header) / 1000
+
+
+def time_left(version: Version, header: bytes | None) -> float | None:
+    """Seconds for a request that comes now, as its header and the version's limits have it."""
+    return seconds_left(version.pyfunc.batcher.limits, patience(header))
 
 
 def deadline(header: bytes | None) -> float | None:

@@ -24,11 +24,11 @@ import numpy as np
 
 from mlflow_pt_deploy.serving.crowd import Crowds, Told
 from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, patience
+from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, time_left
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
 from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket, seconds_left
+from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
 from mlflow_pt_deploy.serving.turn import Turn
 from mlflow_pt_deploy.serving.version import Version
 from mlflow_pt_deploy.variants.base import Logits
@@ -154,8 +154,7 @@ class Quick:
         if found is None:
             return False
         slot.used = since
-        header = headers.get(DEADLINE_HEADER)
-        left_s = seconds_left(version.pyfunc.batcher.limits, patience(header))
+        left_s = time_left(version, headers.get(DEADLINE_HEADER))
         caller.expires = None if left_s is None else time.monotonic() - (now - since) + left_s
         parents = (headers.get(b"traceparent", b""),)
         self._asked.append(_Asked(route, slot, version, *found, since, caller, parents, done))

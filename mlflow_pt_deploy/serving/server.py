@@ -211,7 +211,7 @@ class Server(uvicorn.Server):
         return [
             f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
             *(f"  {describe(slot, poll_s)}" for slot in self._slots.values()),
-            *([f"  {missing()}"] if missing() else []),
+            *(f"  {note}" for note in [missing()] if note),
         ]
 
 
