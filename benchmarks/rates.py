@@ -20,6 +20,7 @@ from servers import SEED, Server, ask, cpu_seconds
 LIMITS_MS = (40, 100)
 _MOST_PER_S = 65_536
 _COMPUTED = "pt_deploy_compute_seconds_sum"
+_STREAMS = "pt_deploy_streams"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def loader(generator: Path, run: Server, bodies: Path, *, seconds: float, connec
         point = _point(raw, cpu_seconds(run.pid) - before)
         if computed is not None:
             busy_s = (series(run.url, _COMPUTED) or 0) - computed
+            busy_s /= series(run.url, _STREAMS) or 1
             point = replace(point, model_share=round(busy_s / raw["seconds"], 3))
         if point.errors:
             _settle(run.url + run.path)

@@ -11,7 +11,8 @@ import pytest
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.batcher import Batcher
 from mlflow_pt_deploy.serving.options import Limits
-from mlflow_pt_deploy.serving.ticket import Caller, Ticket
+from mlflow_pt_deploy.serving.queue import Queue
+from mlflow_pt_deploy.serving.ticket import Caller, Ticket, cut
 
 BAD = 666
 
@@ -24,14 +25,17 @@ class GatedModel:
         self.gate.set()
         self.batches: list[list[list[int]]] = []
         self.busy = 0
+        self.streams = 1
+        self.lock = threading.Lock()
 
     def collate(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         longest = max(map(len, rows))
         return {"ids": np.array([[*row, *[0] * (longest - len(row))] for row in rows])}
 
     def predict(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        self.busy += 1
-        assert self.busy == 1, "two threads in the model"
+        with self.lock:
+            self.busy += 1
+            assert self.busy <= self.streams, "too many threads in the model"
         try:
             rows = [[int(token) for token in row if token] for row in inputs["ids"]]
             self.batches.append(rows)
@@ -40,7 +44,8 @@ class GatedModel:
                 raise ValueError("bad row")
             return np.array([[row[0], len(row)] for row in rows], dtype=np.float32)
         finally:
-            self.busy -= 1
+            with self.lock:
+                self.busy -= 1
 
 
 @pytest.fixture
@@ -56,6 +61,11 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def batcher(model: GatedModel, **limits: float) -> Batcher:
     return Batcher(model.predict, model.collate, Limits(**limits))  # type: ignore[arg-type]
+
+
+def spread(model: GatedModel, under: Batcher, streams: int = 2) -> None:
+    model.streams = streams
+    under.spread(model.predict, streams)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -252,7 +262,7 @@ def test_the_same_row_is_computed_once_in_a_batch_and_while_in_flight(
     joined = [pool.submit(under.submit, [[1], [1]], keys=["one", "one"]) for _ in range(3)]
     mixed = pool.submit(under.submit, [[2], [1], [2]], keys=["two", "one", "two"])
     more = pool.submit(under.submit, [[2]], keys=["two"])
-    until(lambda: under.queued_rows == 3 and len(under._computing["one"]) == 8)
+    until(lambda: under.queued_rows == 3 and len(under._computing[0]["one"]) == 8)
     model.gate.set()
     assert first.result().tolist() == [[1, 1]]
     for future in joined:
@@ -272,12 +282,12 @@ def test_who_shares_a_bad_row_shares_its_failure(
     first = pool.submit(under.submit, [[BAD]], keys=["bad"])
     until(lambda: len(model.batches) == 1)
     second = pool.submit(under.submit, [[BAD]], keys=["bad"])
-    until(lambda: len(under._computing["bad"]) == 2)
+    until(lambda: len(under._computing[0]["bad"]) == 2)
     model.gate.set()
     for future in (first, second):
         with pytest.raises(ValueError, match="bad row"):
             future.result(timeout=2)
-    assert not under._led
+    assert not under.busy
 
 
 def test_rows_of_callers_that_left_are_not_computed(
@@ -322,7 +332,7 @@ def test_each_call_of_the_model_is_told(model: GatedModel) -> None:
     assert 0 < told[0][3] < 1
 
 
-def test_an_interrupted_leader_passes_the_lead_on(
+def test_others_are_computed_where_a_caller_is_interrupted(
     model: GatedModel, pool: ThreadPoolExecutor
 ) -> None:
     def interrupted(inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -351,8 +361,13 @@ def test_a_request_of_no_rows_is_refused(model: GatedModel) -> None:
         batcher(model).submit([])
 
 
-def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+@pytest.mark.parametrize("streams", [1, 3])
+def test_nobody_is_lost_or_mixed_up_under_load(
+    model: GatedModel, pool: ThreadPoolExecutor, streams: int
+) -> None:
     under = batcher(model, max_batch_rows=8, queue_rows=100_000)
+    if streams > 1:
+        spread(model, under, streams)
 
     def client(seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -364,7 +379,7 @@ def test_nobody_is_lost_or_mixed_up_under_load(model: GatedModel, pool: ThreadPo
     for future in [pool.submit(client, seed) for seed in range(32)]:
         future.result(timeout=20)
     assert under.queued_rows == 0
-    assert not under._led
+    until(lambda: not under.busy)
 
 
 def test_rows_that_are_computed_at_once(model: GatedModel, pool: ThreadPoolExecutor) -> None:
@@ -386,7 +401,7 @@ def test_rows_that_are_computed_at_once(model: GatedModel, pool: ThreadPoolExecu
     assert held.result(10).tolist()
 
 
-def test_who_computes_at_once_passes_the_lead_on(
+def test_who_came_while_rows_were_computed_at_once_is_next(
     model: GatedModel, pool: ThreadPoolExecutor
 ) -> None:
     under = batcher(model)
@@ -438,7 +453,9 @@ def test_who_must_not_wait_is_told_the_end(model: GatedModel) -> None:
     assert len({thread.name for thread in threading.enumerate() if "batcher" in thread.name}) == 1
 
 
-def test_both_kinds_of_callers_lead_each_other(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+def test_both_kinds_of_callers_wait_in_one_queue(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
     under, told = batcher(model, max_batch_rows=2), Told()
     first = hold(model, under, pool)
     others = []
@@ -531,3 +548,160 @@ def test_spare_rows_are_those_before_it_is_crowded(model: GatedModel) -> None:
     ours._queue.rows = 60
     assert ours.crowded(0.15)
     assert ours.spare_rows(0.15) == 0
+
+
+def test_two_batches_are_computed_at_a_time(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+    under = batcher(model)
+    spread(model, under)
+    first = hold(model, under, pool)
+    second = pool.submit(under.submit, [[2, 2]])
+    until(lambda: len(model.batches) == 2)
+    others = queue(under, pool, [[[n] * 3] for n in range(3, 9)])
+    assert len(model.batches) == 2, "both threads compute"
+    model.gate.set()
+    assert first.result(5).tolist() == [[1, 1]]
+    assert second.result(5).tolist() == [[2, 2]]
+    assert [future.result(5).tolist() for future in others] == [[[n, 3]] for n in range(3, 9)]
+    assert sorted(map(len, model.batches)) == [1, 1, 1, 2, 3], "half of those who wait"
+    until(lambda: not under.busy)
+
+
+def test_event_loops_requests_are_computed_two_at_a_time(model: GatedModel) -> None:
+    under, told = batcher(model), Told()
+    spread(model, under)
+    model.gate.clear()
+    for n in (1, 2, 3):
+        under.start([[n]], told)
+    until(lambda: len(model.batches) == 2)
+    assert under.queued_rows == 1
+    model.gate.set()
+    until(lambda: len(told.tickets) == 3 and not under.busy)
+    assert sorted(told.answers()) == [[[n, 1]] for n in (1, 2, 3)]
+
+
+def test_one_request_is_computed_by_all_threads(model: GatedModel) -> None:
+    under = batcher(model)
+    spread(model, under)
+    threads: set[int] = set()
+    met = threading.Barrier(2)
+
+    def single(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            met.wait(5)  # in vain, if one thread computed both halves
+        return model.predict(inputs)
+
+    under.spread(single, 2)  # type: ignore[arg-type]
+    rows = [[n, n] for n in range(1, 9)]
+    assert under.submit(rows).tolist() == [[n, 2] for n in range(1, 9)]
+    assert len(threads) == 2
+    assert sorted(map(len, model.batches)) == [4, 4]
+
+
+def test_batches_of_one_thread_are_small_and_alike(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    spread(model, under)
+    model.gate.clear()
+    held = [pool.submit(under.submit, [[n]]) for n in (1, 2)]
+    until(lambda: len(model.batches) == 2)
+    lengths = [5, 30, 6, 31, 5, 7] * 10
+    others = queue(under, pool, [[[9] * length] for length in lengths[:20]])
+    tickets, told = [], Told()
+    tickets = [under.start([[9] * length], told) for length in lengths[20:]]
+    model.gate.set()
+    wait([*held, *others])
+    until(lambda: len(told.tickets) == len(tickets))
+    for batch in model.batches:
+        assert len(batch) <= 16
+        assert max(map(len, batch)) - min(map(len, batch)) <= 2
+    assert len(model.batches) <= 2 + 8
+
+
+def test_all_threads_are_for_a_row_that_comes_alone(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    asked: list[str] = []
+
+    def of(name: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+        def predict(inputs: dict[str, np.ndarray]) -> np.ndarray:
+            asked.append(name)
+            return model.predict(inputs)
+
+        return predict
+
+    model.streams = 2
+    under = Batcher(of("whole"), model.collate)  # type: ignore[arg-type]
+    under.spread(of("single"), 2)  # type: ignore[arg-type]
+    under.submit([[1]])
+    under.submit([[1], [2]])
+    assert asked == ["whole", "single", "single"]
+    asked.clear()
+    model.gate.clear()
+    both = [pool.submit(under.submit, [[1]])]
+    until(lambda: len(asked) == 1)
+    both.append(pool.submit(under.submit, [[2]]))
+    until(lambda: len(asked) == 2)
+    assert asked == ["whole", "single"]
+    assert under.calls.running_s > 0
+    model.gate.set()
+    wait(both)
+    assert under.calls.running_s == 0
+
+
+def test_a_row_is_joined_in_whichever_batch_it_is(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    spread(model, under)
+    model.gate.clear()
+    first = [pool.submit(under.submit, [[n]], keys=[n]) for n in (1, 2)]
+    until(lambda: len(model.batches) == 2)
+    again = pool.submit(under.submit, [[2], [1], [2]], keys=[2, 1, 2])
+    until(lambda: sum(len(rows) for batch in under._computing for rows in batch.values()) == 5)
+    model.gate.set()
+    wait(first)
+    assert again.result(5).tolist() == [[2, 1], [1, 1], [2, 1]]
+    assert len(model.batches) == 2
+
+
+def test_a_batch_that_fails_leaves_the_other_threads_alone(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    spread(model, under)
+    model.gate.clear()
+    good, bad = (pool.submit(under.submit, [[n]]) for n in (1, BAD))
+    until(lambda: len(model.batches) == 2)
+    model.gate.set()
+    assert good.result(5).tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="bad row"):
+        bad.result(5)
+    until(lambda: not under.busy)
+    assert under.submit([[3]]).tolist() == [[3, 1]]
+
+
+def test_two_threads_halve_the_wait(model: GatedModel) -> None:
+    under = batcher(model)
+    for rows in (1, 4, 16, 1, 4, 16):
+        under.calls._cost.saw(rows, rows * 1e-3)
+    under._queue.rows = 40
+    before_s, spare = under.wait_s, under.spare_rows(0.6)
+    under.spread(model.predict, 2)
+    assert under.wait_s == pytest.approx(before_s / 2)
+    assert under.spare_rows(0.6) == pytest.approx(spare + 0.2 / 1e-3, rel=0.05)
+
+
+def test_a_deep_queue_is_not_searched_for_long(model: GatedModel) -> None:
+    waiting = Queue()
+    limits = Limits()
+    for n in range(4000):
+        ticket = Ticket([[1] * (5 + n % 20)], None, limits, True, None)
+        ticket.chunks = cut([5 + n % 20], [0], limits, 2, 16)
+        waiting.push(ticket)
+    start = time.perf_counter()
+    batches = [waiting.take(limits, 2, 16) for _ in range(100)]
+    assert time.perf_counter() - start < 0.1, "0.05 ms a batch; 5 ms where all are looked at"
+    assert all(len(batch) == 16 for batch in batches)
+    assert waiting.rows == 4000 - 1600

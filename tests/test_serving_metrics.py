@@ -67,7 +67,7 @@ def test_what_happens_is_counted_by_model_and_version(tmp_path: Path) -> None:
     assert value("compute_seconds_count", **of) == 1
     assert value("swaps_total", model="tiny", result="done") == 1
     assert value("swaps_total", model="tiny", result="refused") == 1
-    for name, expected in (("registry_up", 1), ("queue_rows", 0), ("in_flight", 0)):
+    for name, expected in (("registry_up", 1), ("queue_rows", 0), ("in_flight", 0), ("streams", 1)):
         assert value(name, model="tiny") == expected
     assert value("model_info", variant="tiny-numpy-fp32", digest="0" * 64, **of) == 1
     assert (value("process_resident_memory_bytes") or 0) > 0

@@ -11,6 +11,7 @@ from tiny_serving import predict, tiny_variant
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
 from mlflow_pt_deploy.serving.warmup import meet_shapes
 from mlflow_pt_deploy.variants.cascade import Stages
+from mlflow_pt_deploy.variants.streams import Streams
 
 BATCH = {"input_ids": np.ones((4, 40), np.int64), "attention_mask": np.ones((4, 40), np.int64)}
 
@@ -52,3 +53,23 @@ def test_both_models_of_a_cascade_are_met_whether_the_first_is_sure_or_not(sure:
     pyfunc.warm_up()
     assert (1, 1) in fast.shapes
     assert (1, 1) in strong.shapes
+
+
+@pytest.mark.parametrize(
+    ("takes_s", "threads", "streams"), [(0.002, 2, 2), (0.002, 1, 1), (0, 2, 1)]
+)
+def test_batches_of_a_model_with_streams_are_computed_side_by_side(
+    takes_s: float, threads: int, streams: int
+) -> None:
+    def single(inputs: Any) -> Any:
+        time.sleep(takes_s)
+        return predict(inputs)
+
+    variant = replace(tiny_variant(), predict=Streams(single, single, threads=threads))
+    pyfunc = PyFunc(variant)
+    assert pyfunc.batcher.streams == 1
+    pyfunc.warm_up()
+    assert pyfunc.batcher.streams == streams, "not where a row takes less time than a thread would"
+    words = ["red", "green", "blue", "red green", "green blue"] * 9
+    labels = [answer["label"] for answer in pyfunc.predict(words)]
+    assert labels == [answer["label"] for answer in PyFunc(tiny_variant()).predict(words)]

@@ -1,7 +1,7 @@
 """What `/metrics` tells, in Prometheus' format and by model and version.
 
 What each request and each batch adds to is counted here without a lock, since one thread at a time
-does so: the event loop, and whoever leads a batcher.
+does so: the event loop, and whoever computes a batch.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class PrometheusMetrics(Metrics):
         self._swaps = counter("swaps", "Versions that took over or were refused", "model", "result")
         self._unloads = counter("unloads", "Models taken out of memory to make room", "model")
         self._preparation = gauge("swap_seconds", "Preparation of the last swap", "model")
+        self._streams = gauge("streams", "Calls of the model at a time", "model")
         self._registry_up = gauge("registry_up", "1 while the registry answers", "model")
         self._info = gauge("model_info", "1: what serves", *_VERSION, "variant", "digest")
         self._gauges = {
@@ -164,6 +165,7 @@ class PrometheusMetrics(Metrics):
             compute.observe(took_s)
 
         version.pyfunc.batcher.calls.observe = observe
+        self._streams.labels(name).set(version.pyfunc.batcher.streams)
         manifest = version.pyfunc.loaded.manifest
         before = self._serving.get(name)
         if before is not None:

@@ -30,7 +30,7 @@ from mlflow_pt_deploy.serving.options import MODEL_CONFIG, Options
 from mlflow_pt_deploy.serving.rows import read_rows
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.serving.warmup import FEW, fastest_s, meet_shapes
-from mlflow_pt_deploy.variants.base import Logits, pads_rows
+from mlflow_pt_deploy.variants.base import Logits, pads_rows, streams_of
 from mlflow_pt_deploy.variants.cascade import Stages
 
 if TYPE_CHECKING:
@@ -145,6 +145,9 @@ class PyFunc:
         if self.options.max_wait_ms:
             return
         self.quick = fastest_s(lambda: self.batcher.submit([sample], bounded=False)) < _QUICK_S
+        single, streams = streams_of(predict)
+        if streams > 1 and not self.quick:
+            self.batcher.spread(single, streams)
         if isinstance(predict, Stages):
             self.glances = fastest_s(lambda: self.glance([sample])) < _QUICK_S
 

@@ -5,7 +5,7 @@ Not safe for threads by itself: the batcher holds its lock.
 
 from __future__ import annotations
 
-from collections import deque
+import time
 from collections.abc import Hashable
 
 from mlflow_pt_deploy.serving.options import Limits
@@ -23,7 +23,8 @@ class Queue:
     """
 
     def __init__(self) -> None:
-        self._tickets: deque[Ticket] = deque()
+        self._tickets: dict[Ticket, None] = {}  # a set in order
+        self._by_length: dict[int, dict[Ticket, None]] = {}  # of the next chunk's longest row
         self.rows = 0
 
     def __bool__(self) -> bool:
@@ -31,49 +32,61 @@ class Queue:
 
     @property
     def oldest(self) -> Ticket:
-        return self._tickets[0]
+        return next(iter(self._tickets))
 
     def push(self, ticket: Ticket) -> None:
-        self._tickets.append(ticket)
+        self._tickets[ticket] = None
+        self._by_length.setdefault(ticket.chunks[-1].shape.longest, {})[ticket] = None
         self.rows += ticket.waiting_rows
 
     def withdraw(self, ticket: Ticket) -> None:
         """Forget a ticket, if it is here at all."""
-        if ticket in self._tickets:
-            self._tickets.remove(ticket)
-            self.rows -= ticket.waiting_rows
+        if ticket not in self._tickets:
+            return
+        del self._tickets[ticket]
+        length = ticket.chunks[-1].shape.longest
+        del self._by_length[length][ticket]
+        if not self._by_length[length]:
+            del self._by_length[length]
+        self.rows -= ticket.waiting_rows
 
     def withdraw_pointless(self) -> list[Ticket]:
         """Forget those that nobody waits for any more; returns them."""
-        found = [ticket for ticket in self._tickets if ticket.pointless]
+        now = time.monotonic()
+        found = [ticket for ticket in self._tickets if ticket.pointless(now)]
         for ticket in found:
             self.withdraw(ticket)
         return found
 
-    def take(self, limits: Limits, slack: float | None) -> Batch:
+    def take(self, limits: Limits, slack: float | None, most: int) -> Batch:
         """The oldest request's next chunk, and what goes well with it; the same rows together.
 
         Args:
             limits: Of a batch.
             slack: As for `Shape.fits`.
+            most: Rows, unless the oldest request's chunk has more.
         """
-        if not self._tickets:
-            return {}
-        oldest = self.oldest.chunks[-1].shape
-        taken, shape = [self.oldest], oldest
-        younger = sorted(
-            list(self._tickets)[1:], key=lambda t: abs(t.chunks[-1].shape.longest - oldest.longest)
-        )
-        for ticket in younger:
-            wider = shape.plus(ticket.chunks[-1].shape)
-            if wider.fits(limits, slack):
-                taken.append(ticket)
-                shape = wider
-        self.rows -= shape.rows
         batch: Batch = {}
-        for ticket in taken:
+        for ticket in self._alike(limits, slack, most) if self._tickets else ():
+            self.withdraw(ticket)
             for at in ticket.chunks.pop().indices:
                 batch.setdefault(ticket.keys[at], []).append(Row(ticket, at))
-        waiting = [ticket for ticket in self._tickets if ticket not in taken]
-        self._tickets = deque(waiting + [ticket for ticket in taken if ticket.chunks])
+            if ticket.chunks:  # behind all others
+                self.push(ticket)
         return batch
+
+    def _alike(self, limits: Limits, slack: float | None, most: int) -> list[Ticket]:
+        """The oldest, and those whose length is the nearest, as many as fit."""
+        taken, shape = [self.oldest], self.oldest.chunks[-1].shape
+        oldest = shape.longest
+        for length in sorted(self._by_length, key=lambda length: abs(length - oldest)):
+            for ticket in self._by_length[length]:
+                if shape.rows >= most:
+                    return taken
+                if ticket is not taken[0]:
+                    wider = shape.plus(ticket.chunks[-1].shape)
+                    if wider.rows > most or not wider.fits(limits, slack):
+                        break
+                    taken.append(ticket)
+                    shape = wider
+        return taken

@@ -101,7 +101,7 @@ def expiry(limits: Limits, caller: Caller) -> float | None:
 
 
 class Wake(Protocol):
-    """Told when a ticket is done, or when its turn to lead has come."""
+    """Told when a ticket is done."""
 
     def set(self) -> None: ...
 
@@ -123,7 +123,6 @@ class Ticket:
         self.answers: list[Logits | None] = [None] * len(rows)
         self.missing = len(rows)
         self.error: Exception | None = None
-        self.leads = False
         self.wake: Wake  # set by whoever waits, before the ticket lines up
         self.caller = caller or Caller()
         self.expires = expiry(limits, self.caller) if deadline else self.caller.expires
@@ -132,10 +131,9 @@ class Ticket:
     def done(self) -> bool:
         return self.error is not None or not self.missing
 
-    @property
-    def pointless(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return self.caller.left or self.left_s() == 0
+    def pointless(self, now: float) -> bool:
+        """Whether nobody waits for the answer any more, by `time.monotonic`."""
+        return self.caller.left or (self.expires is not None and self.expires <= now)
 
     @property
     def waiting_rows(self) -> int:
@@ -156,11 +154,12 @@ class Ticket:
     def result(self) -> Logits:
         if self.error is not None:
             raise self.error
-        return np.stack([answer for answer in self.answers if answer is not None])
+        answers = [answer for answer in self.answers if answer is not None]
+        return answers[0][np.newaxis] if len(answers) == 1 else np.stack(answers)
 
 
 def cut(
-    lengths: Sequence[int], indices: list[int], limits: Limits, slack: float | None
+    lengths: Sequence[int], indices: list[int], limits: Limits, slack: float | None, most: int
 ) -> list[Chunk]:
     """Chunks of rows of similar length, each within the limits, the longest last.
 
@@ -168,6 +167,7 @@ def cut(
         lengths: Of all rows.
         indices: The rows to cut.
         limits, slack: As for `Shape.fits`.
+        most: Rows in a chunk.
     """
     if len(indices) == 1:  # the common request
         return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
@@ -176,7 +176,7 @@ def cut(
         length = lengths[index]
         alone = Shape(1, length, length)
         wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.fits(limits, slack):
+        if chunks and wider.rows <= most and wider.fits(limits, slack):
             chunks[-1].indices.append(index)
             chunks[-1] = chunks[-1]._replace(shape=wider)
         else:

@@ -50,6 +50,11 @@ def tokens_computed(predict: Predict, otherwise: int) -> int:
     return otherwise if tokens is None else int(tokens)
 
 
+def streams_of(predict: Predict) -> tuple[Predict, int]:
+    """What computes a batch with one thread, and how many may at once; see `Streams`."""
+    return getattr(predict, "single", predict), int(getattr(predict, "threads", 1))
+
+
 def no_native_bf16() -> str | None:
     """Why bf16 is pointless on this processor, or None where it is not."""
     if cpu_flags() & BF16_FLAGS:

@@ -56,6 +56,7 @@ class Streams:
         threads: How many.
 
     Attributes:
+        single, threads: As given; see `streams_of`.
         pads: False: rows of any lengths may share a batch.
         tokens: How many the last batch had, what was padded all the same included; None before
             the first, and of images.
@@ -65,8 +66,8 @@ class Streams:
     tokens: int | None = None
 
     def __init__(self, whole: Predict, single: Predict, *, threads: int) -> None:
+        self.single, self.threads = single, threads
         self._whole, self._single = _Way(whole), _Way(single)
-        self._threads = threads
         self._lone_rows = 0
 
     def __call__(self, inputs: Inputs) -> Logits:
@@ -86,13 +87,13 @@ class Streams:
 
     def _apart(self, inputs: Inputs, rows: int) -> bool:
         """Whether a batch's rows are worth calls of their own; images, all of a size, are not."""
-        if _MASK not in inputs or rows < self._threads:
+        if _MASK not in inputs or rows < self.threads:
             return False
         return self._single.expected_s(_size(inputs) // rows) >= _CHEAP_S
 
     def _most(self, rows: int) -> int:
         """Rows in a part: few, so that all threads are done at about the same time."""
-        each = math.ceil(rows / self._threads)
+        each = math.ceil(rows / self.threads)
         return max(min(_FEW, each), math.ceil(each / 2))
 
     def _lone(self, inputs: Inputs) -> Logits:
@@ -107,7 +108,7 @@ class Streams:
 
     @cached_property
     def _helpers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads - 1, thread_name_prefix="stream")
+        return ThreadPoolExecutor(self.threads - 1, thread_name_prefix="stream")
 
     def _compute(self, parts: list[Part]) -> list[Logits]:
         """Logits of each part; this thread works too, and whoever is free takes the next."""
@@ -118,7 +119,7 @@ class Streams:
             for at, part in waiting:
                 found[at] = self._single.predict(part.inputs)
 
-        others = min(self._threads, len(parts)) - 1
+        others = min(self.threads, len(parts)) - 1
         helped = [self._helpers.submit(work) for _ in range(others)]
         try:
             work()
