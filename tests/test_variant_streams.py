@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -65,16 +67,40 @@ def settle(predict: Streams) -> None:
         predict(batch(5))
 
 
-def test_parts_hold_each_row_once_longest_first_and_hardly_any_padding() -> None:
+def test_parts_hold_each_row_once_longest_first_and_little_padding() -> None:
     lengths = (3, 7, 4, 1, 9, 7, 7)
     parts = cut(batch(*lengths), 3)
     shapes = [part.inputs["attention_mask"].shape for part in parts]
-    assert shapes == [(3, 9), (1, 7), (2, 4), (1, 1)]
+    assert shapes == [(1, 9), (3, 7), (3, 4)]
     assert sorted(place for part in parts for place in part.places) == list(range(7))
     for part in parts:
         mine = part.inputs["attention_mask"].sum(1)
         assert mine.tolist() == [lengths[place] for place in part.places]
-        assert mine.max() - mine.min() <= 2
+        assert len(mine) * mine.max() - mine.sum() <= 5 * (len(mine) - 1)
+
+
+def tokens_and_calls(lengths: list[int], most: int, cuts: Sequence[int]) -> int:
+    """What rows cost that are cut there."""
+    bounds = [0, *cuts, len(lengths)]
+    runs = [lengths[start:end] for start, end in pairwise(bounds)]
+    return sum(len(run) * run[0] + 5 * -(-len(run) // most) for run in runs)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_no_other_parts_cost_less(most: int) -> None:
+    random = np.random.default_rng(most)
+    for _ in range(50):
+        lengths = sorted(random.integers(1, 30, size=random.integers(1, 8)).tolist(), reverse=True)
+        changes = [at for at in range(1, len(lengths)) if lengths[at] != lengths[at - 1]]
+        least = min(
+            tokens_and_calls(lengths, most, cuts)
+            for number in range(len(changes) + 1)
+            for cuts in combinations(changes, number)
+        )
+        parts = cut(batch(*lengths), most)
+        assert all(len(part.places) <= most for part in parts)
+        padded = sum(part.inputs["attention_mask"].size for part in parts)
+        assert padded + 5 * len(parts) <= least  # halves of a run may be shorter than its longest
 
 
 def test_a_few_rows_of_a_length_are_one_call_and_many_a_few_for_each_thread(

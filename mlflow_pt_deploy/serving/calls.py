@@ -99,8 +99,8 @@ class Calls:
         Raises:
             Exception: Whatever the model raised.
         """
-        whole = self._single is None or (alone and len(rows) == 1)
-        predict = self._predict if whole or self._single is None else self._single
+        single = None if alone and len(rows) == 1 else self._single
+        predict = single or self._predict
         me = threading.get_ident()
         self._began[me] = start = time.perf_counter()
         try:
