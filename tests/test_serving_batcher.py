@@ -687,10 +687,11 @@ def test_two_threads_halve_the_wait(model: GatedModel) -> None:
     for rows in (1, 4, 16, 1, 4, 16):
         under.calls._cost.saw(rows, rows * 1e-3)
     under._queue.rows = 40
-    before_s, spare = under.wait_s, under.spare_rows(0.6)
+    before_s = under.wait_s
+    assert under.spare_rows(0.6) == pytest.approx(200 - 40, rel=0.05), "a third of it"
     under.spread(model.predict, 2)
     assert under.wait_s == pytest.approx(before_s / 2)
-    assert under.spare_rows(0.6) == pytest.approx(spare + 0.2 / 1e-3, rel=0.05)
+    assert under.spare_rows(0.6) == pytest.approx(2 * 150 - 40, rel=0.05), "a quarter of it"
 
 
 def test_a_deep_queue_is_not_searched_for_long(model: GatedModel) -> None:

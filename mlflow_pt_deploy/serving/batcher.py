@@ -29,6 +29,9 @@ Done = Callable[[Ticket], None]
 # Nobody is let in whom those before him in the queue would keep waiting for longer than this share
 # of the time that he has: the batch that is being computed, and his own, take about as long again.
 _PATIENCE = 1 / 3
+# The same where threads compute batches of their own: of like lengths, so that whose length is rare
+# waits for longer than most.
+_STREAM_PATIENCE = 1 / 4
 # Rows in a batch of one thread's: more gain little, and those who come meanwhile wait for longer.
 _STREAM_ROWS = 16
 
@@ -67,6 +70,7 @@ class Batcher:
         self._arrived = threading.Condition(self._lock)
         self._queue = Queue()
         self._streams = 1
+        self._patience = _PATIENCE
         self._most_rows = self.limits.max_batch_rows
         self._workers = 0
         self._computing: list[Batch] = []
@@ -111,6 +115,7 @@ class Batcher:
         """
         with self._lock:
             self._streams, self._threads = streams, None
+            self._patience = _STREAM_PATIENCE
             self._most_rows = min(self.limits.max_batch_rows, _STREAM_ROWS)
             self.calls.spread(single)
 
@@ -219,13 +224,13 @@ class Batcher:
             left_s: Seconds until its deadline.
             before_s: Seconds that it has to wait for before it could line up here.
         """
-        return before_s + self.wait_s > _PATIENCE * left_s
+        return before_s + self.wait_s > self._patience * left_s
 
     def spare_rows(self, left_s: float) -> float:
         """How many more rows could line up until it would be `crowded`; 0 where it is."""
         if self.crowded(left_s):
             return 0
-        rows = self.calls.expected_rows(_PATIENCE * left_s * self._streams, self._most_rows)
+        rows = self.calls.expected_rows(self._patience * left_s * self._streams, self._most_rows)
         return max(1, rows - self._queue.rows)
 
     def late(self) -> DeadlineError:
