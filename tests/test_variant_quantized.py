@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import openvino
 import pytest
 from conftest import FILLERS, KEYWORDS
@@ -37,6 +38,31 @@ def export(variant: Variant, classifier: Classifier, rows: list[str], folder: Pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variant.export(classifier, classifier.preprocessor(["a", "my card"]), batches, folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8-dynamic", "int8-static"])
+def test_onnxruntime_fuses_nothing_whose_kernel_is_slower(
+    classifier: Classifier,
+    tiny_splits: Splits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+) -> None:
+    variant = OnnxRuntime(precision)
+    export(variant, classifier, tiny_splits.train.rows[:16], tmp_path)
+    executed = tmp_path / "executed.onnx"
+    original = onnxruntime.InferenceSession
+
+    def session(path: str, options: onnxruntime.SessionOptions, **settings: object) -> object:
+        options.optimized_model_filepath = str(executed)
+        return original(path, options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    variant.load(tmp_path, device="cpu", threads=1)
+    kinds = Counter(node.op_type for node in onnx.load(executed).graph.node)
+    assert kinds["LayerNormalization"] == 5, "two a layer, and the embeddings'"
+    assert kinds["Gelu"] == 2
+    assert not kinds.keys() & {"SkipLayerNormalization", "BiasGelu"}
 
 
 def test_onnxruntime_quantizes_what_has_weights(
