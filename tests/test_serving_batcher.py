@@ -163,12 +163,17 @@ def test_rows_of_very_different_length_do_not_share_padding(
 
 @pytest.mark.parametrize(("call_s", "together"), [(0.0, False), (1e-3, True)])
 def test_padding_is_shared_where_a_call_costs_more(
-    call_s: float, together: bool, model: GatedModel, pool: ThreadPoolExecutor
+    call_s: float,
+    together: bool,
+    model: GatedModel,
+    pool: ThreadPoolExecutor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     under = batcher(model)
     first = hold(model, under, pool)
     for tokens in (5, 20, 50, 5, 20, 50):  # 0.1 ms a token, as seen of late
         under.calls._token_cost.saw(tokens, call_s + 1e-4 * tokens)
+    monkeypatch.setattr(under.calls._token_cost, "saw", lambda *_: None)  # nor the one that is held
     others = queue(under, pool, [[[2] * 9], [[3] * 5]])
     model.gate.set()
     wait([first, *others])
