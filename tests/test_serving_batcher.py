@@ -585,8 +585,8 @@ def test_event_loops_requests_are_computed_two_at_a_time(model: GatedModel) -> N
 
 
 def test_one_request_is_computed_by_all_threads(model: GatedModel) -> None:
+    model.streams = 2
     under = batcher(model)
-    spread(model, under)
     threads: set[int] = set()
     met = threading.Barrier(2)
 
@@ -613,7 +613,7 @@ def test_batches_of_one_thread_are_small_and_alike(
     until(lambda: len(model.batches) == 2)
     lengths = [5, 30, 6, 31, 5, 7] * 10
     others = queue(under, pool, [[[9] * length] for length in lengths[:20]])
-    tickets, told = [], Told()
+    told = Told()
     tickets = [under.start([[9] * length], told) for length in lengths[20:]]
     model.gate.set()
     wait([*held, *others])

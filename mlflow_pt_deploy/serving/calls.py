@@ -113,7 +113,7 @@ class Calls:
         return logits
 
     def answer(
-        self, rows: Sequence[tuple[Hashable, Encoded]], answers: Answers, alone: bool = True
+        self, rows: Sequence[tuple[Hashable, Encoded]], answers: Answers, alone: bool
     ) -> None:
         """One call, and where it fails halves, until the rows at fault are alone.
 
@@ -138,7 +138,7 @@ class Calls:
         padded = shape.padded(self._pads)
         with self._told:
             self._cost.saw(shape.rows, seconds)
-            if self._pads:
+            if self._pads and self._single is None:  # else nobody asks, see `slack`
                 self._token_cost.saw(padded, seconds)
             if self.observe is not None:
                 computed = tokens_computed(predict, padded)

@@ -30,10 +30,6 @@ class Queue:
     def __bool__(self) -> bool:
         return bool(self._tickets)
 
-    @property
-    def oldest(self) -> Ticket:
-        return next(iter(self._tickets))
-
     def push(self, ticket: Ticket) -> None:
         self._tickets[ticket] = None
         self._by_length.setdefault(ticket.chunks[-1].shape.longest, {})[ticket] = None
@@ -62,9 +58,7 @@ class Queue:
         """The oldest request's next chunk, and what goes well with it; the same rows together.
 
         Args:
-            limits: Of a batch.
-            slack: As for `Shape.fits`.
-            most: Rows, unless the oldest request's chunk has more.
+            limits, slack, most: As for `Shape.fits`; the oldest request's chunk is taken anyway.
         """
         batch: Batch = {}
         for ticket in self._alike(limits, slack, most) if self._tickets else ():
@@ -77,16 +71,18 @@ class Queue:
 
     def _alike(self, limits: Limits, slack: float | None, most: int) -> list[Ticket]:
         """The oldest, and those whose length is the nearest, as many as fit."""
-        taken, shape = [self.oldest], self.oldest.chunks[-1].shape
-        oldest = shape.longest
-        for length in sorted(self._by_length, key=lambda length: abs(length - oldest)):
+        oldest = next(iter(self._tickets))
+        taken, shape = [oldest], oldest.chunks[-1].shape
+        wanted = shape.longest
+        for length in sorted(self._by_length, key=lambda length: abs(length - wanted)):
             for ticket in self._by_length[length]:
                 if shape.rows >= most:
                     return taken
-                if ticket is not taken[0]:
-                    wider = shape.plus(ticket.chunks[-1].shape)
-                    if wider.rows > most or not wider.fits(limits, slack):
-                        break
-                    taken.append(ticket)
-                    shape = wider
+                if ticket is oldest:
+                    continue
+                wider = shape.plus(ticket.chunks[-1].shape)
+                if not wider.fits(limits, slack, most):
+                    break  # nor do, most likely, the others of that length
+                taken.append(ticket)
+                shape = wider
         return taken

@@ -36,16 +36,17 @@ class Shape(NamedTuple):
         """Tokens that are computed; `pads`: whether rows are padded to the longest."""
         return self.rows * self.longest if pads else self.tokens
 
-    def fits(self, limits: Limits, slack: float | None) -> bool:
+    def fits(self, limits: Limits, slack: float | None, most: int) -> bool:
         """Whether these rows should be one call.
 
         Args:
-            limits: Of a call.
+            limits: Of a call's tokens.
             slack: How many tokens of padding a call less is worth; None: rows are not padded.
+            most: Rows in a call.
         """
         padded = self.padded(slack is not None)
         return (
-            self.rows <= limits.max_batch_rows
+            self.rows <= most
             and padded <= limits.max_batch_tokens
             and padded - self.tokens <= (slack or 0) * (self.rows - 1)
         )
@@ -166,8 +167,7 @@ def cut(
     Args:
         lengths: Of all rows.
         indices: The rows to cut.
-        limits, slack: As for `Shape.fits`.
-        most: Rows in a chunk.
+        limits, slack, most: As for `Shape.fits`.
     """
     if len(indices) == 1:  # the common request
         return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
@@ -176,7 +176,7 @@ def cut(
         length = lengths[index]
         alone = Shape(1, length, length)
         wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.rows <= most and wider.fits(limits, slack):
+        if chunks and wider.fits(limits, slack, most):
             chunks[-1].indices.append(index)
             chunks[-1] = chunks[-1]._replace(shape=wider)
         else:

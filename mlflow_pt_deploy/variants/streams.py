@@ -56,7 +56,7 @@ class Streams:
         threads: How many.
 
     Attributes:
-        single, threads: As given; see `streams_of`.
+        threads: As given.
         pads: False: rows of any lengths may share a batch.
         tokens: How many the last batch had, what was padded all the same included; None before
             the first, and of images.
@@ -66,7 +66,7 @@ class Streams:
     tokens: int | None = None
 
     def __init__(self, whole: Predict, single: Predict, *, threads: int) -> None:
-        self.single, self.threads = single, threads
+        self.threads = threads
         self._whole, self._single = _Way(whole), _Way(single)
         self._lone_rows = 0
 
@@ -84,6 +84,11 @@ class Streams:
         for part, some in zip(parts, found, strict=True):
             logits[part.places] = some
         return logits
+
+    @property
+    def single(self) -> Predict:
+        """Computes rows with one thread, as given; see `streams_of`."""
+        return self._single.predict
 
     def _apart(self, inputs: Inputs, rows: int) -> bool:
         """Whether a batch's rows are worth calls of their own; images, all of a size, are not."""
