@@ -34,7 +34,7 @@ _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
 }
 # On the CPU the kernels of what these two fuse are slow: a sum, layer norm and GELU by themselves
-# take 13 to 17 % less of a text's time in int8 and 9 to 12 % in fp32, with the same answers but for
+# take 10 to 17 % less of a text's time in int8 and 9 to 13 % in fp32, with the same answers but for
 # rounding.
 _NOT_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
 _QUANTIZED = ("MatMul", "Gemm", "Gather")
