@@ -89,7 +89,10 @@ def beside_batch(results: Sequence[Result], alone_us: float) -> str:
     if ours is None or ours.peak is None or not ours.peak.cpu_us:
         return f"{text}.\n"
     share, busy = alone_us / ours.peak.cpu_us, ours.peak.model_share
-    text += f", {share:.2f} of what `{PT_DEPLOY}` takes at its highest rate."
+    text += f", {share:.2f} of what `{PT_DEPLOY}` takes at its highest rate"
+    if ours.overload is not None and ours.overload.cpu_us:
+        text += f" and {alone_us / ours.overload.cpu_us:.2f} where twice that is offered"
+    text += "."
     if busy is not None:
         limit = "the model" if busy > 0.5 else "the HTTP front"
         text += f" There the model computes for {busy:.0%} of the time: {limit} is the limit."

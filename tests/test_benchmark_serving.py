@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,9 @@ def test_a_batch_job_tells_what_a_row_costs_and_the_server_is_held_against_it(
     assert seen["rows_per_s"] > 0
     assert 0 < seen["cpu_us"] < 1e6
     ours = tables.Result(servers.PT_DEPLOY, "", 1.5, [point(16, 9.0)], {40: 16})
-    assert "0.50 of what `pt-deploy` takes" in tables.beside_batch([ours], 0.5)
+    assert "0.50 of what `pt-deploy` takes at its highest rate." in tables.beside_batch([ours], 0.5)
+    ours.overload = replace(point(32, 99.0, 0.5), cpu_us=0.8)
+    assert "highest rate and 0.62 where twice" in tables.beside_batch([ours], 0.5)
 
 
 def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: Path) -> None:

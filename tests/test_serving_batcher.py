@@ -559,8 +559,10 @@ def test_two_batches_are_computed_at_a_time(model: GatedModel, pool: ThreadPoolE
     under = batcher(model)
     spread(model, under)
     first = hold(model, under, pool)
+    assert not under.full
     second = pool.submit(under.submit, [[2, 2]])
     until(lambda: len(model.batches) == 2)
+    assert under.full
     others = queue(under, pool, [[[n] * 3] for n in range(3, 9)])
     assert len(model.batches) == 2, "both threads compute"
     model.gate.set()
@@ -569,6 +571,18 @@ def test_two_batches_are_computed_at_a_time(model: GatedModel, pool: ThreadPoolE
     assert [future.result(5).tolist() for future in others] == [[[n, 3]] for n in range(3, 9)]
     assert sorted(map(len, model.batches)) == [1, 1, 1, 2, 3], "half of those who wait"
     until(lambda: not under.busy)
+    assert not under.full
+
+
+def test_without_streams_a_model_that_computes_is_not_full(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    assert under.busy
+    assert not under.full  # who comes now can still be in the next batch
+    model.gate.set()
+    first.result(5)
 
 
 def test_event_loops_requests_are_computed_two_at_a_time(model: GatedModel) -> None:

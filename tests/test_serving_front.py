@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import requests
-from tiny_serving import running, save_tiny, until
+from tiny_serving import predict, running, save_tiny, until
 
 from mlflow_pt_deploy.serving import front as module
 from mlflow_pt_deploy.serving.access import AccessLog
@@ -27,6 +27,7 @@ from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.files import room_for_loans
 from mlflow_pt_deploy.serving.registry import source
 from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.variants.base import Inputs, Logits
 
 native = pytest.importorskip(
     "mlflow_pt_deploy.serving._front", reason="the part in C was not built"
@@ -38,8 +39,8 @@ KNOWN = b"POST /known HTTP/1.1\r\nContent-Length: 4"
 WHOLE = KNOWN + b"\r\n\r\nbody"
 
 
-def whole(word: str, head: bytes = HEAD) -> bytes:
-    body = json.dumps({"inputs": [word]}).encode()
+def whole(*words: str, head: bytes = HEAD) -> bytes:
+    body = json.dumps({"inputs": words}).encode()
     return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -200,6 +201,32 @@ def test_heads_are_forgotten_and_learned_again(front: Any, lent: Lent) -> None:
     assert taken(front)[0] == [(7, WHOLE, 0.0)]
 
 
+def test_requests_are_held_and_all_else_is_told_at_once(front: Any, lent: Lent) -> None:
+    front.hold(0.2)
+    other = Lent(front, 8)
+    before = time.perf_counter()
+    for each in (lent, other):
+        each.client.sendall(WHOLE)
+    assert [name for name, _, _ in taken(front)[0]] == [7, 8]
+    assert 0.2 <= time.perf_counter() - before < 2
+    front.hold(60)
+    front.answer(lent.slot, b"")
+    lent.client.sendall(WHOLE)
+    time.sleep(0.02)
+    assert not select.select([front.fileno()], [], [], 0)[0]
+    other.client.close()
+    assert [name for name, _, _ in taken(front)[0]] == [7, 8]
+    front.answer(lent.slot, b"")
+    lent.client.sendall(WHOLE)
+    time.sleep(0.02)
+    assert [name for name, _, _ in front.take()[0]] == [7]  # who asks is told
+    front.hold(0)
+    front.answer(lent.slot, b"")
+    lent.client.sendall(WHOLE)
+    assert len(taken(front)[0]) == 1
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
@@ -212,6 +239,7 @@ def test_heads_are_forgotten_and_learned_again(front: Any, lent: Lent) -> None:
         (lambda front: front.answer(2**31, b""), ValueError),
         (lambda front: front.heard(9), ValueError),
         (lambda front: front.know("head", 0, 0), TypeError),
+        (lambda front: front.hold(b"a while"), TypeError),
     ],
 )
 def test_nonsense_is_an_error(
@@ -309,7 +337,7 @@ def lent_clients(tiny: Tiny, number: int, head: bytes = HEAD) -> list[Client]:
     clients = [Client(tiny) for _ in range(number)]
     for client in clients:
         for _ in range(3):
-            assert client.ask(whole("red", head))[0] == 200
+            assert client.ask(whole("red", head=head))[0] == 200
     assert tiny.loans == number
     return clients
 
@@ -374,7 +402,7 @@ def test_what_waited_for_too_long_is_not_computed(tiny: Tiny) -> None:
     slot.current.pyfunc.batcher.calls.observe = lambda count, *_: rows.append(count)
     with standing_still(tiny):
         for client in clients:
-            client.socket.sendall(whole("red", head))
+            client.socket.sendall(whole("red", head=head))
         time.sleep(0.3)
     for client in clients:
         status, answer = client.answer()
@@ -464,7 +492,7 @@ def test_every_request_is_answered_once_in_its_order(tiny: Tiny) -> None:
             extra = chance.choice(
                 [b"", b"", b"", b"X-Deadline-Ms: 9000\r\n", b"X-A: %d\r\n" % seed]
             )
-            sent = b"".join(whole(word, HEAD + extra) for word in words)
+            sent = b"".join(whole(word, head=HEAD + extra) for word in words)
             cut = chance.choice([len(sent), len(sent), chance.randrange(1, len(sent))])
             for piece in (sent[:cut], sent[cut:]):
                 if piece:
@@ -509,6 +537,53 @@ def test_who_leaves_is_not_computed_any_more(tmp_path: Path) -> None:
         assert [clients[at].answer()[0] for at in (0, 2)] == [200, 200]
         until(lambda: routes.statuses - before == Counter({200: 2, 499: 1}))
         for client in clients:
+            client.close()
+
+
+def test_a_head_that_came_on_one_connection_is_known_on_all(tiny: Tiny) -> None:
+    head = HEAD + b"X-Never-Before: %s\r\n" % tiny.url.encode()
+    first, second = lent_clients(tiny, 2, head)
+    for _ in range(2):  # once to be parsed, and once more, though that is not enough for a loan
+        assert first.ask(whole("green", head=head))[0] == 200
+        assert tiny.loans == 1
+    assert second.ask(whole("green", head=head))[0] == 200
+    assert tiny.loans == 1
+    first.close()
+    second.close()
+
+
+def test_while_all_streams_compute_requests_wait_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_HOLD_S", 60)
+    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.01))))
+    slot.open()
+    assert slot.current
+    batcher, gate = slot.current.pyfunc.batcher, threading.Semaphore(0)
+
+    def gated(inputs: Inputs) -> Logits:
+        assert gate.acquire(timeout=10)
+        return predict(inputs)
+
+    app = App({"tiny": slot}, access=Routes())
+    with running(app, http=connection.Connection, proxy_headers=False) as url:
+        tiny = Tiny(app, url, Routes())
+        two, one, other = clients = lent_clients(tiny, 3)
+        batcher.spread(gated, 2)
+        two.socket.sendall(whole("red", "green"))  # a row for each stream
+        until(lambda: batcher.full)
+        assert app.front
+        with standing_still(tiny, app.front._changed):
+            assert app.front._held
+        one.socket.sendall(whole("tan"))
+        time.sleep(0.05)
+        assert batcher.queued_rows == 0
+        assert other.ask(b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 200
+        assert batcher.queued_rows == 1  # all that came is read then
+        gate.release(3)
+        for client in clients:
+            if client is not other:
+                assert client.answer()[0] == 200
             client.close()
 
 
@@ -579,15 +654,16 @@ def test_more_heads_and_kinds_than_are_kept_are_answered_too(
         client = Client(tiny)
         for word in ("red", "red", "green", "green", "green"):
             head = HEAD + b"X-Deadline-Ms: %d\r\n" % (deadline if word == "red" else 9999)
-            assert client.ask(whole(word, head))[1]["predictions"][0]["label"] == word
+            assert client.ask(whole(word, head=head))[1]["predictions"][0]["label"] == word
         most = max(most, len(tiny.app.front._known))
         client.close()
     assert 1 < most <= 5
     monkeypatch.setattr(module, "_MOST_HEADS", 1024)
     for deadline in range(6000, 6000 + 2 * module._MOST_KINDS):
         client = Client(tiny)
+        head = HEAD + b"X-Deadline-Ms: %d\r\n" % deadline
         for _ in range(3):
-            assert client.ask(whole("red", HEAD + b"X-Deadline-Ms: %d\r\n" % deadline))[0] == 200
+            assert client.ask(whole("red", head=head))[0] == 200
         client.close()
         most = max(most, len(tiny.app.front._kinds))
     assert most == module._MOST_KINDS

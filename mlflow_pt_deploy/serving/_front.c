@@ -2,10 +2,11 @@
 
    A connection is lent by the event loop, which has accepted it and answered a request on it. While
    it is lent, what comes on it is read here. A whole request whose head, byte by byte, is one that
-   Python made known waits to be taken; where too many wait already it is refused at once, with an
-   answer that Python wrote. Whatever else comes (another head, part of a request, more than one,
-   the end) is given back together with the connection. So there is no parser of HTTP in here, and
-   nothing is decided but "one of those" and "too many".
+   Python made known waits to be taken, and Python is told, though not before it wants to be; where
+   too many wait already it is refused at once, with an answer that Python wrote. Whatever else
+   comes (another head, part of a request, more than one, the end) is given back together with the
+   connection. So there is no parser of HTTP in here, and nothing is decided but "one of those" and
+   "too many".
 
    One mutex guards all that both sides touch; nobody waits for the GIL, or for the kernel, while he
    holds it. Linux only (epoll). What Python may call stands in _front.pyi. */
@@ -52,6 +53,7 @@ typedef struct {
 
 /* Items, and what was read, one after the other. */
 typedef struct {
+    double oldest; /* when the first request came; 0: a connection comes back */
     Item *items;
     size_t count, room;
     char *bytes;
@@ -96,7 +98,8 @@ typedef struct {
     pthread_t thread;
     pthread_mutex_t lock;
     bool running;
-    bool told; /* Python: that there is something to take */
+    bool told;   /* Python: that there is something to take */
+    double hold; /* seconds for which it need not be told of a request */
     int epoll, bell, stop;
     Connection **connections; /* by slot; never freed before the end, events may still name them */
     uint32_t count, size, free;
@@ -157,6 +160,8 @@ static bool put(Inbox *inbox, uint64_t connection, const char *bytes, size_t len
     }
     if (length)
         memcpy(inbox->bytes + inbox->used, bytes, length);
+    if (!inbox->count || !since)
+        inbox->oldest = since;
     inbox->items[inbox->count++] = (Item){connection, inbox->used, length, since};
     inbox->used += length;
     return true;
@@ -253,8 +258,9 @@ static void ring(int bell) {
 static void *run(void *argument) {
     Front *self = argument;
     struct epoll_event events[MOST_EVENTS];
+    int timeout = -1;
     for (;;) {
-        int count = epoll_wait(self->epoll, events, MOST_EVENTS, -1);
+        int count = epoll_wait(self->epoll, events, MOST_EVENTS, timeout);
         if (count < 0 && errno != EINTR)
             return NULL;
         for (int at = 0; at < count; at++) {
@@ -266,8 +272,11 @@ static void *run(void *argument) {
         pthread_mutex_lock(&self->lock);
         bool waits = self->told; /* what was read before has not been taken yet */
         bool tell = self->inbox->count && !waits;
+        double left = tell ? self->inbox->oldest + self->hold - now() : 0;
+        tell = tell && left <= 0;
         self->told |= tell;
         pthread_mutex_unlock(&self->lock);
+        timeout = left > 0 ? 1 + (int)(1000 * left) : -1;
         if (tell)
             ring(self->bell);
         if (waits) /* nobody is in a hurry, and many at a time cost less, also who sends them */
@@ -474,6 +483,17 @@ static PyObject *front_room(PyObject *object, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *front_hold(PyObject *object, PyObject *number) {
+    Front *self = (Front *)object;
+    double seconds = PyFloat_AsDouble(number);
+    if (PyErr_Occurred())
+        return NULL;
+    pthread_mutex_lock(&self->lock);
+    self->hold = seconds;
+    pthread_mutex_unlock(&self->lock);
+    Py_RETURN_NONE;
+}
+
 static PyObject *front_lend(PyObject *object, PyObject *args) {
     Front *self = (Front *)object;
     int fd, busy;
@@ -625,11 +645,11 @@ static PyObject *front_take(PyObject *object, PyObject *none) {
 
 static PyMethodDef methods[] = {
     {"know", front_know, METH_VARARGS, NULL},     {"forget", front_forget, METH_NOARGS, NULL},
-    {"room", front_room, METH_VARARGS, NULL},     {"lend", front_lend, METH_VARARGS, NULL},
-    {"recall", front_recall, METH_O, NULL},       {"heard", front_heard, METH_O, NULL},
-    {"answer", front_answer, METH_VARARGS, NULL}, {"take", front_take, METH_NOARGS, NULL},
-    {"fileno", front_fileno, METH_NOARGS, NULL},  {"close", front_close, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    {"room", front_room, METH_VARARGS, NULL},     {"hold", front_hold, METH_O, NULL},
+    {"lend", front_lend, METH_VARARGS, NULL},     {"recall", front_recall, METH_O, NULL},
+    {"heard", front_heard, METH_O, NULL},         {"answer", front_answer, METH_VARARGS, NULL},
+    {"take", front_take, METH_NOARGS, NULL},      {"fileno", front_fileno, METH_NOARGS, NULL},
+    {"close", front_close, METH_NOARGS, NULL},    {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot slots[] = {

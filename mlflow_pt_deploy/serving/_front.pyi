@@ -10,6 +10,9 @@ class Front:
     def room(self, kind: int, most: int, refusal: bytes) -> None:
         """How many requests of a kind may wait to be taken, and what the others are told."""
 
+    def hold(self, seconds: float) -> None:
+        """Be readable for a request only so long after it came; at once for all else."""
+
     def lend(self, fd: int, name: int, busy: bool) -> int:
         """Read a connection from now on; returns its slot. `busy`: an answer is still to come."""
 

@@ -88,6 +88,11 @@ class Batcher:
         return self._workers > 0
 
     @property
+    def full(self) -> bool:
+        """Whether there are several streams, and each computes: the next ends soon."""
+        return 1 < self.streams <= self._workers
+
+    @property
     def row_s(self) -> float:
         """Seconds that a row by itself has cost of late; 0 before the first."""
         return self.calls.expected_s(1, 1)

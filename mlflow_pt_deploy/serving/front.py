@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,6 +29,9 @@ _MOST_KINDS = 16
 _NO_LIMIT = 2**31 - 1
 # Where none may wait, nothing that comes would have it looked at again.
 _SOON_S = 0.002
+# While all streams compute, requests wait outside until one of them has answers, at most so long:
+# to read several at a time, and to send answers in the same breath, costs less.
+_HOLD_S = 0.005
 # A connection that came back so often is lent after 2 to the power of this many known heads.
 _MOST_BACKS = 10
 
@@ -93,13 +96,13 @@ class Front:
         self._names = count()
         self._loans: dict[int, Loan] = {}
         self._recalled: list[int] = []
-        self._looking = False
+        self._looking = self._held = False
         self._known: set[bytes] = set()
         self._kinds: list[tuple[bytes, bytes | None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(native.fileno(), self._look)
-        quick.listen(self._make_room)
+        quick.listen(self._changed)
 
     def close(self) -> None:
         """Recall all connections and end the thread."""
@@ -111,11 +114,26 @@ class Front:
             self._timer.cancel()
         self._native.close()
 
-    def lend(self, loan: Loan, fd: int, head: Head, busy: bool) -> tuple[int, int] | None:
+    def know(self, head: Head) -> None:
+        """Make a head known, on whichever connection it comes."""
+        if head.text in self._known:
+            return
+        kind = head.url, head.fields.get(DEADLINE_HEADER)
+        new = kind not in self._kinds
+        if len(self._known) >= _MOST_HEADS or (new and len(self._kinds) >= _MOST_KINDS):
+            self._tell_refused(self._native.forget())  # by the kinds of before
+            self._known.clear()
+            self._kinds.clear()
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+            self._make_room()
+        self._known.add(head.text)
+        self._native.know(head.text, head.length, self._kinds.index(kind))
+
+    def lend(self, loan: Loan, fd: int, busy: bool) -> tuple[int, int] | None:
         """Lend a connection: its slot and its name; None: too many are lent."""
         if len(self._loans) >= self._most:
             return None
-        self._know(head)
         name = next(self._names)
         slot = self._native.lend(fd, name, busy)
         self._loans[name] = loan
@@ -136,44 +154,48 @@ class Front:
         """Write on a connection; what of it could not be sent at once."""
         return data[self._native.answer(slot, data) :]
 
-    def _know(self, head: Head) -> None:
-        """Make a head known."""
-        if head.text in self._known:
-            return
-        kind = head.url, head.fields.get(DEADLINE_HEADER)
-        new = kind not in self._kinds
-        if len(self._known) >= _MOST_HEADS or (new and len(self._kinds) >= _MOST_KINDS):
-            self._tell_refused(self._native.forget())  # by the kinds of before
-            self._known.clear()
-            self._kinds.clear()
-        if kind not in self._kinds:
-            self._kinds.append(kind)
+    def _changed(self) -> None:
+        """Something was begun, or has been answered."""
+        held, self._held = self._held, self._quick.full
+        if held != self._held:
+            self._native.hold(_HOLD_S if self._held else 0.0)
+        if not (held and self._look()):  # else told of the change that this was
             self._make_room()
-        self._known.add(head.text)
-        self._native.know(head.text, head.length, self._kinds.index(kind))
 
-    def _look(self) -> None:
-        """Hand on what has been read, in its order.
+    def _look(self) -> bool:
+        """Hand on what has been read, in its order; whether that was anything.
 
         Whoever is told may recall connections: what was read on those before comes with the next
         look, and only then are they forgotten.
         """
         if self._looking:
-            return
-        self._looking = True
+            return False
+        self._looking = again = True
+        any_came = False
         try:
-            again = True
             while again:
                 recalled, self._recalled = self._recalled, []
                 came, refused = self._native.take()
                 self._tell_refused(refused)
-                for name, data, since in came:
-                    self._loans[name].tell(data, since)
+                if came:
+                    self._tell(came)
+                    any_came = True
                 for name in recalled:
                     del self._loans[name]
                 again = bool(self._recalled)
         finally:
             self._looking = False
+        return any_came
+
+    def _tell(self, came: Sequence[tuple[int, bytes, float]]) -> None:
+        """Hand on what came, its requests as one turn, unless another has begun."""
+        mine = any(since for _, _, since in came) and self._quick.begin_turn()
+        try:
+            for name, data, since in came:
+                self._loans[name].tell(data, since)
+        finally:
+            if mine:
+                self._quick.end_turn()
 
     def _tell_refused(self, refused: Iterable[tuple[int, int]]) -> None:
         for kind, number in refused:
@@ -225,13 +247,14 @@ class Loan:
             head: What came.
             busy: Whether an answer to it is still to come.
         """
+        self._front.know(head)
         self._known += 1
         if self._known < 2**self._backs or self.lent or self._transport.is_closing():
             return
         if self._transport.get_write_buffer_size():
             return
         fd = self._transport.get_extra_info("socket").fileno()
-        self._lent = self._front.lend(self, fd, head, busy)
+        self._lent = self._front.lend(self, fd, busy)
         if self.lent:
             self._transport.pause_reading()
 

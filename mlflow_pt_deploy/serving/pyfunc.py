@@ -151,6 +151,11 @@ class PyFunc:
         if isinstance(predict, Stages):
             self.glances = fastest_s(lambda: self.glance([sample])) < _QUICK_S
 
+    @property
+    def full(self) -> bool:
+        """Whether no row that came now could be begun; see `Batcher.full`."""
+        return self.batcher.full and not self.glances
+
     def brisk(self, rows: int) -> bool:
         """Whether an event loop had better score this many rows itself than hand them over."""
         if self.batcher.busy or self.options.max_wait_ms or rows > MOST_AT_ONCE:

@@ -97,6 +97,12 @@ class Quick:
         """
         return self._crowds.room(self._scored[path][1], deadline, len(self._asked))
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing that comes now could be begun, whichever model it is for."""
+        versions = [slot.current for _, slot in self._scored.values()]
+        return all(version is not None and version.pyfunc.full for version in versions)
+
     def tell_refused(self, path: bytes, number: int) -> None:
         """So many were refused outside."""
         self._crowds.tell(*self._scored[path], number)
@@ -161,13 +167,19 @@ class Quick:
         self._in_flight[slot.name] += 1
         return True
 
-    def _open_turn(self) -> None:
-        if not self._turn.open:
-            self._turn.begin()
-            asyncio.get_running_loop().call_soon(self._end_turn)
+    def begin_turn(self) -> bool:
+        """Take on from here what is answered together; whoever begins has to end it.
 
-    def _end_turn(self) -> None:
-        """Answer what came in this turn of the loop, at most `MOST_AT_ONCE` rows of it."""
+        Returns:
+            False: one has begun already, and will be ended by him who did.
+        """
+        if self._turn.open:
+            return False
+        self._turn.begin()
+        return True
+
+    def end_turn(self) -> None:
+        """Answer what was taken on, at most `MOST_AT_ONCE` rows of it; the rest is a new turn."""
         asked = self._first()
         try:
             now = time.monotonic()
@@ -180,6 +192,11 @@ class Quick:
             if self._asked:
                 self._open_turn()
             self._changed()
+
+    def _open_turn(self) -> None:
+        """What comes in this turn of the loop is answered together."""
+        if self.begin_turn():
+            asyncio.get_running_loop().call_soon(self.end_turn)
 
     def _first(self) -> list[_Asked]:
         """Those whose turn it is; the others wait for the next."""
