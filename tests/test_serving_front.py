@@ -144,7 +144,7 @@ def test_who_leaves_or_asks_on_before_his_answer_comes_back(front: Any) -> None:
 
 
 def test_those_beyond_the_room_are_refused_and_counted(front: Any) -> None:
-    front.room(0, 2, b"too many")
+    front.room(0, 2, 9, b"too many")
     clients = [Lent(front, name) for name in range(5)]
     for each in clients:
         each.client.sendall(WHOLE)
@@ -158,8 +158,31 @@ def test_those_beyond_the_room_are_refused_and_counted(front: Any) -> None:
         each.close()
 
 
+def test_no_more_come_than_may_until_python_says_anew(front: Any) -> None:
+    clients = [Lent(front, name) for name in range(7)]
+
+    def come(first: int, last: int) -> list[bool]:
+        """Whether each is let in."""
+        for each in clients[first:last]:
+            each.client.sendall(WHOLE)
+        time.sleep(0.05)
+        return [not select.select([each.client], [], [], 0)[0] for each in clients[first:last]]
+
+    front.room(0, 9, 3, b"too many")
+    assert come(0, 2) == [True, True]
+    assert len(taken(front)[0]) == 2  # of which the model's queue does not know yet
+    assert come(2, 4) == [True, False]
+    front.room(0, 9, 2, b"too many")  # one of them waits already
+    assert come(4, 6) == [True, False]
+    assert [name for name, _, _ in taken(front)[0]] == [2, 4]
+    front.room(0, 0, 9, b"too many")
+    assert come(6, 7) == [False]
+    for each in clients:
+        each.close()
+
+
 def test_who_reads_no_refusals_is_shut_out(front: Any, lent: Lent) -> None:
-    front.room(0, 0, b"x" * 1024)
+    front.room(0, 0, 9, b"x" * 1024)
     lent.client.setblocking(False)
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -232,8 +255,8 @@ def test_requests_are_held_and_all_else_is_told_at_once(front: Any, lent: Lent) 
     [
         (lambda front: front.know(b"", -1, 0), ValueError),
         (lambda front: front.know(b"", 0, 16), ValueError),
-        (lambda front: front.room(-1, 0, b""), ValueError),
-        (lambda front: front.room(0, 0, b"x" * 1025), ValueError),
+        (lambda front: front.room(-1, 0, 0, b""), ValueError),
+        (lambda front: front.room(0, 0, 0, b"x" * 1025), ValueError),
         (lambda front: front.lend(-1, 0, False), OSError),
         (lambda front: front.recall(0), ValueError),
         (lambda front: front.answer(2**31, b""), ValueError),
@@ -378,7 +401,7 @@ def test_refused_while_python_does_something_else(tiny: Tiny) -> None:
         assert tiny.app.front
         limit = tiny.app.quick.room(b"/invocations", None)
         assert limit
-        tiny.app.front._native.room(0, 3, module.written(limit[1], True, []))
+        tiny.app.front._native.room(0, 3, 99, module.written(limit.refusal, True, []))
 
     before = tiny.routes.statuses.copy()
     with standing_still(tiny, leave_room):
@@ -439,12 +462,11 @@ def test_where_there_was_no_room_there_will_be_soon(
     quick, front = tiny.app.quick, tiny.app.front
     limit = quick.room(b"/invocations", None)
     assert limit
-    refusal = limit[1]
     full = threading.Event()
     full.set()
     honest = quick.room
     monkeypatch.setattr(
-        quick, "room", lambda *kind: (0, refusal) if full.is_set() else honest(*kind)
+        quick, "room", lambda *kind: limit._replace(waiting=0) if full.is_set() else honest(*kind)
     )
     tiny.on_loop(front._make_room)
     until(lambda: client.ask(whole("red"))[0] == 429)

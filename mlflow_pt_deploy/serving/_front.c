@@ -86,9 +86,10 @@ typedef struct {
     int kind;
 } Head;
 
-/* Requests that are refused together: how many may wait to be taken, do so, and were refused. */
+/* Requests that are refused together: how many may wait to be taken, and do so; how many may come
+   until Python says anew, and have come; how many were refused. */
 typedef struct {
-    long room, waiting, refused;
+    long room, waiting, most, came, refused;
     char *refusal;
     size_t length;
 } Kind;
@@ -225,8 +226,9 @@ static void read_request(Front *self, uint64_t slot, bool over) {
     }
     Kind *kind = &self->kinds[head->kind];
     connection->heard = heard;
-    if (kind->waiting < kind->room) {
+    if (kind->waiting < kind->room && kind->came < kind->most) {
         kind->waiting++;
+        kind->came++;
         connection->state = BUSY;
         if (!put(self->inbox, connection->name, buffer, length, heard))
             shutdown(connection->fd, SHUT_RDWR);
@@ -306,7 +308,7 @@ static PyObject *front_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     self->free = UINT32_MAX;
     self->inbox = &self->inboxes[0];
     for (int kind = 0; kind < MOST_KINDS; kind++)
-        self->kinds[kind].room = LONG_MAX;
+        self->kinds[kind].room = self->kinds[kind].most = LONG_MAX;
     pthread_mutex_init(&self->lock, NULL);
     self->epoll = epoll_create1(EPOLL_CLOEXEC);
     self->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -451,10 +453,10 @@ static PyObject *front_forget(PyObject *object, PyObject *none) {
 static PyObject *front_room(PyObject *object, PyObject *args) {
     Front *self = (Front *)object;
     int number;
-    long room;
+    long room, most;
     const char *refusal;
     Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "ily#", &number, &room, &refusal, &length))
+    if (!PyArg_ParseTuple(args, "illy#", &number, &room, &most, &refusal, &length))
         return NULL;
     if (number < 0 || number >= MOST_KINDS) {
         PyErr_SetString(PyExc_ValueError, "no such kind");
@@ -474,6 +476,8 @@ static PyObject *front_room(PyObject *object, PyObject *args) {
         memcpy(copy, refusal, (size_t)length);
     pthread_mutex_lock(&self->lock);
     kind->room = room;
+    kind->most = most;
+    kind->came = kind->waiting; /* of which Python does not know */
     if (!same) {
         free(kind->refusal);
         kind->refusal = copy;

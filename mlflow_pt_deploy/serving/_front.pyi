@@ -7,8 +7,9 @@ class Front:
     def forget(self) -> list[tuple[int, int]]:
         """Forget all heads; how many were refused of which kind, as with `take`."""
 
-    def room(self, kind: int, most: int, refusal: bytes) -> None:
-        """How many requests of a kind may wait to be taken, and what the others are told."""
+    def room(self, kind: int, waiting: int, coming: int, refusal: bytes) -> None:
+        """How many requests of a kind may wait to be taken, how many may come until this is called
+        again, those that wait now among them, and what the others are told."""
 
     def hold(self, seconds: float) -> None:
         """Be readable for a request only so long after it came; at once for all else."""

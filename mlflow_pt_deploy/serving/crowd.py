@@ -6,8 +6,10 @@ whether is decided once for all requests alike, and they are told of together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, failure, time_left
 from mlflow_pt_deploy.serving.slot import Slot
@@ -22,6 +24,20 @@ _CROWDED = failure(
     "so many rows wait that the request's deadline would be missed. Try again later.",
     LATER,
 )
+
+
+class Room(NamedTuple):
+    """How many requests may wait outside.
+
+    Attributes:
+        waiting: For the next turn.
+        coming: In all, until it is asked again.
+        refusal: What all others are told.
+    """
+
+    waiting: int
+    coming: float
+    refusal: Answer
 
 
 @dataclass(slots=True, eq=False)
@@ -72,17 +88,22 @@ class Crowds:
         crowd.parents.append(headers.get(b"traceparent", b""))
         return crowd.refusal
 
-    def room(self, slot: Slot, header: bytes | None, taken: int) -> tuple[int, Answer] | None:
-        """How many more with the same deadline may wait for the next turn beside those taken, and
-        what the others are told; None: as many as come."""
+    def room(self, slot: Slot, header: bytes | None, taken: int) -> Room | None:
+        """For how many more requests with the same deadline there is time; None: for all.
+
+        Args:
+            slot: Behind their path.
+            header: Their deadline.
+            taken: Requests that were taken on in this turn.
+        """
         version = slot.current
         left_s = None if version is None else time_left(version, header)
         if version is None or left_s is None:
             return None
-        room: float = self._turn.room(left_s) - taken
-        if version.pyfunc.batcher.busy:
-            room = min(room, version.pyfunc.batcher.spare_rows(left_s))
-        return int(max(0, room)), _CROWDED._replace(version=version)
+        batcher = version.pyfunc.batcher
+        waiting = max(0, self._turn.room(left_s) - taken)
+        coming = batcher.spare_rows(left_s) if batcher.busy else math.inf
+        return Room(waiting, coming, _CROWDED._replace(version=version))
 
     def tell(self, path: str, slot: Slot, number: int) -> None:
         """So many were refused outside, before the turn that comes to its end next."""

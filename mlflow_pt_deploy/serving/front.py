@@ -207,11 +207,11 @@ class Front:
         for kind, (path, deadline) in enumerate(self._kinds):
             limit = self._quick.room(path, deadline)
             if limit is None:
-                self._native.room(kind, _NO_LIMIT, b"")
+                self._native.room(kind, _NO_LIMIT, _NO_LIMIT, b"")
                 continue
-            room, refusal = limit
-            self._native.room(kind, room, written(refusal, True, self._headers()))
-            full = full or not room
+            waiting, coming = (int(min(number, _NO_LIMIT)) for number in limit[:2])
+            self._native.room(kind, waiting, coming, written(limit[2], True, self._headers()))
+            full = full or not (waiting and coming)
         if full and self._timer is None:
             self._timer = self._loop.call_later(_SOON_S, self._look_again)
 

@@ -22,7 +22,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mlflow_pt_deploy.serving.crowd import Crowds, Told
+from mlflow_pt_deploy.serving.crowd import Crowds, Room, Told
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, time_left
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
@@ -85,15 +85,12 @@ class Quick:
         """Have somebody told whenever `room` may have changed."""
         self._changed = changed
 
-    def room(self, path: bytes, deadline: bytes | None) -> tuple[int, Answer] | None:
-        """How many requests may wait outside until the next turn of the loop.
+    def room(self, path: bytes, deadline: bytes | None) -> Room | None:
+        """How many requests may wait outside; see `Crowds.room`.
 
         Args:
             path: One that it knows.
             deadline: The header of these requests, if they have it.
-
-        Returns:
-            Their number, and what the others are told; None: as many as come.
         """
         return self._crowds.room(self._scored[path][1], deadline, len(self._asked))
 
