@@ -159,11 +159,11 @@ class Front:
         held, self._held = self._held, self._quick.full
         if held != self._held:
             self._native.hold(_HOLD_S if self._held else 0.0)
-        if not (held and self._look()):  # else told of the change that this was
+        if not (held and self._look()):  # whose end is a change, too
             self._make_room()
 
     def _look(self) -> bool:
-        """Hand on what has been read, in its order; whether that was anything.
+        """Hand on what has been read, in its order; whether a turn was begun and ended with it.
 
         Whoever is told may recall connections: what was read on those before comes with the next
         look, and only then are they forgotten.
@@ -171,24 +171,22 @@ class Front:
         if self._looking:
             return False
         self._looking = again = True
-        any_came = False
+        turned = False
         try:
             while again:
                 recalled, self._recalled = self._recalled, []
                 came, refused = self._native.take()
                 self._tell_refused(refused)
-                if came:
-                    self._tell(came)
-                    any_came = True
+                turned |= self._tell(came)
                 for name in recalled:
                     del self._loans[name]
                 again = bool(self._recalled)
         finally:
             self._looking = False
-        return any_came
+        return turned
 
-    def _tell(self, came: Sequence[tuple[int, bytes, float]]) -> None:
-        """Hand on what came, its requests as one turn, unless another has begun."""
+    def _tell(self, came: Sequence[tuple[int, bytes, float]]) -> bool:
+        """Hand on what came; whether its requests were a turn, since no other had begun."""
         mine = any(since for _, _, since in came) and self._quick.begin_turn()
         try:
             for name, data, since in came:
@@ -196,6 +194,7 @@ class Front:
         finally:
             if mine:
                 self._quick.end_turn()
+        return mine
 
     def _tell_refused(self, refused: Iterable[tuple[int, int]]) -> None:
         for kind, number in refused:
@@ -209,8 +208,9 @@ class Front:
             if limit is None:
                 self._native.room(kind, _NO_LIMIT, _NO_LIMIT, b"")
                 continue
-            waiting, coming = (int(min(number, _NO_LIMIT)) for number in limit[:2])
-            self._native.room(kind, waiting, coming, written(limit[2], True, self._headers()))
+            waiting, coming = (int(min(n, _NO_LIMIT)) for n in (limit.waiting, limit.coming))
+            refusal = written(limit.refusal, True, self._headers())
+            self._native.room(kind, waiting, coming, refusal)
             full = full or not (waiting and coming)
         if full and self._timer is None:
             self._timer = self._loop.call_later(_SOON_S, self._look_again)
