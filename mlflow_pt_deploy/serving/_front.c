@@ -273,9 +273,9 @@ static void *run(void *argument) {
         }
         pthread_mutex_lock(&self->lock);
         bool waits = self->told; /* what was read before has not been taken yet */
-        bool tell = self->inbox->count && !waits;
-        double left = tell ? self->inbox->oldest + self->hold - now() : 0;
-        tell = tell && left <= 0;
+        bool news = self->inbox->count && !waits;
+        double left = news ? self->inbox->oldest + self->hold - now() : 0;
+        bool tell = news && left <= 0;
         self->told |= tell;
         pthread_mutex_unlock(&self->lock);
         timeout = left > 0 ? 1 + (int)(1000 * left) : -1;

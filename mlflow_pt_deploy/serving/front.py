@@ -208,10 +208,10 @@ class Front:
             if limit is None:
                 self._native.room(kind, _NO_LIMIT, _NO_LIMIT, b"")
                 continue
-            waiting, coming = (int(min(n, _NO_LIMIT)) for n in (limit.waiting, limit.coming))
+            coming = int(min(limit.coming, _NO_LIMIT))
             refusal = written(limit.refusal, True, self._headers())
-            self._native.room(kind, waiting, coming, refusal)
-            full = full or not (waiting and coming)
+            self._native.room(kind, limit.waiting, coming, refusal)
+            full = full or not (limit.waiting and coming)
         if full and self._timer is None:
             self._timer = self._loop.call_later(_SOON_S, self._look_again)
 

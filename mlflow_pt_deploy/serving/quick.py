@@ -97,8 +97,10 @@ class Quick:
     @property
     def full(self) -> bool:
         """Whether nothing that comes now could be begun, whichever model it is for."""
-        versions = [slot.current for _, slot in self._scored.values()]
-        return all(version is not None and version.pyfunc.full for version in versions)
+        return all(
+            (version := slot.current) is not None and version.pyfunc.full
+            for _, slot in self._scored.values()
+        )
 
     def tell_refused(self, path: bytes, number: int) -> None:
         """So many were refused outside."""
