@@ -10,9 +10,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from tiny_search import SPACE, evaluate, fast_folder, numbers, points, start, stored
 
 from mlflow_pt_deploy.search import Outcome, Plan, Point, Report, search
+from mlflow_pt_deploy.search.space import propose
+from mlflow_pt_deploy.search.trials import read_found
 
 
 @pytest.fixture
@@ -78,6 +81,26 @@ def test_two_processes_share_a_study(plan: Plan, folder: Path) -> None:
     assert numbers(found) in (list(range(9)), list(range(10)))
     assert {record.state for record in found.dropped} <= {"pruned"}
     assert len(set(points(found))) == len(numbers(found)), "no point twice"
+
+
+def test_a_trial_that_ends_while_the_study_is_read_is_open(plan: Plan) -> None:
+    search(evaluate, SPACE, replace(plan, trials=1))
+    study, beside = stored(plan), stored(plan)
+    running = [beside.ask()]
+    assert isinstance(study._storage, optuna.storages._CachedStorage)
+
+    @sqlalchemy.event.listens_for(study._storage._backend.engine, "before_cursor_execute")
+    def before_select(_connection: object, _cursor: object, sql: str, *_: object) -> None:
+        if "FROM trial_values" in sql and running:  # the parameters are read
+            trial = running.pop()
+            propose(trial, SPACE)
+            beside.tell(trial, [0.5, 1.0])
+
+    found = read_found(study)
+    assert not running
+    assert numbers(found) == [0, 1]
+    assert [(t.number, t.state, t.reason) for t in found.dropped] == [(1, "open", "it is running")]
+    assert [trial.number for trial in read_found(study).finished] == [0, 1]
 
 
 def test_what_runs_elsewhere_is_waited_for(plan: Plan, folder: Path) -> None:

@@ -164,10 +164,18 @@ def counts(trial: FrozenTrial) -> bool:
 
 
 def read_found(study: optuna.Study) -> Found:
-    """All trials of a study."""
+    """All trials of a study.
+
+    By their state, which Optuna reads first: it reads a trial's parameters and values in selects of
+    their own, so a trial that another process ends meanwhile is running, and may have values but no
+    parameters yet.
+    """
     trials = study.get_trials(deepcopy=False)
     retried = _retries(trials)
-    records = [_finished(t) if t.values else _dropped(t, retried.get(t.number)) for t in trials]
+    records = [
+        _finished(t) if t.state.name == "COMPLETE" else _dropped(t, retried.get(t.number))
+        for t in trials
+    ]
     return Found(
         tuple(record for record in records if isinstance(record, Finished)),
         tuple(record for record in records if isinstance(record, Dropped)),
