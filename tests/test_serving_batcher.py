@@ -292,7 +292,7 @@ def test_who_shares_a_bad_row_shares_its_failure(
     for future in (first, second):
         with pytest.raises(ValueError, match="bad row"):
             future.result(timeout=2)
-    assert not under.busy
+    assert not under.workers.busy
 
 
 def test_rows_of_callers_that_left_are_not_computed(
@@ -384,7 +384,7 @@ def test_nobody_is_lost_or_mixed_up_under_load(
     for future in [pool.submit(client, seed) for seed in range(32)]:
         future.result(timeout=20)
     assert under.queued_rows == 0
-    until(lambda: not under.busy)
+    until(lambda: not under.workers.busy)
 
 
 def test_rows_that_are_computed_at_once(model: GatedModel, pool: ThreadPoolExecutor) -> None:
@@ -398,7 +398,7 @@ def test_rows_that_are_computed_at_once(model: GatedModel, pool: ThreadPoolExecu
     assert under.at_once([[1], [2] * 200]) is None, "too much padding"
     with pytest.raises(ValueError, match="bad row"):
         under.at_once([[BAD]])
-    assert not under.busy
+    assert not under.workers.busy
     model.batches.clear()
     held = hold(model, under, pool)
     assert under.at_once([[1]]) is None, "somebody else computes"
@@ -412,7 +412,7 @@ def test_who_came_while_rows_were_computed_at_once_is_next(
     under = batcher(model)
     model.gate.clear()
     first = pool.submit(under.at_once, [[1]])
-    until(lambda: under.busy)
+    until(lambda: under.workers.busy)
     second = pool.submit(under.submit, [[2]])
     until(lambda: under.queued_rows == 1)
     model.gate.set()
@@ -420,7 +420,7 @@ def test_who_came_while_rows_were_computed_at_once_is_next(
     assert found is not None
     assert found.tolist() == [[1, 1]]
     assert second.result(10).tolist() == [[2, 1]]
-    assert not under.busy
+    assert not under.workers.busy
 
 
 def test_where_padding_costs_nothing_lengths_do_not_matter(model: GatedModel) -> None:
@@ -451,7 +451,7 @@ def test_who_must_not_wait_is_told_the_end(model: GatedModel) -> None:
     tickets = [under.start([[n], [n, n]], told) for n in range(1, 9)]
     assert not told.tickets
     model.gate.set()
-    until(lambda: len(told.tickets) == 8 and not under.busy)
+    until(lambda: len(told.tickets) == 8 and not under.workers.busy)
     assert sorted(told.answers()) == [[[n, 1], [n, 2]] for n in range(1, 9)]
     assert set(tickets) == set(told.tickets)
     assert len(model.batches) == 2  # the first alone, all that came meanwhile together
@@ -471,7 +471,7 @@ def test_both_kinds_of_callers_wait_in_one_queue(
     assert [future.result().tolist() for future in [first, *others]] == [
         [[n, 1]] for n in range(1, 12, 2)
     ]
-    until(lambda: len(told.tickets) == 5 and not under.busy)
+    until(lambda: len(told.tickets) == 5 and not under.workers.busy)
     assert sorted(told.answers()) == [[[n, 1]] for n in range(2, 12, 2)]
 
 
@@ -559,10 +559,10 @@ def test_two_batches_are_computed_at_a_time(model: GatedModel, pool: ThreadPoolE
     under = batcher(model)
     spread(model, under)
     first = hold(model, under, pool)
-    assert not under.full
+    assert not under.workers.full
     second = pool.submit(under.submit, [[2, 2]])
     until(lambda: len(model.batches) == 2)
-    assert under.full
+    assert under.workers.full
     others = queue(under, pool, [[[n] * 3] for n in range(3, 9)])
     assert len(model.batches) == 2, "both threads compute"
     model.gate.set()
@@ -570,8 +570,8 @@ def test_two_batches_are_computed_at_a_time(model: GatedModel, pool: ThreadPoolE
     assert second.result(5).tolist() == [[2, 2]]
     assert [future.result(5).tolist() for future in others] == [[[n, 3]] for n in range(3, 9)]
     assert sorted(map(len, model.batches)) == [1, 1, 1, 2, 3], "half of those who wait"
-    until(lambda: not under.busy)
-    assert not under.full
+    until(lambda: not under.workers.busy)
+    assert not under.workers.full
 
 
 def test_without_streams_a_model_that_computes_is_not_full(
@@ -579,8 +579,8 @@ def test_without_streams_a_model_that_computes_is_not_full(
 ) -> None:
     under = batcher(model)
     first = hold(model, under, pool)
-    assert under.busy
-    assert not under.full  # who comes now can still be in the next batch
+    assert under.workers.busy
+    assert not under.workers.full  # who comes now can still be in the next batch
     model.gate.set()
     first.result(5)
 
@@ -594,7 +594,7 @@ def test_event_loops_requests_are_computed_two_at_a_time(model: GatedModel) -> N
     until(lambda: len(model.batches) == 2)
     assert under.queued_rows == 1
     model.gate.set()
-    until(lambda: len(told.tickets) == 3 and not under.busy)
+    until(lambda: len(told.tickets) == 3 and not under.workers.busy)
     assert sorted(told.answers()) == [[[n, 1]] for n in (1, 2, 3)]
 
 
@@ -656,7 +656,7 @@ def test_all_threads_are_for_a_row_that_comes_alone(
     under.submit([[1]])
     under.submit([[1], [2]])
     assert asked == ["whole", "single", "single"]
-    until(lambda: not under.busy)  # answers come before their thread goes
+    until(lambda: not under.workers.busy)  # answers come before their thread goes
     asked.clear()
     model.gate.clear()
     both = [pool.submit(under.submit, [[1]])]
@@ -698,8 +698,73 @@ def test_a_batch_that_fails_leaves_the_other_threads_alone(
     assert good.result(5).tolist() == [[1, 1]]
     with pytest.raises(ValueError, match="bad row"):
         bad.result(5)
-    until(lambda: not under.busy)
+    until(lambda: not under.workers.busy)
     assert under.submit([[3]]).tolist() == [[3, 1]]
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No threads for the batcher until the patch is undone, as where a container has a limit."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("batcher"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return monkeypatch
+
+
+def test_without_a_thread_a_request_is_refused_and_the_next_is_not(
+    model: GatedModel, no_threads: pytest.MonkeyPatch
+) -> None:
+    under, told = batcher(model), Told()
+    for _ in range(2):
+        with pytest.raises(OverloadedError, match="no thread to compute with"):
+            under.start([[1]], told)
+    assert not (under.workers.busy or under.queued_rows)
+    no_threads.undo()
+    under.start([[2]], told)
+    until(lambda: not under.workers.busy)
+    assert told.answers() == [[[2, 1]]]
+    assert model.batches == [[[2]]]
+
+
+def test_without_a_second_thread_the_first_computes_all(
+    model: GatedModel, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    under, told = batcher(model), Told()
+    spread(model, under)
+    model.gate.clear()
+    under.start([[1]], told)
+    until(lambda: len(model.batches) == 1)
+    request.getfixturevalue("no_threads")
+    for n in range(2, 5):
+        under.start([[n]], told)
+    model.gate.set()
+    until(lambda: len(told.tickets) == 4)
+    until(lambda: not under.workers.busy)
+    monkeypatch.undo()
+    under.start([[5]], told)
+    under.start([[6]], told)
+    until(lambda: len(told.tickets) == 6 and not under.workers.busy)
+    assert sorted(told.answers()) == [[[n, 1]] for n in range(1, 7)]
+
+
+def test_who_is_left_behind_without_a_thread_goes_with_the_next(
+    model: GatedModel, pool: ThreadPoolExecutor, no_threads: pytest.MonkeyPatch
+) -> None:
+    under = batcher(model)
+    first = hold(model, under, pool)
+    (second,) = queue(under, pool, [[[2]]])
+    model.gate.set()
+    assert first.result().tolist() == [[1, 1]]
+    until(lambda: not under.workers.busy)
+    assert under.queued_rows == 1
+    assert under.submit([[3]]).tolist() == [[3, 1]]
+    assert second.result().tolist() == [[2, 1]]
+    assert not (under.workers.busy or under.queued_rows)
 
 
 def test_two_threads_halve_the_wait(model: GatedModel) -> None:

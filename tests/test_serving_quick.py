@@ -224,7 +224,7 @@ def test_each_answer_is_counted_once(both: Both) -> None:
 def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> None:
     assert both.slot.current
     batcher = both.slot.current.pyfunc.batcher
-    batcher._workers = 1  # as if a thread were in the model
+    batcher.workers.take_on()  # as if a thread were in the model
     try:
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(both.post, both.short, {"inputs": ["red"]})
@@ -234,7 +234,7 @@ def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> Non
             batcher._leave()  # it goes on with who waits
             assert waiting.result().status_code == 200
     finally:
-        assert not batcher.busy
+        assert not batcher.workers.busy
 
 
 def test_a_token_is_asked_for(both: Both) -> None:
@@ -273,7 +273,7 @@ def test_more_than_the_queue_holds_is_refused_at_once(slow: tuple[str, Slot]) ->
     assert statuses.count(429) == 12 - statuses.count(200)
     assert max(seconds for status, seconds in answers if status == 429) < 0.2
     assert slot.current
-    assert not slot.current.pyfunc.batcher.busy
+    assert not slot.current.pyfunc.batcher.workers.busy
 
 
 def test_a_deadline_is_kept_while_the_model_computes(slow: tuple[str, Slot]) -> None:
@@ -300,12 +300,12 @@ def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(requests.post, f"{url}/invocations", json={"inputs": ["red"]})
-        while not batcher.busy:
+        while not batcher.workers.busy:
             assert not first.done()
         for _ in pool.map(leave, ("green", "blue")):  # both at once, while the first is computed
             pass
         assert first.result().status_code == 200
-    while batcher.busy:
+    while batcher.workers.busy:
         assert len(rows) < 3
     assert rows == [1]
 

@@ -67,9 +67,11 @@ def test_batches_of_a_model_with_streams_are_computed_side_by_side(
 
     variant = replace(tiny_variant(), predict=Streams(single, single, threads=threads))
     pyfunc = PyFunc(variant)
-    assert pyfunc.batcher.streams == 1
+    assert pyfunc.batcher.workers.streams == 1
     pyfunc.warm_up()
-    assert pyfunc.batcher.streams == streams, "not where a row takes less time than a thread would"
+    assert pyfunc.batcher.workers.streams == streams, (
+        "not where a row takes less time than a thread would"
+    )
     words = ["red", "green", "blue", "red green", "green blue"] * 9
     labels = [answer["label"] for answer in pyfunc.predict(words)]
     assert labels == [answer["label"] for answer in PyFunc(tiny_variant()).predict(words)]

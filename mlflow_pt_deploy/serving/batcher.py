@@ -15,13 +15,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.calls import Answers, Calls, Collate, Tokens
 from mlflow_pt_deploy.serving.options import Limits
 from mlflow_pt_deploy.serving.queue import Batch, Queue
 from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Row, Ticket, cut
+from mlflow_pt_deploy.serving.workers import Workers
 from mlflow_pt_deploy.variants.base import Logits, Predict
 
 Done = Callable[[Ticket], None]
@@ -34,6 +34,11 @@ _PATIENCE = 1 / 3
 _STREAM_PATIENCE = 1 / 4
 # Rows in a batch of one thread's: more gain little, and those who come meanwhile wait for longer.
 _STREAM_ROWS = 16
+
+_NO_THREAD = (
+    "the system gives the server no thread to compute with. Try again later; if this lasts, raise "
+    "its limit of threads (ulimit -u, or the container's)."
+)
 
 
 class Batcher:
@@ -54,7 +59,7 @@ class Batcher:
 
     Attributes:
         calls: The model, and what it has cost.
-        streams: How many batches are computed at a time; see `spread`.
+        workers: Who computes; one, or as many as `spread` is told.
     """
 
     def __init__(
@@ -69,28 +74,16 @@ class Batcher:
         self.calls = Calls(predict, collate, tokens, pads)
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
+        self.workers = Workers()
         self._queue = Queue()
-        self.streams = 1
         self._patience = _PATIENCE
         self._most_rows = self.limits.max_batch_rows
-        self._workers = 0
         self._computing: list[Batch] = []
-        self._threads: ThreadPoolExecutor | None = None
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait, those in the model left out."""
         return self._queue.rows
-
-    @property
-    def busy(self) -> bool:
-        """Whether somebody computes or waits."""
-        return self._workers > 0
-
-    @property
-    def full(self) -> bool:
-        """Whether there are several streams, and each computes: the next ends soon."""
-        return 1 < self.streams <= self._workers
 
     @property
     def row_s(self) -> float:
@@ -100,7 +93,7 @@ class Batcher:
     @property
     def wait_s(self) -> float:
         """Seconds that a request would have to wait now."""
-        return self.calls.expected_s(self._queue.rows, self._most_rows) / self.streams
+        return self.calls.expected_s(self._queue.rows, self._most_rows) / self.workers.streams
 
     def spread(self, single: Predict, streams: int) -> None:
         """From here on compute several batches at a time, each by one thread.
@@ -115,7 +108,7 @@ class Batcher:
             streams: How many.
         """
         with self._lock:
-            self.streams, self._threads = streams, None
+            self.workers.spread(streams)
             self._patience = _STREAM_PATIENCE
             self._most_rows = min(self.limits.max_batch_rows, _STREAM_ROWS)
             self.calls.spread(single)
@@ -179,12 +172,16 @@ class Batcher:
                 is being computed is not: whoever waits has to look at the clock.
 
         Raises:
-            OverloadedError: As for `submit`.
+            OverloadedError: As for `submit`; or the system gives no thread to compute with.
         """
         ticket = Ticket(rows, keys, self.limits, True, caller)
         ticket.wake = _Call(ticket, done)
-        if self._line_up(ticket, True):
-            self._lend()
+        if self._line_up(ticket, True) and not self.workers.lend(self._work):
+            with self._lock:
+                self.workers.dismiss()
+                if not (self.workers.busy or ticket.done):  # else others take it, or have
+                    self._queue.withdraw(ticket)
+                    raise OverloadedError(_NO_THREAD)
         return ticket
 
     def at_once(
@@ -205,9 +202,9 @@ class Batcher:
         if not self.calls.shape(rows).fits(self.limits, self.calls.slack, most):
             return None
         with self._lock:
-            if self._workers:
+            if self.workers.busy:
                 return None
-            self._workers = 1
+            self.workers.take_on()
         try:
             keys = keys or range(len(rows))
             distinct = dict(zip(keys, rows, strict=True))
@@ -232,7 +229,8 @@ class Batcher:
         """How many more rows could line up until it would be `crowded`; 0 where it is."""
         if self.crowded(left_s):
             return 0
-        rows = self.calls.expected_rows(self._patience * left_s * self.streams, self._most_rows)
+        time_s = self._patience * left_s * self.workers.streams
+        rows = self.calls.expected_rows(time_s, self._most_rows)
         return max(1, rows - self._queue.rows)
 
     def late(self) -> DeadlineError:
@@ -253,7 +251,7 @@ class Batcher:
 
     def _share(self, rows: int) -> int:
         """Of so many rows as many as one batch may have, so that there is one for each stream."""
-        return min(self._most_rows, math.ceil(rows / self.streams))
+        return min(self._most_rows, math.ceil(rows / self.workers.streams))
 
     def _join(self, ticket: Ticket) -> list[int]:
         """Wait for rows that are being computed already; returns the indices of all others."""
@@ -288,19 +286,7 @@ class Batcher:
                 )
             self._queue.push(ticket)
             self._arrived.notify()
-            return self._take_on()
-
-    def _take_on(self) -> bool:
-        """Whether another may compute; he counts as doing so."""
-        free = self._workers < self.streams
-        self._workers += free
-        return free
-
-    def _lend(self) -> None:
-        """Let one of the batcher's own threads compute."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.streams, thread_name_prefix="batcher")
-        self._threads.submit(self._work)
+            return self.workers.take_on()
 
     def _work(self, ticket: Ticket | None = None) -> None:
         """Compute until nobody waits; with a ticket, until that is done."""
@@ -313,10 +299,8 @@ class Batcher:
     def _leave(self) -> None:
         """Compute no more; on every way out, errors included."""
         with self._lock:
-            if self._queue:
-                self._lend()
-            else:
-                self._workers -= 1
+            if not (self._queue and self.workers.lend(self._work)):
+                self.workers.dismiss()
 
     def _step(self) -> bool:
         """Compute one batch and hand out its answers; whether there was one."""
@@ -327,9 +311,9 @@ class Batcher:
             batch = self._queue.take(self.limits, self.calls.slack, most)
             if not batch:
                 return False
-            alone = self._workers == 1 and not self._queue
-            if self._queue and self._take_on():
-                self._lend()
+            alone = self.workers.alone and not self._queue
+            if self._queue and self.workers.take_on() and not self.workers.lend(self._work):
+                self.workers.dismiss()
             self._computing.append(batch)
         answers: Answers = {}
         try:

@@ -26,7 +26,7 @@ _CROWDED = failure(
 )
 
 
-class Room(NamedTuple):
+class Admission(NamedTuple):
     """How many requests may wait outside.
 
     Attributes:
@@ -88,7 +88,7 @@ class Crowds:
         crowd.parents.append(headers.get(b"traceparent", b""))
         return crowd.refusal
 
-    def room(self, slot: Slot, header: bytes | None, taken: int) -> Room | None:
+    def room(self, slot: Slot, header: bytes | None, taken: int) -> Admission | None:
         """For how many more requests with the same deadline there is time; None: for all.
 
         Args:
@@ -102,8 +102,8 @@ class Crowds:
             return None
         batcher = version.pyfunc.batcher
         waiting = max(0, self._turn.room(left_s) - taken)
-        coming = batcher.spare_rows(left_s) if batcher.busy else math.inf
-        return Room(waiting, coming, _CROWDED._replace(version=version))
+        coming = batcher.spare_rows(left_s) if batcher.workers.busy else math.inf
+        return Admission(waiting, coming, _CROWDED._replace(version=version))
 
     def tell(self, path: str, slot: Slot, number: int) -> None:
         """So many were refused outside, before the turn that comes to its end next."""

@@ -165,7 +165,7 @@ class PrometheusMetrics(Metrics):
             compute.observe(took_s)
 
         version.pyfunc.batcher.calls.observe = observe
-        self._streams.labels(name).set(version.pyfunc.batcher.streams)
+        self._streams.labels(name).set(version.pyfunc.batcher.workers.streams)
         manifest = version.pyfunc.loaded.manifest
         before = self._serving.get(name)
         if before is not None:

@@ -153,12 +153,12 @@ class PyFunc:
 
     @property
     def full(self) -> bool:
-        """Whether no row that came now could be begun; see `Batcher.full`."""
-        return self.batcher.full and not self.glances
+        """Whether no row that came now could be begun; see `Workers.full`."""
+        return self.batcher.workers.full and not self.glances
 
     def brisk(self, rows: int) -> bool:
         """Whether an event loop had better score this many rows itself than hand them over."""
-        if self.batcher.busy or self.options.max_wait_ms or rows > MOST_AT_ONCE:
+        if self.batcher.workers.busy or self.options.max_wait_ms or rows > MOST_AT_ONCE:
             return False
         return self.quick or 0 < rows * self.batcher.row_s < _QUICK_S
 

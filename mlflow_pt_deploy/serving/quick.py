@@ -22,7 +22,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from mlflow_pt_deploy.serving.crowd import Crowds, Room, Told
+from mlflow_pt_deploy.serving.crowd import Admission, Crowds, Told
 from mlflow_pt_deploy.serving.guard import Guard
 from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, time_left
 from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
@@ -85,7 +85,7 @@ class Quick:
         """Have somebody told whenever `room` may have changed."""
         self._changed = changed
 
-    def room(self, path: bytes, deadline: bytes | None) -> Room | None:
+    def room(self, path: bytes, deadline: bytes | None) -> Admission | None:
         """How many requests may wait outside; see `Crowds.room`.
 
         Args:
