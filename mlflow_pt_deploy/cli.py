@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -198,6 +199,7 @@ def _next_steps(done: Lifecycle) -> None:
     from mlflow_pt_deploy.serving.rows import EXAMPLES
 
     start, address, prefix = _ways(mlflow.get_tracking_uri())
+    prefix = _path(sys.prefix) + prefix
     experiment = mlflow.get_run(done.run_id).info.experiment_id
     pages = f"{address}/#/experiments/{experiment}"
     view = "?workflowType=machine_learning"  # else the UI opens among traces of agents
@@ -229,6 +231,13 @@ def _ways(uri: str) -> tuple[str, str, str]:
     if uri.startswith(("http:", "https:")):
         return "open", without_password(uri), prefix
     return f"mlflow ui --backend-store-uri {shown}   # and open", "http://127.0.0.1:5000", prefix
+
+
+def _path(environment: str) -> str:
+    """What a command needs in front where MLflow made the environment: it is on nobody's PATH."""
+    if not re.fullmatch("mlflow-[0-9a-f]{40}", os.path.basename(environment)):
+        return ""
+    return f"PATH={shlex.quote(os.path.join(environment, 'bin'))}:$PATH "
 
 
 def _document(done: Optimized) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _ways, main
+from mlflow_pt_deploy.cli import _path, _ways, main
 from mlflow_pt_deploy.flags import parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +45,10 @@ def test_the_command_line_understands_every_entry_point() -> None:
         given = point["parameters"]
         values = {key: shlex.quote(str(kind.get("default", "x"))) for key, kind in given.items()}
         command = shlex.split(point["command"].format(**values))
-        assert command[:2] == ["pt-deploy", "run" if name == "main" else name]
-        parsed = vars(parser().parse_args(command[1:]))
+        stage = "run" if name == "main" else name
+        # the code beside it, not what an environment of an earlier clone has
+        assert command[:4] == ["python", "-m", "mlflow_pt_deploy.cli", stage]
+        parsed = vars(parser().parse_args(command[3:]))
         for key, kind in given.items():
             assert parsed[key] == type(parsed[key])(kind.get("default", "x")), (name, key)
             assert f"{{{key}}}" in point["command"], (name, key)
@@ -139,6 +141,12 @@ def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> N
         "http://team:5000",
         "MLFLOW_TRACKING_URI=http://team:5000 ",
     )
+
+
+def test_an_environment_of_mlflows_is_put_on_the_path() -> None:
+    made = "/home/me/.mlflow/envs/mlflow-" + "61f3cf5a" * 5
+    assert _path(made) == f"PATH={made}/bin:$PATH "
+    assert _path("/home/me/project/.venv") == _path("/home/me/mlflow-envs") == ""
 
 
 def test_a_terminated_stage_ends_its_run(tracking: str) -> None:

@@ -289,7 +289,6 @@ def test_told_to_stop_all_end_what_they_began(tmp_path: Path) -> None:
 def test_a_deployment_is_updated_in_all_and_no_replica_outlives_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", PATH)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     client = PtDeployClient("pt-deploy")
     told = client.create_deployment(

@@ -35,7 +35,7 @@ def broken_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir()
     (folder / "onnx.py").write_text("raise ModuleNotFoundError('No onnx', name='onnx')")
     (folder / "openvino.py").write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.syspath_prepend(folder)
 
 
 def test_all_in_order_and_what_fails_is_a_row(
@@ -133,7 +133,7 @@ def test_a_child_that_hangs_is_given_up(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "openvino.py").write_text("import time; time.sleep(600)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("mlflow_pt_deploy.variants.build._TIMEOUT_S", 1)
     (row,) = build(
         {"teacher": tiny_model}, tiny_splits, tmp_path / "variants", variants=[OpenVino()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-import mlflow_pt_deploy
+from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.errors import VariantError, exit_in_words
 from mlflow_pt_deploy.hardware import THREAD_VARIABLES
 from mlflow_pt_deploy.preprocess import Row, row_to_json
@@ -71,14 +70,14 @@ class Worker:
         self._timeout_s = timeout_s
         self._private = _texts((first_row,))
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
-        command = [sys.executable, "-m", "mlflow_pt_deploy.measure.worker", str(folder)]
+        options = ("--device", device, "--threads", str(threads))
         start = perf_counter()
         self._process = subprocess.Popen(
-            [*command, "--device", device, "--threads", str(threads)],
+            command("measure.worker", str(folder), *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=_environment(threads),
+            env=environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
         )
         try:
             facts = self._ask("first", row=row_to_json(first_row))
@@ -218,12 +217,3 @@ class Worker:
 def _texts(rows: Sequence[Row]) -> tuple[str, ...]:
     """What a library might repeat; none writes the bytes of an image into a message."""
     return tuple(row for row in rows if isinstance(row, str))
-
-
-def _environment(threads: int) -> dict[str, str]:
-    environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-    root = Path(mlflow_pt_deploy.__path__[0]).parent
-    if root.name != "site-packages":  # a checkout: the worker must run this very code
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = f"{root}{os.pathsep}{known}" if known else str(root)
-    return environment

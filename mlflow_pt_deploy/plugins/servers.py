@@ -18,7 +18,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.home import home
 from mlflow_pt_deploy.serving.registry import Target
@@ -160,8 +160,8 @@ def _spawn(words: list[str], log: Path) -> int:
         (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    command = [sys.executable, "-m", "mlflow_pt_deploy.cli", *words]
-    return os.posix_spawn(command[0], command, _environment(), file_actions=files, setsid=True)
+    call = command("cli", *words)
+    return os.posix_spawn(call[0], call, _environment(), file_actions=files, setsid=True)
 
 
 def _await_ready(state: State, log: Path, ready_s: float) -> tuple[str, int]:
@@ -188,7 +188,7 @@ def _environment() -> dict[str, str]:
     import mlflow
 
     uris = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    return {**os.environ, **uris, "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri()}
+    return environment(**uris, MLFLOW_REGISTRY_URI=mlflow.get_registry_uri())
 
 
 def _born(pid: int) -> str:

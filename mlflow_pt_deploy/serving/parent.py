@@ -29,6 +29,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.errors import ServingError, exit_in_words
 from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
 from mlflow_pt_deploy.serving.heard import PATIENCE_S, SERVED, ask_replica, socket_of
@@ -253,7 +254,7 @@ async def _start(job: Job, share: Share) -> Process:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(mode=0o700)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "mlflow_pt_deploy.serving.replica"),
+        *command("serving.replica"),
         stdin=PIPE,
         stdout=PIPE,
         env=_environment(share, scratch),
@@ -274,10 +275,9 @@ def _kill(process: Process) -> None:
 
 
 def _environment(share: Share, scratch: Path) -> dict[str, str]:
-    """Ours; with our way to import, the registry that we talk to, and a part of the cores."""
+    """Ours; with the registry that we talk to, and a part of the cores."""
     threads = {name: str(share.cores) for name in THREAD_VARIABLES if name not in os.environ}
-    found = {**os.environ, **threads, CORES_ENV: str(share.cores), "TMPDIR": str(scratch)}
-    found["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    found = environment(**threads, **{CORES_ENV: str(share.cores), "TMPDIR": str(scratch)})
     mlflow = sys.modules.get("mlflow")
     if mlflow is not None:  # a program that calls us may have set them in Python
         found["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()

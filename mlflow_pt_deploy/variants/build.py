@@ -7,9 +7,7 @@ export.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import deque
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, exit_in_words
 from mlflow_pt_deploy.hardware import usable_cores
@@ -204,11 +203,11 @@ class _Exporter:
     """
 
     def __init__(self, job: Path, log: Path, threads: int) -> None:
-        self._command = [sys.executable, "-m", "mlflow_pt_deploy.variants.export", str(job)]
+        self._command = command("variants.export", str(job))
         self._log = log
         # Two children with all cores each would wait for one another at every OpenMP barrier; and
         # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CI": "true"}
+        self._environment = environment(OMP_NUM_THREADS=str(threads), CI="true")
         self._child: subprocess.Popen[str] | None = None
 
     def work_off(
