@@ -19,5 +19,5 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def environment(**variables: str) -> dict[str, str]:
     """This process's, with its way to import."""
-    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    path = os.pathsep.join(os.fspath(path) or os.getcwd() for path in sys.path)
     return {**os.environ, "PYTHONPATH": path, **variables}
