@@ -28,7 +28,7 @@ from typing import Any
 from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.home import home
-from mlflow_pt_deploy.serving.registry import Target
+from mlflow_pt_deploy.serving.registry import Target, registry_variables
 from mlflow_pt_deploy.serving.version import now
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,62}")
@@ -161,7 +161,8 @@ def _spawn(words: list[str], log: Path) -> int:
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     call = command("cli", *words)
-    return os.posix_spawn(call[0], call, _environment(), file_actions=files, setsid=True)
+    variables = environment(**registry_variables())
+    return os.posix_spawn(call[0], call, variables, file_actions=files, setsid=True)
 
 
 def _await_ready(state: State, log: Path, ready_s: float) -> tuple[str, int]:
@@ -181,14 +182,6 @@ def _await_ready(state: State, log: Path, ready_s: float) -> tuple[str, int]:
 
 def _text(log: Path) -> str:
     return log.read_text(encoding="utf8", errors="replace") if log.exists() else ""
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with the registry that this process really talks to."""
-    import mlflow
-
-    uris = {"MLFLOW_TRACKING_URI": mlflow.get_tracking_uri()}
-    return environment(**uris, MLFLOW_REGISTRY_URI=mlflow.get_registry_uri())
 
 
 def _born(pid: int) -> str:

@@ -17,7 +17,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -35,6 +34,7 @@ from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
 from mlflow_pt_deploy.serving.heard import PATIENCE_S, SERVED, ask_replica, socket_of
 from mlflow_pt_deploy.serving.log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
+from mlflow_pt_deploy.serving.registry import registry_variables
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.shares import Share
 
@@ -277,9 +277,5 @@ def _kill(process: Process) -> None:
 def _environment(share: Share, scratch: Path) -> dict[str, str]:
     """Ours; with the registry that we talk to, and a part of the cores."""
     threads = {name: str(share.cores) for name in THREAD_VARIABLES if name not in os.environ}
-    found = environment(**threads, **{CORES_ENV: str(share.cores), "TMPDIR": str(scratch)})
-    mlflow = sys.modules.get("mlflow")
-    if mlflow is not None:  # a program that calls us may have set them in Python
-        found["MLFLOW_TRACKING_URI"] = mlflow.get_tracking_uri()
-        found["MLFLOW_REGISTRY_URI"] = mlflow.get_registry_uri()
-    return found
+    own = {CORES_ENV: str(share.cores), "TMPDIR": str(scratch)}
+    return environment(**threads, **own, **registry_variables())

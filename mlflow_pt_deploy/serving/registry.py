@@ -7,6 +7,7 @@ moved, a version copied, a stage set. Knows nothing of loading or of HTTP.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,21 @@ class Target:
 
     def __post_init__(self) -> None:
         Options.from_config(self.model_config)
+
+
+def registry_variables() -> dict[str, str]:
+    """Environment variables by which a child talks to the registry that this process talks to.
+
+    A program that calls us may have set it in Python; where MLflow is not loaded nobody has, and
+    the environment already says which it is.
+    """
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is None:
+        return {}
+    return {
+        "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+        "MLFLOW_REGISTRY_URI": mlflow.get_registry_uri(),
+    }
 
 
 @dataclass(frozen=True)
