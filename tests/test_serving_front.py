@@ -75,9 +75,14 @@ def lent(front: Any) -> Iterator[Lent]:
     made.close()
 
 
+def rung(front: Any, within_s: float = 0.0) -> bool:
+    """Whether there is something to take."""
+    return bool(select.select([front.fileno()], [], [], within_s)[0])
+
+
 def taken(front: Any) -> tuple[list[Any], list[Any]]:
     """What comes next."""
-    assert select.select([front.fileno()], [], [], 5)[0]
+    assert rung(front, 5)
     return front.take()  # type: ignore[no-any-return]
 
 
@@ -108,7 +113,7 @@ def test_a_known_request_is_taken_and_answered(front: Any, lent: Lent) -> None:
 )
 def test_whatever_else_comes_is_given_back(front: Any, lent: Lent, data: bytes) -> None:
     lent.client.sendall(data)
-    until(lambda: select.select([front.fileno()], [], [], 0)[0])
+    until(lambda: rung(front))
     assert front.take() == ([(7, data, 0.0)], [])
     lent.client.sendall(WHOLE)  # it is read no more
     time.sleep(0.01)
@@ -197,7 +202,7 @@ def test_who_reads_no_refusals_is_shut_out(front: Any, lent: Lent) -> None:
     while not items:
         lent.client.sendall(WHOLE)
         # one by one: what comes together is given back
-        until(lambda: not unread(lent.server) or bool(select.select([front], [], [], 0)[0]))
+        until(lambda: not unread(lent.server) or rung(front))
         items, told = front.take()
         refused += sum(number for _, number in told)
     assert [name for name, _, _ in items] == [7]
@@ -244,7 +249,7 @@ def test_requests_are_held_and_all_else_is_told_at_once(front: Any, lent: Lent) 
     front.answer(lent.slot, b"")
     lent.client.sendall(WHOLE)
     time.sleep(0.02)
-    assert not select.select([front.fileno()], [], [], 0)[0]
+    assert not rung(front)
     other.client.close()
     assert [name for name, _, _ in taken(front)[0]] == [7, 8]
     front.answer(lent.slot, b"")
