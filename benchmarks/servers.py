@@ -82,7 +82,7 @@ def commands(model: str, teacher: Path) -> dict[str, list[str]]:
     stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
     return {
         TEACHER: [*stock, str(teacher)],
-        OURS: ["UVICORN_LOOP=mlflow_pt_deploy.serving.loop:new_loop", *stock, model],
+        OURS: ["UVICORN_LOOP=mlflow_pt_deploy.serving.uvicorn_loop:new_loop", *stock, model],
         PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
     }
 

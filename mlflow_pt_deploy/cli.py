@@ -16,17 +16,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from mlflow_pt_deploy.cli_args import SERVE, parser
 from mlflow_pt_deploy.errors import PtDeployError
-from mlflow_pt_deploy.flags import SERVE, parser
-from mlflow_pt_deploy.sigterm import on_sigterm
+from mlflow_pt_deploy.system.signals import on_sigterm
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.fitting import Trained
-    from mlflow_pt_deploy.optimize import Optimized
-    from mlflow_pt_deploy.options import Options
-    from mlflow_pt_deploy.pipeline import Lifecycle
-    from mlflow_pt_deploy.promote import Promotion
-    from mlflow_pt_deploy.searches import Searched
+    from mlflow_pt_deploy.config import Options
+    from mlflow_pt_deploy.pipeline.lifecycle import Lifecycle
+    from mlflow_pt_deploy.pipeline.optimize import Optimized
+    from mlflow_pt_deploy.pipeline.search_stage import Searched
+    from mlflow_pt_deploy.pipeline.training_run import Trained
+    from mlflow_pt_deploy.registry.promotion import Promotion
 
 Call = Callable[[argparse.Namespace], dict[str, Any]]
 
@@ -78,7 +78,7 @@ def _quiet_libraries() -> None:
 
 
 def _options(parsed: argparse.Namespace) -> Options:
-    from mlflow_pt_deploy.options import Options
+    from mlflow_pt_deploy.config import Options
 
     known = {field.name for field in fields(Options)}
     given = {key: value for key, value in vars(parsed).items() if key in known}
@@ -88,7 +88,7 @@ def _options(parsed: argparse.Namespace) -> Options:
 
 
 def _run(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.pipeline import run_lifecycle
+    from mlflow_pt_deploy.pipeline.lifecycle import run_lifecycle
 
     done = run_lifecycle(_options(parsed))
     _show(done.optimized)
@@ -103,13 +103,13 @@ def _run(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.stages import train_teacher
+    from mlflow_pt_deploy.pipeline.stages import train_teacher
 
     return _trained("train", train_teacher(_options(parsed)))
 
 
 def _distill(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.stages import distill_student
+    from mlflow_pt_deploy.pipeline.stages import distill_student
 
     return _trained("distill", distill_student(_options(parsed)))
 
@@ -127,8 +127,8 @@ def _trained(stage: str, done: Trained) -> dict[str, Any]:
 
 
 def _search(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.report import trials_table
-    from mlflow_pt_deploy.searches import search_students
+    from mlflow_pt_deploy.pipeline.search_stage import search_students
+    from mlflow_pt_deploy.reporting.tables import trials_table
 
     done = search_students(_options(parsed))
     print(trials_table(done.found, [each.trial for each in done.chosen]))
@@ -159,7 +159,7 @@ def _searched(done: Searched) -> dict[str, Any]:
 
 
 def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.stages import optimize_models
+    from mlflow_pt_deploy.pipeline.stages import optimize_models
 
     parsed.teacher = parsed.model
     done = optimize_models(_options(parsed))
@@ -169,7 +169,7 @@ def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.stages import promote_choice, read_optimized
+    from mlflow_pt_deploy.pipeline.stages import promote_choice, read_optimized
 
     done = read_optimized(parsed.run, _options(parsed).policy())
     promotion = promote_choice(done, parsed.name)
@@ -178,8 +178,8 @@ def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
-    from mlflow_pt_deploy.serving.options import parse_config
-    from mlflow_pt_deploy.serving.serve import serve
+    from mlflow_pt_deploy.serving.api import serve
+    from mlflow_pt_deploy.serving.model.options import parse_config
 
     names = [flag.removeprefix("--").replace("-", "_") for flag in SERVE]
     settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure", "pin")}
@@ -188,7 +188,7 @@ def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(done: Optimized) -> None:
-    from mlflow_pt_deploy.report import table
+    from mlflow_pt_deploy.reporting.tables import table
 
     print(table(done.results, done.choice))
 
@@ -196,7 +196,7 @@ def _show(done: Optimized) -> None:
 def _next_steps(done: Lifecycle) -> None:
     import mlflow
 
-    from mlflow_pt_deploy.serving.rows import EXAMPLES
+    from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 
     start, address, prefix = _ways(mlflow.get_tracking_uri())
     prefix = _path(sys.prefix) + prefix

@@ -33,13 +33,13 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_pt_deploy import __version__
+from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.hardware import library_versions
-from mlflow_pt_deploy.serving.options import Options
-from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG
-from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, read_manifest, verify
-from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
+from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
+from mlflow_pt_deploy.serving.model.options import Options
+from mlflow_pt_deploy.serving.model.pyfunc import PyFunc, signature
+from mlflow_pt_deploy.system.hardware import library_versions
 
 FLAVOR_NAME = "pt_deploy"
 ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"

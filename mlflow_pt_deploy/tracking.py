@@ -23,11 +23,11 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.hardware import hardware_tags, usable_cores
-from mlflow_pt_deploy.measure import Result
-from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"

@@ -31,12 +31,12 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from mlflow_pt_deploy.artifacts import Variant, write_variant
 from mlflow_pt_deploy.data import Splits, load_data
-from mlflow_pt_deploy.variants import Variant, write_variant
-from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.runtimes.eager import Eager
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.train import Epoch
+    from mlflow_pt_deploy.training.trainer import Epoch
 
 KEYWORDS = {
     "card": ("card", "pin", "chip", "plastic", "contactless"),
@@ -349,7 +349,7 @@ def _write_tiny_images_model(folder: Path, splits: Splits, teacher: Path | None 
         new_mobilenet,
         save_classifier,
     )
-    from mlflow_pt_deploy.train import Schedule, cross_entropy, fit
+    from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, fit
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

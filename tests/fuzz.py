@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 from tiny_serving import save_tiny
 
-from mlflow_pt_deploy.serving.protocol import deadline
+from mlflow_pt_deploy.serving.http.mlflow_protocol import deadline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from servers import PT_DEPLOY, ask, commands, running

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlflow_pt_deploy.augment import make_texts
+from mlflow_pt_deploy.training.augmentation import make_texts
 
 ROWS = (
     "where is my new card",

@@ -12,9 +12,9 @@ import mlflow
 import pytest
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import batch

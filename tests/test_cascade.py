@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlflow_pt_deploy.cascades import plan_cascades
+from mlflow_pt_deploy.artifacts import load_variant, verify
 from mlflow_pt_deploy.errors import ArtifactError, UntrustedError, VariantError
+from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.flavor import get_default_pip_requirements
-from mlflow_pt_deploy.measure import Measurement, Result
-from mlflow_pt_deploy.variants import load_variant, verify
-from mlflow_pt_deploy.variants.base import confidence
-from mlflow_pt_deploy.variants.cascade import write_cascade
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.numpy import NumPy
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.runtimes.base import confidence
+from mlflow_pt_deploy.runtimes.cascade import write_cascade
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.numpy_static import NumPy
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
+from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
 
 ROWS = ("my card", "i want a refund please", "send my money abroad", "hello there", "")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import mlflow_pt_deploy
-from mlflow_pt_deploy.child import command, environment
+from mlflow_pt_deploy.system.child_process import command, environment
 
 PACKAGE = Path(mlflow_pt_deploy.__path__[0])
 

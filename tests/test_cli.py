@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mlflow_pt_deploy.cli import _path, _ways, main
-from mlflow_pt_deploy.flags import parser
+from mlflow_pt_deploy.cli_args import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("run", "train", "distill", "search", "optimize", "promote", "serve")
@@ -57,7 +57,7 @@ def test_the_command_line_understands_every_entry_point() -> None:
 def test_mlproject_has_the_defaults_of_the_command_line() -> None:
     from dataclasses import asdict
 
-    from mlflow_pt_deploy.options import Options
+    from mlflow_pt_deploy.config import Options
 
     defaults = asdict(Options())
     points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from mlflow_pt_deploy.cost import Cost
+from mlflow_pt_deploy.runtimes.latency_model import Cost
 
 
 def test_the_cost_of_a_call_is_told_from_that_of_its_rows() -> None:

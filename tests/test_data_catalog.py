@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.data import Splits, load_data
-from mlflow_pt_deploy.data.catalog import TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS
+from mlflow_pt_deploy.data.synthetic import TEST_ROWS, TRAIN_ROWS, VALIDATION_ROWS
 
 
 @pytest.fixture(scope="module")

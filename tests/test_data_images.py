@@ -13,7 +13,7 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.hub import splits_from_hub
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.train import check_fit
+from mlflow_pt_deploy.training.trainer import check_fit
 
 SECRET = "patient-0042"
 FILES = [picture("L", (8, 8), shade) for shade in range(8)]

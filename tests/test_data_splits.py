@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlflow_pt_deploy.data.checks import Pairs
 from mlflow_pt_deploy.data.splits import Split, Splits, build_splits, limit_splits
+from mlflow_pt_deploy.data.validation import Pairs
 from mlflow_pt_deploy.errors import DataError
 
 SECRET = "my card number is 4111"

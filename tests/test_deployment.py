@@ -19,9 +19,10 @@ from mlflow.deployments import cli, interface
 from mlflow.exceptions import MlflowException
 from tiny_serving import save_tiny, until
 
-from mlflow_pt_deploy.home import home
-from mlflow_pt_deploy.plugins import deployment, servers
-from mlflow_pt_deploy.plugins.deployment import PtDeployClient
+from mlflow_pt_deploy.plugins import deployment_client as deployment
+from mlflow_pt_deploy.plugins import local_servers as servers
+from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient
+from mlflow_pt_deploy.system.paths import home
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +71,7 @@ def test_mlflow_finds_the_plugin() -> None:
 
 def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient) -> None:
     code = (
-        "import sys; from mlflow_pt_deploy.plugins.deployment import PtDeployClient\n"
+        "import sys; from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient\n"
         "config = dict(num_threads='1')\n"
         "PtDeployClient('pt-deploy').create_deployment('shop', sys.argv[1], config=config)"
     )

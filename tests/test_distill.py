@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import (
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
+from mlflow_pt_deploy.training.distillation import (
     kept_layers,
     soft_labels,
     spread,
@@ -18,9 +20,7 @@ from mlflow_pt_deploy.distill import (
     teach,
     with_relations,
 )
-from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
-from mlflow_pt_deploy.train import Schedule, Tensors, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.trainer import Schedule, Tensors, evaluate, fit, predict_logits
 
 ROWS = ("my card", "i want a refund please", "")
 
@@ -216,7 +216,7 @@ def test_relations_are_learnt_across_widths(
     flags: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mlflow_pt_deploy.train.cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr("mlflow_pt_deploy.training.trainer.cpu_flags", lambda: frozenset(flags))
     lesson = teach(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:

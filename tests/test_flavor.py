@@ -8,15 +8,15 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.artifacts import Variant, load_variant, write_variant
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.promote import champion, promote
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG
-from mlflow_pt_deploy.variants import Variant, load_variant, write_variant
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
+from mlflow_pt_deploy.registry.promotion import champion, promote
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 ROWS = ["please refund me", "my card pin is lost"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_pt_deploy.hardware import _quotas, cpu_flags, hardware, usable_cores
+from mlflow_pt_deploy.system.hardware import _quotas, cpu_flags, hardware, usable_cores
 
 
 def test_it_describes_this_machine_in_short_strings() -> None:
@@ -39,7 +39,7 @@ def test_flags_are_those_of_the_processor() -> None:
 def test_cores_are_those_that_this_process_may_use() -> None:
     code = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); import sys; "
-        "from mlflow_pt_deploy.hardware import hardware; "
+        "from mlflow_pt_deploy.system.hardware import hardware; "
         "print(hardware()['cores'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import mlflow_pt_deploy.measure as package
+import mlflow_pt_deploy.evaluation as package
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.measure import UNITS, Measurement, Result
+from mlflow_pt_deploy.evaluation import UNITS, Measurement, Result
 
 RESULT = Result(
     "student-openvino-int8-static",
@@ -101,8 +101,8 @@ def test_the_package_gives_exactly_its_public_names() -> None:
 
 def test_importing_it_all_brings_neither_mlflow_nor_a_runtime() -> None:
     code = (
-        "import sys; from mlflow_pt_deploy.measure import measure; import mlflow_pt_deploy.policy, "
-        "mlflow_pt_deploy.report, mlflow_pt_deploy.hardware; "
+        "import sys; from mlflow_pt_deploy.evaluation import measure; import mlflow_pt_deploy.selection.policy, "
+        "mlflow_pt_deploy.reporting.tables, mlflow_pt_deploy.system.hardware; "
         "heavy = {'mlflow', 'torch', 'transformers', 'onnxruntime', 'openvino', 'matplotlib'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

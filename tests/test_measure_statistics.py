@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlflow_pt_deploy.measure.statistics import macro_f1, paired_drop, paired_speedup, percentile
+from mlflow_pt_deploy.evaluation.statistics import macro_f1, paired_drop, paired_speedup, percentile
 
 
 def test_percentile_interpolates_between_order_statistics() -> None:

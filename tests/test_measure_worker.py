@@ -16,13 +16,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.measure import Bench, Result, Worker, measure
-from mlflow_pt_deploy.measure.timing import draw_rows, interleave, throughput, warm
-from mlflow_pt_deploy.preprocess import TextPreprocessor
-from mlflow_pt_deploy.variants import write_variant
-from mlflow_pt_deploy.variants.onnxruntime import FILE, OnnxRuntime
+from mlflow_pt_deploy.evaluation import Bench, Result, Worker, measure
+from mlflow_pt_deploy.evaluation.timing import draw_rows, interleave, throughput, warm
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
+from mlflow_pt_deploy.runtimes.onnxruntime import FILE, OnnxRuntime
 
 LABELS = ("blue", "green", "red")
 VOCABULARY = {"[PAD]": 0, "sea": 1, "leaf": 2, "blood": 3, "thing": 4}

@@ -20,7 +20,7 @@ from mlflow_pt_deploy.models import (
     save_classifier,
     shrink,
 )
-from mlflow_pt_deploy.train import predict_logits
+from mlflow_pt_deploy.training.trainer import predict_logits
 
 CURE = r"HTTPS_PROXY or HF_ENDPOINT\), or .* no network: minilm for text, resnet for images\."
 

@@ -12,9 +12,7 @@ import pytest
 import torch
 from conftest import COLOURS, picture
 
-from mlflow_pt_deploy import train
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import start_student, view_labels
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import (
     ImageClassifier,
@@ -25,7 +23,9 @@ from mlflow_pt_deploy.models import (
     new_resnet,
     save_classifier,
 )
-from mlflow_pt_deploy.train import Schedule, cross_entropy, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training import trainer as train
+from mlflow_pt_deploy.training.distillation import start_student, view_labels
+from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, evaluate, fit, predict_logits
 
 ROWS = [picture("RGB", (9, 7), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
 
@@ -75,7 +75,7 @@ def test_a_mobilenet_sees_what_its_teacher_sees() -> None:
 
 
 def test_the_teacher_that_suits_the_rows(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    monkeypatch.setattr("mlflow_pt_deploy.models.load._minilm", lambda: str(tiny_model))
+    monkeypatch.setattr("mlflow_pt_deploy.models.loading._minilm", lambda: str(tiny_model))
     assert isinstance(new_classifier("auto", ["a", "b"], ["a text"]), TextClassifier)
     images = new_classifier("auto", ["a", "b"], [picture("L", (40, 9), 0)])
     assert isinstance(images, ImageClassifier)

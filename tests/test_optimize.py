@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from mlflow_pt_deploy import optimize
-from mlflow_pt_deploy.measure import Measurement, Result
-from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.evaluation import Measurement, Result
+from mlflow_pt_deploy.pipeline.lifecycle import optimize
 from mlflow_pt_deploy.tracking import _served_so
 
 Asked = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]

@@ -9,18 +9,18 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import ModelError, PolicyError, SearchError
-from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.policy import Choice, Policy
-from mlflow_pt_deploy.searches import search_students
-from mlflow_pt_deploy.stages import (
+from mlflow_pt_deploy.pipeline.search_stage import search_students
+from mlflow_pt_deploy.pipeline.stages import (
     Optimized,
     distill_student,
     optimize_models,
     promote_choice,
     read_optimized,
 )
+from mlflow_pt_deploy.selection.policy import Choice, Policy
 
 FEW = "eager-bf16,onnxruntime-int8-dynamic,numpy"
 
@@ -57,7 +57,7 @@ class Killed(Exception):
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A one for each step of training; the fifth, in the second epoch, is not finished."""
-    from mlflow_pt_deploy import train
+    from mlflow_pt_deploy.training import trainer as train
 
     real, taken = train._Run._learn, []
 
@@ -255,9 +255,9 @@ def test_a_student_with_the_vocabulary_of_train(
     tracking: str, tiny_data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tiny vocabulary has no more pieces than count as frequent.
-    monkeypatch.setattr("mlflow_pt_deploy.prune.frequent_pieces", lambda classifier: [])
+    monkeypatch.setattr("mlflow_pt_deploy.pruning.frequent_pieces", lambda classifier: [])
     from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.stages import distill_student
+    from mlflow_pt_deploy.pipeline.stages import distill_student
     from mlflow_pt_deploy.tracking import fetch_model
 
     options = {"data": str(tiny_data), "teacher": str(tiny_model), "student_layers": 0}
@@ -272,7 +272,7 @@ def test_every_technique_of_distillation_at_once(
     tracking: str, tiny_data: Path, tiny_model: Path
 ) -> None:
     from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.stages import distill_student
+    from mlflow_pt_deploy.pipeline.stages import distill_student
     from mlflow_pt_deploy.tracking import fetch_model
 
     options = Options(

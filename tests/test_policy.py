@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mlflow_pt_deploy.errors import PolicyError
-from mlflow_pt_deploy.measure import Measurement, Result
-from mlflow_pt_deploy.policy import Policy, choose, finalists, no_slower
+from mlflow_pt_deploy.evaluation import Measurement, Result
+from mlflow_pt_deploy.selection.policy import Policy, choose, finalists, no_slower
 
 BASELINE = "teacher-eager-fp32"
 

@@ -14,7 +14,7 @@ from tokenizers.processors import BertProcessing
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
 
 PAD, UNKNOWN, BEGIN, END, RED, GREEN = range(6)
 

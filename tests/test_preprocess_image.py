@@ -16,8 +16,8 @@ from conftest import picture
 from PIL import Image, ImageOps
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, RowError
-from mlflow_pt_deploy.preprocess import load_preprocessor
-from mlflow_pt_deploy.preprocess.image import MAX_PIXELS, ImagePreprocessor, typical_size
+from mlflow_pt_deploy.preprocessing import load_preprocessor
+from mlflow_pt_deploy.preprocessing.image import MAX_PIXELS, ImagePreprocessor, typical_size
 
 PALETTE = [0, 0, 255] * 256
 

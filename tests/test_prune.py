@@ -21,10 +21,9 @@ from transformers import (
 )
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import soft_labels, start_student
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier, load_classifier, save_classifier
-from mlflow_pt_deploy.prune import (
+from mlflow_pt_deploy.pruning import (
     Importance,
     frequent_pieces,
     prune_neurons,
@@ -32,7 +31,8 @@ from mlflow_pt_deploy.prune import (
     taylor_importance,
     teacher_importance,
 )
-from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.distillation import soft_labels, start_student
+from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
 TEXTS = ("My card!", "refund 🙂 it", "wire שלום", "")
 ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.distill import soft_labels, start_student
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import (
     TextClassifier,
@@ -20,7 +19,7 @@ from mlflow_pt_deploy.models import (
     new_classifier,
     save_classifier,
 )
-from mlflow_pt_deploy.prune import (
+from mlflow_pt_deploy.pruning import (
     Importance,
     cut_student,
     prune_heads,
@@ -28,7 +27,8 @@ from mlflow_pt_deploy.prune import (
     prune_width,
     taylor_importance,
 )
-from mlflow_pt_deploy.train import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.distillation import soft_labels, start_student
+from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
 ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")
 TARGETS = np.array([0, 1, 1, 0])

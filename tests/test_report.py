@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_pt_deploy.measure import Measurement, Result
-from mlflow_pt_deploy.policy import Choice
-from mlflow_pt_deploy.report import markdown, plot, table
+from mlflow_pt_deploy.evaluation import Measurement, Result
+from mlflow_pt_deploy.reporting.tables import markdown, plot, table
+from mlflow_pt_deploy.selection.policy import Choice
 
 BASELINE = "teacher-eager-fp32"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlflow_pt_deploy.rounding import int8_rounding
+from mlflow_pt_deploy.training.qat import int8_rounding
 
 
 def _network() -> nn.Sequential:
@@ -34,7 +34,7 @@ def test_what_is_computed_is_at_most_256_levels() -> None:
 
 
 def test_levels() -> None:
-    from mlflow_pt_deploy.rounding import _per_channel, _per_tensor
+    from mlflow_pt_deploy.training.qat import _per_channel, _per_tensor
 
     values = torch.randn(3, 1000) * torch.tensor([[1.0], [10.0], [0.0]])
     weights = _per_channel(values)

@@ -19,7 +19,7 @@ from mlflow_pt_deploy.search import (
     choose_point,
     pareto,
 )
-from mlflow_pt_deploy.search.early import hopeless
+from mlflow_pt_deploy.search.early_stopping import hopeless
 
 POINT = Point("transformer", 3, 2.0, 0.7, 2e-4, 32, 4, "onnxruntime-fp32", 1)
 

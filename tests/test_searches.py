@@ -11,13 +11,13 @@ from mlflow.entities import Run
 
 from mlflow_pt_deploy import tracking as runs
 from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import SearchError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.pipeline.search_stage import Searched, default_space, search_students
+from mlflow_pt_deploy.pipeline.trial_objective import Evaluator
 from mlflow_pt_deploy.search import STATIC, TRANSFORMER, Outcome, Point, Report
-from mlflow_pt_deploy.searches import Searched, default_space, search_students
-from mlflow_pt_deploy.trial import Evaluator
 
 
 def _trials(parent: str) -> list[Run]:
@@ -74,7 +74,7 @@ def test_a_search_leads_to_a_champion(
 
 
 def _fake(self: Evaluator, point: Point, report: Report) -> Outcome:
-    from mlflow_pt_deploy.trial import _trial_run
+    from mlflow_pt_deploy.pipeline.trial_objective import _trial_run
 
     with _trial_run(report.number, point):
         if report.number == 1:

@@ -19,10 +19,10 @@ from mlflow.pyfunc import PyFuncModel, scoring_server
 from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.registry.addresses import Address, source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import Address, source
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.version import Version
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.model.loaded_model import Version
 
 SECRET = "zanzibar"
 JSON = {"Content-Type": "application/json"}
@@ -234,7 +234,7 @@ def test_a_model_of_another_flavor_is_refused(model: PyFuncModel) -> None:
 
 
 def test_serve_says_where_it_listens_and_stops_when_told(folder: Path) -> None:
-    code = f"from mlflow_pt_deploy.serving.serve import serve; serve({str(folder)!r}, port=0)"
+    code = f"from mlflow_pt_deploy.serving.api import serve; serve({str(folder)!r}, port=0)"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     with subprocess.Popen(
         [sys.executable, "-c", code],

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
-from mlflow_pt_deploy.serving.batcher import Batcher
-from mlflow_pt_deploy.serving.options import Limits
-from mlflow_pt_deploy.serving.queue import Queue
-from mlflow_pt_deploy.serving.ticket import Caller, Ticket, cut
+from mlflow_pt_deploy.serving.batching.batcher import Batcher
+from mlflow_pt_deploy.serving.batching.request import Caller, Ticket, cut
+from mlflow_pt_deploy.serving.batching.request_queue import Queue
+from mlflow_pt_deploy.serving.model.options import Limits
 
 BAD = 666
 

@@ -24,13 +24,13 @@ import pytest
 import requests
 from tiny_serving import predict, running, save_tiny, until
 
+from mlflow_pt_deploy.registry.addresses import source
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.serving import front as module
-from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.files import room_for_loans
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.variants.base import Inputs, Logits
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 
 native = pytest.importorskip(
     "mlflow_pt_deploy.serving._front", reason="the part in C was not built"

@@ -8,17 +8,17 @@ import requests
 from tiny_serving import running, save_tiny
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.registry.addresses import source
+from mlflow_pt_deploy.serving.api import serve
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.guard import (
+from mlflow_pt_deploy.serving.http.auth import (
     Guard,
     check_exposure,
     guard_from_environment,
     is_loopback,
 )
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
 from mlflow_pt_deploy.serving.settings import Settings
-from mlflow_pt_deploy.serving.slot import Slot
 
 SCORE, ADMIN = "score-score-score-score", "admin-admin-admin-admin"
 

@@ -17,10 +17,10 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny, until
 
-from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 PATH = "/models/tiny/invocations"  # only where requests are counted

@@ -19,10 +19,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.registry.addresses import Address, source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import Address, source
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.version import Version
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.model.loaded_model import Version
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"

@@ -11,7 +11,7 @@ import requests
 from mlflow.pyfunc import scoring_server
 from tiny_serving import running, save_tiny
 
-from mlflow_pt_deploy.serving.loop import SWITCH_S, THREADS
+from mlflow_pt_deploy.serving.uvicorn_loop import SWITCH_S, THREADS
 
 MANY = 40
 
@@ -33,7 +33,7 @@ def test_many_requests_meet_in_a_batch_of_mlflows_server(
     model = mlflow.pyfunc.load_model(str(save_tiny(tmp_path / "slow", predict_s=0.2)))
     batches: list[int] = []
     model._model_impl.batcher.calls.observe = lambda rows, *_: batches.append(rows)
-    settings = {"loop": "mlflow_pt_deploy.serving.loop:new_loop"} if lifted else {}
+    settings = {"loop": "mlflow_pt_deploy.serving.uvicorn_loop:new_loop"} if lifted else {}
     with (
         running(scoring_server.init(model), **settings) as url,
         ThreadPoolExecutor(MANY) as pool,

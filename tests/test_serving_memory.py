@@ -15,16 +15,16 @@ from mlflow.exceptions import MlflowException
 from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving import room as rooms
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.keeper import Keeper
-from mlflow_pt_deploy.serving.memory import resident_mb, trim
-from mlflow_pt_deploy.serving.metrics import best_metrics
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.room import Room
+from mlflow_pt_deploy.serving.lifecycle import eviction as rooms
+from mlflow_pt_deploy.serving.lifecycle.eviction import Room
+from mlflow_pt_deploy.serving.lifecycle.model_cache import Keeper
+from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb, trim
+from mlflow_pt_deploy.serving.lifecycle.registry_watcher import Watcher
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.metrics import best_metrics
 from mlflow_pt_deploy.serving.server import Settings, describe
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.watcher import Watcher
 
 
 @pytest.fixture

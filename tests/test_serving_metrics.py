@@ -10,12 +10,12 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny, until
 
-from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.calls import Calls
-from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.batching.executor import Calls
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+from mlflow_pt_deploy.serving.observability.metrics import Metrics, best_metrics
 
 SECRET = "zanzibar"
 

@@ -18,7 +18,7 @@ from tiny_serving import predict as tiny_predict
 from tiny_serving import save_tiny, tiny_variant
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, Options, PyFunc
+from mlflow_pt_deploy.serving.model.pyfunc import MODEL_CONFIG, Options, PyFunc
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"

@@ -14,16 +14,16 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving import heads as parsed
-from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.metrics import Metrics
-from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.batching.request import Caller
+from mlflow_pt_deploy.serving.http.auth import Guard
+from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.short import MOST_ROWS
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 JSON = {"Content-Type": "application/json"}

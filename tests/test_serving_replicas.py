@@ -19,13 +19,13 @@ from mlflow import MlflowClient
 from tiny_serving import save_tiny, until
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.hardware import core_numbers, usable_cores
-from mlflow_pt_deploy.plugins.deployment import PtDeployClient
+from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient
 from mlflow_pt_deploy.serving.port import hold_port, join_port
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.shares import Share, count_replicas, describe_shares, share_cores
+from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
 
-pytest.importorskip("mlflow_pt_deploy.serving.prometheus")
+pytest.importorskip("mlflow_pt_deploy.serving.observability.prometheus")
 if not hasattr(socket, "SO_REUSEPORT"):
     pytest.skip("needs SO_REUSEPORT", allow_module_level=True)
 URI = "models:/tiny@champion"

@@ -3,7 +3,7 @@
 import pytest
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.room import STAY_S, Loaded, Room, longest_unused
+from mlflow_pt_deploy.serving.lifecycle.eviction import STAY_S, Loaded, Room, longest_unused
 
 
 @pytest.mark.parametrize(

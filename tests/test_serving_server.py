@@ -18,10 +18,10 @@ import pytest
 import requests
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving import bounded
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 

@@ -12,10 +12,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tiny_serving import running, save_tiny
 
 from mlflow_pt_deploy.errors import MissingExtraError
+from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import source
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.spans import ENDPOINTS, Spans, spans_from_environment
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.tracing import ENDPOINTS, Spans, spans_from_environment
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

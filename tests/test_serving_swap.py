@@ -19,8 +19,7 @@ from mlflow.exceptions import MlflowException
 from tiny_serving import running, save_tiny, until
 
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import (
+from mlflow_pt_deploy.registry.addresses import (
     DIGEST_TAG,
     Address,
     Served,
@@ -28,11 +27,12 @@ from mlflow_pt_deploy.serving.registry import (
     resolve,
     source,
 )
-from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.api import serve
+from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.lifecycle.registry_watcher import Watcher
+from mlflow_pt_deploy.serving.lifecycle.served_model import RETRY_S, Slot
+from mlflow_pt_deploy.serving.model.loaded_model import Version, load_version
 from mlflow_pt_deploy.serving.server import name_slots
-from mlflow_pt_deploy.serving.slot import RETRY_S, Slot
-from mlflow_pt_deploy.serving.version import Version, load_version
-from mlflow_pt_deploy.serving.watcher import Watcher
 
 URI = "models:/tiny@champion"
 POLL_S = 0.05

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny_serving import predict, tiny_variant
 
-from mlflow_pt_deploy.serving.pyfunc import PyFunc
-from mlflow_pt_deploy.serving.warmup import meet_shapes
-from mlflow_pt_deploy.variants.cascade import Stages
-from mlflow_pt_deploy.variants.streams import Streams
+from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.streams import Streams
+from mlflow_pt_deploy.serving.model.pyfunc import PyFunc
+from mlflow_pt_deploy.serving.model.warmup import meet_shapes
 
 BATCH = {"input_ids": np.ones((4, 40), np.int64), "attention_mask": np.ones((4, 40), np.int64)}
 

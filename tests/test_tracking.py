@@ -15,14 +15,14 @@ from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
 from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.artifacts import Variant
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier, new_classifier
-from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.stages import train_teacher
+from mlflow_pt_deploy.pipeline.stages import train_teacher
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 from mlflow_pt_deploy.tracking import fetch_model, log_folder
-from mlflow_pt_deploy.variants import Variant
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 ROWS = ("please refund me", "my card pin", "send it abroad")
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlflow_pt_deploy import train
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import Classifier, load_classifier
-from mlflow_pt_deploy.train import (
+from mlflow_pt_deploy.training import trainer as train
+from mlflow_pt_deploy.training.trainer import (
     Epoch,
     Loss,
     Schedule,

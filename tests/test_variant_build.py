@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_pt_deploy.artifacts import Variant, load_variant, verify
+from mlflow_pt_deploy.artifacts.builder import Built, _cause, build
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.variants import Variant, load_variant, verify
-from mlflow_pt_deploy.variants.build import Built, _cause, build
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.openvino import OpenVino
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def test_a_child_that_hangs_is_given_up(
 ) -> None:
     (tmp_path / "openvino.py").write_text("import time; time.sleep(600)")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("mlflow_pt_deploy.variants.build._TIMEOUT_S", 1)
+    monkeypatch.setattr("mlflow_pt_deploy.artifacts.builder._TIMEOUT_S", 1)
     (row,) = build(
         {"teacher": tiny_model}, tiny_splits, tmp_path / "variants", variants=[OpenVino()]
     )

@@ -15,27 +15,27 @@ import numpy as np
 import pytest
 from conftest import picture
 
-from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import MissingExtraError, VariantError
-from mlflow_pt_deploy.models import Classifier, load_classifier
-from mlflow_pt_deploy.preprocess import row_from_json
-from mlflow_pt_deploy.train import predict_logits
-from mlflow_pt_deploy.variants import (
+from mlflow_pt_deploy.artifacts import (
     ON_REQUEST,
     STATIC_VARIANTS,
     VARIANTS,
     LoadedVariant,
     Variant,
     load_variant,
-    streams,
     verify,
 )
-from mlflow_pt_deploy.variants.aotinductor import AOTInductor
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.numpy import STATIC, NumPy
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.openvino import OpenVino
-from mlflow_pt_deploy.variants.table import select, suits, useless
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import MissingExtraError, VariantError
+from mlflow_pt_deploy.models import Classifier, load_classifier
+from mlflow_pt_deploy.preprocessing import row_from_json
+from mlflow_pt_deploy.runtimes import streams
+from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
+from mlflow_pt_deploy.runtimes.catalog import select, suits, useless
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.numpy_static import STATIC, NumPy
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.training.trainer import predict_logits
 
 LARGEST = 5.0  # what the tiny model's logits reach
 # Largest difference to eager fp32, as a share of that. 32 dimensions with three outliers are hard

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlflow_pt_deploy.artifacts import Variant, load_variant, read_manifest, verify, write_variant
 from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError, VariantError
-from mlflow_pt_deploy.preprocess import TextPreprocessor
-from mlflow_pt_deploy.variants import Variant, load_variant, read_manifest, verify, write_variant
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 NAME = "teacher-eager-fp32"
 FILES = (

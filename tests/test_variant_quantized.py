@@ -17,15 +17,15 @@ import openvino
 import pytest
 from conftest import FILLERS, KEYWORDS
 
+from mlflow_pt_deploy.artifacts import ON_REQUEST, VARIANTS, Variant, select
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.models import Classifier, load_classifier
-from mlflow_pt_deploy.train import predict_logits
-from mlflow_pt_deploy.variants import ON_REQUEST, VARIANTS, Variant, select
-from mlflow_pt_deploy.variants.aotinductor import AOTInductor
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.openvino import OpenVino
+from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.training.trainer import predict_logits
 
 
 @pytest.fixture(scope="module")

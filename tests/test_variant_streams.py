@@ -9,10 +9,10 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from mlflow_pt_deploy.variants import streams
-from mlflow_pt_deploy.variants.base import Inputs, Logits, pads_rows, tokens_computed
-from mlflow_pt_deploy.variants.cascade import Stages
-from mlflow_pt_deploy.variants.streams import Streams, cut
+from mlflow_pt_deploy.runtimes import streams
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, pads_rows, tokens_computed
+from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.streams import Streams, cut
 
 
 class Clock:

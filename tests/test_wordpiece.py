@@ -14,8 +14,9 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from tokenizers.processors import BertProcessing
 
-from mlflow_pt_deploy.preprocess import TextPreprocessor, wordpiece
-from mlflow_pt_deploy.preprocess.wordpiece import WordMemory
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
+from mlflow_pt_deploy.preprocessing import wordpiece_cache as wordpiece
+from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordMemory
 
 ROWS = (
     "",

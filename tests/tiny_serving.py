@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.preprocess import Preprocessor, TextPreprocessor
-from mlflow_pt_deploy.preprocess.image import ImagePreprocessor
-from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
-from mlflow_pt_deploy.variants.base import Inputs, Logits
-from mlflow_pt_deploy.variants.cascade import Stages
+from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
+from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits
+from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.serving.model.pyfunc import MODEL_CONFIG, PyFunc, signature
 
 WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlflow_pt_deploy.data.abo import read_abo
-from mlflow_pt_deploy.data.catalog import read_catalog
 from mlflow_pt_deploy.data.digits import read_digits
 from mlflow_pt_deploy.data.files import read_files
 from mlflow_pt_deploy.data.hub import read_hub
 from mlflow_pt_deploy.data.splits import Split, Splits, limit_splits
+from mlflow_pt_deploy.data.synthetic import read_catalog
 from mlflow_pt_deploy.errors import DataError
 
 __all__ = ["Split", "Splits", "load_data"]

@@ -10,8 +10,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlflow_pt_deploy.data.checks import Pairs, check_columns, listed, refuse
 from mlflow_pt_deploy.data.splits import Splits, build_splits
+from mlflow_pt_deploy.data.validation import Pairs, check_columns, listed, refuse
 from mlflow_pt_deploy.errors import DataError
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.data.checks import Pairs, listed
 from mlflow_pt_deploy.data.files import STEMS, read_images
 from mlflow_pt_deploy.data.splits import Splits, build_splits
+from mlflow_pt_deploy.data.validation import Pairs, listed
 from mlflow_pt_deploy.errors import DataError, MissingExtraError
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(:[^:\s]+)?")

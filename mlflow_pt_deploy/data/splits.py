@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.data.checks import Pairs, Row, check_labels, check_rows, listed
+from mlflow_pt_deploy.data.validation import Pairs, Row, check_labels, check_rows, listed
 from mlflow_pt_deploy.errors import DataError
 
 Targets = npt.NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier, new_mobilenet, new_resnet
-from mlflow_pt_deploy.models.load import (
+from mlflow_pt_deploy.models.loading import (
     blank_classifier,
     load_classifier,
     new_classifier,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlflow_pt_deploy.preprocess import Preprocessor
+from mlflow_pt_deploy.preprocessing import Preprocessor
 
 # transformers imports torchao wherever it is installed, and torchao complains of GPU kernels that
 # no CPU build can load; both say it to everybody, also to those who quantize nothing.

@@ -26,7 +26,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.base import Classifier
-from mlflow_pt_deploy.preprocess.image import ImagePreprocessor, Pixels
+from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor, Pixels
 
 _FILE = "preprocessor_config.json"
 _SMALLEST, _SMALL = 32, 48  # edges in pixels

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.base import Classifier
-from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
 
 
 class TextClassifier(Classifier):

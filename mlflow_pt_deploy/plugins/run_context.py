@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-from mlflow_pt_deploy.hardware import hardware_tags
+from mlflow_pt_deploy.system.hardware import hardware_tags
 
 
 class HardwareContext(RunContextProvider):

@@ -4,7 +4,7 @@ Two objectives, validation accuracy (up) and measured latency (down). Knows Optu
 how a student is trained or measured, nor MLflow: the caller gives a function.
 """
 
-from mlflow_pt_deploy.search.front import (
+from mlflow_pt_deploy.search.pareto import (
     Chosen,
     Dropped,
     Finished,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlflow_pt_deploy.errors import PtDeployError, SearchError
-from mlflow_pt_deploy.search.early import hopeless
-from mlflow_pt_deploy.search.front import Dropped, Finished, Found, Outcome
+from mlflow_pt_deploy.search.early_stopping import hopeless
+from mlflow_pt_deploy.search.pareto import Dropped, Finished, Found, Outcome
 from mlflow_pt_deploy.search.space import Point, Space, propose
 from mlflow_pt_deploy.search.storage import check_space, open_study
 from mlflow_pt_deploy.search.trials import (

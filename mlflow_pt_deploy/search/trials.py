@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mlflow_pt_deploy.search.front import Dropped, Finished, Found, Outcome
+from mlflow_pt_deploy.search.pareto import Dropped, Finished, Found, Outcome
 from mlflow_pt_deploy.search.space import read_point
 
 if TYPE_CHECKING:

@@ -15,13 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from mlflow_pt_deploy.serving.access import AccessLog
-from mlflow_pt_deploy.serving.body import CLOSE, MAX_BODY_BYTES, Receive, Watch, read_body
+from mlflow_pt_deploy.serving.batching.request import Caller
 from mlflow_pt_deploy.serving.front import Front
-from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.metrics import Metrics
-from mlflow_pt_deploy.serving.openapi import document
-from mlflow_pt_deploy.serving.protocol import (
+from mlflow_pt_deploy.serving.http.auth import Guard
+from mlflow_pt_deploy.serving.http.mlflow_protocol import (
     DEADLINE_HEADER,
     LATER,
     LEFT,
@@ -30,11 +27,20 @@ from mlflow_pt_deploy.serving.protocol import (
     deadline,
     failure,
 )
+from mlflow_pt_deploy.serving.http.openapi import document
+from mlflow_pt_deploy.serving.http.request_body import (
+    CLOSE,
+    MAX_BODY_BYTES,
+    Receive,
+    Watch,
+    read_body,
+)
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.observability.tracing import Spans
 from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.siblings import Siblings
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.spans import Spans
-from mlflow_pt_deploy.serving.ticket import Caller
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -12,13 +12,13 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from mlflow_pt_deploy.serving.batching.request import Caller
 from mlflow_pt_deploy.serving.bounded import BoundedProtocol
 from mlflow_pt_deploy.serving.front import Loan
 from mlflow_pt_deploy.serving.heads import Head, keep, known, written
-from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
 from mlflow_pt_deploy.serving.quick import Quick
 from mlflow_pt_deploy.serving.short import MOST_BYTES, looks_short
-from mlflow_pt_deploy.serving.ticket import Caller
 
 SHORT_S = 0.2
 # A connection that seems idle comes back before it is closed, so that what is on its way is heard.

@@ -11,8 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LATER, Answer, failure, time_left
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.http.mlflow_protocol import (
+    DEADLINE_HEADER,
+    LATER,
+    Answer,
+    failure,
+    time_left,
+)
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
 from mlflow_pt_deploy.serving.turn import Turn
 
 Told = Callable[[Slot, str, Answer, float, Sequence[bytes]], None]

@@ -18,7 +18,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from mlflow_pt_deploy.serving.heads import Head, written
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER
+from mlflow_pt_deploy.serving.http.mlflow_protocol import DEADLINE_HEADER
 from mlflow_pt_deploy.serving.quick import Quick
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import NamedTuple
 
-from mlflow_pt_deploy.serving.protocol import Answer
+from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
 
 GAP = b"\r\n\r\n"
 """What ends a head."""

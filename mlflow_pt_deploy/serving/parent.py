@@ -28,15 +28,15 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.child import command, environment
 from mlflow_pt_deploy.errors import ServingError, exit_in_words
-from mlflow_pt_deploy.hardware import CORES_ENV, THREAD_VARIABLES
+from mlflow_pt_deploy.registry.addresses import registry_variables
 from mlflow_pt_deploy.serving.heard import PATIENCE_S, SERVED, ask_replica, socket_of
-from mlflow_pt_deploy.serving.log import Say, our_log
+from mlflow_pt_deploy.serving.observability.server_log import Say, our_log
 from mlflow_pt_deploy.serving.port import hold_port
-from mlflow_pt_deploy.serving.registry import registry_variables
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.shares import Share
+from mlflow_pt_deploy.system.child_process import command, environment
+from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES
 
 PAUSE_S, PAUSE_MOST_S = 1.0, 60.0
 # Beyond `grace_s`: for threads and libraries to end.

@@ -22,16 +22,22 @@ from itertools import accumulate
 
 import numpy as np
 
+from mlflow_pt_deploy.runtimes.base import Logits
+from mlflow_pt_deploy.serving.batching.request import Caller, Encoded, Ticket
 from mlflow_pt_deploy.serving.crowd import Admission, Crowds, Told
-from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.protocol import DEADLINE_HEADER, LEFT, Answer, failed, time_left
-from mlflow_pt_deploy.serving.pyfunc import MOST_AT_ONCE
+from mlflow_pt_deploy.serving.http.auth import Guard
+from mlflow_pt_deploy.serving.http.mlflow_protocol import (
+    DEADLINE_HEADER,
+    LEFT,
+    Answer,
+    failed,
+    time_left,
+)
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.serving.model.pyfunc import MOST_AT_ONCE
 from mlflow_pt_deploy.serving.short import read_short
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.ticket import Caller, Encoded, Ticket
 from mlflow_pt_deploy.serving.turn import Turn
-from mlflow_pt_deploy.serving.version import Version
-from mlflow_pt_deploy.variants.base import Logits
 
 Done = Callable[[Answer | None], None]
 """Told the answer; None: nothing was scored, go the long way."""

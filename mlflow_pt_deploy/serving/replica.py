@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import PtDeployError
-from mlflow_pt_deploy.serving.log import our_log
+from mlflow_pt_deploy.serving.observability.server_log import our_log
 from mlflow_pt_deploy.serving.parent import END_S, Job
 from mlflow_pt_deploy.serving.settings import Settings
 

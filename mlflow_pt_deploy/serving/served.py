@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mlflow_pt_deploy.registry.addresses import Address, Served, Target
 from mlflow_pt_deploy.serving.heard import SERVED
-from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.registry import Address, Served, Target
-from mlflow_pt_deploy.serving.slot import Slot
+from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
 
 
 def with_served(own: Callable[[str], Answer], slots: Mapping[str, Slot]) -> Callable[[str], Answer]:

@@ -18,26 +18,26 @@ from typing import Any
 import uvicorn
 
 from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError, first_line
-from mlflow_pt_deploy.hardware import usable_cores
-from mlflow_pt_deploy.serving.access import AccessLog
+from mlflow_pt_deploy.registry.addresses import Served, source
 from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.files import room_for_loans
 from mlflow_pt_deploy.serving.front import missing, open_front
-from mlflow_pt_deploy.serving.guard import guard_from_environment
-from mlflow_pt_deploy.serving.log import Say
-from mlflow_pt_deploy.serving.loop import SWITCH_S
-from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
+from mlflow_pt_deploy.serving.http.auth import guard_from_environment
+from mlflow_pt_deploy.serving.lifecycle.eviction import Room
+from mlflow_pt_deploy.serving.lifecycle.registry_watcher import Watcher
+from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+from mlflow_pt_deploy.serving.observability.metrics import Metrics, best_metrics
+from mlflow_pt_deploy.serving.observability.server_log import Say
+from mlflow_pt_deploy.serving.observability.tracing import spans_from_environment
 from mlflow_pt_deploy.serving.port import several_handles, take_port
-from mlflow_pt_deploy.serving.registry import Served, source
-from mlflow_pt_deploy.serving.room import Room
-from mlflow_pt_deploy.serving.rows import EXAMPLES
 from mlflow_pt_deploy.serving.served import with_served
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.siblings import Seat
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.spans import spans_from_environment
-from mlflow_pt_deploy.serving.watcher import Watcher
-from mlflow_pt_deploy.sigterm import on_sigterm
+from mlflow_pt_deploy.serving.uvicorn_loop import SWITCH_S
+from mlflow_pt_deploy.system.hardware import usable_cores
+from mlflow_pt_deploy.system.signals import on_sigterm
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
 _LOOK_S = 0.05

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.room import Room
+from mlflow_pt_deploy.serving.lifecycle.eviction import Room
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow_pt_deploy.registry.addresses import Served
 from mlflow_pt_deploy.serving.heard import PATIENCE_S, Heard, ask_replica, socket_of
-from mlflow_pt_deploy.serving.protocol import Answer
-from mlflow_pt_deploy.serving.registry import Served
+from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
 
 _NOT_READY = "TEMPORARILY_UNAVAILABLE"
 
@@ -70,7 +70,7 @@ class Siblings:
         if own.status != 200:
             return own
         if path == "/metrics":
-            from mlflow_pt_deploy.serving.prometheus import join_series
+            from mlflow_pt_deploy.serving.observability.prometheus import join_series
 
             texts = [each and each.body for each in heard]
             return own._replace(body=await asyncio.to_thread(join_series, texts))

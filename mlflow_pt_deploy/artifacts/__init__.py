@@ -1,0 +1,36 @@
+"""Ways to run a model: one runtime a file, the table of them, and the folder they are kept in."""
+
+from mlflow_pt_deploy.artifacts.loading import (
+    LoadedVariant,
+    Manifest,
+    load_variant,
+    read_manifest,
+    verify,
+    write_variant,
+)
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.runtimes.catalog import (
+    ON_REQUEST,
+    RUNTIMES,
+    STATIC_VARIANTS,
+    VARIANTS,
+    select,
+)
+
+__all__ = [
+    "ON_REQUEST",
+    "RUNTIMES",
+    "STATIC_VARIANTS",
+    "VARIANTS",
+    "Inputs",
+    "LoadedVariant",
+    "Logits",
+    "Manifest",
+    "Predict",
+    "Variant",
+    "load_variant",
+    "read_manifest",
+    "select",
+    "verify",
+    "write_variant",
+]

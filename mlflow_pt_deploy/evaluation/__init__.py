@@ -1,0 +1,41 @@
+"""How fast, how large and how right a variant is, measured on this machine.
+
+Knows variants' folders and data; does not know MLflow, nor who chooses what from the numbers.
+
+    result      a number with its unit and evidence; all numbers of one variant
+    statistics  percentiles, intervals, macro-F1: pure functions
+    worker      the fresh process that loads one variant and runs it
+    process     the handle on a worker
+    timing      interleaved rounds against the baseline
+    evaluate    the straight line through all of them: `Bench`, `measure`
+
+Names are loaded on first use: a worker imports this package too, and what it imports counts
+towards the memory and the start-up time of the variant that it measures.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.evaluation.bench import Bench, measure
+    from mlflow_pt_deploy.evaluation.result import UNITS, Measurement, Result
+    from mlflow_pt_deploy.evaluation.worker_client import Worker
+
+__all__ = ["UNITS", "Bench", "Measurement", "Result", "Worker", "measure"]
+
+_HOME = {
+    "UNITS": "result",
+    "Bench": "bench",
+    "Measurement": "result",
+    "Result": "result",
+    "Worker": "worker_client",
+    "measure": "bench",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

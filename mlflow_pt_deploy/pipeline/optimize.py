@@ -1,0 +1,179 @@
+"""Behind the stage `optimize`: build, measure, log, choose, each for all variants.
+
+Knows the order of these steps; each of them is another module's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from tqdm.auto import tqdm
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.artifacts.builder import Built, build, golden_rows, suited
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import PtDeployError, VariantError
+from mlflow_pt_deploy.evaluation import Bench, Result
+from mlflow_pt_deploy.reporting.tables import markdown, plot
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade, write_cascade
+from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
+from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
+from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, no_slower
+from mlflow_pt_deploy.system.hardware import usable_cores
+from mlflow_pt_deploy.system.paths import work_folder
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """All variants, and which of them the policy chose.
+
+    Attributes:
+        run_id: The run whose children the variants are.
+        results: A row for each variant, failed ones included.
+        models: Variant name to ``models:/m-...``.
+        choice: The variant and the reason.
+    """
+
+    run_id: str
+    results: tuple[Result, ...]
+    models: Mapping[str, str]
+    choice: Choice
+
+
+def optimize(
+    run_id: str, models: Mapping[str, Path], splits: Splits, options: Options
+) -> Optimized:
+    """Build every variant of the models, measure and log each, and choose.
+
+    Args:
+        run_id: The active run; the variants become its children.
+        models: First part of the variants' names to a Hugging Face folder; all are compared with
+            the first.
+        splits: Numbered as the models number their classes.
+        options: What concerns building, measuring and choosing.
+    """
+    work = work_folder(run_id)
+    folders = work / "variants"
+    built = _build(models, splits, select(options.variants), folders)
+    reference = VARIANTS[0].name(next(iter(models)))
+    with _bench(built, reference, splits, options) as bench:
+        results = _measure(bench, built)
+        if wants_cascades(options.variants):
+            results += _measure(bench, _cascade(results, splits, options.retain, folders))
+        results = _with_fewer_threads(bench, results, options)
+    addresses = {}
+    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
+        address = tracking.log_result(result, splits, step)
+        if address is not None:
+            addresses[result.variant] = address
+    choice = choose(results, options.policy())
+    _log_outcome(results, choice, splits, addresses, work, options.retain)
+    shutil.rmtree(work, ignore_errors=True)
+    return Optimized(run_id, tuple(results), addresses, choice)
+
+
+def _build(
+    models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
+) -> list[Built]:
+    with tqdm(total=len(suited(models, variants)), desc="building", unit="variant") as bar:
+
+        def progress(one: Built) -> None:
+            bar.set_postfix_str(one.name)
+            bar.update()
+
+        return build(models, splits, target, variants=variants, progress=progress)
+
+
+def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: Path) -> list[Built]:
+    """Cascades of what was measured, where one would be faster than every variant alone."""
+    made = []
+    for plan in plan_cascades(results, retain):
+        cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
+        name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
+        try:
+            write_cascade(
+                folder,
+                target / plan.fast,
+                target / plan.strong,
+                threshold=plan.threshold,
+                golden_rows=golden_rows(splits),
+            )
+        except (PtDeployError, OSError) as error:
+            reason = str(error)
+        found = None if reason else folder
+        made.append(Built(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
+    return made
+
+
+def _bench(built: Sequence[Built], reference: str, splits: Splits, options: Options) -> Bench:
+    """What all variants are measured against.
+
+    Raises:
+        VariantError: The baseline could not be built, or fails.
+    """
+    one = next((one for one in built if one.name == reference), None)
+    if one is None or one.folder is None:
+        reason = one.reason if one else "it is not among the variants"
+        raise VariantError(f"the baseline {reference} is needed for every comparison: {reason}")
+    return Bench(one.folder, splits, seconds=options.seconds, threads=options.threads)
+
+
+def _measure(bench: Bench, built: Sequence[Built]) -> list[Result]:
+    """A result for each, those that could not be built included."""
+    folders = {one.name: one.folder for one in built if one.folder is not None}
+    with _progress("measuring", len(folders)) as progress:
+        measured = {each.variant: each for each in bench.measure(folders, progress=progress)}
+    return [measured.get(one.name) or bench.failed(one.name, one.reason) for one in built]
+
+
+def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
+    """The same, but the finalists with as few threads as they need; a small model needs one."""
+    kept = {each.variant: each for each in results}
+    names = finalists(results, options.policy())
+    fewer = [] if options.threads or not names else _fewer(usable_cores())
+    folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
+    with _progress("fewer threads", len(folders) * len(fewer)) as progress:
+        for threads in fewer:
+            for result in bench.measure(folders, threads=threads, progress=progress):
+                if not result.reason and no_slower(result, kept[result.variant]):
+                    kept[result.variant] = result
+    return list(kept.values())
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[Result], None]]:
+    with tqdm(total=total, desc=what, unit="variant", disable=not total) as bar:
+
+        def progress(result: Result) -> None:
+            bar.set_postfix_str(result.variant)
+            bar.update()
+
+        yield progress
+
+
+def _fewer(cores: int) -> list[int]:
+    """Half of the cores, a quarter, and so on to one."""
+    return [cores >> step for step in range(1, cores.bit_length())]
+
+
+def _log_outcome(
+    results: list[Result],
+    choice: Choice,
+    splits: Splits,
+    models: Mapping[str, str],
+    work: Path,
+    retain: float,
+) -> None:
+    figure = work / "accuracy_latency.png"
+    plot(results, figure, choice, retain=retain)
+    report = markdown(results, choice, notes=splits.notes)
+    tracking.log_results(results, {"report.md": report}, figure)
+    mlflow.log_dict(dict(models), "models.json")
+    tracking.describe(report)

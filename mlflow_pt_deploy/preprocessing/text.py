@@ -1,0 +1,134 @@
+"""Texts to token ids, with the `tokenizers` library alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_pt_deploy.errors import ArtifactError, ModelError
+from mlflow_pt_deploy.preprocessing.base import BATCH, Axis
+from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordMemory
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_SETTINGS = "preprocessor.json"
+_TOKENIZER = "tokenizer.json"
+
+
+class TextPreprocessor:
+    """Texts to token ids.
+
+    `collate` pads to the longest row of the batch only.
+
+    Args:
+        tokenizer: A `tokenizers.Tokenizer`; its padding is switched off, its truncation set.
+        max_length: Longest sequence in tokens, special tokens included; the rest is cut off.
+        pad_id: Token id that fills short rows.
+    """
+
+    column = "text"
+    files: tuple[str, ...] = (_SETTINGS, _TOKENIZER)
+    slice_rows = 8192
+
+    def __init__(self, tokenizer: Tokenizer, *, max_length: int, pad_id: int) -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length=max_length)
+        self._tokenizer = tokenizer
+        self._memory = WordMemory(tokenizer, max_length) if WordMemory.suits(tokenizer) else None
+        self.max_length = max_length
+        self.pad_id = pad_id
+
+    @classmethod
+    def from_transformers(cls, tokenizer: Any, positions: int) -> TextPreprocessor:
+        """Take over the tokenizer of a Hugging Face model.
+
+        Args:
+            tokenizer: A fast transformers tokenizer.
+            positions: Longest sequence in tokens that the model has positions for.
+
+        Raises:
+            ModelError: The tokenizer is not a fast one.
+        """
+        from tokenizers import Tokenizer
+
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Choose a model "
+                "that has one, or convert it with transformers' convert_slow_tokenizer."
+            )
+        copy = Tokenizer.from_str(backend.to_str())  # the caller's keeps its own truncation
+        max_length = int(min(tokenizer.model_max_length, positions))
+        return cls(copy, max_length=max_length, pad_id=tokenizer.pad_token_id or 0)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextPreprocessor:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: A file is missing or unreadable.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            settings = json.loads((folder / _SETTINGS).read_text(encoding="utf8"))
+            tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+            return cls(tokenizer, max_length=settings["max_length"], pad_id=settings["pad_id"])
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ArtifactError(
+                f"{folder.name}: the preprocessor cannot be read: {error}"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write ``preprocessor.json`` and ``tokenizer.json`` into an existing folder."""
+        settings = {"kind": "text", "max_length": self.max_length, "pad_id": self.pad_id}
+        (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf8")
+        self._tokenizer.save(str(folder / _TOKENIZER))
+
+    @property
+    def axes(self) -> dict[str, dict[int, Axis]]:
+        """``input_ids`` and ``attention_mask``, free in batch and length."""
+        free = {0: BATCH, 1: Axis("length", 2, self.max_length)}
+        return {"input_ids": free, "attention_mask": free}
+
+    def encode(self, rows: Sequence[str]) -> list[list[int]]:
+        """Token ids of each row, unpadded, at most `max_length` long."""
+        found = [self._memory.encode(row) if self._memory else None for row in rows]
+        if rest := [index for index, ids in enumerate(found) if ids is None]:
+            # What a lone surrogate cannot be encoded as is replaced.
+            clean = [rows[index].encode("utf8", "replace").decode("utf8") for index in rest]
+            for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
+                found[index] = encoding.ids
+        return cast(list[list[int]], found)
+
+    def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
+        """Pad encoded rows to the longest of them.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, int64 (rows, longest).
+        """
+        longest = max(map(len, encoded))
+        ids = np.full((len(encoded), longest), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(encoded), longest), dtype=np.int64)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def samples(self) -> list[list[int]]:
+        """Encoded rows of a few lengths, for a model to warm up with."""
+        return self.encode([" ".join(["a"] * words) for words in (3, 12, 48)])
+
+    def tokens(self, encoded: Sequence[int]) -> int:
+        """The length of an encoded row."""
+        return len(encoded)
+
+    def __call__(self, rows: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:
+        """`encode` and `collate` in one step."""
+        return self.collate(self.encode(rows))

@@ -1,0 +1,166 @@
+"""AOTInductor: the exported graph compiled by g++ into a library, no Python between kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.runtimes.base import (
+    VNNI_FLAGS,
+    Inputs,
+    Predict,
+    Variant,
+    check_calibration,
+    int8_saturates,
+)
+from mlflow_pt_deploy.runtimes.eager import torch_predict
+from mlflow_pt_deploy.system.hardware import cpu_flags
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.preprocessing import Axis
+
+_FILE = "model.pt2"
+# Inductor compiles with -march=native, so the library may use all of these that the host has.
+_COMPILED_FOR = frozenset({"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}) | VNNI_FLAGS
+
+
+@dataclass(frozen=True)
+class AOTInductor(Variant):
+    """``torch.export`` with free batch and length, then Inductor's ahead-of-time package.
+
+    ``int8-static`` calibrates activations on rows of `train` between the two (torchao's
+    post-training quantization of exported graphs, as its x86 quantizer places it): linear layers
+    only, weights per channel.
+    """
+
+    runtime: ClassVar[str] = "aotinductor"
+    compiles: ClassVar[bool] = True
+    carries_code: ClassVar[bool] = True
+
+    def unsupported(self) -> str | None:
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            return "skipped: no C++ compiler; install g++ (or set CXX)"
+        return super().unsupported()
+
+    def required_cpu_flags(self) -> frozenset[str]:
+        return _COMPILED_FOR & cpu_flags()
+
+    def export(
+        self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
+    ) -> None:
+        import copy
+
+        import torch
+        from torch._inductor import aoti_compile_and_package
+
+        static = self.precision == "int8-static"
+        if static:
+            _need_torchao()
+            check_calibration(calibration)
+        source = copy.deepcopy(module).bfloat16() if self.precision == "bf16" else module
+        axes = module.preprocessor.axes
+        try:
+            with torch.no_grad():
+                program = _traced(source, example, axes)
+                if static:
+                    program = _traced(_calibrate(program, calibration), example, axes)
+                aoti_compile_and_package(
+                    program,
+                    package_path=str(folder / _FILE),
+                    inductor_configs=_compile_options(static),
+                )
+        except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
+            raise VariantError(
+                f"AOTInductor: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def load(self, folder: Path, *, device: str, threads: int) -> Predict:
+        import torch
+
+        if device != "cpu":
+            raise UnsupportedError("this package was compiled for the CPU; use device=cpu.")
+        torch.set_num_threads(threads)
+        return torch_predict(_loaded(str(folder / _FILE)), device)
+
+
+def _compile_options(static: bool) -> dict[str, Any]:
+    from torch._inductor import config
+
+    # Only constant weights are stored as int8; else int8 is computed in fp32.
+    options: dict[str, Any] = {"freezing": static}
+    if hasattr(config.aot_inductor, "precompile_headers"):
+        # Two headers of 7 s each, which save a package 2 s: few runs build as many.
+        options["aot_inductor.precompile_headers"] = False
+    return options
+
+
+def _loaded(path: str) -> Callable[..., torch.Tensor]:
+    """The package's function.
+
+    `aoti_load_package` imports the whole compiler before it comes to this loader: 2 s of a start.
+    """
+    import torch
+
+    try:
+        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    except (AttributeError, TypeError):  # it is not public; another PyTorch may have changed it
+        from torch._inductor import aoti_load_package
+
+        package: Callable[..., torch.Tensor] = aoti_load_package(path)
+        return package
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        (logits,) = runner.boxed_run(list(tensors))
+        return logits
+
+    return call
+
+
+def _need_torchao() -> None:
+    try:
+        import torchao  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("torchao", "quantize") from error
+
+
+def _tensors(batch: Inputs) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(array) for array in batch.values())
+
+
+def _traced(
+    module: torch.nn.Module, example: Inputs, axes: Mapping[str, Mapping[int, Axis]]
+) -> Any:
+    """The module's graph, the axes of its inputs left free within their bounds."""
+    import torch
+
+    named = {axis for free in axes.values() for axis in free.values()}
+    free = {axis: torch.export.Dim(axis.name, min=axis.least, max=axis.most) for axis in named}
+    shapes = {name: {at: free[axis] for at, axis in axes[name].items()} for name in example}
+    return torch.export.export(module, _tensors(example), dynamic_shapes=shapes)
+
+
+def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:
+    """Put quantization between the graph's operators, ranges taken from real rows."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    config = x86.get_default_x86_inductor_quantization_config()
+    if int8_saturates():
+        # Its own way out takes the bit from the activations, which costs more accuracy.
+        config = replace(config, weight=replace(config.weight, quant_min=-64, quant_max=63))
+    quantizer = x86.X86InductorQuantizer().set_global(config)
+    prepared = prepare_pt2e(program.module(), quantizer)
+    for batch in calibration:
+        prepared(*_tensors(batch))
+    quantized: torch.nn.Module = convert_pt2e(prepared)
+    return quantized

@@ -1,0 +1,141 @@
+"""PyTorch as it is, from safetensors: the baseline, and its bf16 and dynamic int8 forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mlflow_pt_deploy.errors import UnsupportedError
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.system.hardware import check_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from mlflow_pt_deploy.models import Classifier
+
+_INT8 = "int8.safetensors"
+
+
+@dataclass(frozen=True)
+class Eager(Variant):
+    """Eager PyTorch.
+
+    ``int8-dynamic`` stores each linear layer's int8 weight with its scale, so that nothing is
+    pickled and the file is as small as the weights (Jacob et al. 2018, per tensor, symmetric).
+    """
+
+    runtime: ClassVar[str] = "eager"
+
+    def export(
+        self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
+    ) -> None:
+        from mlflow_pt_deploy.models import save_classifier
+
+        if self.precision == "int8-dynamic":
+            module.network.config.save_pretrained(folder)
+            module.save_reader(folder)
+            _save_int8(quantize_linears(module), folder / _INT8)
+        else:
+            save_classifier(module, folder)
+
+    def load(self, folder: Path, *, device: str, threads: int) -> Predict:
+        import torch
+
+        from mlflow_pt_deploy.models import load_classifier
+
+        torch.set_num_threads(threads)
+        if self.precision == "int8-dynamic":
+            if device != "cpu":
+                raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
+            module: torch.nn.Module = _load_int8(folder)
+        else:
+            check_device(device)
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+            module = load_classifier(str(folder)).to(device=device, dtype=dtype)
+        return torch_predict(module, device)
+
+
+def torch_predict(module: Any, device: str) -> Predict:
+    """Wrap anything that is called with the inputs as tensors and returns logits.
+
+    On a GPU inputs go by way of pinned memory, and fp32 is fp32 in the whole process: PyTorch's
+    default for convolutions is TF32, whose ten bits of mantissa would fail the golden check.
+    """
+    import torch
+
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        if device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    def predict(inputs: Inputs) -> Logits:
+        with torch.inference_mode():
+            logits = module(*(moved(torch.from_numpy(array)) for array in inputs.values()))
+        return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
+
+    return predict
+
+
+def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:
+    """Linear layers to dynamic int8, on a copy."""
+    import warnings
+
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deprecated")
+        quantized: torch.nn.Module = torch.ao.quantization.quantize_dynamic(
+            module, {torch.nn.Linear}, dtype=torch.qint8
+        )
+    return quantized
+
+
+def _save_int8(module: torch.nn.Module, path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _plain_tensors(module)}
+    for name, layer in _int8_linears(module):
+        weight, bias = layer._packed_params._weight_bias()
+        tensors[f"{name}.int8"] = weight.int_repr()
+        tensors[f"{name}.scale"] = torch.tensor(weight.q_scale(), dtype=torch.float64)
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias.detach()
+    save_file(tensors, path)
+
+
+def _load_int8(folder: Path) -> torch.nn.Module:
+    import torch
+    from safetensors.torch import load_file
+
+    from mlflow_pt_deploy.models import blank_classifier
+
+    module = quantize_linears(blank_classifier(folder))
+    tensors = load_file(folder / _INT8)
+    for name, layer in _int8_linears(module):
+        weight = torch._make_per_tensor_quantized_tensor(
+            tensors[f"{name}.int8"], float(tensors[f"{name}.scale"]), 0
+        )
+        layer.set_weight_bias(weight, tensors.get(f"{name}.bias"))
+    for name, tensor in _plain_tensors(module):
+        tensor.data.copy_(tensors[name])
+    return module
+
+
+def _plain_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _int8_linears(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    import torch
+
+    kind = torch.ao.nn.quantized.dynamic.Linear
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, kind)]

@@ -1,0 +1,142 @@
+"""MLflow's scoring protocol: from a body to the answer's body, in one thread.
+
+MLflow parses the tables; lists go past it, and errors are written here, so that none carries a
+traceback or the caller's data. Knows no sockets and no routes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import lru_cache
+from io import BytesIO, StringIO
+from typing import Any, NamedTuple
+
+from mlflow_pt_deploy.errors import RequestError
+from mlflow_pt_deploy.serving.batching.request import Caller, seconds_left
+from mlflow_pt_deploy.serving.http.parquet_limits import check_unpacked
+from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.serving.model.pyfunc import scoring_error
+
+_JSON, _CSV, _PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
+_LISTS = ("inputs", "instances")
+_FORMATS = (*_LISTS, "dataframe_split", "dataframe_records")
+
+
+class Answer(NamedTuple):
+    """What goes back.
+
+    Attributes:
+        status: The HTTP status.
+        body: JSON.
+        error: MLflow's error code, empty where all went well.
+        headers: More headers.
+        content_type: Of the body.
+        version: What answered, where a model was asked.
+    """
+
+    status: int
+    body: bytes
+    error: str = ""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    content_type: bytes = b"application/json"
+    version: Version | None = None
+
+
+def failure(status: int, error: str, message: str, *headers: tuple[bytes, bytes]) -> Answer:
+    """An error in MLflow's form."""
+    body = json.dumps({"error_code": error, "message": message}).encode()
+    return Answer(status, body, error, headers)
+
+
+LATER = (b"retry-after", b"1")
+LEFT = failure(499, "CANCELLED", "the client left")
+DEADLINE_HEADER = b"x-deadline-ms"
+
+
+@lru_cache(maxsize=256)
+def patience(header: bytes | None) -> float | None:
+    """Seconds that a client waits, from his milliseconds; nonsense is none."""
+    if header is None or not header.isdigit() or len(header) > 9:
+        return None
+    return int(header) / 1000
+
+
+def time_left(version: Version, header: bytes | None) -> float | None:
+    """Seconds for a request that comes now, as its header and the version's limits have it."""
+    return seconds_left(version.pyfunc.batcher.limits, patience(header))
+
+
+def deadline(header: bytes | None) -> float | None:
+    """The end of a client's patience, by `time.monotonic`."""
+    seconds = patience(header)
+    return None if seconds is None else time.monotonic() + seconds
+
+
+def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> Answer:
+    """Score one body; never raises."""
+    try:
+        data, params = _parse(version, body, content_type)
+        predictions = version.pyfunc.predict(data, params, caller=caller)
+        return Answer(200, json.dumps({"predictions": predictions}).encode(), version=version)
+    except Exception as error:
+        return failed(version, error)
+
+
+def failed(version: Version, error: Exception) -> Answer:
+    """An error as an answer."""
+    told = scoring_error(error)
+    status = 415 if isinstance(error, _UnsupportedMediaError) else told.status
+    later = (LATER,) if status == 429 else ()
+    text, code = told.serialize_as_json().encode(), str(told.error_code)
+    return Answer(status, text, code, later, version=version)
+
+
+class _UnsupportedMediaError(RequestError):
+    """The body is of a type that MLflow's protocol does not know."""
+
+
+def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:
+    """Data and params of a body."""
+    media, _, rest = (part.strip().lower() for part in content_type.partition(";"))
+    charset = rest.removeprefix("charset=").strip('"') or "utf-8"
+    if media not in (_JSON, _CSV, _PARQUET) or charset not in ("utf-8", "utf8"):
+        raise _UnsupportedMediaError(
+            f"'Content-Type' must be {_JSON}, {_CSV} or {_PARQUET}, and the text UTF-8"
+        )
+    if media == _JSON:
+        return _parse_json(body, version.inputs)
+    from mlflow.pyfunc import scoring_server
+
+    try:
+        if media == _PARQUET:
+            check_unpacked(body, version.pyfunc.options.queue_rows)
+            return scoring_server.parse_parquet_input(BytesIO(body)), None
+        return scoring_server.parse_csv_input(StringIO(body.decode()), version.inputs), None
+    except RequestError:
+        raise
+    except Exception as error:
+        raise RequestError(f"the body cannot be read as {media}") from error
+
+
+def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the body is not valid JSON") from error
+    given = [name for name in _FORMATS if isinstance(request, dict) and name in request]
+    if len(given) != 1:
+        raise RequestError(f"the body must be an object with exactly one of {', '.join(_FORMATS)}")
+    params = request.get("params")
+    if params is not None and not isinstance(params, dict):
+        raise RequestError("'params' must be an object")
+    if given[0] in _LISTS and schema is None:
+        # MLflow would make a NumPy array of it, as wide in every row as the longest text: a few
+        # megabytes of JSON become gigabytes.
+        return request[given[0]], params
+    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+
+    try:
+        return infer_and_parse_data({given[0]: request[given[0]]}, schema), params
+    except Exception as error:
+        raise RequestError(f"'{given[0]}' is not in MLflow's format of that name") from error
