@@ -7,7 +7,6 @@ and tag names; does not know how anything is computed.
 from __future__ import annotations
 
 import atexit
-import os
 import re
 import shutil
 import tempfile
@@ -27,7 +26,9 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
+from mlflow_pt_deploy.tracking_server import without_password
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
@@ -35,36 +36,6 @@ OPTIONS_TAG = "pt_deploy.options"
 REASON_TAG = "pt_deploy.reason"
 _NOTE_TAG = "mlflow.note.content"
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
-
-
-def check_tracking() -> None:
-    """Make sure that results can be written, before hours are spent on them.
-
-    Raises:
-        TrackingError: The tracking server does not answer; names it and the cure.
-    """
-    uri = mlflow.get_tracking_uri()
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in short}
-    os.environ.update(short)
-    try:
-        MlflowClient().search_experiments(max_results=1)
-    except ModuleNotFoundError as error:  # a database's driver
-        raise TrackingError(
-            f"the MLflow tracking server {without_password(uri)} needs the Python package "
-            f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
-        ) from error
-    except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
-        raise TrackingError(
-            f"the MLflow tracking server {without_password(uri)} does not answer "
-            f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
-        ) from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -90,11 +61,30 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
             context = mlflow.start_run(run_name=name, nested=nested, log_system_metrics=False)
     except MlflowException as error:
         raise TrackingError(f"run {resume or name} cannot be started: {error.message}") from error
-    with context as run:
+    with _ended_in_any_case(context) as run:
         # `mlflow run` creates the run itself and asks no context provider
         mlflow.set_tags({STAGE_TAG: stage, **hardware_tags()})
         if options:
             mlflow.set_tag(OPTIONS_TAG, options)
+        yield run
+
+
+@contextmanager
+def open_run(name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    """A new child of the active run."""
+    context = mlflow.start_run(run_name=name, nested=True, log_system_metrics=False)
+    with _ended_in_any_case(context) as run:
+        mlflow.set_tags(dict(tags))
+        yield run
+
+
+@contextmanager
+def _ended_in_any_case(context: mlflow.ActiveRun) -> Iterator[Run]:
+    """A run that is not left running, also where the process must end inside of it."""
+    interrupt.begin()
+    client, run_id = MlflowClient(), context.info.run_id
+    with interrupt.last_act(lambda: client.set_terminated(run_id, "FAILED")), context as run:
+        interrupt.check()
         yield run
 
 
@@ -171,14 +161,14 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
         "device": result.device,
         "threads": str(result.threads),
     }
-    with mlflow.start_run(run_name=result.variant, nested=True, log_system_metrics=False):
-        mlflow.set_tags({STAGE_TAG: "variant", VARIANT_TAG: result.variant})
+    with open_run(result.variant, {STAGE_TAG: "variant", VARIANT_TAG: result.variant}):
         mlflow.log_params(params)
         if result.reason or result.folder is None:
             mlflow.set_tags({REASON_TAG: result.reason, _NOTE_TAG: f"Not built: {result.reason}"})
             mlflow.end_run("FAILED")
             return None
         mlflow.log_dict(result.to_json(), "measurements.json")
+        interrupt.check()
         info = flavor.log_model(
             result.folder,
             result.variant,
@@ -218,7 +208,8 @@ def fetch_model(reference: str) -> str:
 
     Args:
         reference: A Hugging Face id, a folder, ``minilm``, or MLflow's ``runs:/`` or ``models:/``
-            of a transformers model, of one of our eager fp32 variants or of a stage's ``model``.
+            (or its folder) of a transformers model, of one of our eager fp32 variants or of a
+            stage's ``model``.
 
     Returns:
         What `models.load_classifier` reads.
@@ -226,24 +217,23 @@ def fetch_model(reference: str) -> str:
     Raises:
         ModelError: MLflow has no such model, or it holds nothing to optimize.
     """
-    if not reference.startswith(_MLFLOW_SCHEMES):
+    from mlflow_pt_deploy.models.flavors import no_model, other_model
+
+    local = (Path(reference) / "MLmodel").is_file()
+    if not reference.startswith(_MLFLOW_SCHEMES) and not local:
         return reference
     root = _download(reference)
     if (root / "config.json").is_file():
         return str(root)
     if (root / "variant" / "model.safetensors").is_file():
         return str(root / "variant")
-    if (root / "peft").is_dir():
-        raise ModelError(
-            f"{reference} is a PEFT adapter beside its base model. Merge the two first, with "
-            "peft's merge_and_unload, and log the result."
-        )
+    if problem := other_model(root):
+        raise ModelError(f"{reference} {problem}")
     if (root / "model" / "config.json").is_file():
         return str(_merged_transformers(root))
-    raise ModelError(
-        f"{reference} holds no Hugging Face model. Give a model logged with mlflow.transformers "
-        "(weights included), a stage's runs:/RUN_ID/model, or an eager fp32 variant."
-    )
+    if (root / "model.sentence_transformer" / "config.json").is_file():
+        return str(root / "model.sentence_transformer")
+    raise ModelError(f"{reference} {no_model(root)}")
 
 
 def _download(reference: str) -> Path:
@@ -262,10 +252,10 @@ def _download(reference: str) -> Path:
 
 
 def _merged_transformers(root: Path) -> Path:
-    """MLflow's transformers flavor keeps weights and tokenizer apart; put them together."""
-    tokenizer = root / "components" / "tokenizer"
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, root / "model", dirs_exist_ok=True)
+    """MLflow's transformers flavor keeps weights and their readers apart; put them together."""
+    for component in (root / "components").glob("*"):
+        if component.is_dir():
+            shutil.copytree(component, root / "model", dirs_exist_ok=True)
     return root / "model"
 
 
@@ -283,11 +273,3 @@ def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Pat
     for name, text in texts.items():
         mlflow.log_text(text, name)
     mlflow.log_artifact(str(figure))
-
-
-def without_password(uri: str) -> str:
-    """The address of a tracking store without user and password; a file has none."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme.startswith(("sqlite", "file")):
-        return uri
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

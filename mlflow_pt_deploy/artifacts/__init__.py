@@ -2,12 +2,11 @@
 
 from mlflow_pt_deploy.artifacts.loading import (
     LoadedVariant,
-    Manifest,
     load_variant,
-    read_manifest,
     verify,
     write_variant,
 )
+from mlflow_pt_deploy.artifacts.manifest import Manifest, read_manifest
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.catalog import (
     ON_REQUEST,

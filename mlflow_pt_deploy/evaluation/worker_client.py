@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import VariantError, exit_in_words
+from mlflow_pt_deploy.errors import VariantError, exit_in_words, first_line
 from mlflow_pt_deploy.preprocessing import Row, row_to_json
-from mlflow_pt_deploy.system.child_process import command, environment
+from mlflow_pt_deploy.system import child_process as child
+from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import THREAD_VARIABLES
 
 _PREDICT_ROWS = 2048  # rows a request, so that the time limit does not depend on the data's size
@@ -72,12 +73,12 @@ class Worker:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         options = ("--device", device, "--threads", str(threads))
         start = perf_counter()
-        self._process = subprocess.Popen(
-            command("evaluation.worker", str(folder), *options),
+        self._process = child.start(
+            child.command("evaluation.worker", str(folder), *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
+            env=child.environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
         )
         try:
             facts = self._ask("first", row=row_to_json(first_row))
@@ -137,16 +138,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it; closing twice is fine."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        stdin = self._process.stdin
+        assert stdin is not None
         with suppress(OSError):
             stdin.close()  # the worker takes the end of its input for "quit"
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        stdout.close()
+        child.end(self._process)
         self._stderr.close()
 
     def _ask(self, do: str, **arguments: Any) -> Any:
@@ -164,6 +162,7 @@ class Worker:
         finally:
             clock.cancel()
         if not line.endswith(b"\n"):
+            interrupt.check()  # a worker that was ended for that reason is no failure
             raise VariantError(self._death(do, timed_out=expired.is_set()))
         reply = json.loads(line)
         if "error" in reply:
@@ -172,7 +171,7 @@ class Worker:
 
     def _expire(self, expired: threading.Event) -> None:
         expired.set()
-        self._process.kill()
+        child.kill(self._process)
 
     def _death(self, do: str, *, timed_out: bool) -> str:
         if timed_out:
@@ -186,17 +185,21 @@ class Worker:
 
     def _explain(self, error: str, kind: str) -> str:
         # Our own errors have no kind: they never repeat a row.
-        return f"{kind}: {self._without_rows(error)}" if kind else error
+        if not kind:
+            return error
+        # Shortened last: a row that is cut would not be found.
+        kept = "\n".join(self._lines_without_rows(error))
+        return f"{kind}: {first_line(VariantError(kept))}"
 
     def _last_words(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(self._stderr.tell() - _STDERR_BYTES, 0))
         lines = self._stderr.read().decode("utf8", "replace").strip().splitlines()
-        said = self._without_rows("\n".join(lines[-_STDERR_LINES:]))
+        said = " | ".join(self._lines_without_rows("\n".join(lines[-_STDERR_LINES:])))
         return f" It last said: {said}" if said else ""
 
-    def _without_rows(self, text: str) -> str:
-        """One line of text that can be stored and shown: lines that hold a user's row are left out.
+    def _lines_without_rows(self, text: str) -> list[str]:
+        """Lines that can be stored and shown: those that hold a user's row are left out.
 
         A library may cut a long row short, so its beginning counts; a short one may be any word,
         so it counts where it is quoted.
@@ -207,11 +210,11 @@ class Worker:
             for quoted in (repr(row), json.dumps(row), json.dumps(row, ensure_ascii=False))
             for start in ({quoted[1:25]} if len(row) >= _SHORT_ROW else {f"'{row}'", quoted})
         }
-        lines = [
-            "(left out: repeats a row of the data)" if any(s in line for s in starts) else line
+        left_out = "(left out: repeats a row of the data)"
+        return [
+            left_out if any(start in line for start in starts) else line.strip()
             for line in text.splitlines()
         ]
-        return " | ".join(line.strip() for line in lines)
 
 
 def _texts(rows: Sequence[Row]) -> tuple[str, ...]:

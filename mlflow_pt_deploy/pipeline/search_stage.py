@@ -36,6 +36,7 @@ from mlflow_pt_deploy.search import (
 )
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import home, work_folder
+from mlflow_pt_deploy.tracking_server import check_tracking
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
@@ -80,10 +81,11 @@ def search_students(
         SearchError: The study cannot be used, or no trial finished.
     """
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.pipeline.dry_run import rehearse_students
 
     if splits is None:
-        tracking.check_tracking()
-        splits = load_data(options.data, seed=options.seed, limit=options.limit)
+        check_tracking()
+        splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     if splits.column != "text":
@@ -91,6 +93,7 @@ def search_students(
             "a search tries students of texts, and these are images. Leave trials at 0: the line "
             "distills one student of images."
         )
+    rehearse_students(teacher, options, splits)
     space = space or default_space(teacher, options.kinds)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()

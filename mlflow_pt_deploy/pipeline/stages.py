@@ -7,10 +7,10 @@ science, and logs what it returned. Does not know which stage comes next.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 
@@ -26,20 +26,37 @@ from mlflow_pt_deploy.registry.promotion import Promotion, promote
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.runtimes.numpy_static import STATIC
 from mlflow_pt_deploy.selection.policy import Policy, choose
+from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.paths import home
+from mlflow_pt_deploy.tracking_server import check_tracking
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
 
 TEACHER, STUDENT, STATIC_STUDENT, MODEL = "teacher", "student", "static", "model"
 
 
-def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
+def train_teacher(
+    options: Options,
+    splits: Splits | None = None,
+    *,
+    before: Callable[[Classifier, Splits], None] | None = None,
+) -> Trained:
     """Train `options.teacher` on the data, as a run with the model as its artifact.
 
     An interrupted training goes on from its checkpoint if `options.resume` names its run.
 
+    Args:
+        options: What concerns the teacher.
+        splits: The data, if it was loaded already.
+        before: Called before the training with the teacher and the data as it numbers them.
+
     Raises:
-        ModelError: The model cannot be found, or has other labels and `epochs` is 0.
+        ModelError: The model cannot be found, saved or loaded, or has other labels and `epochs`
+            is 0.
     """
     from mlflow_pt_deploy.models import load_classifier, new_classifier
+    from mlflow_pt_deploy.pipeline.dry_run import rehearse
     from mlflow_pt_deploy.training.trainer import check_fit, cross_entropy
 
     splits = splits or _prepared(options)
@@ -52,6 +69,10 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
             source, splits.labels, splits.train.rows, image_size=options.image_size
         )
     check_fit(classifier, splits)
+    interrupt.check()
+    rehearse(classifier, splits.train.rows, "the teacher")
+    if before is not None:
+        before(classifier, splits)
     lesson = Lesson(cross_entropy(splits.train.targets))
     return fit_in_run("train", options, splits, classifier, lesson, options.epochs)
 
@@ -69,46 +90,23 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     import torch
 
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.pipeline.dry_run import rehearse_students
+    from mlflow_pt_deploy.pipeline.students import start_student
     from mlflow_pt_deploy.training.trainer import check_fit
 
     splits = splits or _prepared(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     check_fit(teacher, splits)
+    interrupt.check()
     torch.manual_seed(options.seed)
-    student = _start_student(teacher, options, splits)
+    rehearse_students(
+        teacher, replace(options, trials=0, student_epochs=1, static_epochs=0), splits
+    )
+    student = start_student(teacher, options, splits)
     lesson = _lesson(teacher, student, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
     return fit_in_run(distill_stage(options), options, splits, student, lesson, epochs)
-
-
-def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
-    """A part of the teacher: its vocabulary, its layers, and of these what matters most."""
-    from mlflow_pt_deploy.pruning import frequent_pieces, new_student, prune_vocabulary
-
-    layers = options.student_layers
-    of_texts = {
-        "vocabulary": options.vocabulary != "all",
-        "student_heads": options.student_heads,
-        "student_neurons": options.student_neurons,
-        "keep_layers": options.keep_layers,
-        "relation_weight": options.relation_weight,
-        "made_texts": options.made_texts,
-    }
-    if splits.column != "text" and (given := [name for name, set_ in of_texts.items() if set_]):
-        raise ModelError(f"{', '.join(given)}: for texts only, and these are images. Leave it out.")
-    if options.vocabulary != "all":
-        texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
-        teacher = prune_vocabulary(teacher, texts, keep=common)
-    return new_student(
-        teacher,
-        splits.train,
-        layers,
-        options.keep_layers,
-        heads=options.student_heads,
-        neurons=options.student_neurons,
-        width=options.student_width,
-    )
 
 
 def _lesson(teacher: Any, student: Any, options: Options, splits: Splits) -> Lesson:
@@ -177,6 +175,7 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     models = {reference: Path(tracking.fetch_model(options.teacher))}
     models |= _students(options.student)
     for path in models.values():
+        interrupt.check()
         classifier = load_classifier(str(path))
         splits = align(splits, classifier.labels)
         check_fit(classifier, splits)
@@ -208,7 +207,9 @@ def promote_choice(optimized: Optimized, name: str) -> Promotion:
         "pt_deploy.run": optimized.run_id,
         **{key: f"{facts[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
     }
-    return promote(optimized.models[choice.variant], name, choice.reason, tags)
+    interrupt.check()
+    with interrupt.shielded():  # the alias moves with the version's tags, or not at all
+        return promote(optimized.models[choice.variant], name, choice.reason, tags)
 
 
 def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
@@ -248,5 +249,5 @@ def _students(addresses: str) -> dict[str, Path]:
 
 
 def _prepared(options: Options) -> Splits:
-    tracking.check_tracking()
-    return load_data(options.data, seed=options.seed, limit=options.limit)
+    check_tracking()
+    return load_data(options.data, seed=options.seed, limit=options.limit, say=print)

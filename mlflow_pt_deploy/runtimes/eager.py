@@ -11,6 +11,7 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.runtimes.export_check import check_int8
 from mlflow_pt_deploy.system.hardware import check_device
 
 if TYPE_CHECKING:
@@ -39,14 +40,16 @@ class Eager(Variant):
         if self.precision == "int8-dynamic":
             module.network.config.save_pretrained(folder)
             module.save_reader(folder)
-            _save_int8(quantize_linears(module), folder / _INT8)
+            quantized = quantize_linears(module)
+            check_int8_linears(quantized)
+            _save_int8(quantized, folder / _INT8)
         else:
             save_classifier(module, folder)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
-        from mlflow_pt_deploy.models import load_classifier
+        from mlflow_pt_deploy.models import reload_classifier
 
         torch.set_num_threads(threads)
         if self.precision == "int8-dynamic":
@@ -56,7 +59,7 @@ class Eager(Variant):
         else:
             check_device(device)
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            module = load_classifier(str(folder)).to(device=device, dtype=dtype)
+            module = reload_classifier(str(folder)).to(device=device, dtype=dtype)
         return torch_predict(module, device)
 
 
@@ -96,6 +99,24 @@ def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:
             module, {torch.nn.Linear}, dtype=torch.qint8
         )
     return quantized
+
+
+def check_int8_linears(quantized: torch.nn.Module) -> None:
+    """Refuse what `quantize_linears` left mostly as it was.
+
+    Raises:
+        VariantError: Most matrices belong to other layers, such as convolutions or GPT-2's Conv1D.
+    """
+    import torch
+
+    became = len(_int8_linears(quantized))
+    others = sum(
+        isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
+        and weight.dim() > 1
+        and not isinstance(layer, torch.nn.Embedding)
+        for layer in quantized.modules()
+    )
+    check_int8(became, became + others)
 
 
 def _save_int8(module: torch.nn.Module, path: Path) -> None:

@@ -33,6 +33,7 @@ from mlflow_pt_deploy.search.trials import (
     retry_forgotten,
     stop,
 )
+from mlflow_pt_deploy.system import interrupt
 
 if TYPE_CHECKING:
     import optuna
@@ -147,6 +148,7 @@ def search(
     with open_study(plan.study, plan.storage, space, plan.wait_s) as study:
         retry_forgotten(study)
         while time.monotonic() < deadline:
+            interrupt.check()
             check_space(study, space)
             for dead in watch.dead(study.get_trials(deepcopy=False)):
                 give_up(study, dead.number)
