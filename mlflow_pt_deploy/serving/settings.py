@@ -34,7 +34,11 @@ class Settings:
         hang_s: Seconds without a sign of life, or for one batch of the model, after which a replica
             is killed and started again, and a server alone says so at ``/livez``; 0: never.
             Loading a model, in a thread of its own, does not count.
-        pin: Give each replica cores of its own, which it never leaves.
+        pin: Pin each replica to its own CPU cores.
+        keep_alive_s: An idle connection, or one that sends no complete headers, is closed after
+            this many seconds.
+        drain_s: On SIGTERM, seconds between ``/readyz`` failing and the port closing.
+        log_format: ``text`` or ``json``.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +56,9 @@ class Settings:
     replicas: int = 0
     hang_s: float = 30.0
     pin: bool = False
+    keep_alive_s: float = 75.0
+    drain_s: float = 0.0
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):
@@ -59,7 +66,7 @@ class Settings:
         for path in filter(None, (self.tls_cert, self.tls_key)):
             if not os.access(path, os.R_OK):
                 raise ServingError(f"{path} cannot be read; give a PEM file")
-        for name in ("poll_s", "grace_s", "hang_s"):
+        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s"):
             if not getattr(self, name) >= 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
         if self.max_body_mb <= 0 or self.max_connections < 1:

@@ -30,11 +30,11 @@ class Guard:
     scoring: tuple[bytes, ...] = ()
     admin: tuple[bytes, ...] = ()
 
-    def may_score(self, authorization: bytes | None) -> bool:
+    def may_score(self, authorization: str | None) -> bool:
         """Whether a request with this ``Authorization`` header may score."""
         return not self.scoring or _holds(authorization, self.scoring)
 
-    def may_look(self, authorization: bytes | None) -> bool:
+    def may_look(self, authorization: str | None) -> bool:
         """Whether it may read what is for those who run the server."""
         return _holds(authorization, self.admin) if self.admin else self.may_score(authorization)
 
@@ -91,8 +91,8 @@ def _tokens(name: str) -> tuple[bytes, ...]:
     return tokens
 
 
-def _holds(authorization: bytes | None, tokens: tuple[bytes, ...]) -> bool:
-    scheme, _, given = (authorization or b"").partition(b" ")
+def _holds(authorization: str | None, tokens: tuple[bytes, ...]) -> bool:
+    scheme, _, given = (authorization or "").encode("latin1", "replace").partition(b" ")
     if scheme.lower() != b"bearer":
         return False
     # every token is compared, so that time does not tell which one came close

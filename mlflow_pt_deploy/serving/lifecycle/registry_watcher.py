@@ -39,6 +39,7 @@ class Watcher(threading.Thread):
         room: Room | None = None,
         opened: Callable[[], None],
         failed: Callable[[Exception], None],
+        looked: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="watcher", daemon=True)
         self._slots = slots
@@ -46,6 +47,7 @@ class Watcher(threading.Thread):
         self._keeper = Keeper(slots, room or Room())
         self._opened = opened
         self._failed = failed
+        self._looked = looked
         self._woken = threading.Event()
         self._stopped = threading.Event()
         for slot in slots:
@@ -69,6 +71,7 @@ class Watcher(threading.Thread):
                     slot.look()
                 if self._labels() != before:
                     settle()
+                self._looked()
                 look_at = self._next_look()
             elif not waiting:
                 self._woken.wait(None if look_at is None else look_at - time.monotonic())

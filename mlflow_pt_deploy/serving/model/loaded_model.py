@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,6 @@ class Version:
 
     Attributes:
         label: Its number in the registry, else the first 12 digits of its digest.
-        header: The response header that names it.
         seconds: How long the last answers took.
 
     Raises:
@@ -65,7 +65,6 @@ class Version:
         self.target = target or Target(address.uri)
         self.inputs = model.metadata.signature and model.metadata.signature.inputs
         self.label = address.version or inner.loaded.manifest.digest[:12]
-        self.header = (b"x-model-version", self.label.encode())
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
         self._tags = tags or {}
@@ -112,7 +111,7 @@ class Version:
             "version": self.label,
             "since": self.since,
             "model_config": dict(self.target.model_config),
-            "logged": {key: float(self._tags[key]) for key in _LOGGED if key in self._tags},
+            "logged": _numbers(self._tags),
             "observed": _percentiles(list(self.seconds)),
         }
 
@@ -146,6 +145,15 @@ def load_version(address: Address, target: Target) -> Version:
         raise
     weakref.finalize(version, shutil.rmtree, folder, ignore_errors=True)
     return version
+
+
+def _numbers(tags: dict[str, str]) -> dict[str, float]:
+    """Logged metrics among a version's tags; a tag that is no number is left out."""
+    found = {}
+    for key in _LOGGED:
+        with suppress(KeyError, ValueError):
+            found[key] = float(tags[key])
+    return found
 
 
 def check_there(address: Address) -> None:

@@ -14,7 +14,7 @@ from mlflow_pt_deploy.errors import MissingExtraError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
+    from mlflow_pt_deploy.serving.http.response import Response
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
@@ -42,7 +42,7 @@ class Spans:
         self._kind = SpanKind.SERVER
 
     def answered(
-        self, model: str, label: str, route: str, result: Answer, seconds: float, parent: bytes
+        self, model: str, label: str, route: str, result: Response, seconds: float, parent: str
     ) -> None:
         """A request to score was answered.
 
@@ -63,11 +63,11 @@ class Spans:
             "pt_deploy.model": model,
             "pt_deploy.version": label,
         }
-        if result.error:
-            attributes["error.type"] = result.error
+        if result.error_code:
+            attributes["error.type"] = result.error_code
         span = self._tracer.start_span(
             f"score {model}",
-            self._parent.extract({"traceparent": parent.decode("latin1")}),
+            self._parent.extract({"traceparent": parent}),
             kind=self._kind,
             attributes=attributes,
             start_time=end - int(seconds * 1e9),
