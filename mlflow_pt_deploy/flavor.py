@@ -37,8 +37,8 @@ from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, re
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
-from mlflow_pt_deploy.serving.model.options import Options
-from mlflow_pt_deploy.serving.model.pyfunc import PyFunc, signature
+from mlflow_pt_deploy.serving.model.options import ServingOptions
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 from mlflow_pt_deploy.system.hardware import library_versions
 
 FLAVOR_NAME = "pt_deploy"
@@ -99,7 +99,7 @@ def save_model(
         ArtifactError: The folder is incomplete or changed.
         ServingError: `model_config` has a wrong option.
     """
-    options = asdict(Options.from_config(model_config))
+    options = asdict(ServingOptions.from_config(model_config))
     folder, root = Path(variant), Path(path)
     manifest = verify(folder)
     _validate_env_arguments(None, pip_requirements, extra_pip_requirements)
@@ -146,15 +146,15 @@ def load_model(
         **model_config: Serving options, e.g. ``num_threads=1``.
     """
     local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=dst_path)
-    return _load(Path(local), Options.from_config(model_config))
+    return _load(Path(local), ServingOptions.from_config(model_config))
 
 
-def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFunc:
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PtDeployPyFunc:
     """What ``mlflow.pyfunc.load_model`` calls."""
-    return PyFunc(_load(Path(path), Options.from_config(model_config)), model_config)
+    return PtDeployPyFunc(_load(Path(path), ServingOptions.from_config(model_config)), model_config)
 
 
-def _load(root: Path, options: Options) -> LoadedVariant:
+def _load(root: Path, options: ServingOptions) -> LoadedVariant:
     folder = root / _FOLDER
     if not folder.is_dir():
         raise ArtifactError(f"{root.name} is not a pt_deploy model: it has no {_FOLDER}/ folder.")

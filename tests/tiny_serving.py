@@ -22,7 +22,8 @@ from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import Stages
-from mlflow_pt_deploy.serving.model.pyfunc import MODEL_CONFIG, PyFunc, signature
+from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc as PyFunc, signature
 
 WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)

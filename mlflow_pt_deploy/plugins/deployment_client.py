@@ -26,7 +26,7 @@ from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.plugins import http_client as remote
 from mlflow_pt_deploy.plugins import local_servers as servers
 from mlflow_pt_deploy.plugins.local_servers import State
-from mlflow_pt_deploy.registry.addresses import Target
+from mlflow_pt_deploy.registry.addresses import ModelSpec
 from mlflow_pt_deploy.serving.api import serve
 from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, parse_value
 from mlflow_pt_deploy.serving.settings import Settings
@@ -112,7 +112,7 @@ class PtDeployClient(BaseDeploymentClient):
                     f"there is a deployment {name} already ({state.url}). Update or delete it.",
                     RESOURCE_ALREADY_EXISTS,
                 )
-            target = Target(_absolute(model_uri), options)
+            target = ModelSpec(_absolute(model_uri), options)
             state = servers.start(folder, target, {**_SETTINGS, **settings}, ready_s)
         return _describe(state)
 
@@ -142,7 +142,7 @@ class PtDeployClient(BaseDeploymentClient):
             state = _existing(name)
             old = servers.read_target(name)
             uri = _absolute(model_uri) if model_uri else old.uri
-            new = Target(uri, {**old.model_config, **options})
+            new = ModelSpec(uri, {**old.model_config, **options})
             try:
                 if not state.alive:
                     state = servers.start(folder, new, state.settings, ready_s)

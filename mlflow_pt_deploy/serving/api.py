@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from mlflow_pt_deploy.serving.http.auth import check_exposure, guard_from_environment
-from mlflow_pt_deploy.serving.model.options import Options
+from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
+from mlflow_pt_deploy.serving.model.options import ServingOptions
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
@@ -21,14 +21,14 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         *models: Anything that MLflow loads (``models:/NAME@champion``, a run's model, a folder),
             ``@FILE`` (see `registry.addresses.source`), or either with a name: ``NAME=URI``. The
             first answers ``/invocations``, each ``/models/NAME/invocations``.
-        model_config: Serving options of all models, see `Options`.
+        model_config: Serving options of all models, see `ServingOptions`.
         **settings: See `Settings`.
 
     Raises:
         ServingError: An option is wrong (named in the message), or a model cannot be opened.
     """
-    chosen, options = Settings(**settings), Options.from_config(model_config)
-    check_exposure(chosen.host, guard_from_environment(), chosen.insecure)
+    chosen, options = Settings(**settings), ServingOptions.from_config(model_config)
+    require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)
     cores = usable_cores()
     # Elsewhere than on Linux the kernel does not spread connections over several sockets.
     fit = sys.platform == "linux" and options.device == "cpu"

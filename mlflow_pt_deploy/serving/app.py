@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mlflow_pt_deploy.serving.batching.request import RequestContext
-from mlflow_pt_deploy.serving.http.auth import Guard
+from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.http.deadline import DEADLINE_HEADER, Deadline
 from mlflow_pt_deploy.serving.http.mlflow_protocol import (
     error_to_response,
@@ -38,11 +38,11 @@ from mlflow_pt_deploy.serving.http.response import (
     error_response,
     json_response,
 )
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
-from mlflow_pt_deploy.serving.observability.tracing import Spans
+from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 Page = Callable[[], Response]
@@ -50,6 +50,19 @@ Page = Callable[[], Response]
 _PARSER_THREADS = 2
 # A connection is watched for its end only while a response takes longer than this.
 _WATCH_AFTER_S = 0.05
+
+
+class Rejection(Exception):
+    """A request is answered without having been read.
+
+    Args:
+        response: The answer. The body is read away before it is sent: a proxy such as nginx takes
+            a response that comes before the end of the request for a failure of the server.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.error_code)
+        self.response = response
 
 
 class Application:
@@ -69,12 +82,12 @@ class Application:
 
     def __init__(
         self,
-        models: Mapping[str, Slot],
+        models: Mapping[str, ServedModel],
         *,
-        auth: Guard | None = None,
+        auth: TokenAuth | None = None,
         metrics: Metrics | None = None,
         access_log: AccessLog | None = None,
-        tracer: Spans | None = None,
+        tracer: RequestTracer | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
@@ -82,7 +95,7 @@ class Application:
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self._models = models
-        self._auth = auth or Guard()
+        self._auth = auth or TokenAuth()
         self._metrics = metrics or Metrics()
         self._access_log = access_log
         self._tracer = tracer
@@ -129,54 +142,71 @@ class Application:
     async def respond(self, request: Request) -> Response:
         """Answer one request; raises nothing."""
         model = self._scoring.get(request.path)
-        if model is None or request.method != "POST":
-            response = await self._read_only(request)
-        else:
-            self._in_flight[model.name] += 1
-            try:
+        try:
+            if model is None or request.method != "POST":
+                response = await self._read_only(request)
+            else:
                 response = await self._score(model, request)
-            finally:
-                self._in_flight[model.name] -= 1
+        except Rejection as rejection:
+            await request.discard()
+            response = rejection.response
         request_id = self._request_ids.of(request.headers)
+        self._record(model, request, response, request_id)
         headers = (("x-request-id", request_id), *response.headers)
         if response.model_version:
             headers = (("x-model-version", response.model_version), *headers)
-        self._record(model, request, response, request_id)
         return response._replace(headers=headers)
 
-    async def _score(self, model: Slot, request: Request) -> Response:
-        """Score the rows of one request."""
-        if not self._auth.may_score(request.headers.get("authorization")):
-            return await self._reject(request, _unauthorized("a token"))
-        version = model.ask()  # this version answers, whatever is promoted meanwhile
+    async def _score(self, model: ServedModel, request: Request) -> Response:
+        """Score the rows of one request.
+
+        Raises:
+            Rejection: It is answered without having been read.
+        """
+        version, context = self._admit(model, request)
+        self._in_flight[model.name] += 1
+        try:
+            return await self._predict(version, request, context)
+        except Exception as error:
+            return self._failure(error, version)
+        finally:
+            self._in_flight[model.name] -= 1
+
+    def _admit(self, model: ServedModel, request: Request) -> tuple[LoadedModel, RequestContext]:
+        """The version that answers, whatever is promoted meanwhile, and the deadline.
+
+        Raises:
+            Rejection: No token, no version in memory, or too much load.
+        """
+        if not self._auth.can_score(request.headers.get("authorization")):
+            raise Rejection(_unauthorized("a token"))
+        version = model.acquire()
         if version is None:
-            return await self._reject(request, _unavailable(model))
+            raise Rejection(_unavailable(model))
         service = version.pyfunc.service
         deadline = Deadline.from_header(
             request.headers.get(DEADLINE_HEADER), service.options.deadline_ms
         )
-        in_flight = self._in_flight[model.name] - 1
+        in_flight = self._in_flight[model.name]
         if reason := service.rejection(deadline.remaining_s(), in_flight):
             overloaded = error_response(429, "RESOURCE_EXHAUSTED", reason, RETRY_AFTER)
-            return await self._reject(request, overloaded._replace(model_version=version.label))
-        context = RequestContext(deadline.expires_at)
-        try:
-            return await self._predict(version, request, context)
-        except BodyTooLongError:
+            raise Rejection(overloaded._replace(model_version=version.label))
+        return version, RequestContext(deadline.expires_at)
+
+    def _failure(self, error: Exception, version: LoadedModel) -> Response:
+        """The response to a request that failed while it was read or scored."""
+        if isinstance(error, BodyTooLongError):
             message = f"the body is longer than {self._max_body_bytes} bytes; send fewer rows"
-            return await self._reject(
-                request, error_response(413, "INVALID_PARAMETER_VALUE", message)
-            )
-        except TimeoutError:
+            raise Rejection(error_response(413, "INVALID_PARAMETER_VALUE", message))
+        if isinstance(error, TimeoutError):
             message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
             return error_response(408, "DEADLINE_EXCEEDED", message)
-        except DisconnectedError:
+        if isinstance(error, DisconnectedError):
             return CLIENT_DISCONNECTED
-        except Exception as error:
-            return error_to_response(error, version.label)
+        return error_to_response(error, version.label)
 
     async def _predict(
-        self, version: Version, request: Request, context: RequestContext
+        self, version: LoadedModel, request: Request, context: RequestContext
     ) -> Response:
         service = version.pyfunc.service
         body = await request.read(self._max_body_bytes)
@@ -214,44 +244,44 @@ class Application:
         finally:
             watcher.cancel()
 
-    async def _reject(self, request: Request, response: Response) -> Response:
-        """Read the body away before the response; see `http.request`."""
+    async def _read_only(self, request: Request) -> Response:
+        """Any request that does not score.
+
+        Raises:
+            Rejection: There is no such page, or it may not be read.
+        """
+        path = request.path
+        page = self._probes.get(path) or self._admin.get(path)
+        if page is None and path not in self._scoring:
+            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", "there is no such path"))
+        if page is None or request.method not in ("GET", "HEAD"):
+            allowed = "GET, HEAD" if page else "POST"
+            message = f"this path takes {allowed}"
+            raise Rejection(
+                error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
+            )
+        if path in self._probes:
+            response = page()
+        elif self._auth.can_read_admin(request.headers.get("authorization")):
+            response = await asyncio.get_running_loop().run_in_executor(self._parsers, page)
+        else:
+            raise Rejection(_unauthorized("an admin token"))
         await request.discard()
         return response
 
-    async def _read_only(self, request: Request) -> Response:
-        """Any request that does not score."""
-        path = request.path
-        page = self._probes.get(path) or self._admin.get(path)
-        response: Response
-        if page is None and path not in self._scoring:
-            response = error_response(404, "ENDPOINT_NOT_FOUND", "there is no such path")
-        elif page is None or request.method not in ("GET", "HEAD"):
-            allowed = "GET, HEAD" if page else "POST"
-            response = error_response(
-                405, "INVALID_PARAMETER_VALUE", f"this path takes {allowed}", ("allow", allowed)
-            )
-        elif path in self._admin and not self._auth.may_look(request.headers.get("authorization")):
-            response = _unauthorized("an admin token")
-        elif path in self._admin:
-            response = await asyncio.get_running_loop().run_in_executor(self._parsers, page)
-        else:
-            response = page()
-        return await self._reject(request, response)
-
     def _record(
-        self, model: Slot | None, request: Request, response: Response, request_id: str
+        self, model: ServedModel | None, request: Request, response: Response, request_id: str
     ) -> None:
         """Count, log and trace a response."""
         seconds = time.perf_counter() - request.received_at
         path, label = request.path, response.model_version
         if model is not None:
-            self._metrics.answered(model.name, label, response, seconds)
+            self._metrics.response_sent(model.name, label, response, seconds)
             if label and response.status == 200 and model.current is not None:
                 model.current.seconds.append(seconds)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
-                self._tracer.answered(model.name, label, path, response, seconds, parent)
+                self._tracer.response_sent(model.name, label, path, response, seconds, parent)
         if self._access_log is not None and path not in self._probes:
             route = path if model or path in self._admin else "-"
             self._access_log.write(route, response, seconds, request_id)
@@ -282,13 +312,13 @@ class Application:
         return json_response(document(self._models, column))
 
     def _status(self, name: str) -> Response:
-        status = self._models[name].about()
+        status = self._models[name].status()
         if self._states is not None:
             status["replicas"] = self._states.of_model(name)
         return json_response(status)
 
     def _all_status(self) -> Response:
-        return json_response([model.about() for model in self._models.values()])
+        return json_response([model.status() for model in self._models.values()])
 
     def _exposition(self) -> Response:
         text = self._metrics.expose()
@@ -303,28 +333,28 @@ def _unauthorized(token: str) -> Response:
     return error_response(401, "UNAUTHENTICATED", message, ("www-authenticate", "Bearer"))
 
 
-def _unavailable(model: Slot) -> Response:
+def _unavailable(model: ServedModel) -> Response:
     """Why no version answers, and when to retry."""
     retry, message = RETRY_AFTER, "the model is still loading"
-    if model.refused and model.unloaded:
-        retry = ("retry-after", str(max(1, round(model.refused.left_s))))
+    if model.rejected and model.unloaded:
+        retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
         message = "the model is not in memory and its version was rejected; see /model"
     elif model.unloaded:
         message = "the model is not in memory and is being loaded; retry in a moment"
     return error_response(503, "TEMPORARILY_UNAVAILABLE", message, retry)
 
 
-def _queued_rows(model: Slot) -> int:
+def _queued_rows(model: ServedModel) -> int:
     version = model.current
     return version.pyfunc.service.batcher.queued_rows if version else 0
 
 
-def _running_s(model: Slot) -> float:
+def _running_s(model: ServedModel) -> float:
     version = model.current
     return version.pyfunc.service.batcher.executor.running_s if version else 0.0
 
 
-def _is_loaded(model: Slot) -> int:
+def _is_loaded(model: ServedModel) -> int:
     return int(model.current is not None)
 
 

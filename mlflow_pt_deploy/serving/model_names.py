@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.registry.addresses import Address, Served, Target, source
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, ServedVersion, source
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
@@ -19,7 +19,7 @@ def name_models(
     model_config: Mapping[str, Any] | None = None,
     metrics: Metrics | None = None,
     served: Mapping[str, Any] | None = None,
-) -> dict[str, Slot]:
+) -> dict[str, ServedModel]:
     """A served model for each word, under the name it has or is given.
 
     Args:
@@ -31,15 +31,18 @@ def name_models(
     Raises:
         ServingError: No models, two of one name, or a wrong option.
     """
-    models: dict[str, Slot] = {}
+    models: dict[str, ServedModel] = {}
     for word in words:
         named = _NAMED.fullmatch(word)
         name, uri = (named[1], named[2]) if named else (_name(word), word)
         if name in models:
             raise ServingError(f"two models are called {name}; name them: {name}=... other=...")
         before = (served or {}).get(name)
-        last = Served(Target(**before["target"]), Address(**before["address"])) if before else None
-        models[name] = Slot(name, source(uri, model_config), metrics=metrics, before=last)
+        last = None
+        if before:
+            last = ServedVersion(ModelSpec(**before["spec"]), ResolvedVersion(**before["version"]))
+        provider = source(uri, model_config)
+        models[name] = ServedModel(name, provider, metrics=metrics, last_served=last)
     if not models:
         raise ServingError("there is nothing to serve; give models:/NAME@champion")
     return models

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.lifecycle.eviction import Room
+from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Settings:
     """Where and how a server listens.
 
     Attributes:
-        host: Address to listen on; only this machine by default.
+        host: ResolvedVersion to listen on; only this machine by default.
         port: TCP port; 0 takes a free one.
         poll_s: Seconds between looks at the registry; 0: serve what was found at the start.
         grace_s: Seconds that requests in flight have to finish after the server was told to stop.
@@ -71,7 +71,7 @@ class Settings:
                 raise ServingError(f"{name} is {getattr(self, name)}; give seconds from 0 on")
         if self.max_body_mb <= 0 or self.max_connections < 1:
             raise ServingError("max_body_mb and max_connections must be above 0")
-        Room(self.max_models, self.max_memory_mb)  # checks them
+        MemoryBudget(self.max_models, self.max_memory_mb)  # checks them
         if self.replicas < 0:
             raise ServingError(
                 f"replicas is {self.replicas}; give how many, or 0 to let the cores decide"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+    from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
 TICK_S = 1.0
 HANG_STATUS = 70
@@ -35,7 +35,7 @@ class Watchdog(threading.Thread):
 
     def __init__(
         self,
-        models: Mapping[str, Slot],
+        models: Mapping[str, ServedModel],
         hang_s: float,
         grace_s: float,
         tick: Callable[[], None],

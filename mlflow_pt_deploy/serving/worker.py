@@ -23,7 +23,7 @@ from mlflow_pt_deploy.system.cpu_allocation import Share
 from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+    from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
@@ -63,13 +63,13 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     index = states.claim()
     _prepare_process(job, states, index)
     from mlflow_pt_deploy.serving.app import Application
-    from mlflow_pt_deploy.serving.http.auth import guard_from_environment
-    from mlflow_pt_deploy.serving.lifecycle.eviction import Room
-    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import Watcher
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.model_names import name_models
     from mlflow_pt_deploy.serving.observability.access_log import AccessLog
     from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
-    from mlflow_pt_deploy.serving.observability.tracing import spans_from_environment
+    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
@@ -78,13 +78,13 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
     publisher = _StatePublisher(states, models, settings, metrics.sample)
-    watcher = Watcher(
+    watcher = RegistryWatcher(
         list(models.values()),
         settings.poll_s,
-        room=Room(settings.max_models, settings.max_memory_mb),
-        opened=publisher.opened,
-        failed=publisher.failed,
-        looked=publisher.publish,
+        budget=MemoryBudget(settings.max_models, settings.max_memory_mb),
+        on_opened=publisher.opened,
+        on_failed=publisher.failed,
+        on_polled=publisher.publish,
     )
     watchdog = Watchdog(models, settings.hang_s, settings.grace_s, tick=metrics.sample)
 
@@ -94,10 +94,10 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
     application = Application(
         models,
-        auth=guard_from_environment(),
+        auth=auth_from_environment(),
         metrics=metrics,
         access_log=AccessLog() if settings.access_log else None,
-        tracer=spans_from_environment(),
+        tracer=tracer_from_environment(),
         max_body_bytes=int(settings.max_body_mb * 2**20),
         hang_s=settings.hang_s,
         states=states,
@@ -116,7 +116,7 @@ class _StatePublisher:
     def __init__(
         self,
         states: WorkerStates,
-        models: Mapping[str, Slot],
+        models: Mapping[str, ServedModel],
         settings: Settings,
         sample: Any,
     ) -> None:
@@ -143,7 +143,7 @@ class _StatePublisher:
                 "ready": True,
                 "banner": list(banner),
                 "served": {
-                    name: {"target": asdict(version.target), "address": asdict(version.address)}
+                    name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
                     for name, version in versions.items()
                     if version
                 },
@@ -198,7 +198,7 @@ def _explain(error: Exception) -> str:
     )
 
 
-def _banner(models: Mapping[str, Slot], settings: Settings) -> list[str]:
+def _banner(models: Mapping[str, ServedModel], settings: Settings) -> list[str]:
     """What the server prints once it is ready."""
     from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 
@@ -214,14 +214,14 @@ def _banner(models: Mapping[str, Slot], settings: Settings) -> list[str]:
     ]
 
 
-def _describe(model: Slot, poll_s: float) -> str:
+def _describe(model: ServedModel, poll_s: float) -> str:
     """What is served under a name and within which limits, in one line."""
     version = model.current
     if version is None:
         assert model.unloaded is not None
         return f"/models/{model.name}: {model.uri}, loaded on demand ({model.unloaded.reason})"
     options = version.pyfunc.options
-    followed = version.address.uri != model.uri and poll_s
+    followed = version.resolved.uri != model.uri and poll_s
     follows = f", follows {model.uri} every {poll_s:g} s" if followed else ""
     return (
         f"/models/{model.name}: {version.name}, version {version.label}{follows}; "

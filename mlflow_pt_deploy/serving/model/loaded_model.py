@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, Address, Target, version_tags
-from mlflow_pt_deploy.serving.model.pyfunc import PyFunc
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ModelSpec, ResolvedVersion, version_tags
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.hardware import library_versions
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ _OBSERVED = 2048
 _LOGGED = ("accuracy", "latency_p50_ms", "speedup")
 
 
-class Version:
+class LoadedModel:
     """A model that is ready to answer.
 
     Args:
         model: A pyfunc of the `pt_deploy` flavor.
-        address: Where it came from.
-        target: What was asked for.
+        resolved: Where it came from.
+        spec: What was asked for.
         tags: What the registry says of it.
 
     Attributes:
@@ -50,21 +50,21 @@ class Version:
     def __init__(
         self,
         model: PyFuncModel,
-        address: Address,
-        target: Target | None = None,
+        resolved: ResolvedVersion,
+        spec: ModelSpec | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
         inner = model._model_impl
-        if not isinstance(inner, PyFunc):
+        if not isinstance(inner, PtDeployPyFunc):
             raise ModelError(
                 "this model is not of the pt_deploy flavor. Serve it with mlflow models serve, or "
                 "build one with pt-deploy optimize."
             )
         self.pyfunc = inner
-        self.address = address
-        self.target = target or Target(address.uri)
+        self.resolved = resolved
+        self.spec = spec or ModelSpec(resolved.uri)
         self.inputs = model.metadata.signature and model.metadata.signature.inputs
-        self.label = address.version or inner.loaded.manifest.digest[:12]
+        self.label = resolved.version or inner.loaded.manifest.digest[:12]
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
         self._tags = tags or {}
@@ -74,9 +74,9 @@ class Version:
         """The variant's name, e.g. ``student-openvino-fp32``."""
         return self.pyfunc.loaded.manifest.name
 
-    def serves(self, address: Address, target: Target) -> bool:
+    def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
         """Whether this is what is wanted."""
-        return self.address == address and self.target.model_config == target.model_config
+        return self.resolved == resolved and self.spec.model_config == spec.model_config
 
     def check_digest(self) -> None:
         """Compare with the digest that the registry holds, where it holds one.
@@ -102,21 +102,21 @@ class Version:
         if odd:
             _logger.warning("%s was exported with %s", self.name, ", ".join(odd))
 
-    def about(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """What ``/model`` says of it; times in milliseconds."""
         manifest = self.pyfunc.loaded.manifest
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
-            "registered_model": self.address.name,
+            "registered_model": self.resolved.name,
             "version": self.label,
             "since": self.since,
-            "model_config": dict(self.target.model_config),
+            "model_config": dict(self.spec.model_config),
             "logged": _numbers(self._tags),
             "observed": _percentiles(list(self.seconds)),
         }
 
 
-def load_version(address: Address, target: Target) -> Version:
+def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
     """Load a version, check it and warm it up; on every failure nothing stays behind.
 
     The files' digests and the golden rows are checked by the flavor, the manifest's digest here
@@ -131,12 +131,12 @@ def load_version(address: Address, target: Target) -> Version:
 
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
-        config = dict(target.model_config) or None
+        config = dict(spec.model_config) or None
         # MLflow's own look at the environment walks through every installed file: half a second.
         model = mlflow.pyfunc.load_model(
-            address.uri, suppress_warnings=True, model_config=config, dst_path=folder
+            resolved.uri, suppress_warnings=True, model_config=config, dst_path=folder
         )
-        version = Version(model, address, target, version_tags(address))
+        version = LoadedModel(model, resolved, spec, version_tags(resolved))
         version.check_digest()
         version.compare_libraries()
         version.pyfunc.warm_up()
@@ -156,7 +156,7 @@ def _numbers(tags: dict[str, str]) -> dict[str, float]:
     return found
 
 
-def check_there(address: Address) -> None:
+def check_exists(resolved: ResolvedVersion) -> None:
     """Read a version's MLmodel file, and nothing else of it.
 
     Raises:
@@ -164,7 +164,7 @@ def check_there(address: Address) -> None:
     """
     from mlflow.models import Model
 
-    Model.load(address.uri)
+    Model.load(resolved.uri)
 
 
 def now() -> str:

@@ -14,7 +14,7 @@ from mlflow_pt_deploy.serving.batching.limits import Limits
 
 
 @dataclass(frozen=True)
-class Options(Limits):
+class ServingOptions(Limits):
     """What a user may set where the model is served; MLflow passes it as ``model_config``.
 
     Attributes:
@@ -28,7 +28,7 @@ class Options(Limits):
     allow_code: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None) -> Options:
+    def from_config(cls, config: Mapping[str, Any] | None) -> ServingOptions:
         """Check a ``model_config``; what is not given keeps its default.
 
         Raises:
@@ -45,7 +45,7 @@ class Options(Limits):
         return cls(**config)
 
 
-MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(Options())
+MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(ServingOptions())
 """Every serving option with its default; MLflow drops keys that the MLmodel does not declare."""
 
 

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import RequestError
-from mlflow_pt_deploy.serving.model.errors import ScoringError, scoring_error
+from mlflow_pt_deploy.serving.model.errors import scoring_error
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.inputs import read_rows
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.model.options import ServingOptions
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
     from mlflow_pt_deploy.artifacts import LoadedVariant
 
-__all__ = ["MODEL_CONFIG", "Options", "PyFunc", "ScoringError", "scoring_error", "signature"]
+__all__ = ["PtDeployPyFunc", "signature"]
 
 
-class PyFunc:
+class PtDeployPyFunc:
     """A loaded variant behind MLflow's ``predict``.
 
     Works in a notebook, in batch scoring and inside the stock `mlflow models serve`, where many
@@ -40,7 +40,7 @@ class PyFunc:
         self, loaded: LoadedVariant, model_config: Mapping[str, Any] | None = None
     ) -> None:
         self.loaded = loaded
-        self.options = Options.from_config(model_config)
+        self.options = ServingOptions.from_config(model_config)
         self.service = InferenceService(loaded, self.options)
 
     def warm_up(self) -> None:

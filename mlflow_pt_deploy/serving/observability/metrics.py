@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.http.response import Response
-    from mlflow_pt_deploy.serving.model.loaded_model import Version
+    from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
 
 class Metrics:
@@ -15,19 +15,19 @@ class Metrics:
 
     content_type = "application/json"
 
-    def answered(self, name: str, label: str, response: Response, seconds: float) -> None:
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
         """A request for model `name` was answered by version `label` (empty: by none)."""
 
-    def swapped(self, name: str, version: Version, seconds: float) -> None:
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
         """A version was activated after `seconds` of preparation."""
 
-    def unloaded(self, name: str) -> None:
+    def version_unloaded(self, name: str) -> None:
         """A model was evicted from memory."""
 
-    def refused(self, name: str) -> None:
+    def version_rejected(self, name: str) -> None:
         """A version was rejected."""
 
-    def registry(self, name: str, answers: bool) -> None:
+    def registry_reachable(self, name: str, answers: bool) -> None:
         """The registry began or ceased to answer."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:

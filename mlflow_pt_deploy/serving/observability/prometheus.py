@@ -14,7 +14,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -84,7 +84,7 @@ class PrometheusMetrics(Metrics):
         self._serving: dict[str, tuple[str, str, str, str]] = {}
         self._up.set(1)
 
-    def answered(self, name: str, label: str, response: Response, seconds: float) -> None:
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
         """See `Metrics`."""
         key = (name, label, response.status, response.error_code)
         found = self._observers.get(key)
@@ -98,7 +98,7 @@ class PrometheusMetrics(Metrics):
             counter.inc()
         found[1].observe(seconds)
 
-    def swapped(self, name: str, version: Version, seconds: float) -> None:
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
         """See `Metrics`."""
         label = self._version(name, version.label)
         rows, compute = self._rows.labels(name, label), self._compute.labels(name, label)
@@ -125,16 +125,16 @@ class PrometheusMetrics(Metrics):
         self._preparation.labels(name).set(seconds)
         self._registry_up.labels(name).set(1)
 
-    def unloaded(self, name: str) -> None:
+    def version_unloaded(self, name: str) -> None:
         """See `Metrics`."""
         self._retire(name)
         self._unloads.labels(name).inc()
 
-    def refused(self, name: str) -> None:
+    def version_rejected(self, name: str) -> None:
         """See `Metrics`."""
         self._swaps.labels(name, "refused").inc()
 
-    def registry(self, name: str, answers: bool) -> None:
+    def registry_reachable(self, name: str, answers: bool) -> None:
         """See `Metrics`."""
         self._registry_up.labels(name).set(int(answers))
 

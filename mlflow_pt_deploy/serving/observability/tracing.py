@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
-class Spans:
+class RequestTracer:
     """Tells a collector of each answer, some of them at a time, from a thread of its own.
 
     Args:
@@ -41,7 +41,7 @@ class Spans:
         self._parent = TraceContextTextMapPropagator()
         self._kind = SpanKind.SERVER
 
-    def answered(
+    def response_sent(
         self, model: str, label: str, route: str, result: Response, seconds: float, parent: str
     ) -> None:
         """A request to score was answered.
@@ -81,8 +81,8 @@ class Spans:
         self._provider.shutdown()
 
 
-def spans_from_environment() -> Spans | None:
-    """Spans, where one of `ENDPOINTS` is set.
+def tracer_from_environment() -> RequestTracer | None:
+    """RequestTracer, where one of `ENDPOINTS` is set.
 
     Raises:
         MissingExtraError: It is, and the exporter is not installed.
@@ -93,4 +93,4 @@ def spans_from_environment() -> Spans | None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ModuleNotFoundError as error:
         raise MissingExtraError("opentelemetry-exporter-otlp-proto-http", "otel") from error
-    return Spans(OTLPSpanExporter())
+    return RequestTracer(OTLPSpanExporter())
