@@ -16,6 +16,7 @@ from mlflow_pt_deploy.serving.batching.request import RequestContext
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.http.deadline import DEADLINE_HEADER, Deadline
 from mlflow_pt_deploy.serving.http.mlflow_protocol import (
+    PARQUET_READER,
     error_to_response,
     is_small,
     media_type,
@@ -136,6 +137,7 @@ class Application:
         """The event loop has ended."""
         self._on_stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
+        PARQUET_READER.close()
         if self._tracer is not None:
             self._tracer.close()
 

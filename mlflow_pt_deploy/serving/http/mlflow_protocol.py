@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.serving.batching.request import Encoded
+from mlflow_pt_deploy.serving.http.csv_parser import parse_csv
 from mlflow_pt_deploy.serving.http.json_parser import ParsedBody, parse_json
-from mlflow_pt_deploy.serving.http.parquet_limits import check_unpacked
+from mlflow_pt_deploy.serving.http.parquet_reader import ParquetReader
 from mlflow_pt_deploy.serving.http.request import Headers
 from mlflow_pt_deploy.serving.http.response import RETRY_AFTER, Response
 from mlflow_pt_deploy.serving.model.errors import scoring_error
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 
 JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
+
+PARQUET_READER = ParquetReader()
+
+MAX_TEXT_CHARS = 100_000
+"""Characters of one text; tokenizing takes time in proportion, also where the model reads 128."""
 
 MAX_INLINE_BYTES = 16 * 2**10
 """Longer bodies are parsed and encoded on a thread, so that the event loop does not wait."""
@@ -82,6 +87,12 @@ def parse(service: InferenceService, body: bytes, media: str) -> ScoringInput:
             f"'{column}' has {len(rows)} rows; one request may have {most} (queue_rows). "
             "Send several smaller requests."
         )
+    for number, row in enumerate(rows):
+        if isinstance(row, str) and len(row) > MAX_TEXT_CHARS:
+            raise RequestError(
+                f"'{service.loaded.preprocessor.column}' row {number} has {len(row)} characters; "
+                f"a text may have {MAX_TEXT_CHARS}. Send its beginning."
+            )
     return ScoringInput(rows, service.formatter.top_k(params))
 
 
@@ -111,15 +122,5 @@ def _parse(service: InferenceService, body: bytes, media: str) -> ParsedBody:
     column = service.loaded.preprocessor.column
     if media == JSON:
         return parse_json(body, column)
-    from mlflow.pyfunc import scoring_server
-
-    try:
-        if media == PARQUET:
-            check_unpacked(body, service.options.queue_rows)
-            return ParsedBody(scoring_server.parse_parquet_input(BytesIO(body)), None)
-        table = scoring_server.parse_csv_input(StringIO(body.decode()), None)  # type: ignore[arg-type]
-        return ParsedBody(table, None)
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(f"the body cannot be read as {media}") from error
+    rows = PARQUET_READER.read if media == PARQUET else parse_csv
+    return ParsedBody({column: rows(body, column, service.options.queue_rows)}, None)

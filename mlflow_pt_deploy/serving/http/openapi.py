@@ -71,7 +71,7 @@ def _score() -> dict[str, Any]:
     }
     good = {
         "description": "An answer for each row, in order",
-        "headers": {"X-Model-LoadedModel": {"schema": {"type": "string"}}},
+        "headers": {"X-Model-Version": {"schema": {"type": "string"}}},
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answers"}}},
     }
     return {

@@ -122,3 +122,7 @@ def _kind(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return "a number or a truth value"
     return {"list": "a list", "dict": "an object"}.get(type(value).__name__, "of another type")
+
+
+def check_names(names: object, column: str) -> None:
+    """Placeholder until the data branch is merged."""
