@@ -75,6 +75,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
     settings = job.settings
     metrics = PrometheusMetrics()
+    if predecessor := states.predecessor():
+        metrics.forget_process(predecessor)
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
     publisher = _StatePublisher(states, models, settings, metrics.sample)
@@ -166,6 +168,7 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
 
     os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
     share = job.shares[index % len(job.shares)]
     if share.pinned:
         os.sched_setaffinity(0, share.pinned)

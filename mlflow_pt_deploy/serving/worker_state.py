@@ -56,6 +56,14 @@ class WorkerStates:
             return index
         raise RuntimeError("every worker index is taken")
 
+    def predecessor(self) -> int | None:
+        """Process id of the worker that had this index before, if it wrote its state."""
+        try:
+            text = (self.folder / f"worker-{self.index}.json").read_text(encoding="utf8")
+        except FileNotFoundError:
+            return None
+        return int(json.loads(text)["pid"])
+
     @property
     def scratch(self) -> Path:
         """Folder for this worker's temporary files."""

@@ -72,8 +72,10 @@ _TOO_LARGE = "the Parquet file is damaged or unpacks to too much; send several s
 
 def _limit_process() -> None:
     """Runs in the child: `MEMORY_BYTES` beyond what Arrow takes, `_MAX_CPU_S` of CPU time."""
+    import os
     import resource
 
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # mimalloc reserves 1 GiB, over the limit
     import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: F401
     from pyarrow import set_cpu_count
 

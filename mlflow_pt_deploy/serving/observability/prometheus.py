@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb
@@ -141,6 +141,10 @@ class PrometheusMetrics(Metrics):
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """See `Metrics`."""
         self._samplers.append((self._sampled[kind].labels(name), value))
+
+    def forget_process(self, pid: int) -> None:
+        """Drop the gauges of a worker that died; its counters stay in the sums."""
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def sample(self) -> None:
         """See `Metrics`."""
