@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from tiny_serving import save_tiny
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.serving.http.mlflow_protocol import deadline
 

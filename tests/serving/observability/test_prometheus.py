@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import requests
-from tiny_serving import running, save_tiny, until
+from tiny.server import running, until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.batching.executor import Calls
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics, best_metrics
 
@@ -46,17 +47,17 @@ def test_what_happens_is_counted_by_model_and_version(
     metrics = best_metrics()
     file = tmp_path / "target.json"
     file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "tiny"))}))
-    slot = Slot("tiny", source(f"@{file}"), metrics=metrics)
-    with running(App({"tiny": slot}, metrics=metrics)) as url:
+    slot = ServedModel("tiny", source(f"@{file}"), metrics=metrics)
+    with running(Application({"tiny": slot}, metrics=metrics)) as url:
         assert ask(url, ["red"]) == 503
         slot.open()
         assert ask(url, ["red", "green red", "blue"]) == 200
         assert ask(url, [f"explode {SECRET}"]) == 500
         assert ask(url, []) == 400
         file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "bad", refuse="no"))}))
-        slot.look()
+        slot.poll()
         file.write_text(json.dumps({"uri": str(save_tiny(tmp_path / "next"))}))
-        slot.look()
+        slot.poll()
         of = {"model": "tiny", "version": "000000000000"}
         until(lambda: read(url)("request_seconds_count", **of) == 3)
         value = read(url)
@@ -78,18 +79,18 @@ def test_what_happens_is_counted_by_model_and_version(
 
 
 def test_without_the_extra_the_answer_names_it(tmp_path: Path) -> None:
-    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny"))))
-    with running(App({"tiny": slot}, metrics=Metrics())) as url:
+    slot = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny"))))
+    with running(Application({"tiny": slot}, metrics=Metrics())) as url:
         answer = requests.get(f"{url}/metrics", timeout=5)
     assert answer.status_code == 501
     assert "mlflow-pt-deploy[serve]" in answer.json()["message"]
 
 
 def test_the_access_log_holds_nothing_that_a_client_wrote(tmp_path: Path) -> None:
-    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny"))))
+    slot = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny"))))
     slot.open()
     stream = StringIO()
-    with running(App({"tiny": slot}, access=AccessLog(stream))) as url:
+    with running(Application({"tiny": slot}, access=AccessLog(stream))) as url:
         assert ask(url, [SECRET]) == 200
         assert ask(url, [SECRET, "explode"]) == 500
         assert ask(url, [SECRET], f"/{SECRET}?{SECRET}") == 404

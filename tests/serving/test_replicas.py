@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import requests
 from mlflow import MlflowClient
-from tiny_serving import save_tiny, until
+from tiny.server import until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient

@@ -1,4 +1,4 @@
-"""Spans of real requests, kept in memory instead of sent."""
+"""RequestTracer of real requests, kept in memory instead of sent."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from pathlib import Path
 import pytest
 import requests
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
-from mlflow_pt_deploy.serving.observability.tracing import ENDPOINTS, Spans, spans_from_environment
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.observability.tracing import ENDPOINTS, RequestTracer, tracer_from_environment
 
-connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Iterator[tuple[str, Spans, InMemorySpanExporter]]:
+def kept(tmp_path: Path) -> Iterator[tuple[str, RequestTracer, InMemorySpanExporter]]:
     exporter = InMemorySpanExporter()
-    slot, spans = Slot("tiny", source(str(save_tiny(tmp_path / "tiny")))), Spans(exporter)
-    slot.open()
-    app = App({"tiny": slot}, spans=spans)
-    with running(app, http=connection.Connection, proxy_headers=False) as url:
-        yield url, spans, exporter
+    model = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny"))))
+    model.open()
+    tracer = RequestTracer(exporter)
+    with running(Application({"tiny": model}, tracer=tracer)) as url:
+        yield url, tracer, exporter
 
 
 def test_each_request_to_a_model_is_a_span(
-    kept: tuple[str, Spans, InMemorySpanExporter],
+    kept: tuple[str, RequestTracer, InMemorySpanExporter],
 ) -> None:
-    url, spans, exporter = kept
+    url, tracer, exporter = kept
     headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
     bodies = ({"inputs": ["red"]}, {"instances": ["red"]}, {"inputs": ["explode"]}, {"inputs": 1})
     for body in bodies:
         requests.post(f"{url}/invocations", json=body, headers=headers, timeout=10)
     requests.get(f"{url}/livez", timeout=10)
-    spans.close()
+    tracer.close()
     found = exporter.get_finished_spans()
     assert [span.name for span in found] == ["score tiny"] * len(bodies)
     attributes = [dict(span.attributes or {}) for span in found]
@@ -58,7 +58,7 @@ def test_each_request_to_a_model_is_a_span(
 def test_without_an_endpoint_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENDPOINTS:
         monkeypatch.delenv(name, raising=False)
-    assert spans_from_environment() is None
+    assert tracer_from_environment() is None
 
 
 def test_an_endpoint_without_the_exporter_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,4 +66,4 @@ def test_an_endpoint_without_the_exporter_names_the_extra(monkeypatch: pytest.Mo
         pytest.skip("the exporter is installed here")
     monkeypatch.setenv(ENDPOINTS[0], "http://127.0.0.1:4318")
     with pytest.raises(MissingExtraError, match=r"mlflow-pt-deploy\[otel\]"):
-        spans_from_environment()
+        tracer_from_environment()

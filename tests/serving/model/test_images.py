@@ -17,12 +17,13 @@ import requests
 from conftest import picture
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.registry.addresses import Address, source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"
@@ -51,10 +52,10 @@ def model(folder: Path) -> Iterator[PyFuncModel]:
 
 @pytest.fixture(scope="module")
 def ours(model: PyFuncModel) -> Iterator[str]:
-    slot = Slot("tiny", source("tiny"))
-    slot.current = Version(model, Address("tiny"))
-    slot.current.pyfunc.warm_up()
-    with running(App({"tiny": slot}, max_body_bytes=100_000)) as url:
+    served = ServedModel("tiny", source("tiny"))
+    served.current = LoadedModel(model, ResolvedVersion("tiny"))
+    served.current.pyfunc.warm_up()
+    with running(Application({"tiny": served}, max_body_bytes=100_000)) as url:
         yield url
 
 
@@ -121,7 +122,7 @@ def test_every_format_of_mlflow_is_understood(
     ],
     ids=lambda data: type(data).__name__,
 )
-def test_predict_takes_what_people_have_at_hand(model: PyFuncModel, data: Any) -> None:
+def test_predict_takes_lists_arrays_and_tables(model: PyFuncModel, data: Any) -> None:
     assert labels(model.predict(data)) == ["red", "blue"]
 
 
@@ -169,6 +170,6 @@ def test_a_wrong_image_is_400_and_not_repeated(
         assert SECRET not in said and R not in said
 
 
-def test_the_same_image_from_many_callers_and_a_long_body(ours: str) -> None:
+def test_equal_images_in_one_request_and_a_long_body(ours: str) -> None:
     assert post(ours, {"inputs": [R] * 9, "params": {"top_k": 2}}).status_code == 200
     assert post(ours, {"inputs": [R * 200]}).status_code == 413

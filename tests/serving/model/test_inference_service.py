@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import requests
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving import heads as parsed
-from mlflow_pt_deploy.serving.app import App
+from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.batching.request import Caller
-from mlflow_pt_deploy.serving.http.auth import Guard
+from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.short import MOST_ROWS
@@ -42,7 +43,7 @@ class Routes(AccessLog):
 class Both:
     """One model behind two servers: `short` offers requests to `quick`, `long` never does."""
 
-    def __init__(self, slot: Slot, short: str, long: str, routes: Routes) -> None:
+    def __init__(self, slot: ServedModel, short: str, long: str, routes: Routes) -> None:
         self.slot, self.short, self.long = slot, short, long
         self.routes = routes
 
@@ -60,14 +61,14 @@ def both(
         # of one word the cascade's fast model is not sure
         habits = {"unsure_below": 0.7} if request.param == "cascade" else {}
         folder = save_tiny(tmp_path_factory.mktemp("quick") / "tiny", **habits)
-        slot = Slot("tiny", source(str(folder)))
+        slot = ServedModel("tiny", source(str(folder)))
         slot.open()
         assert slot.current
         # whatever this machine's clock said
         slot.current.pyfunc.quick = request.param == "loop"
         slot.current.pyfunc.glances = request.param == "cascade"
         routes, options = Routes(), {"http": connection.Connection, "proxy_headers": False}
-        short, long = App({"tiny": slot}, access=routes), App({"tiny": slot})
+        short, long = Application({"tiny": slot}, access=routes), Application({"tiny": slot})
         long.quick = None  # type: ignore[assignment]
         with running(short, **options) as first, running(long, **options) as second:
             yield Both(slot, first, second, routes)
@@ -187,7 +188,7 @@ def test_a_known_head_is_still_asked_for_its_token(both: Both) -> None:
     head = b"POST /invocations HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 19\r\n"
     whole = head + b"Authorization: Bearer 0123456789abcdef\r\n\r\n" + body
     for token, status in ((b"0123456789abcdef", 200), (b"fedcba9876543210", 401)):
-        app = App({"tiny": both.slot}, guard=Guard(scoring=(token,)))
+        app = Application({"tiny": both.slot}, auth=TokenAuth(scoring=(token,)))
         with running(app, http=connection.Connection, proxy_headers=False) as url:
             # known from the first server on; a refusal closes the connection
             found = [talk(url, [[whole]])[0][0] for _ in range(3)]
@@ -223,7 +224,7 @@ def test_each_answer_is_counted_once(both: Both) -> None:
 
 def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> None:
     assert both.slot.current
-    batcher = both.slot.current.pyfunc.batcher
+    batcher = both.slot.current.pyfunc.service.batcher
     batcher.workers.take_on()  # as if a thread were in the model
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -238,7 +239,7 @@ def test_a_model_that_computes_already_does_not_stop_the_loop(both: Both) -> Non
 
 
 def test_a_token_is_asked_for(both: Both) -> None:
-    app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
+    app = Application({"tiny": both.slot}, auth=TokenAuth(scoring=(b"0123456789abcdef",)))
     with running(app, http=connection.Connection, proxy_headers=False) as url:
         assert both.post(url, {"inputs": ["red"]}).status_code == 401
         right = both.post(url, {"inputs": ["red"]}, Authorization="Bearer 0123456789abcdef")
@@ -246,17 +247,17 @@ def test_a_token_is_asked_for(both: Both) -> None:
 
 
 @pytest.fixture
-def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Slot]]:
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ServedModel]]:
     """A model that takes 0.2 s for a batch, one row a batch, three rows in the queue."""
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
     config = {"max_batch_rows": 1, "queue_rows": 3}
-    slot = Slot("slow", source(str(save_tiny(tmp_path / "slow", predict_s=0.2)), config))
+    slot = ServedModel("slow", source(str(save_tiny(tmp_path / "slow", predict_s=0.2)), config))
     slot.open()
-    with running(App({"slow": slot}), http=connection.Connection, proxy_headers=False) as url:
+    with running(Application({"slow": slot}), http=connection.Connection, proxy_headers=False) as url:
         yield url, slot
 
 
-def test_more_than_the_queue_holds_is_refused_at_once(slow: tuple[str, Slot]) -> None:
+def test_more_than_the_queue_holds_is_refused_at_once(slow: tuple[str, ServedModel]) -> None:
     url, slot = slow
 
     def ask(word: str) -> tuple[int, float]:
@@ -273,10 +274,10 @@ def test_more_than_the_queue_holds_is_refused_at_once(slow: tuple[str, Slot]) ->
     assert statuses.count(429) == 12 - statuses.count(200)
     assert max(seconds for status, seconds in answers if status == 429) < 0.2
     assert slot.current
-    assert not slot.current.pyfunc.batcher.workers.busy
+    assert not slot.current.pyfunc.service.batcher.workers.busy
 
 
-def test_a_deadline_is_kept_while_the_model_computes(slow: tuple[str, Slot]) -> None:
+def test_a_deadline_is_kept_while_the_model_computes(slow: tuple[str, ServedModel]) -> None:
     url, _ = slow
     headers = {"X-Deadline-Ms": "50"}
     answer = requests.post(
@@ -287,12 +288,12 @@ def test_a_deadline_is_kept_while_the_model_computes(slow: tuple[str, Slot]) -> 
     assert answer.elapsed.total_seconds() < 0.15
 
 
-def test_who_leaves_is_not_computed(slow: tuple[str, Slot]) -> None:
+def test_who_leaves_is_not_computed(slow: tuple[str, ServedModel]) -> None:
     url, slot = slow
     assert slot.current
-    batcher = slot.current.pyfunc.batcher
+    batcher = slot.current.pyfunc.service.batcher
     rows: list[int] = []
-    batcher.calls.observe = lambda count, *_: rows.append(count)
+    batcher.executor.on_call = lambda count, *_: rows.append(count)
 
     def leave(word: str) -> None:
         with pytest.raises(requests.ReadTimeout):
@@ -314,13 +315,13 @@ def test_a_cascade_hands_only_open_cases_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
-    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", unsure_below=0.7))))
+    slot = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", unsure_below=0.7))))
     slot.open()
     assert slot.current
     slot.current.pyfunc.glances = True
     computed: list[int] = []
-    slot.current.pyfunc.batcher.calls.observe = lambda rows, *_: computed.append(rows)
-    with running(App({"tiny": slot}), http=connection.Connection, proxy_headers=False) as url:
+    slot.current.pyfunc.service.batcher.executor.on_call = lambda rows, *_: computed.append(rows)
+    with running(Application({"tiny": slot}), http=connection.Connection, proxy_headers=False) as url:
 
         def ask(*rows: str) -> list[str]:
             answer = requests.post(f"{url}/invocations", json={"inputs": rows}, timeout=10)
@@ -338,7 +339,7 @@ def test_a_turn_too_full_for_a_deadline_is_refused(
     both: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routes = Routes()
-    app = App({"tiny": both.slot}, access=routes)
+    app = Application({"tiny": both.slot}, access=routes)
     monkeypatch.setattr(app.quick._turn, "takes_s", lambda answers: 0.05 * answers)
     answers: list[Answer | None] = []
     body = json.dumps({"inputs": ["red"]}).encode()
@@ -363,7 +364,7 @@ def test_a_turn_too_full_for_a_deadline_is_refused(
 def test_an_error_in_a_turn_stops_none_of_the_next(
     both: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = App({"tiny": both.slot})
+    app = Application({"tiny": both.slot})
     answers: list[Answer | None] = []
     body = json.dumps({"inputs": ["red"]}).encode()
 
@@ -384,7 +385,7 @@ def test_an_error_in_a_turn_stops_none_of_the_next(
 def test_who_may_not_score_learns_nothing_of_the_load(
     both: Both, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = App({"tiny": both.slot}, guard=Guard(scoring=(b"0123456789abcdef",)))
+    app = Application({"tiny": both.slot}, auth=TokenAuth(scoring=(b"0123456789abcdef",)))
     monkeypatch.setattr(app.quick._turn, "has_room", lambda *_: False)
     answers: list[Answer | None] = []
     known = {b"authorization": b"Bearer 0123456789abcdef"}
@@ -415,7 +416,7 @@ def test_each_refusal_is_told_once(both: Both, monkeypatch: pytest.MonkeyPatch) 
         def answered(self, *given: Any) -> None:
             told.append((given[4], given[2].status, b""))
 
-    app = App({"tiny": both.slot}, metrics=Counted(), spans=Kept())  # type: ignore[arg-type]
+    app = Application({"tiny": both.slot}, metrics=Counted(), spans=Kept())  # type: ignore[arg-type]
     monkeypatch.setattr(app.quick._turn, "has_room", lambda *_: False)
     body = b'{"inputs": ["red"]}'
 
@@ -431,7 +432,7 @@ def test_each_refusal_is_told_once(both: Both, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_connection_is_closed_when_it_has_rested_for_long_enough(both: Both) -> None:
-    app = App({"tiny": both.slot})
+    app = Application({"tiny": both.slot})
     settings: dict[str, Any] = {"http": connection.Connection, "proxy_headers": False}
     with running(app, timeout_keep_alive=1, **settings) as url:
         host, port = url.removeprefix("http://").split(":")

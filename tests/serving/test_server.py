@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import requests
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving import bounded
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
 
@@ -33,9 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[tuple[str, int]]:
-    slot = Slot("tiny", source(str(folder)))
+    slot = ServedModel("tiny", source(str(folder)))
     slot.open()
-    with running(App({"tiny": slot}), http=connection.Connection) as url:
+    with running(Application({"tiny": slot}), http=connection.Connection) as url:
         host, port = url.removeprefix("http://").split(":")
         yield host, int(port)
 

@@ -5,7 +5,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_serving import save_tiny, until
+from tiny.server import until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.serving.port import several_handles, take_port

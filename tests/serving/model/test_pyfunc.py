@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny_serving import predict as tiny_predict
-from tiny_serving import save_tiny, tiny_variant
+from tiny.serving import predict as tiny_predict
+from tiny.serving import save_tiny, tiny_variant
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.model.pyfunc import MODEL_CONFIG, Options, PyFunc
+from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, ServingOptions
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"
@@ -101,7 +102,7 @@ def test_a_single_text_is_a_row(model: PyFuncModel, body: Any) -> None:
     ],
     ids=lambda data: type(data).__name__,
 )
-def test_predict_takes_what_people_have_at_hand(model: PyFuncModel, data: Any) -> None:
+def test_predict_takes_lists_arrays_and_tables(model: PyFuncModel, data: Any) -> None:
     assert labels(model.predict(data)) == ["red", "blue"]
 
 
@@ -125,7 +126,7 @@ def test_top_k_out_of_range_is_refused(model: PyFuncModel, top_k: int) -> None:
 @pytest.mark.parametrize("top_k", ["2", 1.5, True, [1]])
 def test_top_k_of_a_wrong_type_is_refused(top_k: Any) -> None:
     with pytest.raises(MlflowException, match="'top_k' must be a whole number"):
-        PyFunc(tiny_variant()).predict(["red"], {"top_k": top_k})  # type: ignore[arg-type]
+        PtDeployPyFunc(tiny_variant()).predict(["red"], {"top_k": top_k})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +195,7 @@ def test_overload_is_429_and_a_missed_deadline_504(serving: None) -> None:
         return tiny_predict(inputs)
 
     object.__setattr__(variant, "predict", slow)
-    model = PyFunc(variant, {"queue_rows": 1, "deadline_ms": 150})  # type: ignore[arg-type]
+    model = PtDeployPyFunc(variant, {"queue_rows": 1, "deadline_ms": 150})  # type: ignore[arg-type]
     errors: list[MlflowException] = []
 
     def call(color: str) -> None:
@@ -217,7 +218,8 @@ def test_overload_is_429_and_a_missed_deadline_504(serving: None) -> None:
 
 
 def test_options_are_checked_by_name() -> None:
-    assert Options.from_config({}) == Options.from_config(MODEL_CONFIG) == Options()
+    defaults = ServingOptions()
+    assert ServingOptions.from_config({}) == ServingOptions.from_config(MODEL_CONFIG) == defaults
     for key, value in [
         ("max_batch_rows", 0),
         ("queue_rows", 1.5),
@@ -228,9 +230,9 @@ def test_options_are_checked_by_name() -> None:
         ("device", ""),
     ]:
         with pytest.raises(ServingError, match=f"model_config: {key} must be "):
-            Options.from_config({key: value})
+            ServingOptions.from_config({key: value})
     with pytest.raises(ServingError, match="model_config has no threads; it has max_batch_rows"):
-        Options.from_config({"threads": 1})
+        ServingOptions.from_config({"threads": 1})
 
 
 def test_the_tests_do_not_leak_the_serving_environment() -> None:

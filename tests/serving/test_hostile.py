@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
-from tiny_serving import running, save_tiny, until
+from tiny.server import running, until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
@@ -45,12 +46,12 @@ def server(
 ) -> Iterator[tuple[str, Count]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
-        slot = Slot("tiny", source(str(save_tiny(tmp_path_factory.mktemp("hostile") / "tiny"))))
+        slot = ServedModel("tiny", source(str(save_tiny(tmp_path_factory.mktemp("hostile") / "tiny"))))
         slot.open()
         assert slot.current
         slot.current.pyfunc.quick = request.param
         count = Count()
-        app = App({"tiny": slot}, access=count)
+        app = Application({"tiny": slot}, access=count)
         with running(app, http=connection.Connection, proxy_headers=False) as url:
             yield url, count
 

@@ -6,11 +6,8 @@ It is also an MLflow loader module, so that MLflow itself loads what `save_tiny`
 from __future__ import annotations
 
 import json
-import socket
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,9 @@ from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import Stages
 from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG
-from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc as PyFunc, signature
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
-WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
+WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan", "slow")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)
 WEIGHTS[2, 0] = WEIGHTS[3, 1] = WEIGHTS[4, 2] = 1.0
 
@@ -77,7 +74,7 @@ def tiny_images() -> TinyVariant:
     return TinyVariant(TinyManifest(), ImagePreprocessor(height=4, width=4), predict=colours)
 
 
-def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PyFunc:
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PtDeployPyFunc:
     habits = json.loads((Path(path) / "habits.json").read_text())
     time.sleep(habits.get("load_s", 0))
     if "refuse" in habits:
@@ -92,73 +89,36 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
             return predict(inputs)
 
         variant = replace(variant, predict=slow)
-    if "hang_s" in habits:
-        free = variant.predict
+    if "slow_s" in habits:
+        fast = variant.predict
 
-        def hangs(inputs: Inputs) -> Logits:
-            if (inputs["input_ids"] == WORDS.index("explode")).any():
-                time.sleep(habits["hang_s"])
-            return free(inputs)
+        def sometimes_slow(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == WORDS.index("slow")).any():
+                time.sleep(habits["slow_s"])
+            return fast(inputs)
 
-        variant = replace(variant, predict=hangs)
+        variant = replace(variant, predict=sometimes_slow)
     if "unsure_below" in habits:
         variant = replace(variant, predict=Stages(predict, predict, habits["unsure_below"]))
-    return PyFunc(variant, model_config)  # type: ignore[arg-type]
+    return PtDeployPyFunc(variant, model_config)  # type: ignore[arg-type]
 
 
 def save_tiny(folder: Path, **habits: Any) -> Path:
     """Write an MLmodel that loads the tiny model.
 
-    Habits: `images` to look at colours, `label` for red, `load_s` and `predict_s` to take their
-    time, `hang_s` to stand still where others explode, `refuse` to fail to load, `unsure_below` to
-    be a cascade of the model and itself.
+    Args:
+        folder: Must not exist.
+        **habits: `images`: classify colours of images; `label`: name of the class red; `load_s`,
+            `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch with
+            the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`: be a
+            cascade of the model and itself.
     """
     from mlflow import pyfunc
     from mlflow.models import Model
 
     folder.mkdir()
     model = Model(signature=signature())
-    pyfunc.add_to_model(model, loader_module="tiny_serving", model_config=MODEL_CONFIG)
+    pyfunc.add_to_model(model, loader_module="tiny.serving", model_config=MODEL_CONFIG)
     model.save(str(folder / "MLmodel"))
     (folder / "habits.json").write_text(json.dumps(habits))
     return folder
-
-
-@contextmanager
-def running(app: Any, **settings: Any) -> Iterator[str]:
-    """An application on a free port, with the front that `pt-deploy serve` has; its address."""
-    import uvicorn
-
-    from mlflow_pt_deploy.serving.front import open_front
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            if getattr(app, "quick", None) is not None:
-                app.front = open_front(app.quick, lambda: self.server_state.default_headers)
-            await super().startup(sockets)
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().shutdown(sockets)
-            if getattr(app, "front", None) is not None:
-                app.front.close()
-
-    server = Server(uvicorn.Config(app, port=0, log_level="error", **settings))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-
-
-def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
-        time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""The loop for MLflow's own server: requests beyond asyncio's few threads meet in a batch."""
+"""The event loop for MLflow's own server: more threads, so that more requests form a batch."""
 
 import sys
 from collections.abc import Iterator
@@ -9,7 +9,8 @@ import mlflow
 import pytest
 import requests
 from mlflow.pyfunc import scoring_server
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.serving.uvicorn_loop import SWITCH_S, THREADS
 
@@ -25,14 +26,14 @@ def switching() -> Iterator[None]:
 
 @pytest.mark.usefixtures("switching")
 @pytest.mark.parametrize("lifted", [True, False])
-def test_many_requests_meet_in_a_batch_of_mlflows_server(
+def test_many_requests_form_a_batch_in_mlflows_server(
     lifted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
     monkeypatch.setattr("os.cpu_count", lambda: 2)  # asyncio then has six threads
     model = mlflow.pyfunc.load_model(str(save_tiny(tmp_path / "slow", predict_s=0.2)))
     batches: list[int] = []
-    model._model_impl.batcher.calls.observe = lambda rows, *_: batches.append(rows)
+    model._model_impl.service.batcher.executor.on_call = lambda rows, *_: batches.append(rows)
     settings = {"loop": "mlflow_pt_deploy.serving.uvicorn_loop:new_loop"} if lifted else {}
     with (
         running(scoring_server.init(model), **settings) as url,

@@ -172,8 +172,8 @@ def test_padding_is_shared_where_a_call_costs_more(
     under = batcher(model)
     first = hold(model, under, pool)
     for tokens in (5, 20, 50, 5, 20, 50):  # 0.1 ms a token, as seen of late
-        under.calls._token_cost.saw(tokens, call_s + 1e-4 * tokens)
-    monkeypatch.setattr(under.calls._token_cost, "saw", lambda *_: None)  # nor the one that is held
+        under.executor._token_cost.saw(tokens, call_s + 1e-4 * tokens)
+    monkeypatch.setattr(under.executor._token_cost, "saw", lambda *_: None)  # nor the one that is held
     others = queue(under, pool, [[[2] * 9], [[3] * 5]])
     model.gate.set()
     wait([first, *others])
@@ -331,7 +331,7 @@ def test_a_callers_own_deadline_counts_where_it_is_earlier(
 def test_each_call_of_the_model_is_told(model: GatedModel) -> None:
     under = batcher(model)
     told: list[tuple[int, int, int, float]] = []
-    under.calls.observe = lambda *numbers: told.append(numbers)
+    under.executor.on_call = lambda *numbers: told.append(numbers)
     under.submit([[5] * 3, [6], [7] * 2])
     assert [numbers[:3] for numbers in told] == [(3, 6, 9)]
     assert 0 < told[0][3] < 1
@@ -426,7 +426,7 @@ def test_who_came_while_rows_were_computed_at_once_is_next(
 def test_where_padding_costs_nothing_lengths_do_not_matter(model: GatedModel) -> None:
     told: list[tuple[int, int, int]] = []
     under = Batcher(model.predict, model.collate, Limits(max_batch_tokens=1000), pads=False)
-    under.calls.observe = lambda rows, tokens, padded, _: told.append((rows, tokens, padded))
+    under.executor.on_call = lambda rows, tokens, padded, _: told.append((rows, tokens, padded))
     under.submit([[1], [2] * 300, [3] * 200])
     under.submit([[1] * 600, [2] * 600])
     assert told == [(3, 501, 501), (1, 600, 600), (1, 600, 600)]
@@ -526,7 +526,7 @@ def test_a_full_queue_refuses_there_too(model: GatedModel) -> None:
 def test_who_would_come_too_late_is_refused_at_once(model: GatedModel) -> None:
     under, told = batcher(model, deadline_ms=1400), Told()
     for rows in (1, 2, 3):  # 0.2 s a row, as seen of late
-        under.calls._cost.saw(rows, 0.2 * rows)
+        under.executor._cost.saw(rows, 0.2 * rows)
     model.gate.clear()
     under.start([[1]], told)
     until(lambda: len(model.batches) == 1)
@@ -544,7 +544,7 @@ def test_spare_rows_are_those_before_it_is_crowded(model: GatedModel) -> None:
     ours = batcher(model)
     assert ours.spare_rows(0.1) == float("inf")
     for rows in (1, 4, 16, 1, 4, 16):
-        ours.calls._cost.saw(rows, 1e-3 + rows * 1e-3)
+        ours.executor._cost.saw(rows, 1e-3 + rows * 1e-3)
     spare = int(ours.spare_rows(0.15))  # a third of it: 50 ms
     assert 40 <= spare <= 50
     ours._queue.rows = spare
@@ -664,10 +664,10 @@ def test_all_threads_are_for_a_row_that_comes_alone(
     both.append(pool.submit(under.submit, [[2]]))
     until(lambda: len(asked) == 2)
     assert asked == ["whole", "single"]
-    assert under.calls.running_s > 0
+    assert under.executor.running_s > 0
     model.gate.set()
     wait(both)
-    assert under.calls.running_s == 0
+    assert under.executor.running_s == 0
 
 
 def test_a_row_is_joined_in_whichever_batch_it_is(
@@ -770,7 +770,7 @@ def test_who_is_left_behind_without_a_thread_goes_with_the_next(
 def test_two_threads_halve_the_wait(model: GatedModel) -> None:
     under = batcher(model)
     for rows in (1, 4, 16, 1, 4, 16):
-        under.calls._cost.saw(rows, rows * 1e-3)
+        under.executor._cost.saw(rows, rows * 1e-3)
     under._queue.rows = 40
     before_s = under.wait_s
     assert under.spare_rows(0.6) == pytest.approx(200 - 40, rel=0.05), "a third of it"

@@ -16,13 +16,14 @@ import mlflow
 import pytest
 import requests
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny_serving import running, save_tiny, until
+from tiny.server import running, until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.registry.addresses import Address, source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
 SECRET = "zanzibar"
 JSON = {"Content-Type": "application/json"}
@@ -43,9 +44,9 @@ def model(folder: Path) -> Iterator[PyFuncModel]:
 
 @pytest.fixture(scope="module")
 def ours(model: PyFuncModel) -> Iterator[str]:
-    slot = Slot("tiny", source("tiny"))
-    slot.current = Version(model, Address("tiny"))
-    with running(App({"tiny": slot}, max_body_bytes=LIMIT)) as url:
+    slot = ServedModel("tiny", source("tiny"))
+    slot.current = LoadedModel(model, ResolvedVersion("tiny"))
+    with running(Application({"tiny": slot}, max_body_bytes=LIMIT)) as url:
         yield url
 
 
@@ -166,9 +167,9 @@ def test_probes_answer(ours: str, path: str) -> None:
 
 
 def test_a_model_that_hangs_is_told_of(tmp_path: Path) -> None:
-    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.005, hang_s=1.5))))
+    slot = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.005, hang_s=1.5))))
     slot.open()
-    with running(App({"tiny": slot}, hang_s=0.5)) as url, ThreadPoolExecutor(1) as pool:
+    with running(Application({"tiny": slot}, hang_s=0.5)) as url, ThreadPoolExecutor(1) as pool:
         for path in ("/livez", "/readyz", "/ping"):
             assert requests.get(url + path, timeout=5).status_code == 200
         stuck = pool.submit(post, url, {"inputs": ["explode"]})
@@ -230,7 +231,7 @@ def test_a_model_of_another_flavor_is_refused(model: PyFuncModel) -> None:
             return data
 
     with pytest.raises(ModelError, match="mlflow models serve"):
-        Version(PyFuncModel(model.metadata, Other()), Address("other"))
+        LoadedModel(PyFuncModel(model.metadata, Other()), ResolvedVersion("other"))
 
 
 def test_serve_says_where_it_listens_and_stops_when_told(folder: Path) -> None:
