@@ -170,7 +170,7 @@ def test_connections_over_the_limit_wait_and_are_served(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "tiny")
     words = ["--replicas", "1", "--max-connections", "8", "--keep-alive-s", "1"]
     with started(tmp_path / "scratch", str(model), *words) as served, ExitStack() as stack:
-        for _ in range(24):
+        for _ in range(12):
             stack.enter_context(Client(served.url))
         answer = requests.post(f"{served.url}/invocations", json={"inputs": ["red"]}, timeout=60)
         assert answer.status_code in (200, 503)

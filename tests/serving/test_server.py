@@ -1,134 +1,149 @@
-"""The server as a process or on raw sockets: TLS, limits on connections, its end."""
+"""``pt-deploy serve`` as a process: TLS, start, shutdown, and what it leaves behind."""
 
 import datetime
 import ipaddress
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import requests
-from tiny.server import running
+from tiny.server import START_S, Client, Served, started, until
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving import bounded
-from mlflow_pt_deploy.serving.app import Application
-from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
-
-connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
+ONE = ("--replicas", "1")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("server") / "tiny", predict_s=0.5)
+    return save_tiny(tmp_path_factory.mktemp("server") / "tiny", predict_s=0.002, slow_s=1)
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[tuple[str, int]]:
-    slot = ServedModel("tiny", source(str(folder)))
-    slot.open()
-    with running(Application({"tiny": slot}), http=connection.Connection) as url:
-        host, port = url.removeprefix("http://").split(":")
-        yield host, int(port)
+def score(url: str, text: str = "red", **options: object) -> requests.Response:
+    body = {"inputs": [text]}
+    return requests.post(f"{url}/invocations", json=body, timeout=30, **options)  # type: ignore[arg-type]
 
 
-@contextmanager
-def started(*words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """``pt-deploy serve`` as a process, and where it listens."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    with subprocess.Popen(
-        [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", *words, "--port", "0"],
-        env=os.environ | {"PYTHONPATH": path + os.pathsep + os.environ.get("PYTHONPATH", "")},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()
-            found = re.match(r"tiny-numpy-fp32 on (https?://127.0.0.1:\d+) ", line)
-            assert found, line
-            yield process, found[1]
-        finally:
-            process.kill()
+def ends(served: Served, number: signal.Signals = signal.SIGTERM) -> int:
+    """The exit status after a signal."""
+    served.process.send_signal(number)
+    return served.process.wait(START_S)
 
 
-def test_a_long_head_is_refused(address: tuple[str, int]) -> None:
-    with socket.create_connection(address) as client:
-        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Big: ")
-        with pytest.raises(OSError):  # it closes while we still send
-            for _ in range(10_000):
-                client.sendall(b"a" * 4096)
-    with socket.create_connection(address) as client:
-        client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Big: " + b"a" * 70_000)
-        assert b"400 Bad Request" in client.recv(4096)
-
-
-def test_a_head_that_does_not_come_ends_the_connection(
-    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bounded, "HEAD_S", 0.1)
-    for head in (b"", b"GET /livez HTTP/1.1\r\nHo"):
-        with socket.create_connection(address, timeout=5) as client:
-            client.sendall(head)
-            with suppress(ConnectionResetError):
-                assert client.recv(100) == b""
-    with socket.create_connection(address, timeout=5) as client:
-        for _ in range(3):
-            client.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert client.recv(4096).startswith(b"HTTP/1.1 200")
-            time.sleep(0.15)
+def in_flight(url: str) -> bool:
+    """Whether a request is being answered."""
+    text = requests.get(f"{url}/metrics", timeout=10).text
+    return any(float(n) for n in re.findall(r"^pt_deploy_in_flight\{.*\} (\S+)$", text, re.M))
 
 
 def test_a_life_behind_tls(folder: Path, tmp_path: Path) -> None:
     cert, key = _certificate(tmp_path)
     other = save_tiny(tmp_path / "other", label="crimson")
-    words = (str(folder), f"second={other}", "-C", "max_batch_rows=4", "--access-log")
+    words = (str(folder), f"second={other}", "-C", "max_batch_rows=4", *ONE)
     tls = ("--tls-cert", str(cert), "--tls-key", str(key))
-    with started(*words, *tls) as (process, url), requests.Session() as session:
+    scratch = tmp_path / "scratch"
+    with started(scratch, *words, *tls, models=2) as served, requests.Session() as session:
+        url = served.url
         assert url.startswith("https://")
         session.trust_env, session.verify = False, str(cert)
         with pytest.raises(requests.ConnectionError):
             requests.get(url.replace("https", "http"), timeout=5)
-        _check_models_and_options_by_name(session, url)
-        _check_that_it_ends_what_it_began_and_exits_with_0(process, session, url)
-        assert process.stdout
-        line = process.stdout.read()
+        labels = {}
+        for path in ("/invocations", "/models/tiny/invocations", "/models/second/invocations"):
+            answer = session.post(url + path, json={"inputs": ["red"]}, timeout=10)
+            labels[path] = answer.json()["predictions"][0]["label"]
+        assert list(labels.values()) == ["red", "red", "crimson"]
+        models = session.get(f"{url}/models", timeout=5).json()
+        assert [model["model"] for model in models] == ["tiny", "second"]
+        assert models[1]["model_config"] == {"max_batch_rows": 4}
+        assert ends(served) == 0
+    line = served.banner
     assert re.search(r"/models/tiny: tiny-numpy-fp32, version 0{12}; cpu, \d+ threads a call", line)
-    assert re.search(r"^  (1|\d replicas, each a) process for \d+ core", line, re.M)
+    assert re.search(r"^  1 process for \d+ core", line, re.M)
     assert "batches up to 4 rows and 2048 tokens, queue of 1024 rows, deadline 10000 ms" in line
+    assert list(scratch.iterdir()) == []
 
 
-def _check_models_and_options_by_name(session: requests.Session, url: str) -> None:
-    label = {}
-    for path in ("/invocations", "/models/tiny/invocations", "/models/second/invocations"):
-        answer = session.post(url + path, json={"inputs": ["red"]}, timeout=10)
-        label[path] = answer.json()["predictions"][0]["label"]
-    assert list(label.values()) == ["red", "red", "crimson"]
-    models = session.get(f"{url}/models", timeout=5).json()
-    assert [model["model"] for model in models] == ["tiny", "second"]
-    assert models[1]["model_config"] == {"max_batch_rows": 4}
+def test_sigterm_drains_first_and_finishes_requests(folder: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    words = (str(folder), *ONE, "--drain-s", "2")
+    with started(scratch, *words) as served, ThreadPoolExecutor(1) as pool:
+        assert requests.get(f"{served.url}/readyz", timeout=10).status_code == 200
+        served.process.send_signal(signal.SIGTERM)
+
+        def draining() -> bool:
+            return requests.get(f"{served.url}/readyz", timeout=10).json() == {"status": "draining"}
+
+        until(draining)
+        assert score(served.url).status_code == 200, "the port is still open"
+        assert requests.get(f"{served.url}/livez", timeout=10).status_code == 200
+        last = pool.submit(score, served.url, "slow")
+        assert served.process.wait(START_S) == 0
+        assert last.result().status_code == 200
+    assert list(scratch.iterdir()) == []
 
 
-def _check_that_it_ends_what_it_began_and_exits_with_0(
-    process: subprocess.Popen[str], session: requests.Session, url: str
+def test_a_second_signal_ends_the_drain(folder: Path, tmp_path: Path) -> None:
+    with started(tmp_path / "scratch", str(folder), *ONE, "--drain-s", "600") as served:
+        served.process.send_signal(signal.SIGTERM)
+        until(lambda: requests.get(f"{served.url}/readyz", timeout=10).status_code == 503)
+        assert ends(served, signal.SIGINT) == 0
+
+
+def test_open_connections_do_not_keep_the_server(folder: Path, tmp_path: Path) -> None:
+    whole = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    with started(tmp_path / "scratch", str(folder), *ONE, "--grace-s", "1") as served:
+        with Client(served.url) as idle, Client(served.url) as half, Client(served.url) as silent:
+            assert idle.ask(whole).status == 200
+            half.send(whole[:20])
+            assert ends(served) == 0
+            for client in (idle, half, silent):
+                assert client.is_closed()
+
+
+def test_a_killed_server_leaves_no_process_and_the_next_removes_its_files(
+    folder: Path, tmp_path: Path
 ) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        in_flight = pool.submit(
-            session.post, f"{url}/invocations", json={"inputs": ["red"]}, timeout=10
-        )
-        time.sleep(0.25)
-        process.send_signal(signal.SIGTERM)
-        assert in_flight.result().status_code == 200
-        assert process.wait(10) == 0
+    scratch = tmp_path / "scratch"
+    with started(scratch, str(folder), *ONE) as served:
+        pid = requests.get(f"{served.url}/model", timeout=10).json()["replicas"][0]["pid"]
+        served.process.kill()
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    assert [path.name for path in scratch.iterdir()] == [f"{left.name}" for left in runs(scratch)]
+    (left,) = runs(scratch)
+    with started(scratch, str(folder), *ONE) as served:
+        (run,) = runs(scratch)
+        assert run != left
+        assert ends(served) == 0
+    assert list(scratch.iterdir()) == []
+
+
+def runs(scratch: Path) -> list[Path]:
+    """The run directories there."""
+    return list(scratch.glob("pt-deploy-run-*"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: save_tiny(path, refuse="this one is damaged"), "this one is damaged"),
+        (lambda path: path / "nowhere", "the model cannot be fetched or opened: .*nowhere"),
+    ],
+    ids=["rejected", "missing"],
+)
+def test_a_first_model_that_cannot_serve_ends_the_server(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    model = make(tmp_path / "tiny")
+    with (
+        pytest.raises(AssertionError, match=f"pt-deploy serve: {message}") as info,
+        started(tmp_path / "scratch", str(model), *ONE),
+    ):
+        pass
+    assert "Traceback" not in str(info.value)
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(
