@@ -57,9 +57,9 @@ def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path)
     program = rates.build_generator(tmp_path)
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text('{"inputs": ["red"]}\n{"inputs": [7]}\n')
-    slot = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
-    slot.open()
-    with running(Application({"tiny": slot})) as url:
+    model = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
+    model.open()
+    with running(Application({"tiny": model})) as url:
         seen = fire(program, url, bodies, 40)
     assert seen["errors"] == 0
     assert sum(seen["statuses"].values()) == seen["sent"]

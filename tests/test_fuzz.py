@@ -60,11 +60,11 @@ def test_rounds_go_on_until_enough_was_sent(
 
 @pytest.mark.parametrize("label", ["red", "wrong"])
 def test_the_server_must_be_right_afterwards(tmp_path: Path, label: str) -> None:
-    slots = {}
+    models = {}
     for name in ("quick", "slow"):
-        slots[name] = ServedModel(name, source(str(save_tiny(tmp_path / name, label=label))))
-        slots[name].open()
-    with running(Application(slots)) as url:
+        models[name] = ServedModel(name, source(str(save_tiny(tmp_path / name, label=label))))
+        models[name].open()
+    with running(Application(models)) as url:
         faults = fuzz.after(url)
     assert [fault.split(" with ")[0] for fault in faults] == (
         [] if label == "red" else ["/invocations answers red"]

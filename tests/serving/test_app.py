@@ -165,7 +165,9 @@ def test_probes_answer(ours: str, path: str) -> None:
 
 
 def test_probes_fail_while_a_model_hangs(tmp_path: Path) -> None:
-    model = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.005, slow_s=3))))
+    model = ServedModel(
+        "tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.005, slow_s=3)))
+    )
     model.open()
     with running(Application({"tiny": model}, hang_s=0.5)) as url, ThreadPoolExecutor(1) as pool:
         for path in ("/livez", "/readyz", "/ping"):

@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import requests
@@ -57,7 +56,12 @@ def test_pipelined_requests_are_answered_in_order(client: Client, size: int) -> 
         client.send(sent[at : at + size])
     answers = [client.read() for _ in words]
     assert [each.status for each in answers] == [200, 500, 200, 200, 200]
-    assert [label(each) for each in answers if each.status == 200] == ["red", "blue", "green", "red"]
+    assert [label(each) for each in answers if each.status == 200] == [
+        "red",
+        "blue",
+        "green",
+        "red",
+    ]
     assert client.read().status == 200
     assert client.is_closed()
 
@@ -122,7 +126,8 @@ def test_expect_100_continue(client: Client) -> None:
         JSON_HEAD + b"X-Long: " + b"a" * 6000 + b"\r\n",
         JSON_HEAD + b"".join(b"X-%d: y\r\n" % number for number in range(60)),
         JSON_HEAD + b"X-Odd: \xc3\xa9\xff\r\n",
-        JSON_HEAD + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\n",
+        JSON_HEAD
+        + b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\n",
         JSON_HEAD + b"Upgrade: websocket\r\nConnection: Upgrade\r\n",
     ],
     ids=range(13),
@@ -134,7 +139,15 @@ def test_odd_but_legal_requests_are_answered(client: Client, head: bytes) -> Non
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_with_http2_gets_its_answer(server: Served) -> None:
-    command = ["curl", "-sS", "--http2", "-H", "Content-Type: application/json", "-d", BODY.decode()]
+    command = [
+        "curl",
+        "-sS",
+        "--http2",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        BODY.decode(),
+    ]
     done = subprocess.run(
         [*command, f"{server.url}/invocations"], capture_output=True, check=False, timeout=30
     )

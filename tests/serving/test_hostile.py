@@ -95,7 +95,7 @@ def parquet(column: pa.Array) -> bytes:
 
 @pytest.mark.parametrize(
     "dripped",
-    [b"", WHOLE[:40], WHOLE[:-len(BODY) - 2], b"\r\n", b"P"],
+    [b"", WHOLE[:40], WHOLE[: -len(BODY) - 2], b"\r\n", b"P"],
     ids=["silent", "half a head", "no end of the head", "CRLF", "one byte"],
 )
 @pytest.mark.parametrize("answered", [False, True], ids=["new", "after a request"])
@@ -224,8 +224,11 @@ def test_a_huge_body_is_refused_without_being_read(server: Served) -> None:
         (b'{"inputs": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "application/json", 400),
         (b'{"inputs":' * 50_000, "application/json", 400),
         (json.dumps({"inputs": ["red"] * 40_000}).encode(), "application/json", 400),
-        (json.dumps({"dataframe_records": [{str(n): 1} for n in range(20_000)]}).encode(),
-         "application/json", 400),
+        (
+            json.dumps({"dataframe_records": [{str(n): 1} for n in range(20_000)]}).encode(),
+            "application/json",
+            400,
+        ),
         (b'{"inputs": ["red"]}', "application/xml", 415),
         (b'{"inputs": ["red"]}', "multipart/form-data; boundary=x", 415),
         (rb'{"inputs": ["\ud800 red"]}', "application/json", 200),

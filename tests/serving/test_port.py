@@ -29,9 +29,9 @@ def test_a_port_that_is_taken_is_refused_in_words() -> None:
 def test_a_second_server_does_not_share_the_port_of_the_first() -> None:
     (held,) = hold_port("127.0.0.1", 0)
     port = held.getsockname()[1]
-    with held, shared_listener(port):
-        with pytest.raises(ServingError, match=f"port {port}: .*another --port"):
-            hold_port("127.0.0.1", port)
+    message = f"port {port}: .*another --port"
+    with held, shared_listener(port), pytest.raises(ServingError, match=message):
+        hold_port("127.0.0.1", port)
 
 
 def test_workers_listen_at_a_port_that_is_held() -> None:

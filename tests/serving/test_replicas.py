@@ -82,7 +82,9 @@ def retried(call: Callable[[str], requests.Response], url: str) -> requests.Resp
 
 
 def model(url: str) -> dict[str, Any]:
-    found: dict[str, Any] = retried(lambda url: requests.get(f"{url}/model", timeout=10), url).json()
+    found: dict[str, Any] = retried(
+        lambda url: requests.get(f"{url}/model", timeout=10), url
+    ).json()
     return found
 
 

@@ -96,10 +96,11 @@ def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> 
     ):
         try:
             assert process.stdout
-            banner = [process.stdout.readline() for _ in range(2 + models)]
-            found = re.match(r"\S+ on (https?://\S+) ", banner[0])
-            assert found, log_path.read_text()
-            yield Served(process, found[1], "".join(banner), scratch, log_path)
+            first = process.stdout.readline()
+            found = re.match(r"\S+ on (https?://\S+) ", first)
+            assert found, first + log_path.read_text()
+            banner = "".join([first, *(process.stdout.readline() for _ in range(1 + models))])
+            yield Served(process, found[1], banner, scratch, log_path)
         finally:
             process.kill()
 
@@ -157,7 +158,9 @@ class Client:
         if not line:
             raise EOFError
         lines = [each.decode("latin1").strip() for each in iter(self._stream.readline, b"\r\n")]
-        headers = {name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+        headers = {
+            name.lower(): value.strip() for name, _, value in (x.partition(":") for x in lines)
+        }
         size = 0 if head_only else int(headers.get("content-length", 0))
         return RawResponse(int(line.split()[1]), headers, self._stream.read(size))
 

@@ -109,9 +109,9 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
     Args:
         folder: Must not exist.
         **habits: `images`: classify colours of images; `label`: name of the class red; `load_s`,
-            `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch with
-            the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`: be a
-            cascade of the model and itself.
+            `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch
+            with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
+            be a cascade of the model and itself.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

@@ -172,7 +172,9 @@ def test_padding_is_accepted_where_a_call_costs_more(
     first = hold(model, batcher, pool)
     for tokens in (5, 20, 50, 5, 20, 50):  # 0.1 ms a token, observed before
         batcher.executor._token_latency.observe(tokens, call_s + 1e-4 * tokens)
-    monkeypatch.setattr(batcher.executor._token_latency, "observe", lambda *_: None)  # nor the one that is held
+    monkeypatch.setattr(
+        batcher.executor._token_latency, "observe", lambda *_: None
+    )  # nor the one that is held
     others = queue(batcher, pool, [[[2] * 9], [[3] * 5]])
     model.gate.set()
     wait([first, *others])
@@ -206,7 +208,9 @@ def test_a_full_queue_rejects_and_recovers(model: GatedModel, pool: ThreadPoolEx
     batcher = new_batcher(model, queue_rows=3)
     first = hold(model, batcher, pool)
     waiting = queue(batcher, pool, [[[2], [3]]])
-    with pytest.raises(OverloadedError, match=r"holds 2 rows and 2 more do not fit \(queue_rows is 3\)"):
+    with pytest.raises(
+        OverloadedError, match=r"holds 2 rows and 2 more do not fit \(queue_rows is 3\)"
+    ):
         batcher.submit([[4], [5]])
     model.gate.set()
     wait([first, *waiting])
@@ -247,9 +251,7 @@ def test_one_bad_row_fails_alone(model: GatedModel, pool: ThreadPoolExecutor) ->
 
 
 @pytest.mark.parametrize(("bad", "calls"), [(1, 9), (16, 31)])
-def test_bisection_takes_a_bounded_number_of_calls(
-    model: GatedModel, bad: int, calls: int
-) -> None:
+def test_bisection_takes_a_bounded_number_of_calls(model: GatedModel, bad: int, calls: int) -> None:
     rows = [[n] for n in range(1, 17 - bad)] + [[BAD]] * bad
     with pytest.raises(ValueError, match="bad row"):
         new_batcher(model).submit(rows)
@@ -386,7 +388,9 @@ def test_no_request_is_lost_or_mixed_up_under_load(
     until(lambda: not batcher.concurrency.busy)
 
 
-def test_rows_are_computed_inline_if_the_model_is_idle(model: GatedModel, pool: ThreadPoolExecutor) -> None:
+def test_rows_are_computed_inline_if_the_model_is_idle(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
     batcher = new_batcher(model, max_batch_rows=3)
     rows = [[7], [8, 8], [7]]
     answers = batcher.try_run_inline(rows, dedup_keys=["a", "b", "a"])
@@ -500,7 +504,9 @@ def test_an_equal_row_is_reported_to_every_request(model: GatedModel) -> None:
     assert len(model.batches) == 1
 
 
-def test_queued_rows_of_disconnected_clients_are_dropped_without_blocking(model: GatedModel) -> None:
+def test_queued_rows_of_disconnected_clients_are_dropped_without_blocking(
+    model: GatedModel,
+) -> None:
     batcher, done, gone = new_batcher(model), Done(), RequestContext()
     model.gate.clear()
     batcher.submit_nowait([[1]], done)

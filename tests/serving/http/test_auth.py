@@ -14,9 +14,9 @@ from mlflow_pt_deploy.serving.api import serve
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.http.auth import (
     TokenAuth,
-    require_auth_unless_loopback,
     auth_from_environment,
     is_loopback,
+    require_auth_unless_loopback,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
@@ -47,7 +47,9 @@ def score(url: str, token: str | None, path: str = "/invocations") -> requests.R
     [None, "", SCORE, f"Basic {SCORE}", f"Bearer {ADMIN}", f"Bearer {SCORE}x", "Bearer", "Bearer "],
 )
 @pytest.mark.parametrize("path", ["/invocations", "/models/tiny/invocations"])
-def test_without_a_scoring_token_a_request_is_401(guarded: str, token: str | None, path: str) -> None:
+def test_without_a_scoring_token_a_request_is_401(
+    guarded: str, token: str | None, path: str
+) -> None:
     answer = score(guarded, token, path)
     assert answer.status_code == 401
     assert answer.headers["WWW-Authenticate"] == "Bearer"

@@ -23,7 +23,9 @@ from mlflow_pt_deploy.serving.lifecycle.eviction import (
         (MemoryBudget(max_models=1, max_memory_mb=500), 2, 9000, "max_models is 1"),
     ],
 )
-def test_excess_over_the_budget(budget: MemoryBudget, models: int, resident_mb: float, why: str) -> None:
+def test_excess_over_the_budget(
+    budget: MemoryBudget, models: int, resident_mb: float, why: str
+) -> None:
     assert budget.excess(models, resident_mb) == why
 
 

@@ -36,7 +36,9 @@ def no_residency(monkeypatch: pytest.MonkeyPatch) -> None:
 def models_of(folder: Path, *names: str, metrics: Any = None, **habits: Any) -> list[ServedModel]:
     """A model for each name, whose label for red is its name."""
     return [
-        ServedModel(name, source(str(save_tiny(folder / name, label=name, **habits))), metrics=metrics)
+        ServedModel(
+            name, source(str(save_tiny(folder / name, label=name, **habits))), metrics=metrics
+        )
         for name in names
     ]
 
@@ -70,7 +72,9 @@ def label(url: str, name: str) -> str:
     return str(ask(url, name).json()["predictions"][0]["label"])
 
 
-def test_the_least_recently_used_model_is_evicted_and_loaded_on_demand(tmp_path: Path, no_residency: None) -> None:
+def test_the_least_recently_used_model_is_evicted_and_loaded_on_demand(
+    tmp_path: Path, no_residency: None
+) -> None:
     models = a, b, c = models_of(tmp_path, "a", "b", "c")
     with serving(models, MemoryBudget(max_models=2)) as url:
         assert a.current and b.current and not c.current
@@ -107,7 +111,9 @@ def test_two_models_in_turns_do_not_evict_each_other_at_once(
 def test_memory_above_its_limit_evicts_all_but_one(tmp_path: Path, no_residency: None) -> None:
     models = a, b, _ = models_of(tmp_path, "a", "b", "c")
     used = 100.0
-    cache = ModelCache(models, MemoryBudget(max_memory_mb=350), lambda: used * sum(map(bool, loaded(models))))
+    cache = ModelCache(
+        models, MemoryBudget(max_memory_mb=350), lambda: used * sum(map(bool, loaded(models)))
+    )
     cache.open()
     assert loaded(models) == [True, True, True]
     b.acquire()
@@ -146,7 +152,9 @@ def test_memory_is_read_only_if_it_has_a_limit(tmp_path: Path) -> None:
 
 def test_at_the_start_the_first_models_are_loaded(tmp_path: Path) -> None:
     models = models_of(tmp_path, "a", "b", "c")
-    cache = ModelCache(models, MemoryBudget(max_memory_mb=150), lambda: 100.0 * sum(map(bool, loaded(models))))
+    cache = ModelCache(
+        models, MemoryBudget(max_memory_mb=150), lambda: 100.0 * sum(map(bool, loaded(models)))
+    )
     cache.open()
     assert loaded(models) == [True, False, False]
     assert models[2].unloaded and "200 MB were resident" in models[2].unloaded.reason
@@ -163,9 +171,7 @@ def test_requests_in_flight_are_answered_by_an_unloaded_model(tmp_path: Path) ->
     with serving([model], MemoryBudget()) as url, ThreadPoolExecutor(1) as pool:
         version = weakref.ref(model.current)
         in_flight = pool.submit(ask, url, "slow", "slow red")
-        batcher = model.current.pyfunc.service.batcher
-        until(lambda: batcher.executor.running_s)
-        del batcher
+        until(lambda: model.current.pyfunc.service.batcher.executor.running_s)
         gone = model.unload("for the test")
         assert gone() is version() is not None
         assert in_flight.result().json()["predictions"][0]["label"] == "slow"

@@ -22,8 +22,8 @@ from tiny.serving import save_tiny
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.registry.addresses import (
     DIGEST_TAG,
-    ResolvedVersion,
     ModelSpec,
+    ResolvedVersion,
     ServedVersion,
     resolve,
     source,
@@ -139,9 +139,7 @@ def test_requests_in_flight_end_on_the_old_version_which_is_then_freed(
         until(lambda: model.current)
         old = weakref.ref(model.current)
         in_flight = pool.submit(ask, url, text="slow red")
-        batcher = model.current.pyfunc.service.batcher
-        until(lambda: batcher.executor.running_s)
-        del batcher
+        until(lambda: model.current.pyfunc.service.batcher.executor.running_s)
         registry.promote("1")
         until(lambda: model.current.label == "1")
         assert version(url) == "1"

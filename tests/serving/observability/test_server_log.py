@@ -45,7 +45,9 @@ def logged() -> Iterator[tuple[logging.Logger, StringIO]]:
 def test_a_text_line_has_time_level_fields_and_message() -> None:
     line = Formatter("text", replica=1).format(record("it was loaded", ms=1.5, error=None))
     assert re.fullmatch(rf"{TIME} INFO replica=1 ms=1.5 it was loaded", line)
-    assert re.fullmatch(rf"{TIME} INFO it was loaded", Formatter("text").format(record("it was loaded")))
+    assert re.fullmatch(
+        rf"{TIME} INFO it was loaded", Formatter("text").format(record("it was loaded"))
+    )
 
 
 def test_a_json_line_is_one_object_in_one_line() -> None:

@@ -16,7 +16,11 @@ from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
-from mlflow_pt_deploy.serving.observability.tracing import ENDPOINTS, RequestTracer, tracer_from_environment
+from mlflow_pt_deploy.serving.observability.tracing import (
+    ENDPOINTS,
+    RequestTracer,
+    tracer_from_environment,
+)
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
