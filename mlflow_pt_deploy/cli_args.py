@@ -100,6 +100,9 @@ SERVE = {
     ),
     "--max-models": (int, 0, "most models in memory, others load when asked for; 0: no limit"),
     "--max-memory-mb": (float, 0.0, "resident memory above which models go; 0: no limit"),
+    "--keep-alive-s": (float, 75.0, "close an idle connection, or one without complete headers"),
+    "--drain-s": (float, 0.0, "on SIGTERM: seconds between /readyz failing and the port closing"),
+    "--log-format": (str, "text", "text, or json: a line of JSON for each message"),
     "--tls-cert": (str, "", "PEM file with the certificate: serve HTTPS"),
     "--tls-key": (str, "", "PEM file with its key"),
 }

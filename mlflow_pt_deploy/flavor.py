@@ -56,8 +56,8 @@ from mlflow_pt_deploy.registry.mlmodel import (
     read_mlmodel,
 )
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
-from mlflow_pt_deploy.serving.model.options import Options
-from mlflow_pt_deploy.serving.model.pyfunc import PyFunc, signature
+from mlflow_pt_deploy.serving.model.options import ServingOptions
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 from mlflow_pt_deploy.system.hardware import library_versions
 from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, read_regular
 
@@ -126,7 +126,7 @@ def save_model(
         ArtifactError: The folder is incomplete or changed.
         ServingError: `model_config` has a wrong option, or allows code.
     """
-    options = asdict(Options.from_config(model_config))
+    options = asdict(ServingOptions.from_config(model_config))
     if options["allow_code"]:
         raise ServingError(
             "model_config: allow_code cannot be logged with a model; only whoever serves it can "
@@ -184,7 +184,7 @@ def load_model(
     folder = dst_path or tempfile.mkdtemp(prefix="pt-deploy-model-")
     try:
         fetched = fetch(resolve(model_uri), Path(folder))
-        options = Options.from_config(fetched.options(model_config))
+        options = ServingOptions.from_config(fetched.options(model_config))
         loaded = _load(fetched.root, fetched.mlmodel, options)
     except BaseException:
         if dst_path is None:
@@ -195,7 +195,7 @@ def load_model(
     return loaded
 
 
-def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PyFunc:
+def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PtDeployPyFunc:
     """Load a model whose MLmodel was read and checked.
 
     Args:
@@ -206,11 +206,11 @@ def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PyF
     Raises:
         PtDeployError: The model is damaged, carries code, or cannot run here.
     """
-    options = Options.from_config(config)
-    return PyFunc(_load(root, mlmodel, options), config)
+    options = ServingOptions.from_config(config)
+    return PtDeployPyFunc(_load(root, mlmodel, options), config)
 
 
-def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFunc:
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PtDeployPyFunc:
     """What ``mlflow.pyfunc.load_model`` calls, after it has obeyed the MLmodel.
 
     MLflow passes the artifact's own options together with the operator's. An ``allow_code: true``
@@ -228,7 +228,7 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFun
     return load_checked(root, mlmodel, config)
 
 
-def _load(root: Path, mlmodel: MLmodel, options: Options) -> LoadedVariant:
+def _load(root: Path, mlmodel: MLmodel, options: ServingOptions) -> LoadedVariant:
     folder = root / FOLDER
     manifest = read_manifest(folder)  # its files are checked where they are loaded
     if manifest.digest != mlmodel.logged_digest:

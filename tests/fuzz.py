@@ -2,11 +2,11 @@
 
     python tests/fuzz.py --schemathesis OTHER_VENV/bin/schemathesis --cases 5000
 
-Two tiny models are served, one that the event loop asks itself and one with a thread of its own.
+Two tiny models are served, one that runs inline on the event loop and one on a thread.
 Rounds, each with the next seed, go on until so many requests were sent. The one 5xx that a server
 may answer is 504 to a request that came with a deadline; no answer at all is a fault too. At the
 end the server must still be ready and right. What was sent and answered is counted from
-schemathesis' HAR files. It sends JSON and CSV and no Parquet; for that see test_serving_hostile.py.
+schemathesis' HAR files. It sends JSON and CSV and no Parquet; for that see serving/test_hostile.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
-from tiny_serving import save_tiny
+from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.serving.http.mlflow_protocol import deadline
+from mlflow_pt_deploy.serving.http.deadline import Deadline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from servers import PT_DEPLOY, ask, commands, running
@@ -93,7 +93,7 @@ def is_fault(entry: dict[str, Any]) -> bool:
     status, headers = entry["response"]["status"], entry["request"]["headers"]
     if status == 504:
         given = [field["value"] for field in headers if field["name"].lower() == "x-deadline-ms"]
-        return not any(deadline(value.encode("latin-1", "replace")) for value in given)
+        return not any(Deadline.from_header(value, 0).expires_at for value in given)
     return not 100 <= status < 500
 
 

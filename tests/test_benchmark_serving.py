@@ -10,11 +10,12 @@ from typing import Any
 
 import mlflow
 import pytest
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import batch
@@ -56,9 +57,9 @@ def test_every_request_is_counted_once_and_late_answers_are_seen(tmp_path: Path)
     program = rates.build_generator(tmp_path)
     bodies = tmp_path / "bodies.jsonl"
     bodies.write_text('{"inputs": ["red"]}\n{"inputs": [7]}\n')
-    slot = Slot("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
-    slot.open()
-    with running(App({"tiny": slot})) as url:
+    model = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", predict_s=0.05))))
+    model.open()
+    with running(Application({"tiny": model})) as url:
         seen = fire(program, url, bodies, 40)
     assert seen["errors"] == 0
     assert sum(seen["statuses"].values()) == seen["sent"]

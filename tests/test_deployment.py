@@ -19,7 +19,8 @@ import requests
 from click.testing import CliRunner
 from mlflow.deployments import cli, interface
 from mlflow.exceptions import MlflowException
-from tiny_serving import save_tiny, until
+from tiny.server import until
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.plugins import deployment_client as deployment
 from mlflow_pt_deploy.plugins import local_servers as servers

@@ -6,11 +6,12 @@ from typing import Any
 
 import fuzz
 import pytest
-from tiny_serving import running, save_tiny
+from tiny.server import running
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import source
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
 SCRIPT = """
 import json, sys
@@ -59,11 +60,11 @@ def test_rounds_go_on_until_enough_was_sent(
 
 @pytest.mark.parametrize("label", ["red", "wrong"])
 def test_the_server_must_be_right_afterwards(tmp_path: Path, label: str) -> None:
-    slots = {}
+    models = {}
     for name in ("quick", "slow"):
-        slots[name] = Slot(name, source(str(save_tiny(tmp_path / name, label=label))))
-        slots[name].open()
-    with running(App(slots)) as url:
+        models[name] = ServedModel(name, source(str(save_tiny(tmp_path / name, label=label))))
+        models[name].open()
+    with running(Application(models)) as url:
         faults = fuzz.after(url)
     assert [fault.split(" with ")[0] for fault in faults] == (
         [] if label == "red" else ["/invocations answers red"]

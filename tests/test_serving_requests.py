@@ -12,13 +12,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
+from mlflow_pt_deploy.serving.short import read_short
 from tiny_serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import Address
 from mlflow_pt_deploy.serving.batching.request import Caller
 from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer, answer, parse_csv
 from mlflow_pt_deploy.serving.model.loaded_model import Version
-from mlflow_pt_deploy.serving.short import read_short
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"

@@ -26,9 +26,10 @@ from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.plugins import http_client as remote
 from mlflow_pt_deploy.plugins import local_servers as servers
 from mlflow_pt_deploy.plugins.local_servers import State
-from mlflow_pt_deploy.registry.addresses import Target
-from mlflow_pt_deploy.serving.api import check_folder, serve
+from mlflow_pt_deploy.registry.addresses import ModelSpec
+from mlflow_pt_deploy.serving.api import serve
 from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, parse_value
+from mlflow_pt_deploy.serving.model_names import check_folder
 from mlflow_pt_deploy.serving.settings import Settings
 
 FLAVOR = "pt_deploy"
@@ -113,7 +114,7 @@ class PtDeployClient(BaseDeploymentClient):
                     RESOURCE_ALREADY_EXISTS,
                 )
             check_folder(model_uri)
-            target = Target(_absolute(model_uri), options)
+            target = ModelSpec(_absolute(model_uri), options)
             state = servers.start(folder, target, {**_SETTINGS, **settings}, ready_s)
         return _describe(state)
 
@@ -144,7 +145,7 @@ class PtDeployClient(BaseDeploymentClient):
             old = servers.read_target(name)
             check_folder(model_uri or old.uri)
             uri = _absolute(model_uri) if model_uri else old.uri
-            new = Target(uri, {**old.model_config, **options})
+            new = ModelSpec(uri, {**old.model_config, **options})
             try:
                 if not state.alive:
                     state = servers.start(folder, new, state.settings, ready_s)

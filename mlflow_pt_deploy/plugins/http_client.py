@@ -17,8 +17,8 @@ from mlflow.protos.databricks_pb2 import (
 
 from mlflow_pt_deploy.data.columns import INPUTS, paired
 from mlflow_pt_deploy.plugins.local_servers import State
-from mlflow_pt_deploy.registry.addresses import Target
-from mlflow_pt_deploy.serving.http.auth import guard_from_environment
+from mlflow_pt_deploy.registry.addresses import ModelSpec
+from mlflow_pt_deploy.serving.http.auth import auth_from_environment
 
 _FORMATS = {"inputs", "instances", "dataframe_split", "dataframe_records"}
 
@@ -29,7 +29,7 @@ def score(state: State, inputs: Any) -> dict[str, Any]:
     Raises:
         MlflowException: The server does not answer, or refused the rows.
     """
-    return _ask(state, "POST", "/invocations", guard_from_environment().scoring, _body(inputs))
+    return _ask(state, "POST", "/invocations", auth_from_environment().scoring, _body(inputs))
 
 
 def about(state: State) -> dict[str, Any]:
@@ -38,11 +38,11 @@ def about(state: State) -> dict[str, Any]:
     Raises:
         MlflowException: The server does not answer, or refused our token.
     """
-    guard = guard_from_environment()
+    guard = auth_from_environment()
     return _ask(state, "GET", "/model", guard.admin or guard.scoring)
 
 
-def await_swap(state: State, target: Target, ready_s: float) -> None:
+def await_swap(state: State, target: ModelSpec, ready_s: float) -> None:
     """Wait until the server serves `target`, with all its replicas.
 
     Raises:

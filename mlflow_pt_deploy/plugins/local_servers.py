@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.registry.addresses import Target, registry_variables
+from mlflow_pt_deploy.registry.addresses import ModelSpec, registry_variables
 from mlflow_pt_deploy.serving.model.loaded_model import now
 from mlflow_pt_deploy.system.child_process import command, environment
 from mlflow_pt_deploy.system.paths import home
@@ -102,17 +102,17 @@ def read_state(name: str) -> State | None:
         return None
 
 
-def read_target(name: str) -> Target:
+def read_target(name: str) -> ModelSpec:
     """What a deployment should serve."""
-    return Target(**json.loads((_root() / name / "target.json").read_text(encoding="utf8")))
+    return ModelSpec(**json.loads((_root() / name / "target.json").read_text(encoding="utf8")))
 
 
-def write_target(folder: Path, target: Target) -> None:
+def write_target(folder: Path, target: ModelSpec) -> None:
     """Change what a deployment should serve; its server sees it at its next look."""
     _write(folder / "target.json", asdict(target))
 
 
-def start(folder: Path, target: Target, settings: Mapping[str, Any], ready_s: float) -> State:
+def start(folder: Path, target: ModelSpec, settings: Mapping[str, Any], ready_s: float) -> State:
     """Start a server and wait until it is ready; where it does not become so, no process is left.
 
     Raises:

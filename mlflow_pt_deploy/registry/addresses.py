@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
-from mlflow_pt_deploy.serving.model.options import Options
+from mlflow_pt_deploy.serving.model.options import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
 _LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelSpec:
     """What somebody wants served.
 
     Attributes:
@@ -33,7 +33,7 @@ class Target:
     model_config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        Options.from_config(self.model_config)
+        ServingOptions.from_config(self.model_config)
 
 
 def registry_variables() -> dict[str, str]:
@@ -52,7 +52,7 @@ def registry_variables() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Address:
+class ResolvedVersion:
     """One version, which never becomes another.
 
     Attributes:
@@ -66,18 +66,18 @@ class Address:
     version: str | None = None
 
 
-class Served(NamedTuple):
+class ServedVersion(NamedTuple):
     """What answers somewhere: what was asked for there, and the version that it became."""
 
-    target: Target
-    address: Address
+    spec: ModelSpec
+    version: ResolvedVersion
 
 
-Source = Callable[[], Target]
+SpecProvider = Callable[[], ModelSpec]
 """Asked at every look; a file's content may change, a word on the command line does not."""
 
 
-def source(word: str, model_config: Mapping[str, Any] | None = None) -> Source:
+def source(word: str, model_config: Mapping[str, Any] | None = None) -> SpecProvider:
     """Where a target comes from: an MLflow URI, or ``@FILE``.
 
     The file is JSON, ``{"uri": "models:/NAME/3", "model_config": {"num_threads": 2}}``, and is read
@@ -88,29 +88,29 @@ def source(word: str, model_config: Mapping[str, Any] | None = None) -> Source:
     """
     if word.startswith("@"):
         return lambda: _read(Path(word[1:]))
-    target = Target(word, dict(model_config or {}))
+    target = ModelSpec(word, dict(model_config or {}))
     return lambda: target
 
 
-def resolve(uri: str) -> Address:
+def resolve(uri: str) -> ResolvedVersion:
     """The version that `uri` names now.
 
     Raises:
         MlflowException: The registry does not answer, or knows no such model, version or alias.
     """
     if not uri.startswith("models:"):
-        return Address(uri)
+        return ResolvedVersion(uri)
     from mlflow import MlflowClient
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     found = get_model_name_and_version(MlflowClient(), uri)
     if len(found) == 1:  # models:/m-ID, a logged model that nobody registered
-        return Address(uri)
+        return ResolvedVersion(uri)
     name, version = found
-    return Address(f"models:/{name}/{version}", name, str(version))
+    return ResolvedVersion(f"models:/{name}/{version}", name, str(version))
 
 
-def version_tags(address: Address) -> dict[str, str]:
+def version_tags(address: ResolvedVersion) -> dict[str, str]:
     """What a promotion wrote on the version: its digest, its latency, ...; empty if unregistered.
 
     Raises:
@@ -136,9 +136,9 @@ def in_words(error: Exception) -> PtDeployError:
     )
 
 
-def _read(path: Path) -> Target:
+def _read(path: Path) -> ModelSpec:
     try:
-        return Target(**json.loads(path.read_text(encoding="utf8")))
+        return ModelSpec(**json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError) as error:
         raise ServingError(
             f"{path.name} cannot be read as a target; write "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, Address, version_tags
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion, version_tags
 from mlflow_pt_deploy.registry.mlmodel import (
     FILE,
     MANIFEST,
@@ -85,7 +85,7 @@ def inference_config_allows_code() -> bool:
     return isinstance(config, dict) and config.get("allow_code") is True
 
 
-def fetch(address: Address, folder: Path) -> Fetched:
+def fetch(address: ResolvedVersion, folder: Path) -> Fetched:
     """Copy a version into a private folder and check it, its promotion's digest included.
 
     Args:

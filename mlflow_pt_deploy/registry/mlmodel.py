@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, Options
+from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, ServingOptions
 from mlflow_pt_deploy.system.regular_files import parse_yaml, read_regular
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _checked(pyfunc: object, logged_digest: str, content: dict[str, Any]) -> MLm
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise _odd(f"{_PYFUNC}.config", "is not a table of serving options")
     try:
-        Options.from_config(config)
+        ServingOptions.from_config(config)
     except ServingError as error:
         raise _odd(f"{_PYFUNC}.config", f"is wrong ({str(error)[:200]})") from error
     return MLmodel(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict
-from mlflow_pt_deploy.runtimes.latency_model import Cost
+from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
 
 _MASK = "attention_mask"
 # A row that takes less than this is not worth a call of its own, which costs some 0.05 ms.
@@ -140,15 +140,15 @@ class _Way:
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict
-        self._cost = Cost()
+        self._cost = LatencyModel()
 
     def expected_s(self, size: int) -> float:
-        return self._cost.of(size, size)
+        return self._cost.predict_s(size, size)
 
     def timed(self, inputs: Inputs, size: int) -> Logits:
         start = perf_counter()
         logits = self.predict(inputs)
-        self._cost.saw(size, perf_counter() - start)
+        self._cost.observe(size, perf_counter() - start)
         return logits
 
 

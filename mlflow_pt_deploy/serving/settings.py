@@ -7,7 +7,6 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.lifecycle.eviction import Room
 
 _LONGEST_S = 1e9
 _LARGEST_MB = 4096
@@ -19,7 +18,7 @@ class Settings:
     """Where and how a server listens.
 
     Attributes:
-        host: Address to listen on; only this machine by default.
+        host: ResolvedVersion to listen on; only this machine by default.
         port: TCP port; 0 takes a free one.
         poll_s: Seconds between looks at the registry; 0: serve what was found at the start.
         grace_s: Seconds that requests in flight have to finish after the server was told to stop.
@@ -38,7 +37,11 @@ class Settings:
         hang_s: Seconds without a sign of life, or for one batch of the model, after which a replica
             is killed and started again, and a server alone says so at ``/livez``; 0: never.
             Loading a model, in a thread of its own, does not count.
-        pin: Give each replica cores of its own, which it never leaves.
+        pin: Pin each replica to its own CPU cores.
+        keep_alive_s: An idle connection, or one that sends no complete headers, is closed after
+            this many seconds.
+        drain_s: On SIGTERM, seconds between ``/readyz`` failing and the port closing.
+        log_format: ``text`` or ``json``.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +59,9 @@ class Settings:
     replicas: int = 0
     hang_s: float = 30.0
     pin: bool = False
+    keep_alive_s: float = 75.0
+    drain_s: float = 0.0
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -64,7 +70,7 @@ class Settings:
             raise ServingError("tls_cert and tls_key belong together; give both, or neither")
         if self.tls_cert:
             _check_tls(self.tls_cert, self.tls_key)
-        for name in ("poll_s", "grace_s", "hang_s"):
+        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s"):
             if not 0 <= getattr(self, name) <= _LONGEST_S:
                 raise ServingError(
                     f"{name} is {getattr(self, name):g}; give seconds from 0 to {_LONGEST_S:g}"
@@ -75,7 +81,7 @@ class Settings:
             )
         if self.max_connections < 1:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
-        Room(self.max_models, self.max_memory_mb)  # checks them
+        MemoryBudget(self.max_models, self.max_memory_mb)  # checks them
         if not 0 <= self.replicas <= _MOST_REPLICAS:
             raise ServingError(
                 f"replicas is {self.replicas}; give how many (at most {_MOST_REPLICAS}), or 0 to "

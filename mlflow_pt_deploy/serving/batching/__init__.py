@@ -1,1 +1,1 @@
-"""batching."""
+"""Micro-batching: requests, queue, admission, execution. Imports neither MLflow nor HTTP."""

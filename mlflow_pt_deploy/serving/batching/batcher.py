@@ -1,12 +1,10 @@
-"""Many callers, one model: bounded micro-batches.
+"""Micro-batcher: many callers, one model, bounded batches.
 
-A caller that finds the model idle computes at once, in his own thread (`Batcher.submit`) or, where
-he must not wait, as an event loop, in one of the batcher's (`Batcher.start`). Callers that come
-meanwhile queue; whoever computes takes as many queued rows as fit next, until there are none, or
-until he has his own answers: then a thread of the batcher goes on. Batches so grow with the load,
-and an idle model waits for nobody.
-
-Knows neither MLflow nor HTTP, and nothing of what a token means.
+A caller that finds the model idle computes on its own thread (`Batcher.submit`) or, if it must not
+block, on one of the batcher's (`Batcher.submit_nowait`). Requests that arrive meanwhile queue; the
+thread that computes takes as many queued rows as fit next, until the queue is empty or its own
+request is done; then a thread of the batcher takes over. So batches grow with the load, and an idle
+model never waits.
 """
 
 from __future__ import annotations
@@ -18,48 +16,49 @@ from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
 from mlflow_pt_deploy.runtimes.base import Logits, Predict
-from mlflow_pt_deploy.serving.batching.concurrency import Workers
-from mlflow_pt_deploy.serving.batching.executor import Answers, Calls, Collate, Tokens
-from mlflow_pt_deploy.serving.batching.request import Caller, Encoded, Row, Ticket, cut
-from mlflow_pt_deploy.serving.batching.request_queue import Batch, Queue
-from mlflow_pt_deploy.serving.model.options import Limits
+from mlflow_pt_deploy.serving.batching.admission import STREAM_QUEUE_SHARE, AdmissionController
+from mlflow_pt_deploy.serving.batching.concurrency import ConcurrencyLimiter
+from mlflow_pt_deploy.serving.batching.executor import Collate, CountTokens, ModelExecutor, Results
+from mlflow_pt_deploy.serving.batching.limits import Limits
+from mlflow_pt_deploy.serving.batching.request import (
+    BatchRequest,
+    Encoded,
+    RequestContext,
+    RowRef,
+    split_into_chunks,
+)
+from mlflow_pt_deploy.serving.batching.request_queue import Batch, RequestQueue
 
-Done = Callable[[Ticket], None]
+OnDone = Callable[[BatchRequest], None]
 
-# Nobody is let in whom those before him in the queue would keep waiting for longer than this share
-# of the time that he has: the batch that is being computed, and his own, take about as long again.
-_PATIENCE = 1 / 3
-# The same where threads compute batches of their own: of like lengths, so that whose length is rare
-# waits for longer than most.
-_STREAM_PATIENCE = 1 / 4
-# Rows in a batch of one thread's: more gain little, and those who come meanwhile wait for longer.
+# More rows in a batch of a single thread gain little, and queued requests wait longer.
 _STREAM_ROWS = 16
 
 _NO_THREAD = (
-    "the system gives the server no thread to compute with. Try again later; if this lasts, raise "
-    "its limit of threads (ulimit -u, or the container's)."
+    "server overloaded: the system gives no thread to compute on; retry later. If this lasts, "
+    "raise the limit of threads (ulimit -u, or the container's)"
 )
 
 
 class Batcher:
-    """Gathers the rows of concurrent callers into batches of similar length.
+    """Gathers rows of concurrent requests into batches of similar length.
 
-    The oldest request is always in the next batch; younger ones join it where they add little
-    padding. A request with many rows is cut into chunks and takes turns with the others. A row
-    that is in the batch already, or is being computed, is not computed again. A batch that fails
-    is halved until the rows at fault are alone, so that only the requests that hold them fail: one
-    bad row of n costs about 2 log2(n) more calls, and a model that fails on all 2 n - 2.
+    The oldest request is always in the next batch; younger ones join where they add little padding.
+    A request with many rows is split into chunks that take turns with other requests. Equal rows
+    are computed once. A batch that fails is bisected, so that only requests with a failing row
+    fail: one bad row of n costs about 2 log2(n) extra calls.
 
     Args:
         predict: The model; called by one thread at a time.
-        collate: Puts encoded rows together to named arrays, batch first.
+        collate: Joins encoded rows to named arrays, batch first.
         limits: Sizes and times.
-        tokens: What an encoded row costs.
-        pads: Whether a row costs as much as the longest beside it.
+        count_tokens: Cost of an encoded row.
+        pads: Whether rows are padded to the longest in the batch.
 
     Attributes:
-        calls: The model, and what it has cost.
-        workers: Who computes; one, or as many as `spread` is told.
+        executor: The model and its latency estimates.
+        concurrency: Running batches; one at a time unless `enable_streams` was called.
+        admission: Decides which requests may enter.
     """
 
     def __init__(
@@ -67,298 +66,275 @@ class Batcher:
         predict: Predict,
         collate: Collate,
         limits: Limits | None = None,
-        tokens: Tokens = len,
+        count_tokens: CountTokens = len,
         pads: bool = True,
     ) -> None:
         self.limits = limits or Limits()
-        self.calls = Calls(predict, collate, tokens, pads)
+        self.executor = ModelExecutor(predict, collate, count_tokens, pads)
+        self.concurrency = ConcurrencyLimiter()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self.workers = Workers()
-        self._queue = Queue()
-        self._patience = _PATIENCE
-        self._most_rows = self.limits.max_batch_rows
-        self._computing: list[Batch] = []
+        self._queue = RequestQueue()
+        self.admission = AdmissionController(
+            self.limits, lambda: self._queue.rows, self._estimated_wait_s
+        )
+        self._max_rows = self.limits.max_batch_rows
+        self._running: list[Batch] = []
 
     @property
     def queued_rows(self) -> int:
-        """Rows that wait, those in the model left out."""
+        """Rows in the queue, without those being computed."""
         return self._queue.rows
 
     @property
-    def row_s(self) -> float:
-        """Seconds that a row by itself has cost of late; 0 before the first."""
-        return self.calls.expected_s(1, 1)
+    def estimated_row_s(self) -> float:
+        """Recent seconds of a single row; 0 before the first."""
+        return self.executor.estimated_s(1, 1)
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds that a request would have to wait now."""
-        return self.calls.expected_s(self._queue.rows, self._most_rows) / self.workers.streams
+    def enable_streams(self, predict_single: Predict, streams: int) -> None:
+        """Run several batches at a time from now on, each on one thread.
 
-    def spread(self, single: Predict, streams: int) -> None:
-        """From here on compute several batches at a time, each by one thread.
-
-        So no thread waits for the others at a batch's end. On two cores of a Xeon, with texts of 6
-        to 62 tokens, the median of 1,400 requests/s was 35 to 53 % lower than where two threads
-        share each batch, and 16 to 27 % more were answered in time where too many came.
+        No thread then waits for the others at the end of a batch (docs/benchmarks/serving.md).
 
         Args:
-            single: Computes a batch; may be called by several threads at once, and while the
-                model itself computes.
-            streams: How many.
+            predict_single: Computes a batch; may be called by several threads at once, and while
+                the model itself computes.
+            streams: Most batches at a time.
         """
         with self._lock:
-            self.workers.spread(streams)
-            self._patience = _STREAM_PATIENCE
-            self._most_rows = min(self.limits.max_batch_rows, _STREAM_ROWS)
-            self.calls.spread(single)
+            self.concurrency.set_streams(streams)
+            self.admission.queue_share = STREAM_QUEUE_SHARE
+            self._max_rows = min(self.limits.max_batch_rows, _STREAM_ROWS)
+            self.executor.enable_streams(predict_single)
 
     def submit(
         self,
         rows: Sequence[Encoded],
         *,
-        keys: Sequence[Hashable] | None = None,
+        dedup_keys: Sequence[Hashable] | None = None,
         bounded: bool = True,
-        caller: Caller | None = None,
+        context: RequestContext | None = None,
     ) -> Logits:
-        """Compute one request; blocks until it is answered.
+        """Compute one request; blocks until it is done.
 
         Args:
-            rows: Encoded rows, e.g. the token ids of each, unpadded.
-            keys: What makes rows the same, one a row; None: all are different.
-            bounded: False for batch scoring: no limit on the queue, and no deadline of ours.
-            caller: Who waits; may have a deadline of his own, and may leave.
+            rows: Encoded rows, e.g. token ids, unpadded.
+            dedup_keys: What makes rows equal, one a row; None: all rows differ.
+            bounded: False for batch scoring: no limit of the queue and no default deadline.
+            context: Deadline of the client, and whether it is still connected.
 
         Returns:
             float32 (rows, classes), in the order of `rows`.
 
         Raises:
-            OverloadedError: The queue has no room for this many rows, or is so long that the
-                deadline would most likely be missed.
-            DeadlineError: The request was not answered in time.
-            Exception: Whatever the model raised on one of these rows.
+            OverloadedError: The queue is full, or the deadline would be missed.
+            DeadlineError: The deadline passed.
+            Exception: What the model raised on one of these rows.
         """
-        ticket = Ticket(rows, keys, self.limits, bounded, caller)
-        ticket.wake = event = threading.Event()
-        works = self._line_up(ticket, bounded)
+        request = BatchRequest(rows, dedup_keys, self.limits, bounded, context)
+        request.notifier = event = threading.Event()
+        computes = self._enqueue(request, bounded)
         try:
-            if works:
-                self._work(ticket)
-            if not event.wait(ticket.left_s()):
+            if computes:
+                self._run_batches(request)
+            if not event.wait(request.remaining_s()):
                 with self._lock:
-                    if not ticket.done:
-                        ticket.error = self.late()
+                    if not request.done:
+                        request.error = self.deadline_error()
         finally:
             with self._lock:
-                self._queue.withdraw(ticket)
-        return ticket.result()
+                self._queue.remove(request)
+        return request.result()
 
-    def start(
+    def submit_nowait(
         self,
         rows: Sequence[Encoded],
-        done: Done,
+        on_done: OnDone,
         *,
-        keys: Sequence[Hashable] | None = None,
-        caller: Caller | None = None,
-    ) -> Ticket:
-        """Compute one request while the caller goes on.
+        dedup_keys: Sequence[Hashable] | None = None,
+        context: RequestContext | None = None,
+    ) -> BatchRequest:
+        """Compute one request without blocking the caller.
 
         Args:
-            rows: As for `submit`.
-            done: Called once with the ticket, when it has its answers or its error; by another
-                thread and with the batcher locked, so it must be brief and must not call back.
-            keys: As for `submit`.
-            caller: As for `submit`. A request in the queue is dropped after its deadline, one that
-                is being computed is not: whoever waits has to look at the clock.
+            rows, dedup_keys, context: See `submit`. A queued request is dropped after its deadline,
+                a running one is not: the caller has to watch the clock.
+            on_done: Called once with the request when it is done, on another thread and with the
+                batcher locked: it must be short and must not call back.
 
         Raises:
-            OverloadedError: As for `submit`; or the system gives no thread to compute with.
+            OverloadedError: See `submit`; or the system gives no thread.
         """
-        ticket = Ticket(rows, keys, self.limits, True, caller)
-        ticket.wake = _Call(ticket, done)
-        if self._line_up(ticket, True) and not self.workers.lend(self._work):
+        request = BatchRequest(rows, dedup_keys, self.limits, True, context)
+        request.notifier = _CallbackNotifier(request, on_done)
+        if self._enqueue(request, True) and not self.concurrency.run_in_thread(self._run_batches):
             with self._lock:
-                self.workers.dismiss()
-                if not (self.workers.busy or ticket.done):  # else others take it, or have
-                    self._queue.withdraw(ticket)
+                self.concurrency.release()
+                if not (self.concurrency.busy or request.done):
+                    self._queue.remove(request)
                     raise OverloadedError(_NO_THREAD)
-        return ticket
+        return request
 
-    def at_once(
-        self, rows: Sequence[Encoded], *, keys: Sequence[Hashable] | None = None
+    def try_run_inline(
+        self, rows: Sequence[Encoded], *, dedup_keys: Sequence[Hashable] | None = None
     ) -> Logits | None:
-        """Compute a few rows here and now, as one batch.
+        """Compute a few rows on the calling thread as one batch, if the model is idle.
 
         Args:
-            rows, keys: As for `submit`.
+            rows, dedup_keys: See `submit`.
 
         Returns:
-            As `submit`; None: the model is busy, or the rows do not go into one batch.
+            See `submit`; None if the model is busy or the rows do not fit one batch.
 
         Raises:
-            Exception: Whatever the model raised on any of the rows.
+            Exception: What the model raised on any of the rows.
         """
-        most = self.limits.max_batch_rows
-        if not self.calls.shape(rows).fits(self.limits, self.calls.slack, most):
+        budget = self.executor.padding_budget
+        shape = self.executor.shape(rows)
+        if not shape.fits(self.limits, budget, self.limits.max_batch_rows):
             return None
         with self._lock:
-            if self.workers.busy:
+            if self.concurrency.busy:
                 return None
-            self.workers.take_on()
+            self.concurrency.try_acquire()
         try:
-            keys = keys or range(len(rows))
+            keys = dedup_keys or range(len(rows))
             distinct = dict(zip(keys, rows, strict=True))
-            logits = self.calls.logits(list(distinct.values()))
+            logits = self.executor.run(list(distinct.values()))
             if len(distinct) == len(rows):
                 return logits
-            order = {key: at for at, key in enumerate(distinct)}
+            order = {key: index for index, key in enumerate(distinct)}
             return logits[[order[key] for key in keys]]
         finally:
-            self._leave()
+            self._release()
 
-    def crowded(self, left_s: float, before_s: float = 0.0) -> bool:
-        """Whether a request would most likely come too late.
-
-        Args:
-            left_s: Seconds until its deadline.
-            before_s: Seconds that it has to wait for before it could line up here.
-        """
-        return before_s + self.wait_s > self._patience * left_s
-
-    def spare_rows(self, left_s: float) -> float:
-        """How many more rows could line up until it would be `crowded`; 0 where it is."""
-        if self.crowded(left_s):
-            return 0
-        time_s = self._patience * left_s * self.workers.streams
-        rows = self.calls.expected_rows(time_s, self._most_rows)
-        return max(1, rows - self._queue.rows)
-
-    def late(self) -> DeadlineError:
-        """What is told to a request whose deadline has passed."""
+    def deadline_error(self) -> DeadlineError:
+        """The error of a request whose deadline passed."""
         return DeadlineError(
             f"not computed within {self.limits.deadline_ms:g} ms (deadline_ms) or the request's "
-            "own deadline. Try again later, or send fewer rows."
+            "own deadline; retry later or send fewer rows"
         )
 
-    def _line_up(self, ticket: Ticket, bounded: bool) -> bool:
-        """Take a ticket's rows in; whether the caller has to see to it that they are computed."""
-        if not ticket.rows:
-            raise ServingError("a request of no rows cannot be computed; send at least one")
-        lengths = self.calls.lengths(ticket.rows)
-        most = self._share(len(lengths))
-        ticket.chunks = cut(lengths, self._join(ticket), self.limits, self.calls.slack, most)
-        return self._enter(ticket, bounded)
+    def _estimated_wait_s(self) -> float:
+        queued = self.executor.estimated_s(self._queue.rows, self._max_rows)
+        return queued / self.concurrency.streams
 
-    def _share(self, rows: int) -> int:
-        """Of so many rows as many as one batch may have, so that there is one for each stream."""
-        return min(self._most_rows, math.ceil(rows / self.workers.streams))
-
-    def _join(self, ticket: Ticket) -> list[int]:
-        """Wait for rows that are being computed already; returns the indices of all others."""
-        others = []
-        with self._lock:
-            if not self._computing:
-                return list(range(len(ticket.rows)))
-            for at, key in enumerate(ticket.keys):
-                for batch in self._computing:
-                    if key in batch:
-                        batch[key].append(Row(ticket, at))
-                        break
-                else:
-                    others.append(at)
-        return others
-
-    def _enter(self, ticket: Ticket, bounded: bool) -> bool:
-        rows = ticket.waiting_rows
+    def _enqueue(self, request: BatchRequest, bounded: bool) -> bool:
+        """Admit and queue a request; True if the caller must see to it that it is computed."""
+        if not request.rows:
+            raise ServingError("a request without rows cannot be computed; send at least one")
+        lengths = self.executor.lengths(request.rows)
+        request.chunks = split_into_chunks(
+            lengths,
+            self._attach_to_running_batch(request),
+            self.limits,
+            self.executor.padding_budget,
+            self._stream_share(len(lengths)),
+        )
+        rows = request.queued_rows
         if not rows:
             return False
         with self._lock:
-            if bounded and self._queue.rows + rows > self.limits.queue_rows:
-                raise OverloadedError(
-                    f"the queue has no room: {self._queue.rows} rows wait, {rows} "
-                    f"more came, queue_rows is {self.limits.queue_rows}. Try again later."
-                )
-            left_s = ticket.left_s() if bounded else None
-            if left_s is not None and self.crowded(left_s):
-                raise OverloadedError(
-                    f"a request would wait for about {1000 * self.wait_s:.0f} ms, too long for its "
-                    f"deadline in {1000 * left_s:.0f} ms. Try again later."
-                )
-            self._queue.push(ticket)
+            if bounded and (reason := self.admission.rejection(request.remaining_s(), rows=rows)):
+                raise OverloadedError(reason)
+            self._queue.push(request)
             self._arrived.notify()
-            return self.workers.take_on()
+            return self.concurrency.try_acquire()
 
-    def _work(self, ticket: Ticket | None = None) -> None:
-        """Compute until nobody waits; with a ticket, until that is done."""
+    def _stream_share(self, rows: int) -> int:
+        """Rows of one batch if `rows` rows are spread over all streams."""
+        return min(self._max_rows, math.ceil(rows / self.concurrency.streams))
+
+    def _attach_to_running_batch(self, request: BatchRequest) -> list[int]:
+        """Wait for equal rows that are being computed; returns the indices of the other rows."""
+        others = []
+        with self._lock:
+            if not self._running:
+                return list(range(len(request.rows)))
+            for index, key in enumerate(request.dedup_keys):
+                for batch in self._running:
+                    if key in batch:
+                        batch[key].append(RowRef(request, index))
+                        break
+                else:
+                    others.append(index)
+        return others
+
+    def _run_batches(self, request: BatchRequest | None = None) -> None:
+        """Compute until the queue is empty or, with a request, until that is done."""
         try:
-            while not (ticket and ticket.done) and self._step():
+            while not (request and request.done) and self._run_one_batch():
                 pass
         finally:
-            self._leave()
+            self._release()
 
-    def _leave(self) -> None:
-        """Compute no more; on every way out, errors included."""
+    def _release(self) -> None:
         with self._lock:
-            if not (self._queue and self.workers.lend(self._work)):
-                self.workers.dismiss()
+            if not (self._queue and self.concurrency.run_in_thread(self._run_batches)):
+                self.concurrency.release()
 
-    def _step(self) -> bool:
-        """Compute one batch and hand out its answers; whether there was one."""
+    def _run_one_batch(self) -> bool:
+        """Compute one batch and deliver its results; False if there was none."""
         with self._lock:
-            self._wait_for_company()
-            self._drop_pointless()
-            most = self._share(self._queue.rows)
-            batch = self._queue.take(self.limits, self.calls.slack, most)
+            self._wait_for_more_rows()
+            self._drop_expired()
+            max_rows = self._stream_share(self._queue.rows)
+            batch = self._queue.pop_batch(self.limits, self.executor.padding_budget, max_rows)
             if not batch:
                 return False
-            alone = self.workers.alone and not self._queue
-            if self._queue and self.workers.take_on() and not self.workers.lend(self._work):
-                self.workers.dismiss()
-            self._computing.append(batch)
-        answers: Answers = {}
+            sole = self.concurrency.is_sole and not self._queue
+            if (
+                self._queue
+                and self.concurrency.try_acquire()
+                and not self.concurrency.run_in_thread(self._run_batches)
+            ):
+                self.concurrency.release()
+            self._running.append(batch)
+        results: Results = {}
         try:
-            rows = [(key, rows[0].encoded) for key, rows in batch.items()]
-            self.calls.answer(rows, answers, alone)
+            rows = [(key, refs[0].encoded) for key, refs in batch.items()]
+            self.executor.run_bisecting(rows, results, sole)
         finally:
             with self._lock:
-                self._computing = [other for other in self._computing if other is not batch]
-                self._hand_out(batch, answers)
+                self._running = [other for other in self._running if other is not batch]
+                self._deliver(batch, results)
         return True
 
-    def _hand_out(self, batch: Batch, answers: Answers) -> None:
-        for key, rows in batch.items():
-            for row in rows:
-                row.ticket.put(row.at, answers[key] if key in answers else _interrupted())
-        for ticket in {row.ticket for rows in batch.values() for row in rows}:
-            if ticket.done:
-                self._queue.withdraw(ticket)
-                ticket.wake.set()
+    def _deliver(self, batch: Batch, results: Results) -> None:
+        for key, refs in batch.items():
+            for ref in refs:
+                result = results[key] if key in results else _interrupted()
+                ref.request.set_row_result(ref.row, result)
+        for request in {ref.request for refs in batch.values() for ref in refs}:
+            if request.done:
+                self._queue.remove(request)
+                request.notifier.set()
 
-    def _wait_for_company(self) -> None:
+    def _wait_for_more_rows(self) -> None:
         until = time.monotonic() + self.limits.max_wait_ms / 1000
         while self._queue.rows < self.limits.max_batch_rows:
-            left = until - time.monotonic()
-            if left <= 0:
+            remaining = until - time.monotonic()
+            if remaining <= 0:
                 return
-            self._arrived.wait(left)
+            self._arrived.wait(remaining)
 
-    def _drop_pointless(self) -> None:
-        for ticket in self._queue.withdraw_pointless():
-            ticket.error = self.late()
-            ticket.wake.set()
+    def _drop_expired(self) -> None:
+        for request in self._queue.remove_abandoned():
+            request.error = self.deadline_error()
+            request.notifier.set()
 
 
-class _Call:
-    """Wakes a caller that does not sleep: tells it the end, once."""
+class _CallbackNotifier:
+    """Calls a function once instead of waking a waiting thread."""
 
-    def __init__(self, ticket: Ticket, done: Done) -> None:
-        self._ticket = ticket
-        self._done: Done | None = done
+    def __init__(self, request: BatchRequest, on_done: OnDone) -> None:
+        self._request = request
+        self._on_done: OnDone | None = on_done
 
     def set(self) -> None:
-        if self._done is not None:
-            done, self._done = self._done, None
-            done(self._ticket)
+        if self._on_done is not None:
+            on_done, self._on_done = self._on_done, None
+            on_done(self._request)
 
 
 def _interrupted() -> ServingError:

@@ -1,7 +1,4 @@
-"""Who computes for a batcher: its callers, and threads of its own, so many at a time.
-
-Knows neither rows nor the model.
-"""
+"""How many batches run at a time, and the threads they run on."""
 
 from __future__ import annotations
 
@@ -12,75 +9,75 @@ from contextlib import suppress
 Work = Callable[[], None]
 
 
-class Workers:
-    """Counts those who compute, and lends threads.
+class ConcurrencyLimiter:
+    """Counts running batches and owns the worker threads.
 
-    Not safe for threads by itself, but for `lend`: the batcher holds its lock.
+    Not thread-safe except for `run_in_thread`: the batcher holds its lock.
 
     Attributes:
-        streams: How many may compute at a time.
+        streams: Most batches at a time.
     """
 
     def __init__(self) -> None:
         self.streams = 1
-        self._number = 0
+        self._running = 0
         self._threads: ThreadPoolExecutor | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether somebody computes."""
-        return self._number > 0
+        """Whether a batch is running."""
+        return self._running > 0
 
     @property
-    def full(self) -> bool:
-        """Whether there are several streams, and each computes: the next ends soon."""
-        return 1 < self.streams <= self._number
+    def saturated(self) -> bool:
+        """Whether there are several streams and all are running."""
+        return 1 < self.streams <= self._running
 
     @property
-    def alone(self) -> bool:
-        """Whether one computes, and no other."""
-        return self._number == 1
+    def is_sole(self) -> bool:
+        """Whether exactly one batch is running."""
+        return self._running == 1
 
-    def spread(self, streams: int) -> None:
-        """From here on so many may compute at a time."""
+    def set_streams(self, streams: int) -> None:
+        """Allow this many batches at a time from now on."""
         self.streams, self._threads = streams, None
 
-    def take_on(self) -> bool:
-        """Whether another may compute; counts him as doing so."""
-        free = self._number < self.streams
-        self._number += free
+    def try_acquire(self) -> bool:
+        """Take a stream if one is free."""
+        free = self._running < self.streams
+        self._running += free
         return free
 
-    def dismiss(self) -> None:
-        """One computes no more."""
-        self._number -= 1
+    def release(self) -> None:
+        """Give a stream back."""
+        self._running -= 1
 
-    def lend(self, work: Work) -> bool:
-        """Let a thread compute in the place of one who is counted.
+    def run_in_thread(self, work: Work) -> bool:
+        """Run `work` on a worker thread, on a stream that the caller acquired.
 
         Args:
-            work: Ends with `dismiss`, or has another one lent.
+            work: Releases the stream at its end, or hands it on.
 
         Returns:
-            Whether there is one: the system may refuse it, as where a container has a limit.
+            False if the system has no thread to give, e.g. because of a container's limit.
         """
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.streams, thread_name_prefix="batcher")
         call = [work]
         try:
-            self._threads.submit(_do, call)
+            self._threads.submit(_run_once, call)
         except RuntimeError:
-            return _take(call) is None  # the pool keeps the call, which a thread may have taken
+            # the pool keeps the call although it started no thread; an older thread may run it
+            return _pop(call) is None
         return True
 
 
-def _do(call: list[Work]) -> None:
-    if work := _take(call):
+def _run_once(call: list[Work]) -> None:
+    if work := _pop(call):
         work()
 
 
-def _take(call: list[Work]) -> Work | None:
-    """Once."""
+def _pop(call: list[Work]) -> Work | None:
     with suppress(IndexError):
         return call.pop()
     return None

@@ -1,7 +1,4 @@
-"""Calls of the model: what each costs is learned, and a row at fault fails by itself.
-
-Knows rows and arrays, nothing of who waits for them.
-"""
+"""Calls of the model: latency estimates, and isolation of rows that fail."""
 
 from __future__ import annotations
 
@@ -11,135 +8,135 @@ from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, tokens_computed
-from mlflow_pt_deploy.runtimes.latency_model import Cost
-from mlflow_pt_deploy.serving.batching.request import Encoded, Shape
+from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
+from mlflow_pt_deploy.serving.batching.request import BatchShape, Encoded
 
 Collate = Callable[[Sequence[Encoded]], Inputs]
-Tokens = Callable[[Encoded], int]
-Observe = Callable[[int, int, int, float], None]
-"""Told of each call of the model: rows, tokens, tokens with padding, seconds."""
-Answers = dict[Hashable, Logits | Exception]
-"""A row's logits, float32 (classes,), or why there are none, by what names the row."""
+CountTokens = Callable[[Encoded], int]
+OnCall = Callable[[int, int, int, float], None]
+"""Called after each call of the model with rows, tokens, tokens with padding, seconds."""
+Results = dict[Hashable, Logits | Exception]
+"""A row's logits, float32 (classes,), or its error, by deduplication key."""
 
-# For texts that one thread computes. A call less is worth more, but where many rows wait there are
-# enough of nearly the same length.
-_STREAM_SLACK = 2
-# A call is never taken to be worth more padding than this; nor less, before it is known.
-_MOST_SLACK = 64
+# For texts that one thread computes: saving a call is worth more, but a long queue has enough rows
+# of nearly the same length.
+_STREAM_PADDING = 2
+# Upper bound of the padding that saving a call is worth, and its value before the first estimate.
+_MAX_PADDING = 64
 
 
-class Calls:
-    """The model, call by call.
+class ModelExecutor:
+    """Runs the model and learns what its calls cost.
 
     Args:
         predict: The model.
-        collate: Puts encoded rows together to named arrays, batch first.
-        tokens: What an encoded row costs.
-        pads: Whether a row costs as much as the longest beside it.
+        collate: Joins encoded rows to named arrays, batch first.
+        count_tokens: Cost of an encoded row.
+        pads: Whether rows are padded to the longest in the batch.
 
     Attributes:
-        observe: Told of each call, if anybody wants to know.
+        on_call: Observer of each call, if any.
     """
 
     def __init__(
-        self, predict: Predict, collate: Collate, tokens: Tokens = len, pads: bool = True
+        self,
+        predict: Predict,
+        collate: Collate,
+        count_tokens: CountTokens = len,
+        pads: bool = True,
     ) -> None:
         self._predict, self._collate = predict, collate
-        self._tokens, self._pads = tokens, pads
-        self._single: Predict | None = None
-        self._cost, self._token_cost = Cost(), Cost()
-        self._told = threading.Lock()
-        self.observe: Observe | None = None
-        self._began: dict[int, float] = {}
+        self._count_tokens, self._pads = count_tokens, pads
+        self._predict_single: Predict | None = None
+        self._row_latency, self._token_latency = LatencyModel(), LatencyModel()
+        self._lock = threading.Lock()
+        self.on_call: OnCall | None = None
+        self._started: dict[int, float] = {}  # by thread
 
-    def spread(self, single: Predict) -> None:
-        """From here on calls are `single`'s, by several threads at once, unless one is alone."""
-        self._single, self._pads = single, True
+    def enable_streams(self, predict_single: Predict) -> None:
+        """Use `predict_single`, from several threads at once, unless a call is the only one."""
+        self._predict_single, self._pads = predict_single, True
 
     @property
     def running_s(self) -> float:
-        """Seconds for which the model has been computing its longest present call; 0 between."""
-        began = min(list(self._began.values()), default=None)
-        return 0.0 if began is None else time.perf_counter() - began
+        """Seconds since the oldest running call began; 0 if none is running."""
+        started = min(list(self._started.values()), default=None)
+        return 0.0 if started is None else time.perf_counter() - started
 
     @property
-    def slack(self) -> float | None:
-        """How many tokens of padding a call less is worth, see `Shape.fits`."""
+    def padding_budget(self) -> float | None:
+        """Padding tokens that saving one call is worth, see `BatchShape.fits`."""
         if not self._pads:
             return None
-        if self._single is not None:
-            return _STREAM_SLACK
-        call_s, token_s = self._token_cost.call_s, self._token_cost.each_s
-        return min(call_s / token_s, _MOST_SLACK) if token_s else _MOST_SLACK
+        if self._predict_single is not None:
+            return _STREAM_PADDING
+        call_s, token_s = self._token_latency.overhead_s, self._token_latency.per_item_s
+        return min(call_s / token_s, _MAX_PADDING) if token_s else _MAX_PADDING
 
-    def expected_s(self, rows: int, most: int) -> float:
-        """Seconds that so many rows take, at most `most` a call; 0 before the first call."""
-        return self._cost.of(rows, most)
-
-    def expected_rows(self, seconds: float, most: int) -> float:
-        """How many rows take so long, at most `most` a call; infinity before the first call."""
-        return self._cost.within(seconds, most)
+    def estimated_s(self, rows: int, max_rows: int) -> float:
+        """Estimated seconds for `rows` rows, at most `max_rows` a call; 0 before the first call."""
+        return self._row_latency.predict_s(rows, max_rows)
 
     def lengths(self, rows: Sequence[Encoded]) -> list[int]:
         """Tokens of each row."""
-        return [self._tokens(row) for row in rows]
+        return [self._count_tokens(row) for row in rows]
 
-    def shape(self, rows: Sequence[Encoded]) -> Shape:
-        """Of rows that are computed together."""
+    def shape(self, rows: Sequence[Encoded]) -> BatchShape:
+        """Shape of rows that are computed together."""
         lengths = self.lengths(rows)
-        return Shape(len(rows), max(lengths), sum(lengths))
+        return BatchShape(len(rows), max(lengths), sum(lengths))
 
-    def logits(self, rows: Sequence[Encoded], alone: bool = True) -> Logits:
-        """One call: float32 (rows, classes).
+    def run(self, rows: Sequence[Encoded], sole: bool = True) -> Logits:
+        """One call of the model: float32 (rows, classes).
 
         Args:
-            rows: What to compute.
-            alone: Whether all threads are free for it.
+            rows: Encoded rows.
+            sole: Whether no other call is running, so that this one may use all threads.
 
         Raises:
-            Exception: Whatever the model raised.
+            Exception: What the model raised.
         """
-        single = None if alone and len(rows) == 1 else self._single
+        single = None if sole and len(rows) == 1 else self._predict_single
         predict = single or self._predict
-        me = threading.get_ident()
-        self._began[me] = start = time.perf_counter()
+        thread = threading.get_ident()
+        self._started[thread] = start = time.perf_counter()
         try:
             logits = predict(self._collate(rows))
         finally:
-            del self._began[me]
+            del self._started[thread]
         self._learn(self.shape(rows), predict, time.perf_counter() - start)
         if len(logits) != len(rows):
-            raise ServingError(f"the model answered {len(logits)} of {len(rows)} rows")
+            raise ServingError(f"the model returned {len(logits)} rows for {len(rows)}")
         return logits
 
-    def answer(
-        self, rows: Sequence[tuple[Hashable, Encoded]], answers: Answers, alone: bool
+    def run_bisecting(
+        self, rows: Sequence[tuple[Hashable, Encoded]], results: Results, sole: bool
     ) -> None:
-        """One call, and where it fails halves, until the rows at fault are alone.
+        """Run one batch; on failure bisect it until each failing row is isolated.
 
         Args:
-            rows: Each with its name.
-            answers: Filled as they come.
-            alone: As for `logits`.
+            rows: Rows with their deduplication keys.
+            results: Filled in.
+            sole: See `run`.
         """
         try:
-            logits = self.logits([row for _, row in rows], alone)
+            logits = self.run([row for _, row in rows], sole)
         except Exception as error:
             if len(rows) == 1:
-                answers[rows[0][0]] = error
+                results[rows[0][0]] = error
                 return
             middle = len(rows) // 2
             for half in (rows[:middle], rows[middle:]):
-                self.answer(half, answers, alone)
+                self.run_bisecting(half, results, sole)
             return
-        answers.update(zip((name for name, _ in rows), logits, strict=True))
+        results.update(zip((key for key, _ in rows), logits, strict=True))
 
-    def _learn(self, shape: Shape, predict: Predict, seconds: float) -> None:
+    def _learn(self, shape: BatchShape, predict: Predict, seconds: float) -> None:
         padded = shape.padded(self._pads)
-        with self._told:
-            self._cost.saw(shape.rows, seconds)
-            if self._pads and self._single is None:  # else nobody asks, see `slack`
-                self._token_cost.saw(padded, seconds)
-            if self.observe is not None:
+        with self._lock:
+            self._row_latency.observe(shape.rows, seconds)
+            if self._pads and self._predict_single is None:  # else `padding_budget` is constant
+                self._token_latency.observe(padded, seconds)
+            if self.on_call is not None:
                 computed = tokens_computed(predict, padded)
-                self.observe(shape.rows, shape.tokens, computed, seconds)
+                self.on_call(shape.rows, shape.tokens, computed, seconds)

@@ -1,7 +1,4 @@
-"""One request on its way through the batcher: its rows, its chunks, its caller, its answer.
-
-Knows neither threads' turns nor the model; see `batcher` for who computes what when.
-"""
+"""A request in the batcher: its rows, how they are split into chunks, its context, its result."""
 
 from __future__ import annotations
 
@@ -12,173 +9,179 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mlflow_pt_deploy.runtimes.base import Logits
-from mlflow_pt_deploy.serving.model.options import Limits
+from mlflow_pt_deploy.serving.batching.limits import Limits
 
 Encoded = Any
-"""A row as a preprocessor's `encode` gave it."""
+"""A row as a preprocessor's `encode` returns it."""
 
 
-class Shape(NamedTuple):
-    """What decides whether rows go together: their number, the longest, tokens unpadded."""
+class BatchShape(NamedTuple):
+    """Size of a batch: rows, tokens of the longest row, tokens without padding."""
 
     rows: int = 0
     longest: int = 0
     tokens: int = 0
 
-    def plus(self, other: Shape) -> Shape:
-        return Shape(
+    def plus(self, other: BatchShape) -> BatchShape:
+        """Shape of both together."""
+        return BatchShape(
             self.rows + other.rows,
             max(self.longest, other.longest),
             self.tokens + other.tokens,
         )
 
     def padded(self, pads: bool) -> int:
-        """Tokens that are computed; `pads`: whether rows are padded to the longest."""
+        """Tokens computed; `pads`: whether rows are padded to the longest."""
         return self.rows * self.longest if pads else self.tokens
 
-    def fits(self, limits: Limits, slack: float | None, most: int) -> bool:
-        """Whether these rows should be one call.
+    def fits(self, limits: Limits, padding_budget: float | None, max_rows: int) -> bool:
+        """Whether these rows should be one call of the model.
 
         Args:
-            limits: Of a call's tokens.
-            slack: How many tokens of padding a call less is worth; None: rows are not padded.
-            most: Rows in a call.
+            limits: Bounds the tokens of a call.
+            padding_budget: Padding tokens that saving one call is worth; None: rows are not padded.
+            max_rows: Most rows in a call.
         """
-        padded = self.padded(slack is not None)
+        padded = self.padded(padding_budget is not None)
         return (
-            self.rows <= most
+            self.rows <= max_rows
             and padded <= limits.max_batch_tokens
-            and padded - self.tokens <= (slack or 0) * (self.rows - 1)
+            and padded - self.tokens <= (padding_budget or 0) * (self.rows - 1)
         )
 
 
-class Chunk(NamedTuple):
+class RowChunk(NamedTuple):
     """Rows of one request that are computed together."""
 
     indices: list[int]
-    shape: Shape
+    shape: BatchShape
 
 
-class Row(NamedTuple):
+class RowRef(NamedTuple):
     """One row of a request."""
 
-    ticket: Ticket
-    at: int
+    request: BatchRequest
+    row: int
 
     @property
     def encoded(self) -> Encoded:
-        return self.ticket.rows[self.at]
+        return self.request.rows[self.row]
 
 
-class Caller:
-    """Somebody who waits for an answer; whoever holds this may call the request off.
+class RequestContext:
+    """Per-request state shared by the protocol and the batcher.
 
     Attributes:
-        expires: When he waits no longer, by `time.monotonic`, in seconds; None: he does not say.
-        left: True once he is gone; his rows are then not computed any more.
+        expires_at: Deadline by `time.monotonic`, seconds; None: the client sent none.
+        disconnected: True once the client closed the connection; its queued rows are dropped.
     """
 
-    __slots__ = ("expires", "left")
+    __slots__ = ("disconnected", "expires_at")
 
-    def __init__(self, expires: float | None = None) -> None:
-        self.expires = expires
-        self.left = False
-
-
-def seconds_left(limits: Limits, his_s: float | None) -> float | None:
-    """How long a request may take: as ours or its caller's patience allows; None: for ever."""
-    ours_s = limits.deadline_ms / 1000
-    if his_s is None:
-        return ours_s or None
-    return min(ours_s, his_s) if ours_s else his_s
+    def __init__(self, expires_at: float | None = None) -> None:
+        self.expires_at = expires_at
+        self.disconnected = False
 
 
-def expiry(limits: Limits, caller: Caller) -> float | None:
-    """When a request that comes now is given up, by `time.monotonic`; None: never."""
-    now = time.monotonic()
-    his_s = None if caller.expires is None else caller.expires - now
-    left_s = seconds_left(limits, his_s)
-    return None if left_s is None else now + left_s
-
-
-class Wake(Protocol):
-    """Told when a ticket is done."""
+class Notifier(Protocol):
+    """Called when a request is done; `threading.Event` is one."""
 
     def set(self) -> None: ...
 
 
-class Ticket:
-    """One caller's request, from its arrival to its answer."""
+class BatchRequest:
+    """One request, from its arrival in the batcher to its result.
+
+    Args:
+        rows: Encoded rows.
+        dedup_keys: What makes rows equal, one a row; None: all rows differ.
+        limits: Default deadline.
+        bounded: Whether the default deadline applies.
+        context: Deadline of the client, and whether it is still connected.
+    """
 
     def __init__(
         self,
         rows: Sequence[Encoded],
-        keys: Sequence[Hashable] | None,
+        dedup_keys: Sequence[Hashable] | None,
         limits: Limits,
-        deadline: bool,
-        caller: Caller | None,
+        bounded: bool,
+        context: RequestContext | None,
     ) -> None:
         self.rows = rows
-        self.keys = keys or [(id(self), at) for at in range(len(rows))]
-        self.chunks: list[Chunk] = []
-        self.answers: list[Logits | None] = [None] * len(rows)
+        self.dedup_keys = dedup_keys or [(id(self), index) for index in range(len(rows))]
+        self.chunks: list[RowChunk] = []
+        self.results: list[Logits | None] = [None] * len(rows)
         self.missing = len(rows)
         self.error: Exception | None = None
-        self.wake: Wake  # set by whoever waits, before the ticket lines up
-        self.caller = caller or Caller()
-        self.expires = expiry(limits, self.caller) if deadline else self.caller.expires
+        self.notifier: Notifier  # set before the request is queued
+        self.context = context or RequestContext()
+        self.expires_at = self.context.expires_at
+        if bounded and limits.deadline_ms:
+            server_s = time.monotonic() + limits.deadline_ms / 1000
+            self.expires_at = min(server_s, self.expires_at or server_s)
 
     @property
     def done(self) -> bool:
         return self.error is not None or not self.missing
 
-    def pointless(self, now: float) -> bool:
-        """Whether nobody waits for the answer any more, by `time.monotonic`."""
-        return self.caller.left or (self.expires is not None and self.expires <= now)
+    def is_abandoned(self, now: float) -> bool:
+        """Whether its result is useless: client gone or deadline passed, by `time.monotonic`."""
+        return self.context.disconnected or (self.expires_at is not None and self.expires_at <= now)
 
     @property
-    def waiting_rows(self) -> int:
-        """Rows that nobody has taken yet."""
+    def queued_rows(self) -> int:
+        """Rows not yet taken into a batch."""
         return sum(chunk.shape.rows for chunk in self.chunks)
 
-    def put(self, index: int, answer: Logits | Exception) -> None:
-        if isinstance(answer, Exception):
-            self.error = self.error or answer
+    def set_row_result(self, index: int, result: Logits | Exception) -> None:
+        """Store a row's logits, float32 (classes,), or why there are none."""
+        if isinstance(result, Exception):
+            self.error = self.error or result
         else:
-            self.answers[index] = answer
+            self.results[index] = result
             self.missing -= 1
 
-    def left_s(self) -> float | None:
-        """Seconds until the deadline, never below 0; None without one."""
-        return None if self.expires is None else max(0.0, self.expires - time.monotonic())
+    def remaining_s(self) -> float | None:
+        """Seconds until the deadline, at least 0; None without one."""
+        return None if self.expires_at is None else max(0.0, self.expires_at - time.monotonic())
 
     def result(self) -> Logits:
+        """Logits of all rows, float32 (rows, classes).
+
+        Raises:
+            Exception: What failed.
+        """
         if self.error is not None:
             raise self.error
-        answers = [answer for answer in self.answers if answer is not None]
-        return answers[0][np.newaxis] if len(answers) == 1 else np.stack(answers)
+        results = [result for result in self.results if result is not None]
+        return results[0][np.newaxis] if len(results) == 1 else np.stack(results)
 
 
-def cut(
-    lengths: Sequence[int], indices: list[int], limits: Limits, slack: float | None, most: int
-) -> list[Chunk]:
+def split_into_chunks(
+    lengths: Sequence[int],
+    indices: list[int],
+    limits: Limits,
+    padding_budget: float | None,
+    max_rows: int,
+) -> list[RowChunk]:
     """Chunks of rows of similar length, each within the limits, the longest last.
 
     Args:
-        lengths: Of all rows.
-        indices: The rows to cut.
-        limits, slack, most: As for `Shape.fits`.
+        lengths: Tokens of each row.
+        indices: The rows to split.
+        limits, padding_budget, max_rows: See `BatchShape.fits`.
     """
     if len(indices) == 1:  # the common request
-        return [Chunk(indices, Shape(1, lengths[indices[0]], lengths[indices[0]]))]
-    chunks: list[Chunk] = []
+        return [RowChunk(indices, BatchShape(1, lengths[indices[0]], lengths[indices[0]]))]
+    chunks: list[RowChunk] = []
     for index in sorted(indices, key=lengths.__getitem__):
         length = lengths[index]
-        alone = Shape(1, length, length)
-        wider = chunks[-1].shape.plus(alone) if chunks else alone
-        if chunks and wider.fits(limits, slack, most):
+        single = BatchShape(1, length, length)
+        wider = chunks[-1].shape.plus(single) if chunks else single
+        if chunks and wider.fits(limits, padding_budget, max_rows):
             chunks[-1].indices.append(index)
             chunks[-1] = chunks[-1]._replace(shape=wider)
         else:
-            chunks.append(Chunk([index], alone))
+            chunks.append(RowChunk([index], single))
     return chunks

@@ -1,6 +1,6 @@
-"""Requests that wait for the model, and which of them are computed together.
+"""The queue of requests, and which rows form the next batch.
 
-Not safe for threads by itself: the batcher holds its lock.
+Not thread-safe: the batcher holds its lock.
 """
 
 from __future__ import annotations
@@ -8,81 +8,86 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 
-from mlflow_pt_deploy.serving.batching.request import Row, Ticket
-from mlflow_pt_deploy.serving.model.options import Limits
+from mlflow_pt_deploy.serving.batching.limits import Limits
+from mlflow_pt_deploy.serving.batching.request import BatchRequest, RowRef
 
-Batch = dict[Hashable, list[Row]]
-"""What is computed at a time, by what makes rows the same: everyone who waits for it."""
+Batch = dict[Hashable, list[RowRef]]
+"""Rows of one call by deduplication key: all requests that wait for the same row."""
 
 
-class Queue:
-    """Tickets in the order in which they came; one with many rows stays until its last chunk.
+class RequestQueue:
+    """Requests in order of arrival; one with many rows stays until its last chunk is taken.
 
     Attributes:
-        rows: How many wait.
+        rows: Queued rows.
     """
 
     def __init__(self) -> None:
-        self._tickets: dict[Ticket, None] = {}  # a set in order
-        self._by_length: dict[int, dict[Ticket, None]] = {}  # of the next chunk's longest row
+        self._requests: dict[BatchRequest, None] = {}  # an ordered set
+        self._by_length: dict[int, dict[BatchRequest, None]] = {}  # of the next chunk
         self.rows = 0
 
     def __bool__(self) -> bool:
-        return bool(self._tickets)
+        return bool(self._requests)
 
-    def push(self, ticket: Ticket) -> None:
-        self._tickets[ticket] = None
-        self._by_length.setdefault(ticket.chunks[-1].shape.longest, {})[ticket] = None
-        self.rows += ticket.waiting_rows
+    def push(self, request: BatchRequest) -> None:
+        """Append a request."""
+        self._requests[request] = None
+        self._by_length.setdefault(request.chunks[-1].shape.longest, {})[request] = None
+        self.rows += request.queued_rows
 
-    def withdraw(self, ticket: Ticket) -> None:
-        """Forget a ticket, if it is here at all."""
-        if ticket not in self._tickets:
+    def remove(self, request: BatchRequest) -> None:
+        """Remove a request if it is queued."""
+        if request not in self._requests:
             return
-        del self._tickets[ticket]
-        length = ticket.chunks[-1].shape.longest
-        del self._by_length[length][ticket]
+        del self._requests[request]
+        length = request.chunks[-1].shape.longest
+        del self._by_length[length][request]
         if not self._by_length[length]:
             del self._by_length[length]
-        self.rows -= ticket.waiting_rows
+        self.rows -= request.queued_rows
 
-    def withdraw_pointless(self) -> list[Ticket]:
-        """Forget those that nobody waits for any more; returns them."""
+    def remove_abandoned(self) -> list[BatchRequest]:
+        """Remove and return requests that are expired or whose client disconnected."""
         now = time.monotonic()
-        found = [ticket for ticket in self._tickets if ticket.pointless(now)]
-        for ticket in found:
-            self.withdraw(ticket)
+        found = [request for request in self._requests if request.is_abandoned(now)]
+        for request in found:
+            self.remove(request)
         return found
 
-    def take(self, limits: Limits, slack: float | None, most: int) -> Batch:
-        """The oldest request's next chunk, and what goes well with it; the same rows together.
+    def pop_batch(self, limits: Limits, padding_budget: float | None, max_rows: int) -> Batch:
+        """The oldest request's next chunk and chunks of similar length; equal rows once.
 
         Args:
-            limits, slack, most: As for `Shape.fits`; the oldest request's chunk is taken anyway.
+            limits, padding_budget, max_rows: See `BatchShape.fits`; the oldest request's chunk is
+                always taken.
         """
         batch: Batch = {}
-        for ticket in self._alike(limits, slack, most) if self._tickets else ():
-            self.withdraw(ticket)
-            for at in ticket.chunks.pop().indices:
-                batch.setdefault(ticket.keys[at], []).append(Row(ticket, at))
-            if ticket.chunks:  # behind all others
-                self.push(ticket)
+        requests = self._similar_length(limits, padding_budget, max_rows) if self._requests else ()
+        for request in requests:
+            self.remove(request)
+            for index in request.chunks.pop().indices:
+                batch.setdefault(request.dedup_keys[index], []).append(RowRef(request, index))
+            if request.chunks:  # the rest queues again at the end
+                self.push(request)
         return batch
 
-    def _alike(self, limits: Limits, slack: float | None, most: int) -> list[Ticket]:
-        """The oldest, and those whose length is the nearest, as many as fit."""
-        oldest = next(iter(self._tickets))
+    def _similar_length(
+        self, limits: Limits, padding_budget: float | None, max_rows: int
+    ) -> list[BatchRequest]:
+        """The oldest request and those nearest to it in length, as many as fit."""
+        oldest = next(iter(self._requests))
         taken, shape = [oldest], oldest.chunks[-1].shape
-        wanted = shape.longest
-        for length in sorted(self._by_length, key=lambda length: abs(length - wanted)):
-            for ticket in self._by_length[length]:
-                if shape.rows >= most:
+        target = shape.longest
+        for length in sorted(self._by_length, key=lambda length: abs(length - target)):
+            for request in self._by_length[length]:
+                if shape.rows >= max_rows:
                     return taken
-                if ticket is oldest:
+                if request is oldest:
                     continue
-                wider = shape.plus(ticket.chunks[-1].shape)
-                if not wider.fits(limits, slack, most):
-                    break  # nor do, most likely, the others of that length
-                taken.append(ticket)
+                wider = shape.plus(request.chunks[-1].shape)
+                if not wider.fits(limits, padding_budget, max_rows):
+                    break  # most likely the other requests of this length do not fit either
+                taken.append(request)
                 shape = wider
         return taken

@@ -19,7 +19,7 @@ _LEAST = 16
 
 
 @dataclass(frozen=True, repr=False)
-class Guard:
+class TokenAuth:
     """The tokens of a server.
 
     Attributes:
@@ -30,26 +30,26 @@ class Guard:
     scoring: tuple[bytes, ...] = ()
     admin: tuple[bytes, ...] = ()
 
-    def may_score(self, authorization: bytes | None) -> bool:
+    def can_score(self, authorization: str | None) -> bool:
         """Whether a request with this ``Authorization`` header may score."""
         return not self.scoring or _holds(authorization, self.scoring)
 
-    def may_look(self, authorization: bytes | None) -> bool:
+    def can_read_admin(self, authorization: str | None) -> bool:
         """Whether it may read what is for those who run the server."""
-        return _holds(authorization, self.admin) if self.admin else self.may_score(authorization)
+        return _holds(authorization, self.admin) if self.admin else self.can_score(authorization)
 
 
-def guard_from_environment() -> Guard:
+def auth_from_environment() -> TokenAuth:
     """Tokens in ``PT_DEPLOY_TOKEN`` and ``PT_DEPLOY_ADMIN_TOKEN``, or in files named by the same
     names with ``_FILE``; a file may hold several, one a line, so that they can be exchanged.
 
     Raises:
         ServingError: A file cannot be read, or a token is shorter than 16 characters.
     """
-    return Guard(_tokens(SCORE_ENV), _tokens(ADMIN_ENV))
+    return TokenAuth(_tokens(SCORE_ENV), _tokens(ADMIN_ENV))
 
 
-def check_exposure(host: str, guard: Guard, insecure: bool) -> None:
+def require_auth_unless_loopback(host: str, guard: TokenAuth, insecure: bool) -> None:
     """Refuse to let a whole network score without a token.
 
     Raises:
@@ -91,8 +91,8 @@ def _tokens(name: str) -> tuple[bytes, ...]:
     return tokens
 
 
-def _holds(authorization: bytes | None, tokens: tuple[bytes, ...]) -> bool:
-    scheme, _, given = (authorization or b"").partition(b" ")
+def _holds(authorization: str | None, tokens: tuple[bytes, ...]) -> bool:
+    scheme, _, given = (authorization or "").encode("latin1", "replace").partition(b" ")
     if scheme.lower() != b"bearer":
         return False
     # every token is compared, so that time does not tell which one came close

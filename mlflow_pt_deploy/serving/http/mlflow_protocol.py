@@ -1,192 +1,126 @@
-"""MLflow's scoring protocol: from a body to the answer's body, in one thread.
-
-MLflow parses the tables; lists go past it, and errors are written here, so that none carries a
-traceback or the caller's data. Knows no sockets and no routes.
-"""
+"""MLflow's scoring protocol: request bodies to rows, errors to responses."""
 
 from __future__ import annotations
 
-import csv
-import json
-import sys
-import time
-from collections.abc import Mapping
-from functools import lru_cache
-from io import BytesIO, StringIO
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_pt_deploy.errors import RequestError
-from mlflow_pt_deploy.serving.batching.request import Caller, seconds_left
-from mlflow_pt_deploy.serving.http.parquet_limits import check_unpacked
-from mlflow_pt_deploy.serving.model.inputs import check_names
-from mlflow_pt_deploy.serving.model.loaded_model import Version
-from mlflow_pt_deploy.serving.model.pyfunc import scoring_error
+from mlflow_pt_deploy.preprocessing import Row
+from mlflow_pt_deploy.serving.batching.request import Encoded
+from mlflow_pt_deploy.serving.http.csv_parser import parse_csv
+from mlflow_pt_deploy.serving.http.json_parser import ParsedBody, parse_json
+from mlflow_pt_deploy.serving.http.parquet_reader import ParquetReader
+from mlflow_pt_deploy.serving.http.request import Headers
+from mlflow_pt_deploy.serving.http.response import RETRY_AFTER, Response
+from mlflow_pt_deploy.serving.model.errors import scoring_error
+from mlflow_pt_deploy.serving.model.inputs import read_rows
 
-_JSON, _CSV, _PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
-_LISTS = ("inputs", "instances")
-_FORMATS = (*_LISTS, "dataframe_split", "dataframe_records")
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 
+JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
 
-class Answer(NamedTuple):
-    """What goes back.
+PARQUET_READER = ParquetReader()
 
-    Attributes:
-        status: The HTTP status.
-        body: JSON.
-        error: MLflow's error code, empty where all went well.
-        headers: More headers.
-        content_type: Of the body.
-        version: What answered, where a model was asked.
-    """
+MAX_TEXT_CHARS = 100_000
+"""Characters of one text; tokenizing takes time in proportion, also where the model reads 128."""
 
-    status: int
-    body: bytes
-    error: str = ""
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    content_type: bytes = b"application/json"
-    version: Version | None = None
+MAX_INLINE_BYTES = 16 * 2**10
+"""Longer bodies are parsed and encoded on a thread, so that the event loop does not wait."""
 
 
-def failure(status: int, error: str, message: str, *headers: tuple[bytes, bytes]) -> Answer:
-    """An error in MLflow's form."""
-    body = json.dumps({"error_code": error, "message": message}).encode()
-    return Answer(status, body, error, headers)
+class UnsupportedMediaError(RequestError):
+    """The body's content type or encoding is not one of MLflow's protocol."""
 
 
-LATER = (b"retry-after", b"1")
-LEFT = failure(499, "CANCELLED", "the client left")
-DEADLINE_HEADER = b"x-deadline-ms"
+class ScoringInput(NamedTuple):
+    """Rows of a request; `encoded` only where that was done already."""
+
+    rows: list[Row]
+    top_k: int
+    encoded: list[Encoded] | None = None
 
 
-@lru_cache(maxsize=256)
-def patience(header: bytes | None) -> float | None:
-    """Seconds that a client waits, from his milliseconds; nonsense is none."""
-    if header is None or not header.isdigit() or len(header) > 9:
-        return None
-    return int(header) / 1000
-
-
-def time_left(version: Version, header: bytes | None) -> float | None:
-    """Seconds for a request that comes now, as its header and the version's limits have it."""
-    return seconds_left(version.pyfunc.batcher.limits, patience(header))
-
-
-def deadline(header: bytes | None) -> float | None:
-    """The end of a client's patience, by `time.monotonic`."""
-    seconds = patience(header)
-    return None if seconds is None else time.monotonic() + seconds
-
-
-def answer(version: Version, body: bytes, content_type: str, caller: Caller) -> Answer:
-    """Score one body; never raises."""
-    try:
-        data, params = _parse(version, body, content_type)
-        predictions = version.pyfunc.predict(data, params, caller=caller)
-        return Answer(200, json.dumps({"predictions": predictions}).encode(), version=version)
-    except Exception as error:
-        return failed(version, error)
-
-
-def failed(version: Version, error: Exception) -> Answer:
-    """An error as an answer."""
-    told = scoring_error(error)
-    status = 415 if isinstance(error, _UnsupportedMediaError) else told.status
-    later = (LATER,) if status == 429 else ()
-    text, code = told.serialize_as_json().encode(), str(told.error_code)
-    return Answer(status, text, code, later, version=version)
-
-
-class _UnsupportedMediaError(RequestError):
-    """The body is of a type that MLflow's protocol does not know."""
-
-
-def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:
-    """Data and params of a body."""
-    media, _, rest = (part.strip().lower() for part in content_type.partition(";"))
-    charset = rest.removeprefix("charset=").strip('"') or "utf-8"
-    if media not in (_JSON, _CSV, _PARQUET) or charset not in ("utf-8", "utf8"):
-        raise _UnsupportedMediaError(
-            f"'Content-Type' must be {_JSON}, {_CSV} or {_PARQUET}, and the text UTF-8"
-        )
-    if media == _JSON:
-        return _parse_json(body, version.inputs, version.pyfunc.loaded.preprocessor.column)
-    try:
-        if media == _PARQUET:
-            from mlflow.pyfunc import scoring_server
-
-            check_unpacked(body, version.pyfunc.options.queue_rows)
-            return scoring_server.parse_parquet_input(BytesIO(body)), None
-        return parse_csv(body, version.pyfunc.loaded.preprocessor.column), None
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(f"the body cannot be read as {media}") from error
-
-
-def parse_csv(body: bytes, column: str) -> Mapping[str, list[str]]:
-    """Read the column that the model takes, each cell as it stands there.
-
-    MLflow reads CSV with pandas, which takes a column of 123, TRUE or NA for something other than
-    texts, depending on the other rows.
+def media_type(headers: Headers) -> str:
+    """The media type of a request's body.
 
     Raises:
-        RequestError: A line does not fit, or the column is missing.
-        Exception: It is no UTF-8.
+        UnsupportedMediaError: It is not one of MLflow's, not UTF-8, or compressed.
     """
-    csv.field_size_limit(sys.maxsize)  # of the whole process; the body's length is limited
-    reader = csv.reader(StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
-    header: list[str] = []
-    cells: list[str] = []
-    place = 0
-    try:
-        for row in reader:
-            if not row:  # an empty line; an empty text is ""
-                continue
-            if not header:
-                header = row
-                check_names(header, column)
-                if column not in header:
-                    raise RequestError(
-                        f"the column '{column}' is missing; write the names of the columns into "
-                        "the first line, with commas between"
-                    )
-                place = header.index(column)
-            elif len(row) == len(header):
-                cells.append(row[place])
-            else:
-                cells_here = "1 cell" if len(row) == 1 else f"{len(row)} cells"
-                raise RequestError(
-                    f"line {reader.line_num} of the CSV has {cells_here} and its header "
-                    f'{len(header)}; put texts with commas or quotes in double quotes ("...")'
-                )
-    except csv.Error as error:
+    media, _, parameters = (headers.get("content-type") or "").partition(";")
+    media = media.strip().lower()
+    charset = "utf-8"
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "charset":
+            charset = value.strip().strip('"').lower()
+    if media not in (JSON, CSV, PARQUET) or charset not in ("utf-8", "utf8"):
+        raise UnsupportedMediaError(
+            f"'Content-Type' must be {JSON}, {CSV} or {PARQUET}, and the text UTF-8"
+        )
+    if (headers.get("content-encoding") or "identity").lower() != "identity":
+        raise UnsupportedMediaError("'Content-Encoding' is not supported; send the body as it is")
+    return media
+
+
+def is_small(service: InferenceService, body: bytes, media: str) -> bool:
+    """Whether parsing and encoding are fast enough for the event loop."""
+    return (
+        media == JSON
+        and len(body) <= MAX_INLINE_BYTES
+        and service.loaded.preprocessor.column == "text"
+    )
+
+
+def parse(service: InferenceService, body: bytes, media: str) -> ScoringInput:
+    """Rows and parameters of a body.
+
+    Raises:
+        RequestError: Names the field and the row, never the content.
+    """
+    data, params = _parse(service, body, media)
+    rows = read_rows(data, service.loaded.preprocessor.column)
+    most = service.options.queue_rows
+    if len(rows) > most:
+        column = service.loaded.preprocessor.column
         raise RequestError(
-            f"the body cannot be read as {_CSV}: quotes do not match near line {reader.line_num}; "
-            'put texts with commas or quotes in double quotes ("..."), and double the quotes inside'
-        ) from error
-    return {column: cells}
+            f"'{column}' has {len(rows)} rows; one request may have {most} (queue_rows). "
+            "Send several smaller requests."
+        )
+    for number, row in enumerate(rows):
+        if isinstance(row, str) and len(row) > MAX_TEXT_CHARS:
+            raise RequestError(
+                f"'{service.loaded.preprocessor.column}' row {number} has {len(row)} characters; "
+                f"a text may have {MAX_TEXT_CHARS}. Send its beginning."
+            )
+    return ScoringInput(rows, service.formatter.top_k(params))
 
 
-def _parse_json(body: bytes, schema: Any, column: str) -> tuple[Any, Any]:
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError("the body is not valid JSON") from error
-    given = [name for name in _FORMATS if isinstance(request, dict) and name in request]
-    if len(given) != 1:
-        raise RequestError(f"the body must be an object with exactly one of {', '.join(_FORMATS)}")
-    params = request.get("params")
-    if params is not None and not isinstance(params, dict):
-        raise RequestError("'params' must be an object")
-    # A second text beside the rows would be dropped as silently as one in them.
-    check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
-    if given[0] in _LISTS and schema is None:
-        # MLflow would make a NumPy array of it, as wide in every row as the longest text: a few
-        # megabytes of JSON become gigabytes.
-        return request[given[0]], params
-    from mlflow.pyfunc.scoring_server import infer_and_parse_data
+def parse_and_encode(service: InferenceService, body: bytes, media: str) -> ScoringInput:
+    """The same, with the rows encoded; for a thread.
 
-    try:
-        return infer_and_parse_data({given[0]: request[given[0]]}, schema), params
-    except Exception as error:
-        raise RequestError(f"'{given[0]}' is not in MLflow's format of that name") from error
+    Raises:
+        RequestError: See `parse`.
+    """
+    found = parse(service, body, media)
+    return found._replace(encoded=service.encode(found.rows))
+
+
+def error_to_response(error: Exception, model_version: str) -> Response:
+    """Any error as a response, with the right status and nothing of the caller's data."""
+    known = scoring_error(error)
+    unsupported = isinstance(error, UnsupportedMediaError)
+    status = 415 if unsupported else known.status
+    headers = (RETRY_AFTER,) if status == 429 else ()
+    if unsupported:
+        headers = (("accept-encoding", "identity"),)
+    body = known.serialize_as_json().encode()
+    return Response(status, body, str(known.error_code), headers, model_version=model_version)
+
+
+def _parse(service: InferenceService, body: bytes, media: str) -> ParsedBody:
+    column = service.loaded.preprocessor.column
+    if media == JSON:
+        return parse_json(body, column)
+    rows = PARQUET_READER.read if media == PARQUET else parse_csv
+    return ParsedBody({column: rows(body, column, service.options.queue_rows)}, None)

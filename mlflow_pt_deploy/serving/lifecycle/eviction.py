@@ -1,7 +1,4 @@
-"""How much of what is served may be in memory, and which model goes when it is too much; pure.
-
-Knows neither slots nor how memory is read.
-"""
+"""The memory budget of loaded models, and which model is evicted first: pure functions."""
 
 from __future__ import annotations
 
@@ -11,18 +8,18 @@ from typing import NamedTuple
 
 from mlflow_pt_deploy.errors import ServingError
 
-# Two models that are asked for in turns would else do nothing but take each other's place.
-STAY_S = 5.0
+MIN_RESIDENCY_S = 5.0
+"""Two models that are requested in turns would otherwise do nothing but evict each other."""
 
 
 @dataclass(frozen=True)
-class Room:
-    """The limits of a server.
+class MemoryBudget:
+    """Limits of models in memory.
 
     Attributes:
         max_models: Most models in memory; 0: no limit.
-        max_memory_mb: Models go while the process's resident memory is above this and more than
-            one is loaded; 0: no limit.
+        max_memory_mb: Models are evicted while the process's resident memory is above this and more
+            than one is loaded; 0: no limit.
     """
 
     max_models: int = 0
@@ -34,7 +31,7 @@ class Room:
                 raise ServingError(f"{name} is {getattr(self, name)}; give 0 (no limit) or more")
 
     def excess(self, models: int, resident_mb: float = 0.0) -> str:
-        """Why this many loaded models are too many, in words; empty where they are not."""
+        """Why this many loaded models exceed the budget; empty if they do not."""
         if self.max_models and models > self.max_models:
             return f"max_models is {self.max_models}"
         if self.max_memory_mb and models > 1 and resident_mb > self.max_memory_mb:
@@ -42,27 +39,27 @@ class Room:
         return ""
 
 
-class Loaded(NamedTuple):
-    """A model in memory; times are in seconds of one clock.
+class CacheEntry(NamedTuple):
+    """A model in memory; times in seconds of one clock.
 
     Attributes:
-        name: Its slot's.
-        used: When it was asked for last.
-        since: When it was loaded.
-        took_s: How long that took.
+        name: The model's.
+        used_at: Last request.
+        loaded_at: When it was loaded.
+        load_s: How long that took.
     """
 
     name: str
-    used: float
-    since: float
-    took_s: float = 0.0
+    used_at: float
+    loaded_at: float
+    load_s: float = 0.0
 
-    def may_go(self, now: float) -> bool:
-        """Whether it has been there for `STAY_S`, and for as long as it took to load."""
-        return now >= self.since + max(STAY_S, self.took_s)
+    def may_be_evicted(self, now: float) -> bool:
+        """Whether it has been in memory for `MIN_RESIDENCY_S`, and as long as it took to load."""
+        return now >= self.loaded_at + max(MIN_RESIDENCY_S, self.load_s)
 
 
-def longest_unused(loaded: Sequence[Loaded], now: float) -> str | None:
-    """The model that goes first; None: none may go yet."""
-    free = [model for model in loaded if model.may_go(now)]
-    return min(free, key=lambda model: model.used).name if free else None
+def least_recently_used(entries: Sequence[CacheEntry], now: float) -> str | None:
+    """The model to evict first; None if none may be evicted yet."""
+    candidates = [entry for entry in entries if entry.may_be_evicted(now)]
+    return min(candidates, key=lambda entry: entry.used_at).name if candidates else None

@@ -1,7 +1,8 @@
-"""Which models are in memory: loads what is asked for, and unloads what there is no room for.
+"""LRU cache of loaded models.
 
-`room` decides, this acts; all of it in the watcher's thread. A swap needs room for both versions
-while it lasts.
+Loads models on demand and evicts the least recently used one when `max_models` or `max_memory_mb`
+is exceeded. Runs on the registry watcher's thread only. During a hot swap the old and the new
+version are both in memory.
 """
 
 from __future__ import annotations
@@ -9,86 +10,93 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from mlflow_pt_deploy.serving.lifecycle.eviction import Loaded, Room, longest_unused
+from mlflow_pt_deploy.serving.lifecycle.eviction import (
+    CacheEntry,
+    MemoryBudget,
+    least_recently_used,
+)
 from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb, trim
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
 
-class Keeper:
-    """Keeps slots within their room.
+class ModelCache:
+    """Keeps models within a memory budget.
 
     Args:
-        slots: All of the server's, the most important first.
-        room: The limits.
-        resident: Tells the process's resident memory in MB; asked only where that has a limit.
+        models: All models of the server, the most important first.
+        budget: The limits.
+        resident: The process's resident memory in MB; called only if that is limited.
     """
 
     def __init__(
-        self, slots: Sequence[Slot], room: Room, resident: Callable[[], float] = resident_mb
+        self,
+        models: Sequence[ServedModel],
+        budget: MemoryBudget,
+        resident: Callable[[], float] = resident_mb,
     ) -> None:
-        self._slots = {slot.name: slot for slot in slots}
-        self._room = room
+        self._models = {model.name: model for model in models}
+        self._budget = budget
         self._resident = resident
-        self._going: Callable[[], object] = lambda: None
+        self._evicted: Callable[[], object] = lambda: None
 
     def open(self) -> None:
-        """Load models from the first on while there is room; the others must at least be there.
+        """Load models in order while the budget allows; the others must at least exist.
 
         Raises:
-            PtDeployError: One may not serve.
+            PtDeployError: One cannot serve.
             MlflowException: One cannot be found or fetched.
         """
         full = ""
-        for slot in self._slots.values():
-            full = full or self._room.excess(len(self._loaded()) + 1)
+        for model in self._models.values():
+            full = full or self._budget.excess(len(self._loaded()) + 1)
             if full:
-                slot.defer(full)
+                model.register_unloaded(full)
                 continue
-            slot.open()
-            if full := self._too_much():
-                slot.unload(full)
+            model.open()
+            if full := self._over_budget():
+                model.unload(full)
 
-    def attend(self) -> bool:
-        """Load what was asked for, oldest wish first, and unload what is too much.
+    def reconcile(self) -> bool:
+        """Load what was requested, the oldest request first, and evict what is over budget.
 
         Returns:
             Whether something is left to do for which it is too early.
         """
         waiting = False
-        for slot in sorted(self._slots.values(), key=lambda slot: slot.asked):
-            if slot.asked and self._make_room():
-                slot.reload()
-            waiting = waiting or bool(slot.asked)
-        return self._shrink() or waiting
+        for model in sorted(self._models.values(), key=lambda model: model.requested_at):
+            if model.requested_at and self._make_room():
+                model.reload()
+            waiting = waiting or bool(model.requested_at)
+        return self._evict_over_budget() or waiting
 
     def _make_room(self) -> bool:
-        """Unload until one more model fits in; whether it does."""
-        while reason := self._room.excess(len(self._loaded()) + 1):
-            if not self._unload(reason):
+        """Evict until one more model fits; whether it does."""
+        while reason := self._budget.excess(len(self._loaded()) + 1):
+            if not self._evict(reason):
                 return False
         return True
 
-    def _shrink(self) -> bool:
-        """Unload one model if memory is above its limit; whether to look again soon."""
-        if not self._too_much():
+    def _evict_over_budget(self) -> bool:
+        """Evict one model if memory is over budget; whether to check again soon."""
+        if not self._over_budget():
             return False
-        if self._going() is None:  # else it still answers, and its memory is not free yet
+        if self._evicted() is None:  # else it still answers requests and holds its memory
             trim()
-            if reason := self._too_much():
-                self._unload(reason)
+            if reason := self._over_budget():
+                self._evict(reason)
         return True
 
-    def _too_much(self) -> str:
-        held_mb = self._resident() if self._room.max_memory_mb else 0.0
-        return self._room.excess(len(self._loaded()), held_mb)
+    def _over_budget(self) -> str:
+        held_mb = self._resident() if self._budget.max_memory_mb else 0.0
+        return self._budget.excess(len(self._loaded()), held_mb)
 
-    def _unload(self, reason: str) -> bool:
-        name = longest_unused(self._loaded(), time.perf_counter())
+    def _evict(self, reason: str) -> bool:
+        name = least_recently_used(self._loaded(), time.perf_counter())
         if name is None:
             return False
-        self._going = self._slots[name].unload(reason)
+        self._evicted = self._models[name].unload(reason)
         return True
 
-    def _loaded(self) -> list[Loaded]:
-        slots = self._slots.values()
-        return [Loaded(s.name, s.used, s.loaded, s.took_s) for s in slots if s.current]
+    def _loaded(self) -> list[CacheEntry]:
+        models = self._models.values()
+        return [CacheEntry(m.name, m.used_at, m.loaded_at, m.load_s) for m in models if m.current]

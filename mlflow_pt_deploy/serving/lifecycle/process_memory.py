@@ -1,4 +1,4 @@
-"""How much memory this process holds, how it hands back what it has freed, and its garbage."""
+"""Resident memory of this process, returning freed memory, and garbage collection."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def resident_mb() -> float:
 
 
 def trim() -> None:
-    """Hand freed memory back to the system, of which glibc keeps much for itself."""
+    """Return freed memory to the system; glibc keeps much of it otherwise."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def settle() -> None:
-    """Have later garbage collections leave alone what lives now.
+def freeze_gc() -> None:
+    """Exempt the objects that live now from later garbage collections.
 
-    All objects of libraries and models would be looked at again and again, for nearly a tenth of a
+    Objects of libraries and models would be traversed again and again, for nearly a tenth of a
     busy server's time.
     """
-    gc.unfreeze()  # what was left alone before may be garbage by now
+    gc.unfreeze()  # objects frozen before may be garbage by now
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The one thread that opens the slots and then looks after them, so that serving never waits."""
+"""Opens the models, then polls the registry for each of them, on threads of its own."""
 
 from __future__ import annotations
 
@@ -6,83 +6,94 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from mlflow_pt_deploy.serving.lifecycle.eviction import Room
-from mlflow_pt_deploy.serving.lifecycle.model_cache import Keeper
-from mlflow_pt_deploy.serving.lifecycle.process_memory import settle
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
+from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
+from mlflow_pt_deploy.serving.lifecycle.process_memory import freeze_gc
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
-# Where something waits for room, it is looked at so often; and never more often than this, or a
-# registry that does not answer would be asked at every request.
-_SOON_S = 0.1
+# While a model waits for memory it is checked this often.
+_RECHECK_S = 0.1
 
 
-class Watcher(threading.Thread):
-    """Opens all slots, then looks at each of them again and again.
+class RegistryWatcher(threading.Thread):
+    """Opens all models, then polls each of them; one that stalls does not hold up the others.
 
     A daemon: it may hang in a registry that does not answer, and must not keep the server alive.
 
     Args:
-        slots: What to look after.
-        poll_s: Seconds between looks, give or take a fifth so that many servers do not ask at
-            once; 0: never look again.
-        room: How much may be in memory.
-        opened: Called when all slots have a version, or are found where there is no room.
-        failed: Called with the error when one cannot be opened; the thread then ends.
+        models: All models of the server.
+        poll_s: Seconds between polls, give or take a fifth so that many servers do not poll at
+            once; 0: never.
+        budget: Limits of models in memory.
+        on_opened: Called when all models are loaded, or known where memory is short.
+        on_failed: Called with the error when one cannot be opened; the thread then ends.
+        on_polled: Called after each poll of a model.
     """
 
     def __init__(
         self,
-        slots: Sequence[Slot],
+        models: Sequence[ServedModel],
         poll_s: float,
         *,
-        room: Room | None = None,
-        opened: Callable[[], None],
-        failed: Callable[[Exception], None],
+        budget: MemoryBudget | None = None,
+        on_opened: Callable[[], None],
+        on_failed: Callable[[Exception], None],
+        on_polled: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(name="watcher", daemon=True)
-        self._slots = slots
+        super().__init__(name="registry-watcher", daemon=True)
+        self._models = models
         self._poll_s = poll_s
-        self._keeper = Keeper(slots, room or Room())
-        self._opened = opened
-        self._failed = failed
+        self._cache = ModelCache(models, budget or MemoryBudget())
+        self._on_opened = on_opened
+        self._on_failed = on_failed
+        self._on_polled = on_polled
         self._woken = threading.Event()
         self._stopped = threading.Event()
-        for slot in slots:
-            slot.wake = self._woken.set
+        self._polls = ThreadPoolExecutor(len(models), thread_name_prefix="poll")
+        self._running: dict[str, Future[None]] = {}
+        for model in models:
+            model.wake = self._woken.set
 
     def run(self) -> None:
         """What the thread does."""
         try:
-            self._keeper.open()
+            self._cache.open()
         except Exception as error:
-            self._failed(error)
+            self._on_failed(error)
             return
-        settle()
-        self._opened()
-        look_at = self._next_look()
-        while not self._stopped.wait(_SOON_S):
-            waiting = self._keeper.attend()
-            if look_at is not None and time.monotonic() >= look_at:
-                before = self._labels()
-                for slot in self._slots:
-                    slot.look()
-                if self._labels() != before:
-                    settle()
-                look_at = self._next_look()
+        freeze_gc()
+        self._on_opened()
+        next_poll = self._next_poll()
+        while not self._stopped.wait(_RECHECK_S):
+            waiting = self._cache.reconcile()
+            if next_poll is not None and time.monotonic() >= next_poll:
+                for model in self._models:
+                    self._start_poll(model)
+                next_poll = self._next_poll()
             elif not waiting:
-                self._woken.wait(None if look_at is None else look_at - time.monotonic())
+                self._woken.wait(None if next_poll is None else next_poll - time.monotonic())
                 self._woken.clear()
 
     def stop(self) -> None:
-        """Look no more; does not wait for a look under way."""
+        """Poll no more; does not wait for a poll under way."""
         self._stopped.set()
         self._woken.set()
+        self._polls.shutdown(wait=False, cancel_futures=True)
 
-    def _labels(self) -> list[str]:
-        """What serves."""
-        return [slot.current.label if slot.current else "" for slot in self._slots]
+    def _start_poll(self, model: ServedModel) -> None:
+        running = self._running.get(model.name)
+        if (running is None or running.done()) and not self._stopped.is_set():
+            self._running[model.name] = self._polls.submit(self._poll, model)
 
-    def _next_look(self) -> float | None:
+    def _poll(self, model: ServedModel) -> None:
+        before = model.current
+        model.poll()
+        if model.current is not before:
+            freeze_gc()
+        self._on_polled()
+
+    def _next_poll(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)
         return time.monotonic() + pause_s if pause_s else None

@@ -1,8 +1,9 @@
-"""A place in the server: the version that answers there, and how another takes over.
+"""One model of the server and its hot swap.
 
-The new version is made ready beside the old one; then one assignment decides, so every request
-has exactly one version. Requests in flight keep theirs, and with the last of them it is freed.
-Where memory is limited, a slot may be empty until it is asked for; `keeper` says when.
+A new version is loaded and warmed up beside the current one; then one assignment activates it, so
+every request is answered by exactly one version. Requests in flight keep the version they started
+with, and its memory is freed with the last of them. Where memory is limited a model may be unloaded
+until it is requested; see `model_cache`.
 """
 
 from __future__ import annotations
@@ -14,286 +15,320 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlflow_pt_deploy.errors import PtDeployError
-from mlflow_pt_deploy.registry.addresses import Address, Served, Source, Target, resolve
-from mlflow_pt_deploy.serving.model.loaded_model import Version, check_there, load_version, now
+from mlflow_pt_deploy.errors import PtDeployError, first_line
+from mlflow_pt_deploy.registry.addresses import (
+    ModelSpec,
+    ResolvedVersion,
+    ServedVersion,
+    SpecProvider,
+    resolve,
+)
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version, now
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
-RETRY_S, RETRY_MOST_S = 60.0, 3600.0
+RETRY_S, MAX_RETRY_S = 60.0, 3600.0
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A version that may not serve.
+class RejectedVersion:
+    """A version that cannot serve.
 
     Attributes:
-        address: The version.
-        target: What was asked for.
-        reason: Why, in words.
-        since: When it was refused first.
-        pause_s: Seconds until it is tried again; doubles each time.
-        tried: When it was tried last, by `time.monotonic`.
+        version: Which one.
+        spec: What was asked for.
+        reason: Why.
+        since: When it was rejected first.
+        retry_s: Seconds between tries; doubles each time.
+        tried_at: Last try, by `time.monotonic`.
     """
 
-    address: Address
-    target: Target
+    version: ResolvedVersion
+    spec: ModelSpec
     reason: str
     since: str
-    pause_s: float
-    tried: float
+    retry_s: float
+    tried_at: float
 
     @property
-    def left_s(self) -> float:
-        """Seconds until it is tried again; 0: it may be at once."""
-        return max(0.0, self.tried + self.pause_s - time.monotonic())
+    def remaining_s(self) -> float:
+        """Seconds until the next try."""
+        return max(0.0, self.tried_at + self.retry_s - time.monotonic())
 
-    def about(self) -> dict[str, Any]:
-        """What ``/model`` says of it."""
+    def status(self) -> dict[str, Any]:
+        """What ``/model`` shows."""
         return {
-            "uri": self.target.uri,
-            "version": self.address.version,
-            "model_config": dict(self.target.model_config),
+            "uri": self.spec.uri,
+            "version": self.version.version,
+            "model_config": dict(self.spec.model_config),
             "reason": self.reason,
             "since": self.since,
-            "tried_again_in_s": round(self.left_s),
+            "tried_again_in_s": round(self.remaining_s),
         }
 
 
-class Unloaded(NamedTuple):
+class EvictionNote(NamedTuple):
     """Why a model is not in memory, and since when."""
 
     since: str
     reason: str
 
 
-class Slot:
-    """One model of the server, under its name.
+class Preparation(NamedTuple):
+    """A version that is being fetched and loaded."""
+
+    version: str | None
+    since: str
+
+
+class ServedModel:
+    """A model under its name.
 
     Args:
-        name: Its part of the path ``/models/NAME/invocations``.
-        source: Says what is to be served.
-        metrics: Told of swaps and refusals.
-        before: What answered before, where this takes the place of another process.
-        find: Makes a version's address of a URI.
-        load: Makes a version ready, or raises.
+        name: Part of the path ``/models/NAME/invocations``.
+        provider: Says what is to be served.
+        metrics: Counts swaps and rejections.
+        last_served: What another process served under this name, to be opened first.
+        find: Resolves a URI to a version.
+        load: Loads a version, or raises.
 
     Attributes:
-        current: The version that answers; None until the first is ready, and while unloaded.
-        unloaded: Why there is none though all is well, or None.
-        refused: The version that should serve but may not, or None.
-        uri: What `current` was asked for as.
-        lost: Since when the registry has not answered, or None while it does.
-        looks: How often was looked what is wanted.
-        used: When it was asked for last, by `time.perf_counter` as the next two.
-        asked: Since when somebody has waited for it to be loaded again; 0: nobody does.
-        loaded: When its version was loaded.
-        took_s: How many seconds that took.
-        wake: Called when it is asked for while it is unloaded.
+        current: The version that answers; None before the first is ready, and while unloaded.
+        unloaded: Why no version is in memory although all is well, or None.
+        rejected: The version that should serve but cannot, or None.
+        preparing: The version that is being loaded, or None.
+        uri: The URI that `current` was resolved from.
+        registry_down_since: Since when the registry has not answered; None while it does.
+        registry_error: Why it does not.
+        polls: Number of polls of the registry.
+        used_at: Last request, by `time.perf_counter`.
+        requested_at: Since when a request has waited for it to be loaded again; 0: none does.
+        loaded_at: When the current version was loaded, by `time.perf_counter`.
+        load_s: Seconds that took.
+        wake: Called when it is requested while it is unloaded.
     """
 
     def __init__(
         self,
         name: str,
-        source: Source,
+        provider: SpecProvider,
         *,
         metrics: Metrics | None = None,
-        before: Served | None = None,
-        find: Callable[[str], Address] = resolve,
-        load: Callable[[Address, Target], Version] = load_version,
+        last_served: ServedVersion | None = None,
+        find: Callable[[str], ResolvedVersion] = resolve,
+        load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
     ) -> None:
         self.name = name
-        self.current: Version | None = None
-        self.refused: Refusal | None = None
-        self.lost: str | None = None
+        self.current: LoadedModel | None = None
+        self.rejected: RejectedVersion | None = None
+        self.preparing: Preparation | None = None
+        self.registry_down_since: str | None = None
+        self.registry_error = ""
         self.uri = ""
-        self.looks = 0
-        self.unloaded: Unloaded | None = None
-        self.used = self.asked = self.loaded = self.took_s = 0.0
+        self.polls = 0
+        self.unloaded: EvictionNote | None = None
+        self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
         self.wake: Callable[[], None] = lambda: None
-        self._noted: Address | None = None
-        self._source = source
+        self._unloaded_version: ResolvedVersion | None = None
+        self._provider = provider
         self._metrics = metrics or Metrics()
-        self._before = before
+        self._last_served = last_served
         self._find = find
         self._load = load
 
     def open(self) -> None:
-        """Load the first version: what answered before, or else what is wanted now.
+        """Load the first version: what was served before, else what is wanted now.
 
         Raises:
-            PtDeployError: It may not serve.
+            PtDeployError: It cannot serve.
             MlflowException: It cannot be found or fetched.
         """
-        if self._before is not None:
-            self._try(self._before.address, self._before.target)
+        if self._last_served is not None:
+            self._try(self._last_served.version, self._last_served.spec)
         if self.current is None:
-            target, address = self._wanted()
-            self._take_over(self._load(address, target), 0.0)
+            spec, version = self._wanted()
+            self._activate(self._prepare(version, spec), 0.0)
 
-    def defer(self, reason: str) -> None:
-        """Make sure that there is something to load, and leave it until it is asked for.
+    def register_unloaded(self, reason: str) -> None:
+        """Check that there is something to load, and leave it until it is requested.
 
         Raises:
             PtDeployError: What is to be served cannot be read.
             MlflowException: There is no such model.
         """
-        target, address = self._wanted()
-        check_there(address)
-        self.uri, self._noted = target.uri, address
-        self.unloaded = Unloaded(now(), reason)
+        spec, version = self._wanted()
+        check_exists(version)
+        self.uri, self._unloaded_version = spec.uri, version
+        self.unloaded = EvictionNote(now(), reason)
 
-    def ask(self) -> Version | None:
-        """The version for a request; None: none is in memory, and one is sent for if it may be."""
-        self.used = time.perf_counter()
+    def acquire(self) -> LoadedModel | None:
+        """The version for a request; None if none is in memory, which requests it."""
+        self.used_at = time.perf_counter()
         version = self.current
-        refused = self.refused is not None and self.refused.left_s > 0
-        if version is None and self.unloaded and not self.asked and not refused:
-            self.asked = self.used
-            self.wake()
+        if version is None and self.unloaded and not self.requested_at:
+            blocked = self.rejected is not None and self.rejected.remaining_s > 0
+            if not blocked:
+                self.requested_at = self.used_at
+                self.wake()
         return version
 
-    def unload(self, reason: str) -> Callable[[], Version | None]:
-        """Let the version go; requests in flight keep it until they are answered.
+    def unload(self, reason: str) -> Callable[[], LoadedModel | None]:
+        """Drop the version; requests in flight keep it until they are answered.
 
         Returns:
-            A weak reference: None once it is freed.
+            A weak reference: None once the version is freed.
         """
         version = self.current
         assert version is not None
-        self._noted, self.unloaded = version.address, Unloaded(now(), reason)
+        self._unloaded_version = version.resolved
+        self.unloaded = EvictionNote(now(), reason)
         self.current = None
-        self._metrics.unloaded(self.name)
+        self._metrics.version_unloaded(self.name)
         _logger.info("%s: version %s was unloaded: %s", self.name, version.label, reason)
         return weakref.ref(version)
 
     def reload(self) -> None:
-        """Load what was unloaded, in the version that is wanted now; as `look`, never raises."""
+        """Load what was unloaded, in the version that is wanted now; never raises."""
         try:
-            self._look(load=True)
+            self._poll(load=True)
         finally:
-            self.asked = 0.0
+            self.requested_at = 0.0
 
-    def look(self) -> None:
-        """See what is wanted now, and serve it if it is fit to; never raises for a bad version.
+    def poll(self) -> None:
+        """Ask the registry what is wanted, and serve it if it can serve; never raises.
 
-        A registry that does not answer changes nothing; it is logged once. Of a model that is
-        unloaded only its address is noted.
+        A registry that does not answer changes nothing. Of an unloaded model only the version is
+        noted.
         """
         try:
-            self._look(load=self.unloaded is None)
+            self._poll(load=self.unloaded is None)
         finally:
-            self.looks += 1
+            self.polls += 1
 
-    def _look(self, *, load: bool) -> None:
-        try:
-            target, address = self._wanted()
-        except Exception as error:
-            self._lose(error)
-            return
-        if self.lost:
-            _logger.info("%s: the registry answers again", self.name)
-            self.lost = None
-            self._metrics.registry(self.name, True)
-        if self.current and self.current.serves(address, target):
-            self.uri, self.refused = target.uri, None
-        elif self._refused_already(address, target):
-            return
-        elif load:
-            self._try(address, target)
-        else:
-            self.uri, self._noted, self.refused = target.uri, address, None
-
-    def about(self) -> dict[str, Any]:
-        """What ``/model`` answers."""
+    def status(self) -> dict[str, Any]:
+        """What ``/model`` shows."""
         version = self.current
         return {
             "model": self.name,
             "uri": self.uri,
-            **(version.about() if version else self._absent()),
+            **(version.status() if version else self._unloaded_status()),
             "unloaded": self.unloaded._asdict() if self.unloaded else None,
-            "refused": self.refused.about() if self.refused else None,
-            "registry_lost_since": self.lost,
-            "looks": self.looks,
+            "refused": self.rejected.status() if self.rejected else None,
+            "preparing": self.preparing._asdict() if self.preparing else None,
+            "registry_lost_since": self.registry_down_since,
+            "registry_error": self.registry_error or None,
+            "looks": self.polls,
         }
 
-    def _absent(self) -> dict[str, Any]:
-        address = self._noted
-        return {"registered_model": address.name, "version": address.version} if address else {}
-
-    def _wanted(self) -> tuple[Target, Address]:
-        target = self._source()
-        return target, self._find(target.uri)
-
-    def _lose(self, error: Exception) -> None:
-        if self.lost:
+    def _poll(self, *, load: bool) -> None:
+        try:
+            spec, version = self._wanted()
+        except Exception as error:
+            self._mark_registry_down(error)
             return
-        self.lost = now()
-        self._metrics.registry(self.name, False)
-        label = self.current.label if self.current else "none"
+        if self.registry_down_since:
+            _logger.info("%s: the registry answers again", self.name)
+            self.registry_down_since, self.registry_error = None, ""
+            self._metrics.registry_reachable(self.name, True)
+        if self.current and self.current.matches(version, spec):
+            self.uri, self.rejected = spec.uri, None
+        elif self._is_blocked(version, spec):
+            return
+        elif load:
+            self._try(version, spec)
+        else:
+            self.uri, self._unloaded_version, self.rejected = spec.uri, version, None
+
+    def _unloaded_status(self) -> dict[str, Any]:
+        version = self._unloaded_version
+        return {"registered_model": version.name, "version": version.version} if version else {}
+
+    def _wanted(self) -> tuple[ModelSpec, ResolvedVersion]:
+        spec = self._provider()
+        return spec, self._find(spec.uri)
+
+    def _mark_registry_down(self, error: Exception) -> None:
+        cause = _explain(error)
+        if self.registry_down_since and cause == self.registry_error:
+            return
+        self.registry_down_since = self.registry_down_since or now()
+        self.registry_error = cause
+        self._metrics.registry_reachable(self.name, False)
         _logger.warning(
-            "%s: cannot find out what to serve (%s); version %s stays. Told once.",
+            "%s: the registry does not say what to serve; version %s stays: %s",
             self.name,
-            _reason(error),
-            label,
+            self.current.label if self.current else "none",
+            cause,
         )
 
-    def _refused_already(self, address: Address, target: Target) -> bool:
-        refused = self.refused
-        same = refused is not None and (refused.address, refused.target) == (address, target)
-        return same and refused.left_s > 0  # type: ignore[union-attr]
+    def _is_blocked(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
+        rejected = self.rejected
+        return (
+            rejected is not None
+            and (rejected.version, rejected.spec) == (version, spec)
+            and rejected.remaining_s > 0
+        )
 
-    def _try(self, address: Address, target: Target) -> None:
-        start = time.perf_counter()
+    def _prepare(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+        """Load a version; `preparing` says so meanwhile."""
+        self.preparing = Preparation(version.version, now())
         try:
-            version = self._load(address, target)
-        except Exception as error:
-            self._refuse(address, target, error)
-        else:
-            self._take_over(version, time.perf_counter() - start)
+            return self._load(version, spec)
+        finally:
+            self.preparing = None
 
-    def _take_over(self, version: Version, seconds: float) -> None:
-        self._metrics.swapped(self.name, version, seconds)
-        self.loaded, self.took_s = time.perf_counter(), seconds
-        self.used = self.used or self.loaded
+    def _try(self, version: ResolvedVersion, spec: ModelSpec) -> None:
+        start = time.perf_counter()
+        _logger.info("%s: version %s is being prepared", self.name, version.version)
+        try:
+            loaded = self._prepare(version, spec)
+        except Exception as error:
+            self._reject(version, spec, error)
+        else:
+            self._activate(loaded, time.perf_counter() - start)
+
+    def _activate(self, version: LoadedModel, seconds: float) -> None:
+        self._metrics.version_activated(self.name, version, seconds)
+        self.loaded_at, self.load_s = time.perf_counter(), seconds
+        self.used_at = self.used_at or self.loaded_at
         before, self.current = self.current, version
-        self.uri, self.refused = version.target.uri, None
+        self.uri, self.rejected = version.spec.uri, None
         if self.unloaded:
-            self.unloaded = None  # after `current`: a slot is ready all the time
+            self.unloaded = None  # after `current`, so that the model is ready all the time
             _logger.info("%s: version %s was loaded in %.1f s", self.name, version.label, seconds)
         if before:
             _logger.info(
-                "%s: version %s took over from %s after %.1f s of preparation",
+                "%s: version %s replaced %s after %.1f s of preparation",
                 self.name,
                 version.label,
                 before.label,
                 seconds,
             )
 
-    def _refuse(self, address: Address, target: Target, error: Exception) -> None:
-        before = self.refused
-        again = before is not None and (before.address, before.target) == (address, target)
-        pause = min(before.pause_s * 2, RETRY_MOST_S) if before and again else RETRY_S
+    def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
+        before = self.rejected
+        again = before is not None and (before.version, before.spec) == (version, spec)
+        retry_s = min(before.retry_s * 2, MAX_RETRY_S) if before and again else RETRY_S
         since = before.since if before and again else now()
-        reason = _reason(error)
-        self.refused = Refusal(address, target, reason, since, pause, time.monotonic())
-        self._metrics.refused(self.name)
+        reason = _explain(error)
+        self.rejected = RejectedVersion(version, spec, reason, since, retry_s, time.monotonic())
+        self._metrics.version_rejected(self.name)
         known = isinstance(error, PtDeployError)
         _logger.error(
-            "%s: version %s is refused, version %s stays; tried again in %.0f s or when another is "
-            "named: %s",
+            "%s: version %s was rejected, version %s stays; next try in %.0f s or when another "
+            "version is wanted: %s",
             self.name,
-            address.version,
+            version.version,
             self.current.label if self.current else "none",
-            pause,
+            retry_s,
             reason,
             exc_info=None if known else error,
         )
 
 
-def _reason(error: Exception) -> str:
-    """Our own words, or only the kind of an error whose words may hold paths and secrets."""
-    return (
-        str(error) if isinstance(error, PtDeployError) else f"{type(error).__name__}, see the log"
-    )
+def _explain(error: Exception) -> str:
+    """Our own messages, or the cause in a library's."""
+    if isinstance(error, PtDeployError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -112,22 +112,28 @@ def _file(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
         ) from error
 
 
-def _table_column(table: Any, column: str) -> Any:
-    names = list(table.columns)
-    if not names:
-        return []
+def column_place(names: Sequence[object], column: str) -> int:
+    """Where the column that the model reads stands among a table's columns.
+
+    Raises:
+        RequestError: It is missing, stands there twice, or there is a second text or image.
+    """
     check_names(names, column)
     if column in names:
-        return table.iloc[:, names.index(column)]
-    for name in _UNNAMED:
-        if name in names:
-            if len(names) > 1:
-                raise RequestError(
-                    f"the rows have {len(names)} columns without the name '{column}'; name the "
-                    f"column that the model reads ({_PAIRS})"
-                )
-            return table.iloc[:, 0]
+        return names.index(column)
+    if any(name in names for name in _UNNAMED):
+        if len(names) == 1:
+            return 0
+        raise RequestError(
+            f"the rows have {len(names)} columns without the name '{column}'; name the "
+            f"column that the model reads ({_PAIRS})"
+        )
     raise RequestError(f"the column '{column}' is missing")
+
+
+def _table_column(table: Any, column: str) -> Any:
+    names = list(table.columns)
+    return table.iloc[:, column_place(names, column)] if names else []
 
 
 def _flat(array: Any, column: str) -> Any:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.registry.addresses import Address, Target
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.registry.fetch import fetch, fetch_mlmodel
-from mlflow_pt_deploy.serving.model.pyfunc import PyFunc
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.hardware import library_versions
 
 if TYPE_CHECKING:
@@ -31,18 +32,17 @@ _OBSERVED = 2048
 _LOGGED = ("accuracy", "latency_p50_ms", "speedup")
 
 
-class Version:
+class LoadedModel:
     """A model that is ready to answer.
 
     Args:
         model: A pyfunc of the `pt_deploy` flavor.
-        address: Where it came from.
-        target: What was asked for.
+        resolved: Where it came from.
+        spec: What was asked for.
         tags: What the registry says of it.
 
     Attributes:
         label: Its number in the registry, else the first 12 digits of its digest.
-        header: The response header that names it.
         seconds: How long the last answers took.
 
     Raises:
@@ -52,22 +52,21 @@ class Version:
     def __init__(
         self,
         model: PyFuncModel,
-        address: Address,
-        target: Target | None = None,
+        resolved: ResolvedVersion,
+        spec: ModelSpec | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
         inner = model._model_impl
-        if not isinstance(inner, PyFunc):
+        if not isinstance(inner, PtDeployPyFunc):
             raise ModelError(
                 "this model is not of the pt_deploy flavor. Serve it with mlflow models serve, or "
                 "build one with pt-deploy optimize."
             )
         self.pyfunc = inner
-        self.address = address
-        self.target = target or Target(address.uri)
+        self.resolved = resolved
+        self.spec = spec or ModelSpec(resolved.uri)
         self.inputs = model.metadata.signature and model.metadata.signature.inputs
-        self.label = address.version or inner.loaded.manifest.digest[:12]
-        self.header = (b"x-model-version", self.label.encode())
+        self.label = resolved.version or inner.loaded.manifest.digest[:12]
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
         self._tags = tags or {}
@@ -77,9 +76,9 @@ class Version:
         """The variant's name, e.g. ``student-openvino-fp32``."""
         return self.pyfunc.loaded.manifest.name
 
-    def serves(self, address: Address, target: Target) -> bool:
+    def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
         """Whether this is what is wanted."""
-        return self.address == address and self.target.model_config == target.model_config
+        return self.resolved == resolved and self.spec.model_config == spec.model_config
 
     def compare_libraries(self) -> None:
         """Say in the log which libraries are not those that the model was exported with."""
@@ -92,21 +91,21 @@ class Version:
         if odd:
             _logger.warning("%s was exported with %s", self.name, ", ".join(odd))
 
-    def about(self) -> dict[str, Any]:
+    def status(self) -> dict[str, Any]:
         """What ``/model`` says of it; times in milliseconds."""
         manifest = self.pyfunc.loaded.manifest
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
-            "registered_model": self.address.name,
+            "registered_model": self.resolved.name,
             "version": self.label,
             "since": self.since,
-            "model_config": dict(self.target.model_config),
-            "logged": {key: float(self._tags[key]) for key in _LOGGED if key in self._tags},
+            "model_config": dict(self.spec.model_config),
+            "logged": _numbers(self._tags),
             "observed": _percentiles(list(self.seconds)),
         }
 
 
-def load_version(address: Address, target: Target) -> Version:
+def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
     """Load a version, check it and warm it up; on every failure nothing stays behind.
 
     The MLmodel and the digest of the promotion are checked before anything is loaded, the digests
@@ -119,9 +118,9 @@ def load_version(address: Address, target: Target) -> Version:
     """
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
-        fetched = fetch(address, Path(folder))
-        model = fetched.load(target.model_config)
-        version = Version(model, address, target, dict(fetched.tags))
+        fetched = fetch(resolved, Path(folder))
+        model = fetched.load(spec.model_config)
+        version = LoadedModel(model, resolved, spec, dict(fetched.tags))
         version.compare_libraries()
         version.pyfunc.warm_up()
     except BaseException:
@@ -131,7 +130,16 @@ def load_version(address: Address, target: Target) -> Version:
     return version
 
 
-def check_there(address: Address) -> None:
+def _numbers(tags: dict[str, str]) -> dict[str, float]:
+    """Logged metrics among a version's tags; a tag that is no number is left out."""
+    found = {}
+    for key in _LOGGED:
+        with suppress(KeyError, ValueError):
+            found[key] = float(tags[key])
+    return found
+
+
+def check_exists(resolved: ResolvedVersion) -> None:
     """Read and check a version's MLmodel file, and nothing else of it.
 
     Raises:
@@ -139,7 +147,7 @@ def check_there(address: Address) -> None:
         MlflowException: There is none.
     """
     with tempfile.TemporaryDirectory(prefix="pt-deploy-serve-") as folder:
-        fetch_mlmodel(address.uri, Path(folder))
+        fetch_mlmodel(resolved.uri, Path(folder))
 
 
 def now() -> str:

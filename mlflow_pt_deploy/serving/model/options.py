@@ -10,31 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.serving.batching.limits import Limits
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How large a batch and how long a queue may become.
-
-    Attributes:
-        max_batch_rows: Most rows in one call of the model.
-        max_batch_tokens: Most tokens in one call, padding included (rows x longest). A single
-            row that is longer is computed alone. An image counts one for each 16 x 16 pixels of
-            the model's input.
-        max_wait_ms: How long an idle model waits for company; 0: not at all.
-        queue_rows: Most rows that wait, over all callers.
-        deadline_ms: A request that is not answered by then is given up; 0: never.
-    """
-
-    max_batch_rows: int = 32
-    max_batch_tokens: int = 2048
-    max_wait_ms: float = 0
-    queue_rows: int = 1024
-    deadline_ms: float = 10_000
-
-
-@dataclass(frozen=True)
-class Options(Limits):
+class ServingOptions(Limits):
     """What a user may set where the model is served; MLflow passes it as ``model_config``.
 
     Attributes:
@@ -48,7 +28,7 @@ class Options(Limits):
     allow_code: bool = False
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | None) -> Options:
+    def from_config(cls, config: Mapping[str, Any] | None) -> ServingOptions:
         """Check a ``model_config``; what is not given keeps its default.
 
         Raises:
@@ -65,7 +45,7 @@ class Options(Limits):
         return cls(**config)
 
 
-MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(Options())
+MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(ServingOptions())
 """Every serving option with its default; MLflow drops keys that the MLmodel does not declare."""
 
 

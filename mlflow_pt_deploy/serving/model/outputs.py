@@ -1,7 +1,4 @@
-"""From logits to the answer: labels with their probabilities, as objects or as JSON.
-
-Knows nothing of batches and callers.
-"""
+"""Logits to predictions: labels with their probabilities, as objects or as JSON."""
 
 from __future__ import annotations
 
@@ -48,8 +45,12 @@ def _as_pandas_reads(names: Sequence[str]) -> Sequence[Any]:
     return names
 
 
-class Labels:
-    """Names of the classes, in the order of the logits."""
+class PredictionFormatter:
+    """Formats logits as predictions.
+
+    Args:
+        names: Names of the classes, in the order of the logits.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -57,7 +58,7 @@ class Labels:
         self._starts = [f'{{"label": {json.dumps(name)}, "score": ' for name in names]
 
     def top_k(self, params: Mapping[str, Any] | None) -> int:
-        """How many labels a request wants for each row; 1 where it does not say.
+        """Labels per row that a request asks for; 1 by default.
 
         Raises:
             RequestError: Not a whole number of classes.
@@ -71,7 +72,7 @@ class Labels:
             raise RequestError(f"'top_k' must be a whole number from 1 to {classes}")
         return int(wanted)
 
-    def read(self, logits: Logits, top_k: int = 1) -> list[Any]:
+    def to_objects(self, logits: Logits, top_k: int = 1) -> list[Any]:
         """Labels and softmax probabilities to six places.
 
         Args:
@@ -83,7 +84,7 @@ class Labels:
             first.
 
         Raises:
-            ServingError: The model's answer holds NaN or infinity.
+            ServingError: The logits hold NaN or infinity.
         """
         names = self._names
         if top_k == 1:
@@ -100,18 +101,18 @@ class Labels:
         """Answers with one label each as what MLflow's evaluators understand too."""
         return Predictions(answers, self._values)
 
-    def write(self, logits: Logits) -> list[str]:
-        """The answer to each row as JSON: what `read` says, without objects.
+    def to_json(self, logits: Logits) -> list[str]:
+        """The best prediction of each row as JSON, without building objects.
 
         Raises:
-            ServingError: As for `read`.
+            ServingError: See `to_objects`.
         """
         starts = self._starts
         return [f"{starts[at]}{score!r}}}" for at, score in _best(logits)]
 
 
 def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
-    """Of each row the softmax's numerators; that of its largest logit is 1."""
+    """Numerators of the softmax, scaled so that the largest of each row is 1."""
     if not np.isfinite(logits).all():
         raise ServingError("the model's logits are not finite")
     above = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)

@@ -20,7 +20,7 @@ _PROBES = 8
 _DEAR = 1.3
 
 
-def meet_shapes(models: Sequence[Predict], batch: Inputs, most_s: float = _MOST_S) -> int:
+def warm_up_shapes(models: Sequence[Predict], batch: Inputs, most_s: float = _MOST_S) -> int:
     """Have models meet small batches of short texts, the smallest first.
 
     Some runtimes prepare themselves for each shape anew, which takes as long as one to three such

@@ -1,41 +1,39 @@
-"""The access log: one line of JSON a request, with nothing that a client wrote."""
+"""A log line for each response, without anything that a client wrote except its request id."""
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import TextIO
+import logging
 
-from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
-from mlflow_pt_deploy.serving.model.loaded_model import now
+from mlflow_pt_deploy.serving.http.response import Response
+
+_logger = logging.getLogger("mlflow_pt_deploy.access")
 
 
 class AccessLog:
-    """Writes to a stream, standard error unless told otherwise.
+    """Logs responses."""
 
-    A line holds the time, the route (never the path as given), the status, MLflow's error code,
-    the version that answered and milliseconds; no address, no header, no text.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-
-    def write(self, route: str, label: str, result: Answer, seconds: float) -> None:
-        """Add a line.
+    def write(self, route: str, response: Response, seconds: float, request_id: str) -> None:
+        """Log one response.
 
         Args:
-            route: A path that this server has, or ``-``.
-            label: The version that answered, empty where none did.
-            result: What was answered.
-            seconds: How long it took.
+            route: A path of this server, or ``-``.
+            response: What was sent.
+            seconds: Headers read to response sent.
+            request_id: The request's id.
         """
-        line = {
-            "time": now(),
-            "route": route,
-            "status": result.status,
-            "error": result.error or None,
-            "version": label or None,
-            "ms": round(seconds * 1000, 3),
-            "bytes": len(result.body),
-        }
-        self._stream.write(json.dumps(line) + "\n")
+        _logger.info(
+            "%s %d",
+            route,
+            response.status,
+            extra={
+                "fields": {
+                    "route": route,
+                    "status": response.status,
+                    "error": response.error_code or None,
+                    "version": response.model_version or None,
+                    "ms": round(seconds * 1000, 3),
+                    "bytes": len(response.body),
+                    "request_id": request_id,
+                }
+            },
+        )

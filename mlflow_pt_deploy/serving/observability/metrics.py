@@ -1,7 +1,4 @@
-"""What is counted while serving; this one forgets everything, `prometheus` keeps and tells it.
-
-Knows neither HTTP nor the format of ``/metrics``.
-"""
+"""The interface of metrics, and one that records nothing."""
 
 from __future__ import annotations
 
@@ -9,51 +6,36 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
-    from mlflow_pt_deploy.serving.model.loaded_model import Version
+    from mlflow_pt_deploy.serving.http.response import Response
+    from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
 
 class Metrics:
-    """Told of what happens; counts nothing."""
+    """Called on every event that `prometheus` counts; records nothing."""
 
-    content_type = b"application/json"
+    content_type = "application/json"
 
-    def answered(
-        self, name: str, label: str, result: Answer, seconds: float, times: int = 1
-    ) -> None:
-        """Requests for model `name` were answered by version `label`, empty where by none.
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
+        """A request for model `name` was answered by version `label` (empty: by none)."""
 
-        Args:
-            name, label: As said.
-            result: What each of them got.
-            seconds: How long each took.
-            times: How many they were.
-        """
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
+        """A version was activated after `seconds` of preparation."""
 
-    def swapped(self, name: str, version: Version, seconds: float) -> None:
-        """A version serves from now on; its preparation took `seconds`."""
+    def version_unloaded(self, name: str) -> None:
+        """A model was evicted from memory."""
 
-    def unloaded(self, name: str) -> None:
-        """A model was taken out of memory."""
+    def version_rejected(self, name: str) -> None:
+        """A version was rejected."""
 
-    def refused(self, name: str) -> None:
-        """A version may not serve."""
-
-    def registry(self, name: str, answers: bool) -> None:
+    def registry_reachable(self, name: str, answers: bool) -> None:
         """The registry began or ceased to answer."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
-        """`value` may be asked for model `name`'s ``queue_rows``, ``in_flight`` or ``loaded``."""
+        """`value` is sampled for model `name`'s ``queue_rows``, ``in_flight`` or ``loaded``."""
+
+    def sample(self) -> None:
+        """Sample all gauges."""
 
     def expose(self) -> bytes | None:
-        """All series in Prometheus' text format; None: this one has none."""
+        """All series in Prometheus' text format; None: there are none."""
         return None
-
-
-def best_metrics() -> Metrics:
-    """Those that tell, where the extra `serve` is installed."""
-    try:
-        from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
-    except ModuleNotFoundError:
-        return Metrics()
-    return PrometheusMetrics()

@@ -1,235 +1,177 @@
-"""What `/metrics` tells, in Prometheus' format and by model and version.
+"""Metrics in Prometheus format, by model and version, with the official client library.
 
-What each request and each batch adds to is counted here without a lock, since one thread at a time
-does so: the event loop, and whoever computes a batch.
+With several workers the client's multiprocess mode adds them up: `PROMETHEUS_MULTIPROC_DIR` must be
+set before this module is imported.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
-from typing import Any, Generic, TypeVar
+import os
+from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.serving.http.response import Response
+from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _VERSION = ("model", "version")
+_STATUSES = ("200", "400", "401", "413", "429", "500", "503", "504")
 
-
-class _Count:
-    """A number that only grows."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def add_to(self, family: CounterMetricFamily, labels: Sequence[str]) -> None:
-        """Tell it."""
-        family.add_metric(labels, self.value)
-
-
-class _Spread:
-    """How many values came up to each of some bounds, and beyond."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count a value."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
-        """Tell it."""
-        names = [*map(repr, map(float, self._bounds)), "+Inf"]
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
-        family.add_metric(labels, buckets, self._sum)
-
-
-_S = TypeVar("_S", _Count, _Spread)
-
-
-class _Series(Collector, Generic[_S]):
-    """All series of one name, by their labels; what counts keeps hold of its own."""
-
-    def __init__(
-        self, registry: CollectorRegistry, family: Callable[[], Any], make: Callable[[], _S]
-    ) -> None:
-        self._family = family
-        self._make: Callable[[], _S] = make
-        self._found: dict[tuple[str, ...], _S] = {}
-        registry.register(self)
-
-    def labels(self, *labels: str) -> _S:
-        """The one with these labels, which from now on is told."""
-        return self._found.setdefault(labels, self._make())
-
-    def collect(self) -> Iterable[Metric]:
-        """What the library asks for."""
-        family = self._family()
-        for labels, series in list(self._found.items()):
-            series.add_to(family, labels)
-        return [family]
+MAX_VERSIONS = 20
+"""Versions of a model that have series of their own in one process; later ones share ``other``."""
 
 
 class PrometheusMetrics(Metrics):
-    """Counts in a registry of its own, so that several servers in one process do not mix."""
+    """Counters and histograms in a registry of their own, so that several servers do not mix."""
 
-    content_type = b"text/plain; version=0.0.4; charset=utf-8"
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
 
     def __init__(self) -> None:
+        self._multiprocess = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"pt_deploy_{name}", about, labels, registry=registry)
 
-        def counts(name: str, about: str, *labels: str) -> _Series[_Count]:
-            full, all_labels = f"pt_deploy_{name}", (*_VERSION, *labels)
-            return _Series(
-                registry, lambda: CounterMetricFamily(full, about, labels=all_labels), _Count
+        def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"pt_deploy_{name}", about, _VERSION, buckets=buckets, registry=registry
             )
 
-        def spread(name: str, about: str, bounds: tuple[float, ...]) -> _Series[_Spread]:
-            full = f"pt_deploy_{name}"
-            return _Series(
-                registry,
-                lambda: HistogramMetricFamily(full, about, labels=_VERSION),
-                lambda: _Spread(bounds),
+        def gauge(name: str, about: str, *labels: str, mode: str = "livesum") -> Gauge:
+            return Gauge(
+                f"pt_deploy_{name}",
+                about,
+                labels,
+                registry=registry,
+                multiprocess_mode=mode,  # type: ignore[arg-type]
             )
 
-        def gauge(name: str, about: str, *labels: str) -> Gauge:
-            return Gauge(f"pt_deploy_{name}", about, labels, registry=registry)
-
-        self._requests = counts("requests", "Answered requests", "status")
-        self._errors = counts("errors", "Requests not answered with 200", "error")
-        self._seconds = spread("request_seconds", "From the first byte to the last", _SECONDS)
-        self._rows = spread("batch_rows", "Rows in a call of the model", _ROWS)
-        self._tokens = counts("batch_tokens", "Tokens computed, padding left out")
-        self._padding = counts("batch_padding_tokens", "Padding computed")
-        self._compute = spread("compute_seconds", "One call of the model", _SECONDS)
-        self._swaps = counter("swaps", "Versions that took over or were refused", "model", "result")
-        self._unloads = counter("unloads", "Models taken out of memory to make room", "model")
-        self._preparation = gauge("swap_seconds", "Preparation of the last swap", "model")
-        self._streams = gauge("streams", "Calls of the model at a time", "model")
-        self._registry_up = gauge("registry_up", "1 while the registry answers", "model")
-        self._info = gauge("model_info", "1: what serves", *_VERSION, "variant", "digest")
-        self._gauges = {
-            "queue_rows": gauge("queue_rows", "Rows that wait", "model"),
+        self._requests = counter("requests", "Requests answered", *_VERSION, "status")
+        self._errors = counter("errors", "Requests not answered with 200", *_VERSION, "error")
+        self._seconds = histogram("request_seconds", "Headers read to response sent", _SECONDS)
+        self._rows = histogram("batch_rows", "Rows in a call of the model", _ROWS)
+        self._tokens = counter("batch_tokens", "Tokens computed, without padding", *_VERSION)
+        self._padding = counter("batch_padding_tokens", "Padding tokens computed", *_VERSION)
+        self._compute = histogram("compute_seconds", "One call of the model", _SECONDS)
+        self._swaps = counter("swaps", "Versions activated or rejected", "model", "result")
+        self._unloads = counter("unloads", "Models evicted from memory", "model")
+        self._preparation = gauge(
+            "swap_seconds", "Preparation of the last version", "model", mode="livemax"
+        )
+        self._streams = gauge("streams", "Concurrent calls of the model", "model")
+        self._registry_up = gauge(
+            "registry_up", "1 while the registry answers", "model", mode="livemin"
+        )
+        self._info = gauge(
+            "model_info", "Workers that serve this version", *_VERSION, "variant", "digest"
+        )
+        self._up = gauge("replica_up", "Workers that run")
+        self._resident = gauge("resident_memory_bytes", "Resident memory of all workers")
+        self._sampled = {
+            "queue_rows": gauge("queue_rows", "Rows in the queue", "model"),
             "in_flight": gauge("in_flight", "Requests being answered", "model"),
-            "loaded": gauge("loaded", "1 while the model is in memory", "model"),
+            "loaded": gauge("loaded", "Workers that hold the model in memory", "model"),
         }
-        self._answers: dict[tuple[str, str, int, str], tuple[list[_Count], _Spread]] = {}
+        self._samplers: list[tuple[Gauge, Callable[[], int]]] = []
+        self._observers: dict[tuple[str, str, int, str], tuple[list[Counter], Histogram]] = {}
+        self._versions: dict[str, set[str]] = {}
         self._serving: dict[str, tuple[str, str, str, str]] = {}
+        self._up.set(1)
 
-    def answered(
-        self, name: str, label: str, result: Answer, seconds: float, times: int = 1
-    ) -> None:
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
         """See `Metrics`."""
-        key = (name, label, result.status, result.error)
-        found = self._answers.get(key)
+        key = (name, label, response.status, response.error_code)
+        found = self._observers.get(key)
         if found is None:
-            counts = [self._requests.labels(name, label, str(result.status))]
-            if result.error:
-                counts.append(self._errors.labels(name, label, result.error))
-            found = self._answers[key] = counts, self._seconds.labels(name, label)
-        for count in found[0]:
-            count.value += times
-        found[1].observe(seconds, times)
+            version = self._version(name, label)
+            counters = [self._requests.labels(name, version, str(response.status))]
+            if response.error_code:
+                counters.append(self._errors.labels(name, version, response.error_code))
+            found = self._observers[key] = counters, self._seconds.labels(name, version)
+        for counter in found[0]:
+            counter.inc()
+        found[1].observe(seconds)
 
-    def swapped(self, name: str, version: Version, seconds: float) -> None:
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
         """See `Metrics`."""
-        rows = self._rows.labels(name, version.label)
-        tokens = self._tokens.labels(name, version.label)
-        padding = self._padding.labels(name, version.label)
-        compute = self._compute.labels(name, version.label)
+        label = self._version(name, version.label)
+        rows, compute = self._rows.labels(name, label), self._compute.labels(name, label)
+        tokens, padding = self._tokens.labels(name, label), self._padding.labels(name, label)
+        for status in _STATUSES:
+            self._requests.labels(name, label, status)
 
-        def observe(batch_rows: int, real: int, padded: int, took_s: float) -> None:
+        def on_call(batch_rows: int, real: int, padded: int, took_s: float) -> None:
             rows.observe(batch_rows)
-            tokens.value += real
-            padding.value += padded - real
+            tokens.inc(real)
+            padding.inc(max(0, padded - real))
             compute.observe(took_s)
 
-        version.pyfunc.batcher.calls.observe = observe
-        self._streams.labels(name).set(version.pyfunc.batcher.workers.streams)
+        batcher = version.pyfunc.service.batcher
+        batcher.executor.on_call = on_call
+        self._streams.labels(name).set(batcher.concurrency.streams)
         manifest = version.pyfunc.loaded.manifest
-        before = self._serving.get(name)
-        if before is not None:
-            self._info.remove(*before)
+        for result in ("done", "refused"):
+            self._swaps.labels(name, result)
+        if self._retire(name):
             self._swaps.labels(name, "done").inc()
         self._serving[name] = (name, version.label, manifest.name, manifest.digest)
         self._info.labels(*self._serving[name]).set(1)
         self._preparation.labels(name).set(seconds)
         self._registry_up.labels(name).set(1)
 
-    def unloaded(self, name: str) -> None:
+    def version_unloaded(self, name: str) -> None:
         """See `Metrics`."""
-        self._info.remove(*self._serving.pop(name))
+        self._retire(name)
         self._unloads.labels(name).inc()
 
-    def refused(self, name: str) -> None:
+    def version_rejected(self, name: str) -> None:
         """See `Metrics`."""
         self._swaps.labels(name, "refused").inc()
 
-    def registry(self, name: str, answers: bool) -> None:
+    def registry_reachable(self, name: str, answers: bool) -> None:
         """See `Metrics`."""
         self._registry_up.labels(name).set(int(answers))
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """See `Metrics`."""
-        self._gauges[kind].labels(name).set_function(value)
+        self._samplers.append((self._sampled[kind].labels(name), value))
+
+    def forget_process(self, pid: int) -> None:
+        """Drop the gauges of a worker that died; its counters stay in the sums."""
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+    def sample(self) -> None:
+        """See `Metrics`."""
+        self._resident.set(round(resident_mb() * 1e6))
+        for gauge, value in self._samplers:
+            gauge.set(value())
 
     def expose(self) -> bytes:
         """See `Metrics`."""
-        text: bytes = generate_latest(self._registry)
+        self.sample()
+        registry = self._registry
+        if self._multiprocess:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        text: bytes = generate_latest(registry)
         return text
 
+    def _retire(self, name: str) -> bool:
+        before = self._serving.pop(name, None)
+        if before is not None:
+            self._info.labels(*before).set(0)
+        return before is not None
 
-def join_series(texts: Sequence[bytes | None]) -> bytes:
-    """All series of several replicas, told apart by the label ``replica``.
-
-    Not their sums: a replica that is started again counts from 0, which Prometheus understands of
-    a series, but not of a sum.
-
-    Args:
-        texts: What each exposes; None: it did not answer.
-    """
-    families: dict[str, Metric] = {}
-    up = Metric("pt_deploy_replica_up", "1: its series are here", "gauge")
-    for replica, text in enumerate(texts):
-        mark = {"replica": str(replica)}
-        up.add_sample(up.name, mark, 0 if text is None else 1)
-        for family in text_string_to_metric_families((text or b"").decode()):
-            kept = families.setdefault(
-                family.name, Metric(family.name, family.documentation, family.type)
-            )
-            for sample in family.samples:
-                kept.add_sample(sample.name, {**sample.labels, **mark}, sample.value)
-    registry = CollectorRegistry()
-    registry.register(_Kept([up, *families.values()]))
-    joined: bytes = generate_latest(registry)
-    return joined
-
-
-class _Kept(Collector):
-    """What was read elsewhere, to be written again."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+    def _version(self, name: str, label: str) -> str:
+        """A version's label value; bounded, so that a long-lived server keeps few series."""
+        known = self._versions.setdefault(name, set())
+        if label not in known and len(known) >= MAX_VERSIONS:
+            return "other"
+        known.add(label)
+        return label

@@ -1,33 +1,110 @@
-"""What a server says beside its answers: its log on standard error, and its first words."""
+"""The server's log on standard error: one shape, as text for people or as JSON.
+
+2026-11-27T22:44:03+00:00 INFO replica=0 shop: version 4 was activated
+{"time": "...", "level": "INFO", "replica": 0, "message": "..."}
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
 
-Say = Callable[[Sequence[str]], None]
-"""Told the first words of a server that is ready."""
+TEXT, JSON = "text", "json"
 
-_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+# A stranger can cause a message by each request: of one message so many are written a minute.
+_MAX_PER_MINUTE = 60
+
+
+class Formatter(logging.Formatter):
+    """One shape for all lines.
+
+    Args:
+        style: `TEXT` or `JSON`.
+        replica: Number of this worker; None in the main process.
+    """
+
+    def __init__(self, style: str, replica: int | None = None) -> None:
+        super().__init__()
+        self._as_json = style == JSON
+        self._replica = replica
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+        }
+        if self._replica is not None:
+            line["replica"] = self._replica
+        line |= getattr(record, "fields", {})
+        line["message"] = record.getMessage()
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        if self._as_json:
+            return json.dumps(line)
+        words = [line.pop("time"), line.pop("level")]
+        message, trace = line.pop("message"), line.pop("traceback", "")
+        words += [f"{name}={value}" for name, value in line.items() if value is not None]
+        return " ".join([*words, message]) + (f"\n{trace}" if trace else "")
+
+
+class RateLimit(logging.Filter):
+    """Lets `_MAX_PER_MINUTE` records of one message template through a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._minute = 0
+        self._counts: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.endswith(".access"):
+            return True
+        minute = int(time.monotonic() // 60)
+        if minute != self._minute:
+            self._minute, self._counts = minute, {}
+        count = self._counts[record.msg] = self._counts.get(record.msg, 0) + 1
+        if count == _MAX_PER_MINUTE:
+            record.msg = f"{record.msg} (repeated {count} times; silenced for this minute)"
+        return count <= _MAX_PER_MINUTE
+
+
+def configure_log(style: str = TEXT, replica: int | None = None) -> logging.Handler:
+    """Log to standard error.
+
+    Args:
+        style, replica: See `Formatter`.
+    """
+    logger = logging.getLogger("mlflow_pt_deploy")
+    for handler in list(logger.handlers):
+        if isinstance(handler.formatter, Formatter):  # the main process's, inherited by a fork
+            logger.removeHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter(style, replica))
+    handler.addFilter(RateLimit())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return handler
+
+
+def log_granian() -> None:
+    """Give granian's messages the shape of ours; it sets up handlers of its own first."""
+    granian = logging.getLogger("_granian")
+    granian.handlers = list(logging.getLogger("mlflow_pt_deploy").handlers)
+    granian.propagate = not granian.handlers
 
 
 @contextmanager
-def our_log(speaker: str = "") -> Iterator[None]:
-    """Our own log on standard error, unless the program that calls us has set up logging.
-
-    Args:
-        speaker: What stands before each message, where several processes write into one log.
-    """
+def server_log(style: str = TEXT) -> Iterator[None]:
+    """Log to standard error, unless the embedding program has set up logging."""
     logger = logging.getLogger("mlflow_pt_deploy")
     if logging.getLogger().handlers or logger.handlers:
         yield
         return
-    handler = logging.StreamHandler()
-    message = f"{speaker}: %(message)s" if speaker else "%(message)s"
-    handler.setFormatter(logging.Formatter(_FORMAT.replace("%(message)s", message)))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler = configure_log(style)
     try:
         yield
     finally:

@@ -14,12 +14,12 @@ from mlflow_pt_deploy.errors import MissingExtraError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-    from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer
+    from mlflow_pt_deploy.serving.http.response import Response
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
-class Spans:
+class RequestTracer:
     """Tells a collector of each answer, some of them at a time, from a thread of its own.
 
     Args:
@@ -41,8 +41,8 @@ class Spans:
         self._parent = TraceContextTextMapPropagator()
         self._kind = SpanKind.SERVER
 
-    def answered(
-        self, model: str, label: str, route: str, result: Answer, seconds: float, parent: bytes
+    def response_sent(
+        self, model: str, label: str, route: str, result: Response, seconds: float, parent: str
     ) -> None:
         """A request to score was answered.
 
@@ -63,11 +63,11 @@ class Spans:
             "pt_deploy.model": model,
             "pt_deploy.version": label,
         }
-        if result.error:
-            attributes["error.type"] = result.error
+        if result.error_code:
+            attributes["error.type"] = result.error_code
         span = self._tracer.start_span(
             f"score {model}",
-            self._parent.extract({"traceparent": parent.decode("latin1")}),
+            self._parent.extract({"traceparent": parent}),
             kind=self._kind,
             attributes=attributes,
             start_time=end - int(seconds * 1e9),
@@ -81,8 +81,8 @@ class Spans:
         self._provider.shutdown()
 
 
-def spans_from_environment() -> Spans | None:
-    """Spans, where one of `ENDPOINTS` is set.
+def tracer_from_environment() -> RequestTracer | None:
+    """RequestTracer, where one of `ENDPOINTS` is set.
 
     Raises:
         MissingExtraError: It is, and the exporter is not installed.
@@ -93,4 +93,4 @@ def spans_from_environment() -> Spans | None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ModuleNotFoundError as error:
         raise MissingExtraError("opentelemetry-exporter-otlp-proto-http", "otel") from error
-    return Spans(OTLPSpanExporter())
+    return RequestTracer(OTLPSpanExporter())

@@ -1,0 +1,95 @@
+"""Admission control: rejects requests that would miss their deadline, before they cost anything.
+
+The one place that rejects. It is asked when a request's headers are read, before its body is
+parsed, and again when its rows enter the queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from mlflow_pt_deploy.serving.batching.limits import Limits
+
+QUEUE_SHARE = 1 / 3
+"""Share of the remaining time that a request may wait in the queue. The batch that is running and
+its own batch take about as long again."""
+STREAM_QUEUE_SHARE = 1 / 4
+"""The same where batches run side by side, each of similar lengths: a request of a rare length
+waits longer than most."""
+LOOP_SHARE = 0.15
+"""Share of the remaining time that requests ahead of it may take on the event loop."""
+
+_SAMPLES, _MIN_SAMPLES, _RANK = 5, 3, 1
+_MIN_REQUESTS = 16
+
+
+class LoopIterationEstimator:
+    """Estimates what a request costs on the event loop, in seconds.
+
+    The estimate is the second-lowest of the last five samples (iteration time / requests), so that
+    one pause of the machine does not raise it. Iterations with few requests are not sampled: they
+    mostly measure waiting.
+    """
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=_SAMPLES)
+        self._last = 0.0
+        self.request_s = 0.0
+
+    def end_iteration(self, requests: int) -> None:
+        """Record that this many requests were handed on since the last call."""
+        now = time.perf_counter()
+        if requests >= _MIN_REQUESTS:
+            self._samples.append((now - self._last) / requests)
+            if len(self._samples) >= _MIN_SAMPLES:
+                self.request_s = sorted(self._samples)[_RANK]
+        self._last = now
+
+
+class AdmissionController:
+    """Decides whether a request may enter.
+
+    Args:
+        limits: Length of the queue, default deadline.
+        queued_rows: Rows in the queue now.
+        queue_wait_s: Estimated seconds until a row that enters now is computed.
+
+    Attributes:
+        queue_share: `QUEUE_SHARE` or `STREAM_QUEUE_SHARE`.
+    """
+
+    def __init__(
+        self, limits: Limits, queued_rows: Callable[[], int], queue_wait_s: Callable[[], float]
+    ) -> None:
+        self._limits = limits
+        self._queued_rows = queued_rows
+        self._queue_wait_s = queue_wait_s
+        self.queue_share = QUEUE_SHARE
+
+    def rejection(
+        self, remaining_s: float | None, *, rows: int = 0, loop_wait_s: float = 0.0
+    ) -> str:
+        """Why a request is rejected; empty if it is admitted.
+
+        Args:
+            remaining_s: Seconds until its deadline; None: no deadline.
+            rows: Rows that are about to enter the queue; 0 before they are known.
+            loop_wait_s: Estimated seconds that requests ahead of it take on the event loop.
+        """
+        queued = self._queued_rows()
+        if rows and queued + rows > self._limits.queue_rows:
+            return (
+                f"server overloaded: the queue holds {queued} rows and {rows} more do not fit "
+                f"(queue_rows is {self._limits.queue_rows}); retry later"
+            )
+        if remaining_s is None or not (queued or loop_wait_s):
+            return ""
+        wait_s = self._queue_wait_s() + loop_wait_s
+        if loop_wait_s > LOOP_SHARE * remaining_s or wait_s > self.queue_share * remaining_s:
+            return (
+                f"server overloaded: estimated wait {1000 * wait_s:.0f} ms is too long for the "
+                f"request deadline of {1000 * remaining_s:.0f} ms; retry later"
+            )
+        return ""

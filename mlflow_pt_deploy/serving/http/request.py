@@ -1,0 +1,122 @@
+"""A request as the application sees it, whichever HTTP server received it.
+
+The adapters (`rsgi`, `asgi`) implement `Body`. A body is read within limits of size and time. Of a
+rejected request the body is read and dropped first: a proxy such as nginx takes a response that
+comes before the end of the request for a failure of the server, and stops using it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+MAX_BODY_BYTES = 4 * 2**20
+BODY_TIMEOUT_S = 30.0
+"""Time for the whole body to arrive."""
+DISCARD_BYTES, DISCARD_TIMEOUT_S = 16 * 2**20, 5.0
+"""How much of a rejected request's body is read before the response, and for how long."""
+
+
+class Headers(Protocol):
+    """Request headers by lower-case name."""
+
+    def get(self, name: str, /) -> str | None: ...
+
+
+class Body(Protocol):
+    """The rest of a request, still to be received."""
+
+    async def read(self) -> bytes:
+        """All of a body whose length is known."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body part by part."""
+
+    async def disconnected(self) -> None:
+        """Return when the client closes the connection."""
+
+
+class BodyTooLongError(Exception):
+    """The body has more bytes than allowed."""
+
+
+class DisconnectedError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+class Request:
+    """One HTTP request.
+
+    Args:
+        method: In capital letters.
+        path: Decoded, without the query string.
+        headers: By lower-case name.
+        body: Where the body comes from.
+
+    Attributes:
+        received_at: `time.perf_counter` when the application got it, seconds.
+    """
+
+    __slots__ = ("_body", "headers", "method", "path", "received_at")
+
+    def __init__(self, method: str, path: str, headers: Headers, body: Body) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.received_at = time.perf_counter()
+        self._body = body
+
+    @property
+    def content_length(self) -> int | None:
+        """Announced length of the body in bytes; None: not announced (chunked)."""
+        length = self.headers.get("content-length")
+        if length is None:
+            return None if self.headers.get("transfer-encoding") else 0
+        return int(length) if length.isdigit() and len(length) < 16 else None
+
+    async def read(self, limit: int) -> bytes:
+        """The whole body.
+
+        Raises:
+            BodyTooLongError: It has more than `limit` bytes.
+            DisconnectedError: The client left.
+            TimeoutError: It did not arrive within `BODY_TIMEOUT_S`.
+        """
+        import asyncio
+
+        length = self.content_length
+        if length is not None and length > limit:
+            raise BodyTooLongError
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            if length is not None:
+                return await self._body.read()
+            parts: list[bytes] = []
+            size = 0
+            async for part in self._body.chunks():
+                size += len(part)
+                if size > limit:
+                    raise BodyTooLongError
+                parts.append(part)
+            return b"".join(parts)
+
+    async def discard(self) -> None:
+        """Read and drop the body, at most `DISCARD_BYTES`, for at most `DISCARD_TIMEOUT_S`."""
+        import asyncio
+
+        length = self.content_length
+        if length == 0 or (length or 0) > DISCARD_BYTES:
+            return
+        size = 0
+        try:
+            async with asyncio.timeout(DISCARD_TIMEOUT_S):
+                async for part in self._body.chunks():
+                    size += len(part)
+                    if size > DISCARD_BYTES:
+                        return
+        except (TimeoutError, DisconnectedError):
+            return
+
+    async def disconnected(self) -> None:
+        """Return when the client closes the connection."""
+        await self._body.disconnected()

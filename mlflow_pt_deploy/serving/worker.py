@@ -1,0 +1,225 @@
+"""A worker process: models, registry watcher, watchdog, application.
+
+Forked or spawned by granian. Everything that libraries read once, such as the number of threads, is
+set before they are imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_pt_deploy.registry.addresses import in_words
+from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.worker_state import WorkerStates
+from mlflow_pt_deploy.system.cpu_allocation import Share
+from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+    from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
+
+SWITCH_S = 0.5e-3
+"""Python's default lets a busy thread run for 5 ms before the event loop gets its turn."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is to do; picklable.
+
+    Attributes:
+        models: Words of the command line.
+        model_config: Serving options of all models.
+        settings: Of the server; the port is a real one.
+        folder: The run directory.
+        shares: CPU share of each worker.
+        environment: Variables by which the worker finds the registry.
+    """
+
+    models: Sequence[str]
+    model_config: Mapping[str, Any]
+    settings: Settings
+    folder: Path
+    shares: Sequence[Share]
+    environment: Mapping[str, str]
+
+
+def load_worker(job: WorkerJob) -> RsgiAdapter:
+    """The RSGI application of this process.
+
+    A worker that replaces one that died loads its models before it returns, and so before it
+    listens: connections go to the other workers until then.
+    """
+    states = WorkerStates(job.folder, len(job.shares))
+    index = states.claim()
+    _prepare_process(job, states, index)
+    from mlflow_pt_deploy.serving.app import Application
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
+    from mlflow_pt_deploy.serving.model_names import name_models
+    from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+    from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
+    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
+    from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
+    from mlflow_pt_deploy.serving.watchdog import Watchdog
+
+    settings = job.settings
+    metrics = PrometheusMetrics()
+    if predecessor := states.predecessor():
+        metrics.forget_process(predecessor)
+    served = states.served()
+    models = name_models(job.models, job.model_config, metrics, served)
+    publisher = _StatePublisher(states, models, settings, metrics.sample)
+    watcher = RegistryWatcher(
+        list(models.values()),
+        settings.poll_s,
+        budget=MemoryBudget(settings.max_models, settings.max_memory_mb),
+        on_opened=publisher.opened,
+        on_failed=publisher.failed,
+        on_polled=publisher.publish,
+    )
+    watchdog = Watchdog(models, settings.hang_s, settings.grace_s, tick=metrics.sample)
+
+    def stop() -> None:
+        watchdog.stop()
+        watcher.stop()
+
+    application = Application(
+        models,
+        auth=auth_from_environment(),
+        metrics=metrics,
+        access_log=AccessLog() if settings.access_log else None,
+        tracer=tracer_from_environment(),
+        max_body_bytes=int(settings.max_body_mb * 2**20),
+        hang_s=settings.hang_s,
+        states=states,
+        on_start=watchdog.watch,
+        on_stop=stop,
+    )
+    watcher.start()
+    if served:
+        publisher.ready.wait()
+    return RsgiAdapter(application)
+
+
+class _StatePublisher:
+    """Writes what this worker serves into the run directory."""
+
+    def __init__(
+        self,
+        states: WorkerStates,
+        models: Mapping[str, ServedModel],
+        settings: Settings,
+        sample: Any,
+    ) -> None:
+        self._states = states
+        self._models = models
+        self._settings = settings
+        self.ready = threading.Event()
+
+    def opened(self) -> None:
+        """All models are loaded, or deferred for want of memory."""
+        self.publish(banner=_banner(self._models, self._settings))
+        self.ready.set()
+
+    def failed(self, error: Exception) -> None:
+        """A model cannot be opened."""
+        self._states.write({"failed": str(in_words(error))})
+        self.ready.set()
+
+    def publish(self, banner: Sequence[str] = ()) -> None:
+        """Write the state."""
+        versions = {name: model.current for name, model in self._models.items()}
+        self._states.write(
+            {
+                "ready": True,
+                "banner": list(banner),
+                "served": {
+                    name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
+                    for name, version in versions.items()
+                    if version
+                },
+                "models": {
+                    name: {
+                        "version": version.label if version else None,
+                        "since": version.since if version else None,
+                    }
+                    for name, version in versions.items()
+                },
+            }
+        )
+
+
+def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
+    """Process group, CPU share, folders and logging, before any library is imported."""
+    import signal
+
+    from mlflow_pt_deploy.serving.observability.server_log import configure_log, log_granian
+
+    os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
+    share = job.shares[index % len(job.shares)]
+    if share.pinned:
+        os.sched_setaffinity(0, share.pinned)
+    threads = {name: str(share.cores) for name in THREAD_VARIABLES if name not in os.environ}
+    os.environ.update(
+        {
+            **threads,
+            **job.environment,
+            CORES_ENV: str(share.cores),
+            "TMPDIR": str(states.scratch),
+            "PROMETHEUS_MULTIPROC_DIR": str(job.folder / "metrics"),
+            # what MLflow's own server sets; the pyfunc and the flavor read it
+            "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
+    )
+    tempfile.tempdir = None  # forget the parent's
+    sys.setswitchinterval(SWITCH_S)
+    replica = index if len(job.shares) > 1 else None
+    configure_log(job.settings.log_format, replica)
+    log_granian()
+
+
+def _banner(models: Mapping[str, ServedModel], settings: Settings) -> list[str]:
+    """What the server prints once it is ready."""
+    from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http{'s' if settings.tls_cert else ''}://{host}:{settings.port}"
+    first = next(iter(models.values()))
+    assert first.current is not None
+    row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
+    example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
+    return [
+        f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
+        *(f"  {_describe(model, settings.poll_s)}" for model in models.values()),
+    ]
+
+
+def _describe(model: ServedModel, poll_s: float) -> str:
+    """What is served under a name and within which limits, in one line."""
+    version = model.current
+    if version is None:
+        assert model.unloaded is not None
+        return f"/models/{model.name}: {model.uri}, loaded on demand ({model.unloaded.reason})"
+    options = version.pyfunc.options
+    followed = version.resolved.uri != model.uri and poll_s
+    follows = f", follows {model.uri} every {poll_s:g} s" if followed else ""
+    return (
+        f"/models/{model.name}: {version.name}, version {version.label}{follows}; "
+        f"{options.device}, {options.num_threads or usable_cores()} threads a call, batches up to "
+        f"{options.max_batch_rows} rows and {options.max_batch_tokens} tokens, queue of "
+        f"{options.queue_rows} rows, deadline {options.deadline_ms:g} ms"
+    )
