@@ -6,8 +6,10 @@ Names are loaded on first use: importing the package imports neither torch nor m
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mlflow_pt_deploy._version import __version__
+
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.artifacts import VARIANTS, Variant, load_variant, write_variant
+    from mlflow_pt_deploy.artifacts import load_variant, write_variant
     from mlflow_pt_deploy.config import Options
     from mlflow_pt_deploy.data import Split, Splits, load_data
     from mlflow_pt_deploy.errors import PtDeployError
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
         read_optimized,
         train_teacher,
     )
+    from mlflow_pt_deploy.runtimes.base import Variant
+    from mlflow_pt_deploy.runtimes.catalog import VARIANTS
     from mlflow_pt_deploy.selection.policy import Choice, Policy, choose
     from mlflow_pt_deploy.serving.api import serve
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "data": ("Split", "Splits", "load_data"),
@@ -42,7 +44,9 @@ _HOMES = {
         "read_optimized",
         "train_teacher",
     ),
-    "artifacts": ("VARIANTS", "Variant", "load_variant", "write_variant"),
+    "artifacts": ("load_variant", "write_variant"),
+    "runtimes.base": ("Variant",),
+    "runtimes.catalog": ("VARIANTS",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from mlflow_pt_deploy import __version__
+from mlflow_pt_deploy._version import __version__
 
 _Table = Mapping[str, tuple[type, Any, str]]
 """Of each flag its type, its default, and what it means."""

@@ -37,7 +37,7 @@ from mlflow.utils.environment import (
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
-from mlflow_pt_deploy import __version__
+from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve

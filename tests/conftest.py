@@ -31,8 +31,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mlflow_pt_deploy.artifacts import Variant, write_variant
+from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 
 if TYPE_CHECKING:

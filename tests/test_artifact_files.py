@@ -15,9 +15,10 @@ import pytest
 from tiny_artifact import copy_saved, refused
 
 from mlflow_pt_deploy import flavor
-from mlflow_pt_deploy.artifacts import Variant, verify
+from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import Address, Target
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
+from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.errors import ArtifactError, UntrustedError, VariantError
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.flavor import get_default_pip_requirements
 from mlflow_pt_deploy.runtimes.base import confidence
-from mlflow_pt_deploy.runtimes.cascade import write_cascade
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript

@@ -8,12 +8,13 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import flavor
-from mlflow_pt_deploy.artifacts import Variant, load_variant, write_variant
+from mlflow_pt_deploy.artifacts import load_variant, write_variant
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
 from mlflow_pt_deploy.registry.promotion import champion, promote
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript

@@ -10,9 +10,9 @@ import torch
 
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.models import Classifier, load_classifier, new_static, save_classifier
 from mlflow_pt_deploy.models.static import PRIMES, StaticConfig
-from mlflow_pt_deploy.runtimes.numpy_static import STATIC
 from mlflow_pt_deploy.training.distillation import soft_labels, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 

@@ -15,11 +15,11 @@ from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
 from mlflow_pt_deploy import flavor
-from mlflow_pt_deploy.artifacts import Variant
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier, new_classifier
 from mlflow_pt_deploy.pipeline.stages import train_teacher
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 from mlflow_pt_deploy.tracking import fetch_model, log_folder

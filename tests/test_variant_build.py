@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_pt_deploy.artifacts import Variant, load_variant, verify
+from mlflow_pt_deploy.artifacts import load_variant, verify
 from mlflow_pt_deploy.artifacts.builder import Built, _cause, build
 from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino

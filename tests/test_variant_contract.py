@@ -15,24 +15,25 @@ import numpy as np
 import pytest
 from conftest import picture
 
-from mlflow_pt_deploy.artifacts import (
-    ON_REQUEST,
-    STATIC_VARIANTS,
-    VARIANTS,
-    LoadedVariant,
-    Variant,
-    load_variant,
-    verify,
-)
+from mlflow_pt_deploy.artifacts import LoadedVariant, load_variant, verify
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import MissingExtraError, VariantError
+from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.preprocessing import row_from_json
 from mlflow_pt_deploy.runtimes import streams
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
-from mlflow_pt_deploy.runtimes.catalog import select, suits, useless
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.catalog import (
+    ON_REQUEST,
+    STATIC_VARIANTS,
+    VARIANTS,
+    select,
+    suits,
+    useless,
+)
 from mlflow_pt_deploy.runtimes.eager import Eager
-from mlflow_pt_deploy.runtimes.numpy_static import STATIC, NumPy
+from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 from mlflow_pt_deploy.training.trainer import predict_logits

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from mlflow_pt_deploy.artifacts import Variant, load_variant, read_manifest, verify, write_variant
+from mlflow_pt_deploy.artifacts import load_variant, read_manifest, verify, write_variant
 from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError, VariantError
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript

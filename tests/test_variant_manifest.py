@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from tiny_artifact import SAVED, copy_saved, refused, reseal, write_manifest
 
-from mlflow_pt_deploy.artifacts import RUNTIMES, load_variant
+from mlflow_pt_deploy.artifacts import load_variant
+from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.errors import PtDeployError
-from mlflow_pt_deploy.runtimes.cascade import write_cascade
+from mlflow_pt_deploy.runtimes.catalog import RUNTIMES
 
 ODD: tuple[Any, ...] = (
     None,

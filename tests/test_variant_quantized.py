@@ -17,11 +17,12 @@ import openvino
 import pytest
 from conftest import FILLERS, KEYWORDS
 
-from mlflow_pt_deploy.artifacts import ON_REQUEST, VARIANTS, Variant, select
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.catalog import ON_REQUEST, VARIANTS, select
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino

@@ -11,7 +11,7 @@ import pytest
 
 from mlflow_pt_deploy.runtimes import streams
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, pads_rows, tokens_computed
-from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.runtimes.streams import Streams, cut
 
 
@@ -230,6 +230,6 @@ def test_an_error_in_any_part_is_the_batchs_and_the_next_batch_is_computed(
 def test_a_cascade_pads_where_one_of_its_models_does() -> None:
     apart = Streams(answer, answer, threads=2)
     assert not pads_rows(apart)
-    assert not pads_rows(Stages(apart, apart, 0.5))
-    assert pads_rows(Stages(apart, answer, 0.5))
-    assert pads_rows(Stages(answer, apart, 0.5))
+    assert not pads_rows(CascadePredictor(apart, apart, 0.5))
+    assert pads_rows(CascadePredictor(apart, answer, 0.5))
+    assert pads_rows(CascadePredictor(answer, apart, 0.5))

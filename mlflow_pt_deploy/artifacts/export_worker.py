@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlflow_pt_deploy.artifacts.loading import write_variant
+from mlflow_pt_deploy.artifacts.writing import write_variant
 from mlflow_pt_deploy.errors import PtDeployError, first_line
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Inputs

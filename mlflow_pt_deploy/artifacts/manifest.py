@@ -22,6 +22,7 @@ from mlflow_pt_deploy.system.regular_files import parse_json, read_regular
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LABELS = "labels.json"
 
 _MAX_BYTES = 4 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][\w.+@=,-]{0,254}", re.ASCII)

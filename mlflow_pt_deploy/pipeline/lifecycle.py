@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import mlflow
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.artifacts import select
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.pipeline.optimize import Optimized
@@ -32,6 +31,7 @@ from mlflow_pt_deploy.pipeline.stages import (
 )
 from mlflow_pt_deploy.pipeline.training_run import Trained
 from mlflow_pt_deploy.registry.promotion import Promotion
+from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.tracking_server import check_tracking
 
 if TYPE_CHECKING:

@@ -15,13 +15,14 @@ import mlflow
 
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.artifacts.builder import Built, build, golden_rows, suited
+from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
-from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade, write_cascade
+from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
 from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
 from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
 from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, no_slower

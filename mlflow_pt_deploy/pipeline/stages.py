@@ -20,11 +20,11 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.pipeline.optimize import Optimized, optimize
 from mlflow_pt_deploy.pipeline.training_run import Lesson, Trained, fit_in_run
 from mlflow_pt_deploy.registry.promotion import Promotion, promote
 from mlflow_pt_deploy.runtimes.catalog import select
-from mlflow_pt_deploy.runtimes.numpy_static import STATIC
 from mlflow_pt_deploy.selection.policy import Policy, choose
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.paths import home

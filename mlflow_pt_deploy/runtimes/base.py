@@ -30,13 +30,6 @@ Predict = Callable[[Inputs], Logits]
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
 MIN_CALIBRATION_ROWS = 16
-CONVOLUTIONAL = frozenset(
-    {
-        *("bit", "convnext", "convnextv2", "efficientnet", "hgnet_v2", "mobilenet_v1"),
-        *("mobilenet_v2", "poolformer", "pp_lcnet", "regnet", "resnet", "textnet"),
-    }
-)
-"""`model_type` of networks that consist of convolutions."""
 
 
 def pads_rows(predict: Predict) -> bool:
@@ -103,6 +96,7 @@ class Variant(ABC):
         runtime: What executes the model; the middle part of the variant's name.
         extra: The extra of this distribution that the runtime needs, if any.
         compiles: True where an export takes a compiler's time; such exports begin first.
+        stages: Folders of the variants that it consists of, if it does; see `combine`.
         carries_code: True where the file holds a program and not only weights and a graph of
             known operators; such a file is loaded only when somebody vouches for its digest.
     """
@@ -113,6 +107,7 @@ class Variant(ABC):
     extra: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
+    stages: ClassVar[tuple[str, ...]] = ()
 
     def name(self, model: str) -> str:
         """``<model>-<runtime>-<precision>``, e.g. ``student-openvino-fp32``."""
@@ -159,3 +154,12 @@ class Variant(ABC):
             MissingExtraError: The runtime's library is not installed.
             UnsupportedError: The runtime cannot use the device.
         """
+
+    @property
+    def allows_code(self) -> bool:
+        """Whether its stages may carry code; what allows it has the same digest."""
+        return False
+
+    def combine(self, predictors: Sequence[Predict]) -> Predict:
+        """One predictor of those of its `stages`, in order."""
+        raise NotImplementedError(f"{self.runtime} has no stages")

@@ -6,7 +6,6 @@ largest softmax probability (Hendrycks & Gimpel 2017; as a cascade: Wang et al. 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.preprocessing import Row, load_preprocessor
 from mlflow_pt_deploy.runtimes.base import (
     Inputs,
     Logits,
@@ -27,16 +25,13 @@ from mlflow_pt_deploy.runtimes.base import (
 )
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.artifacts.manifest import Manifest
     from mlflow_pt_deploy.models import Classifier
 
 CASCADE = "cascade"
 """First part of a cascade's name, where other variants have their model's."""
 
 FAST, STRONG = "fast", "strong"
-# Golden rows keep away from the threshold: integer kernels of another processor must not send a
-# row to the other model.
-_CLEAR = 0.05
+"""Folders of the two stages."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,11 @@ class Cascade(Variant):
     trusted: bool = False
 
     runtime: ClassVar[str] = "cascade"
+    stages: ClassVar[tuple[str, ...]] = (FAST, STRONG)
+
+    @property
+    def allows_code(self) -> bool:
+        return self.trusted
 
     def name(self, model: str) -> str:
         """``cascade-<fast model>-<strong model>``."""
@@ -72,24 +72,14 @@ class Cascade(Variant):
         raise VariantError("a cascade is made of two exported variants; use write_cascade.")
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
-        from mlflow_pt_deploy.artifacts.loading import load_variant
+        raise VariantError("a cascade is loaded stage by stage; use load_variant.")
 
-        fast, strong = (
-            load_variant(
-                folder / stage,
-                device=device,
-                threads=threads,
-                allow_code=self.trusted,
-                check_golden=False,
-                verified=True,
-            ).predict
-            for stage in (FAST, STRONG)
-        )
-
-        return Stages(fast, strong, self.threshold)
+    def combine(self, predictors: Sequence[Predict]) -> Predict:
+        fast, strong = predictors
+        return CascadePredictor(fast, strong, self.threshold)
 
 
-class Stages:
+class CascadePredictor:
     """A loaded cascade.
 
     Args:
@@ -130,59 +120,3 @@ def _shortened(inputs: Inputs) -> Inputs:
         return inputs
     longest = int(inputs["attention_mask"].sum(1).max())
     return {name: array[:, :longest] for name, array in inputs.items()}
-
-
-def write_cascade(
-    target: Path,
-    fast: Path,
-    strong: Path,
-    *,
-    threshold: float,
-    golden_rows: Sequence[Row],
-) -> Manifest:
-    """Put two variants together into `target`, which appears complete or not at all.
-
-    Args:
-        target: The folder to create; an older one of that name is replaced.
-        fast: Folder of the variant that is asked first.
-        strong: Folder of the one that answers where the first is not sure.
-        threshold: See `Cascade`.
-        golden_rows: Raw rows to keep answers of, as far as they are clear cases.
-
-    Raises:
-        VariantError: The two name their classes or read their rows differently, or they
-            answer with NaN.
-        OSError: The disk is full or not writable; nothing is left behind.
-    """
-    from mlflow_pt_deploy.artifacts.loading import load_variant, staged, verify, write_golden
-
-    first, second = verify(fast), verify(strong)
-    shared = ("labels.json", *load_preprocessor(fast).files)
-    for part in shared:
-        if first.files[part] != second.files.get(part):
-            raise VariantError(
-                f"{first.name} and {second.name} cannot form a cascade: their {part} differ. "
-                "Distill both from the same teacher."
-            )
-    cascade = Cascade(
-        threshold=threshold,
-        fast=first.name,
-        strong=second.name,
-        flags=tuple(sorted({*first.cpu_flags, *second.cpu_flags})),
-        trusted=first.carries_code or second.carries_code,
-    )
-    with staged(target, cascade, CASCADE) as folder:
-        shutil.copytree(fast, folder / FAST)
-        shutil.copytree(strong, folder / STRONG)
-        for part in shared:
-            shutil.copyfile(fast / part, folder / part)
-        surest = load_variant(fast, threads=1, allow_code=True, check_golden=False)
-        sure = confidence(np.concatenate([surest.logits([row]) for row in golden_rows]))
-        clear = [
-            row
-            for row, value in zip(golden_rows, sure.tolist(), strict=True)
-            if abs(value - threshold) > _CLEAR
-        ]
-        predict = cascade.load(folder, device="cpu", threads=1)
-        write_golden(folder, predict, surest.preprocessor, clear or list(golden_rows[:1]))
-    return verify(target)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.model_types import CONVOLUTIONAL, STATIC
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
-from mlflow_pt_deploy.runtimes.base import CONVOLUTIONAL, Variant
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import Cascade
 from mlflow_pt_deploy.runtimes.eager import Eager
-from mlflow_pt_deploy.runtimes.numpy_static import STATIC, NumPy
+from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript

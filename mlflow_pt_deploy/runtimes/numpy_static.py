@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import UnsupportedError, VariantError
+from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
-STATIC = "pt_deploy_static"
-"""`model_type` of static students in their config.json."""
 
 _FEW_ROWS = 12  # up to here setting up a sparse matrix costs more than it saves
 _WEIGHTS = "static.safetensors"

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
-    CONVOLUTIONAL,
     Inputs,
     Logits,
     Predict,

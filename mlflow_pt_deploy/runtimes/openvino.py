@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
-    CONVOLUTIONAL,
     Inputs,
     Logits,
     Predict,

@@ -7,6 +7,7 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 
 _LONGEST_S = 1e9
 _LARGEST_MB = 4096

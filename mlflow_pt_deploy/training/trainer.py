@@ -22,9 +22,9 @@ from torch.nn import functional
 
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError, RowError
+from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.runtimes.numpy_static import STATIC
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import cpu_flags
 from mlflow_pt_deploy.system.progress import Progress, progress

@@ -20,7 +20,7 @@ from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.registry import mlmodel
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
-from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
@@ -103,7 +103,9 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pt
 
         variant = replace(variant, predict=sometimes_slow)
     if "unsure_below" in habits:
-        variant = replace(variant, predict=Stages(predict, predict, habits["unsure_below"]))
+        variant = replace(
+            variant, predict=CascadePredictor(predict, predict, habits["unsure_below"])
+        )
     return PtDeployPyFunc(variant, model_config)  # type: ignore[arg-type]
 
 

@@ -41,7 +41,7 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
         models: Names of its models.
         column: What the first model's rows are called; None while it is loading.
     """
-    from mlflow_pt_deploy import __version__
+    from mlflow_pt_deploy._version import __version__
 
     names = list(models)
     looks = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]

@@ -23,7 +23,7 @@ import numpy as np
 from mlflow_pt_deploy.errors import RequestError, RowError
 from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.runtimes.base import Logits, pads_rows, streams_of
-from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.batching.admission import LoopIterationEstimator
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, RequestContext
@@ -101,7 +101,7 @@ class InferenceService:
         if preprocessor.column != "text":
             return
         longest = samples[-1]
-        models = predict.models if isinstance(predict, Stages) else (predict,)
+        models = predict.models if isinstance(predict, CascadePredictor) else (predict,)
         warm_up_shapes(models, preprocessor.collate([longest] * max(FEW)))
         if self.options.max_wait_ms:
             return
@@ -110,7 +110,7 @@ class InferenceService:
         predict_single, streams = streams_of(predict)
         if streams > 1 and not self.runs_inline:
             self.batcher.enable_streams(predict_single, streams)
-        if isinstance(predict, Stages):
+        if isinstance(predict, CascadePredictor):
             stage_s = fastest_s(lambda: predict.glance(preprocessor.collate([longest])))
             self.fast_stage_runs_inline = stage_s < INLINE_THRESHOLD_S
 
@@ -255,7 +255,7 @@ class InferenceService:
     ) -> list[PendingRequest]:
         """Answer what a cascade's fast stage is sure of; returns the other requests."""
         stages = self.loaded.predict
-        assert isinstance(stages, Stages)
+        assert isinstance(stages, CascadePredictor)
         logits, unsure = stages.glance(self.loaded.preprocessor.collate(encoded))
         sure: list[PendingRequest] = []
         parts: list[Logits] = []

@@ -21,7 +21,7 @@ from tiny.serving import predict, save_tiny, tiny_variant
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
-from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.batching.request import RequestContext
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
@@ -115,7 +115,7 @@ def test_an_inline_batch_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("word", ["explode", "nan"])
 def test_a_failing_row_fails_only_its_own_request(way: str, word: str) -> None:
-    service = new_service(Stages(predict, predict, 0.7), way)
+    service = new_service(CascadePredictor(predict, predict, 0.7), way)
 
     async def test() -> None:
         good = [submit(service, *rows) for rows in (["red"], ["green green", "blue"], ["blue"])]
@@ -136,7 +136,7 @@ def test_a_failing_row_fails_only_its_own_request(way: str, word: str) -> None:
 
 def test_a_cascade_hands_only_unsure_requests_to_the_batcher() -> None:
     strong = GatedModel()
-    service = new_service(Stages(predict, strong, 0.7), "fast stage")
+    service = new_service(CascadePredictor(predict, strong, 0.7), "fast stage")
     computed: list[int] = []
     service.batcher.executor.on_call = lambda rows, *_: computed.append(rows)
 
@@ -154,7 +154,9 @@ def test_a_cascade_hands_only_unsure_requests_to_the_batcher() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_an_expired_request_is_not_computed(way: str) -> None:
     model = GatedModel()
-    service = new_service(Stages(model, model, 0.7) if way == "fast stage" else model, way)
+    service = new_service(
+        CascadePredictor(model, model, 0.7) if way == "fast stage" else model, way
+    )
 
     async def test() -> None:
         late = submit(service, "red", expires_at=time.monotonic())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny.serving import predict, tiny_variant
 
-from mlflow_pt_deploy.runtimes.cascade import Stages
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.runtimes.streams import Streams
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.serving.model.warmup import warm_up_shapes
@@ -49,7 +49,7 @@ def test_warm_up_of_a_slow_model_is_limited_in_time() -> None:
 @pytest.mark.parametrize("sure", [0.0, 2.0])
 def test_both_models_of_a_cascade_are_warmed_up(sure: float) -> None:
     fast, strong = ShapeModel(0, 0), ShapeModel(0, 0)
-    pyfunc = PtDeployPyFunc(replace(tiny_variant(), predict=Stages(fast, strong, sure)))  # type: ignore[arg-type]
+    pyfunc = PtDeployPyFunc(replace(tiny_variant(), predict=CascadePredictor(fast, strong, sure)))  # type: ignore[arg-type]
     pyfunc.warm_up()
     assert (1, 1) in fast.shapes
     assert (1, 1) in strong.shapes
