@@ -201,8 +201,8 @@ def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
+    from mlflow_pt_deploy.model_config import parse_config
     from mlflow_pt_deploy.serving.api import serve
-    from mlflow_pt_deploy.serving.model.options import parse_config
 
     names = [flag.removeprefix("--").replace("-", "_") for flag in SERVE]
     settings = {name: getattr(parsed, name) for name in (*names, "access_log", "insecure", "pin")}

@@ -40,6 +40,7 @@ from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
+from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
 from mlflow_pt_deploy.registry.fetch import (
     ALLOW_CODE_ENV,
@@ -56,7 +57,6 @@ from mlflow_pt_deploy.registry.mlmodel import (
     read_mlmodel,
 )
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
-from mlflow_pt_deploy.serving.model.options import ServingOptions
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 from mlflow_pt_deploy.system.hardware import library_versions
 from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, read_regular

@@ -23,12 +23,12 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.model_config import MODEL_CONFIG, parse_value
 from mlflow_pt_deploy.plugins import http_client as remote
 from mlflow_pt_deploy.plugins import local_servers as servers
 from mlflow_pt_deploy.plugins.local_servers import State
 from mlflow_pt_deploy.registry.addresses import ModelSpec
 from mlflow_pt_deploy.serving.api import serve
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, parse_value
 from mlflow_pt_deploy.serving.model_names import check_folder
 from mlflow_pt_deploy.serving.settings import Settings
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
-from mlflow_pt_deploy.serving.model.options import ServingOptions
+from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
 _LONGEST_REASON = 1000

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, ServingOptions
+from mlflow_pt_deploy.model_config import MODEL_CONFIG, ServingOptions
 from mlflow_pt_deploy.system.regular_files import parse_yaml, read_regular
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
-from mlflow_pt_deploy.serving.model.options import ServingOptions
 from mlflow_pt_deploy.serving.model_names import check_folder
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.model_config import MODEL_CONFIG
 from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.registry import mlmodel
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
 mlmodel.LOADERS |= {"tiny.serving"}

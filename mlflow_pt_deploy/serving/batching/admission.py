@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from mlflow_pt_deploy.serving.batching.limits import Limits
+from mlflow_pt_deploy.model_config import Limits
 
 QUEUE_SHARE = 1 / 3
 """Share of the remaining time that a request may wait in the queue. The batch that is running and

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.runtimes.base import Logits, Predict
 from mlflow_pt_deploy.serving.batching.admission import STREAM_QUEUE_SHARE, AdmissionController
 from mlflow_pt_deploy.serving.batching.concurrency import ConcurrencyLimiter
 from mlflow_pt_deploy.serving.batching.executor import Collate, CountTokens, ModelExecutor, Results
-from mlflow_pt_deploy.serving.batching.limits import Limits
 from mlflow_pt_deploy.serving.batching.request import (
     BatchRequest,
     Encoded,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.runtimes.base import Logits
-from mlflow_pt_deploy.serving.batching.limits import Limits
 
 Encoded = Any
 """A row as a preprocessor's `encode` returns it."""

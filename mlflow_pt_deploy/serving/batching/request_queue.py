@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 
-from mlflow_pt_deploy.serving.batching.limits import Limits
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, RowRef
 
 Batch = dict[Hashable, list[RowRef]]

@@ -15,8 +15,8 @@ from mlflow_pt_deploy.serving.lifecycle.eviction import (
     MemoryBudget,
     least_recently_used,
 )
-from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb, trim
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.system.process_memory import resident_mb, trim
 
 
 class ModelCache:

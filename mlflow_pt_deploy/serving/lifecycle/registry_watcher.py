@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
-from mlflow_pt_deploy.serving.lifecycle.process_memory import freeze_gc
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.system.process_memory import freeze_gc
 
 # While a model waits for memory it is checked this often.
 _RECHECK_S = 0.1

@@ -32,7 +32,7 @@ from mlflow_pt_deploy.serving.model.warmup import FEW, fastest_s, warm_up_shapes
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.artifacts import LoadedVariant
-    from mlflow_pt_deploy.serving.model.options import ServingOptions
+    from mlflow_pt_deploy.model_config import ServingOptions
 
 # Handing rows to a thread and the results back takes about 0.2 ms of two cores, more if the threads
 # have to be woken.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.errors import RequestError
+from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.model.errors import scoring_error
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.inputs import read_rows
-from mlflow_pt_deploy.serving.model.options import ServingOptions
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature

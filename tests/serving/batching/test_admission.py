@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.serving.batching import admission as module
 from mlflow_pt_deploy.serving.batching.admission import (
     LOOP_SHARE,
@@ -16,7 +17,6 @@ from mlflow_pt_deploy.serving.batching.admission import (
     LoopIterationEstimator,
 )
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
-from mlflow_pt_deploy.serving.batching.limits import Limits
 
 REQUEST_S = 70e-6
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
-from mlflow_pt_deploy.serving.batching.limits import Limits
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, RequestContext
 
 BAD = 666

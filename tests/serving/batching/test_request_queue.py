@@ -2,7 +2,7 @@
 
 import time
 
-from mlflow_pt_deploy.serving.batching.limits import Limits
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.serving.batching.request import (
     BatchRequest,
     RequestContext,

@@ -20,11 +20,11 @@ from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle import eviction
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
-from mlflow_pt_deploy.serving.lifecycle.process_memory import resident_mb, trim
 from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
 from mlflow_pt_deploy.serving.worker import _describe as describe
+from mlflow_pt_deploy.system.process_memory import resident_mb, trim
 
 
 @pytest.fixture

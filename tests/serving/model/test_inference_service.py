@@ -19,6 +19,7 @@ from tiny.server import running, until
 from tiny.serving import predict, save_tiny, tiny_variant
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError
+from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
@@ -27,7 +28,6 @@ from mlflow_pt_deploy.serving.batching.request import RequestContext
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model import inference_service as module
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
-from mlflow_pt_deploy.serving.model.options import ServingOptions
 
 WAYS = ("inline", "fast stage", "batcher")
 

@@ -18,7 +18,7 @@ from tiny.serving import predict as tiny_predict
 from tiny.serving import save_tiny, tiny_variant
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.model.options import MODEL_CONFIG, ServingOptions
+from mlflow_pt_deploy.model_config import MODEL_CONFIG, ServingOptions
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
