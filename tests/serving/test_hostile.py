@@ -94,18 +94,18 @@ def parquet(column: pa.Array) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "dripped",
+    "sent",
     [b"", WHOLE[:40], WHOLE[: -len(BODY) - 2], b"\r\n", b"P"],
     ids=["silent", "half a head", "no end of the head", "CRLF", "one byte"],
 )
 @pytest.mark.parametrize("answered", [False, True], ids=["new", "after a request"])
 def test_a_connection_that_sends_no_request_is_closed(
-    server: Served, dripped: bytes, answered: bool
+    server: Served, sent: bytes, answered: bool
 ) -> None:
     with behaved(server.url), Client(server.url, timeout=10 * KEEP_ALIVE_S) as client:
         if answered:
             assert client.ask(WHOLE).status == 200
-        client.send(dripped)
+        client.send(sent)
         assert client.is_closed()
 
 
