@@ -1,7 +1,8 @@
 """Write the reference pages that follow from the code.
 
     python docs/generate_reference.py           write them
-    python docs/generate_reference.py --check   exit with 1 if a page is out of date
+    python docs/generate_reference.py --check   exit with 1 if a page is out of date, or if the
+                                                tree in concepts/architecture.md is
 
 Pages: ``reference/cli.md`` from the argument parser, ``reference/settings.md`` from the dataclasses
 of options, and the exception tree in ``reference/errors.md``.
@@ -52,8 +53,12 @@ def main() -> int:
                 path.write_text(text, encoding="utf8")
     if check and outdated:
         print(f"{', '.join(outdated)}: out of date; run python docs/generate_reference.py")
-        return 1
-    return 0
+    missing, extra = tree_differences()
+    for name in missing:
+        print(f"architecture.md: the tree has no {name}")
+    for name in extra:
+        print(f"architecture.md: {name} in the tree does not exist")
+    return int(bool((check and outdated) or missing or extra))
 
 
 def pages() -> dict[Path, str]:
@@ -118,7 +123,7 @@ def settings_page() -> str:
 
 def exception_tree() -> str:
     """The tree at the top of `errors.py`."""
-    import mlflow_pt_deploy.errors as errors
+    from mlflow_pt_deploy import errors
 
     tree = [line for line in inspect.getdoc(errors).splitlines() if line.startswith("    ")]  # type: ignore[union-attr]
     return "\n".join(["```text", *(line.removeprefix("    ") for line in tree), "```"])
@@ -131,6 +136,25 @@ def replace_block(text: str, name: str, block: str) -> str:
     if not (start and end):
         raise SystemExit(f"there is no block <!-- {name} -->")
     return f"{before}{start}\n{block}\n{end}{after}"
+
+
+def tree_differences() -> tuple[list[str], list[str]]:
+    """Modules that the tree in ``concepts/architecture.md`` lacks, and names in it without one."""
+    import mlflow_pt_deploy
+
+    page = (HERE / "concepts" / "architecture.md").read_text(encoding="utf8")
+    named: set[str] = set()
+    folders: list[str] = []
+    for line in page.partition("<!-- tree -->")[2].partition("<!-- /tree -->")[0].splitlines():
+        entry = re.match(r"((?:│   |    )*)[├└]── (\S+)", line)
+        if entry:
+            folders = [*folders[: len(entry[1]) // 4], entry[2]]
+            named.add("".join(folders))
+    root = Path(mlflow_pt_deploy.__path__[0])
+    modules = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+    real = {name for name in modules if not name.endswith("/__init__.py")}
+    named = {name for name in named if not name.endswith("/")}
+    return sorted(real - named), sorted(named - real)
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
@@ -178,7 +202,7 @@ def _default(field: Field[object]) -> object:
 
 
 def _code(value: object) -> str:
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", []):
         return "none"
     return f"`{value}`"
 
