@@ -99,7 +99,9 @@ def cli_page() -> str:
         usage = f"pt-deploy {name} {' '.join(_positionals(stage))}".strip()
         lines += ["", f"## {name}", "", f"`{usage} [OPTIONS]`", ""]
         lines += ["| argument | default | meaning |", "|---|---|---|"]
-        lines += [_argument_row(each) for each in stage._actions if each.dest != "help"]
+        arguments = [each for each in stage._actions if each.dest != "help"]
+        arguments.sort(key=lambda each: bool(each.option_strings))  # positional ones first
+        lines += [_argument_row(each) for each in arguments]
     return "\n".join(lines) + "\n"
 
 
@@ -204,6 +206,8 @@ def _default(field: Field[object]) -> object:
 def _code(value: object) -> str:
     if value is None or value in ("", []):
         return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"`{value}`"
 
 
