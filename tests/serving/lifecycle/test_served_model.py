@@ -6,7 +6,7 @@ import platform
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,7 +261,9 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_logged_once(
         until(lambda: model.polls > polls + 5)
         assert version(url) == "1"
         assert requests.get(f"{url}/readyz", timeout=5).status_code == 200
-        assert requests.get(f"{url}/model", timeout=5).json()["registry_lost_since"]
+        status = requests.get(f"{url}/model", timeout=5).json()
+        assert status["registry_lost_since"]
+        assert status["registry_error"] == "MlflowException: http://registry does not answer"
         assert caplog.text.count("the registry does not say what to serve") == 1
         assert "secret" not in caplog.text
         registry.promote(registry.add(label="two"))
@@ -269,6 +271,52 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_logged_once(
         until(lambda: model.current.label == "2")
         assert "the registry answers again" in caplog.text
         assert requests.get(f"{url}/model", timeout=5).json()["registry_lost_since"] is None
+
+
+def test_status_shows_what_is_being_prepared(registry: Registry) -> None:
+    with loading(registry) as (models, release), following(models) as url:
+        slow = models[0]
+        until(lambda: slow.preparing)
+        preparing = requests.get(f"{url}/model", timeout=5).json()["preparing"]
+        assert preparing["version"] == "2"
+        assert preparing["since"]
+        assert version(url) == "1"
+        release()
+        until(lambda: slow.current.label == "2")
+        assert requests.get(f"{url}/model", timeout=5).json()["preparing"] is None
+
+
+def test_a_stalled_download_does_not_hold_up_other_models(registry: Registry) -> None:
+    with loading(registry) as (models, release), following(models):
+        slow, other = models
+        until(lambda: slow.preparing and other.current)
+        polls = other.polls
+        until(lambda: other.polls > polls + 3)
+        registry.add(label="three")
+        until(lambda: other.current.label == "3")
+        assert slow.preparing
+        release()
+
+
+@contextmanager
+def loading(registry: Registry) -> Iterator[tuple[list[ServedModel], Callable[[], None]]]:
+    """A model whose second version takes until it is released, and another one."""
+    released = threading.Event()
+
+    def load(version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+        if version.version == "2":
+            assert released.wait(30)
+        return load_version(version, spec)
+
+    slow = ServedModel("tiny", source(URI), load=load)
+    slow.open()
+    registry.promote(registry.add(label="two"))
+    other = ServedModel("other", source("models:/tiny/latest"))
+    other.open()
+    try:
+        yield [slow, other], released.set
+    finally:
+        released.set()
 
 
 def test_an_alias_that_is_deleted_changes_nothing(registry: Registry) -> None:
