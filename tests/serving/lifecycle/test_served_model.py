@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from tiny.server import running, until
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.errors import ArtifactError, ServingError
+from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import (
     DIGEST_TAG,
     ModelSpec,
@@ -32,7 +32,6 @@ from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
 from mlflow_pt_deploy.serving.lifecycle.served_model import RETRY_S, ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
-from mlflow_pt_deploy.serving.model_names import name_models
 
 URI = "models:/tiny@champion"
 POLL_S = 0.05
@@ -391,14 +390,3 @@ def test_a_file_may_say_what_is_served(registry: Registry, tmp_path: Path) -> No
     model.poll()
     assert model.current.label == "2"
     assert model.registry_down_since
-
-
-def test_names_of_models() -> None:
-    words = ["models:/a@champion", "b=models:/a/3", "models:/c/latest", "some/folder/", "@x.json"]
-    assert list(name_models(words, None)) == ["a", "b", "c", "folder", "x.json"]
-    with pytest.raises(ServingError, match="two models are called a"):
-        name_models(["models:/a@x", "models:/a@y"], None)
-    with pytest.raises(ServingError, match="model_config has no threads"):
-        name_models(["models:/a@x"], {"threads": 2})
-    with pytest.raises(ServingError, match="nothing to serve"):
-        name_models([], None)
