@@ -26,7 +26,7 @@ SETTINGS = (
     ("Server", "mlflow_pt_deploy.serving.settings", "Options of `pt-deploy serve` and `serve()`."),
     (
         "Model",
-        "mlflow_pt_deploy.serving.model.options",
+        "mlflow_pt_deploy.model_config",
         "Options of a served model: `-C KEY=VALUE`, `model_config` in MLflow. "
         "They are logged with the model and can be changed wherever it is served.",
     ),

@@ -73,8 +73,7 @@ def await_swap(state: State, target: ModelSpec, ready_s: float) -> None:
 def _replicas(state: State) -> list[dict[str, Any]]:
     """What each replica says of itself; one that is being started again will read the target."""
     told = about(state)
-    replicas = told.get("replicas") or [{**told, "replica": 0, "answers": True}]
-    return [each for each in replicas if each["answers"]]
+    return [each for each in told["replicas"] if "looks" in each]
 
 
 def _ask(

@@ -126,10 +126,12 @@ class _StatePublisher:
         self._models = models
         self._settings = settings
         self.ready = threading.Event()
+        self._banner: Sequence[str] = ()
 
     def opened(self) -> None:
         """All models are loaded, or deferred for want of memory."""
-        self.publish(banner=_banner(self._models, self._settings))
+        self._banner = _banner(self._models, self._settings)
+        self.publish()
         self.ready.set()
 
     def failed(self, error: Exception) -> None:
@@ -137,25 +139,19 @@ class _StatePublisher:
         self._states.write({"failed": str(in_words(error))})
         self.ready.set()
 
-    def publish(self, banner: Sequence[str] = ()) -> None:
+    def publish(self) -> None:
         """Write the state."""
         versions = {name: model.current for name, model in self._models.items()}
         self._states.write(
             {
                 "ready": True,
-                "banner": list(banner),
+                "banner": list(self._banner),
                 "served": {
                     name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
                     for name, version in versions.items()
                     if version
                 },
-                "models": {
-                    name: {
-                        "version": version.label if version else None,
-                        "since": version.since if version else None,
-                    }
-                    for name, version in versions.items()
-                },
+                "models": {name: model.status() for name, model in self._models.items()},
             }
         )
 

@@ -13,12 +13,13 @@ import mlflow
 import pytest
 import requests
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from tiny.server import JSON_HEAD, Client, running, until
+from tiny.server import JSON_HEAD, Client, request, running, until
 from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
 from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.http.request import Request
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
@@ -279,6 +280,47 @@ def test_a_tag_that_is_no_number_does_not_break_the_status_page(model: PyFuncMod
         assert requests.get(f"{url}/model", timeout=5).json()["logged"] == {"latency_p50_ms": 0.5}
 
 
+def test_an_overloaded_model_rejects_before_parsing_and_reads_the_body_away(
+    model: PyFuncModel,
+) -> None:
+    served = ServedModel("tiny", source("tiny"))
+    served.current = LoadedModel(model, ResolvedVersion("tiny"))
+    metrics = PrometheusMetrics()
+    application = Application({"tiny": served}, metrics=metrics, auth=TokenAuth((b"t" * 16,)))
+    with pytest.MonkeyPatch.context() as patch, running(application) as url, Client(url) as client:
+        admission = served.current.pyfunc.service.batcher.admission
+        patch.setattr(admission, "_queued_rows", lambda: 40)
+        patch.setattr(admission, "_queue_wait_s", lambda: 9.0)
+        head = JSON_HEAD + b"Authorization: Bearer tttttttttttttttt\r\n"
+        for _ in range(2):  # the connection stays usable
+            answer = client.ask(request(b"x" * 2**20, head))
+            assert (answer.status, answer.json()["error_code"]) == (429, "RESOURCE_EXHAUSTED")
+            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["x-model-version"] == "0" * 12
+            assert "estimated wait 9000 ms is too long" in answer.json()["message"]
+        assert client.ask(request(b"{}", JSON_HEAD)).status == 401, "nothing of the load is told"
+        patch.undo()
+        assert client.ask(request({"inputs": ["red"]}, head)).status == 200
+    assert b'status="429",version="000000000000"} 2.0' in (metrics.expose() or b"")
+
+
+def test_a_body_that_does_not_arrive_is_408(ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.serving.http.request.BODY_TIMEOUT_S", 0.2)
+    with Client(ours) as client:
+        client.send(request({"inputs": ["red"]})[:-3])
+        answer = client.read()
+    assert (answer.status, answer.json()["error_code"]) == (408, "DEADLINE_EXCEEDED")
+
+
+def test_a_refused_body_that_does_not_arrive_is_not_waited_for(
+    ours: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.serving.http.request.DISCARD_TIMEOUT_S", 0.2)
+    with Client(ours) as client:
+        client.send(request(b"x" * 5000, JSON_HEAD.replace(b"/invocations", b"/nothing"))[:-3])
+        assert client.read().status == 404
+
+
 class WholeBody:
     """A request body that has arrived."""
 
@@ -311,9 +353,9 @@ def test_the_common_request_takes_few_calls_of_ours(model: PyFuncModel) -> None:
 
     async def respond() -> None:
         for measured in (False, True):
-            request = Request("POST", "/invocations", headers, WholeBody(body))
+            common = Request("POST", "/invocations", headers, WholeBody(body))
             sys.setprofile(count if measured else None)
-            response = await application.respond(request)
+            response = await application.respond(common)
             sys.setprofile(None)
             assert response.status == 200
 

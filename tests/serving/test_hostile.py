@@ -352,13 +352,14 @@ def test_openapi_describes_what_is_answered(server: Served) -> None:
 
 
 NGINX = """
+{user}
 daemon off; worker_processes 2; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 256; }}
 http {{
   access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
   fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   client_max_body_size 8m;
-  upstream models {{ server {upstream}; server {upstream} weight=2; }}
+  upstream models {{ server {upstream}; server {upstream}; }}
   server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://models; }} }}
 }}
 """
@@ -369,7 +370,8 @@ def test_behind_nginx_refusals_arrive_and_harm_no_other(server: Served, tmp_path
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     upstream = server.url.removeprefix("http://")
-    text = NGINX.format(folder=tmp_path, upstream=upstream, port=port)
+    user = "" if os.getuid() else "user root;"  # else its workers cannot read the folder
+    text = NGINX.format(user=user, folder=tmp_path, upstream=upstream, port=port)
     (tmp_path / "nginx.conf").write_text(text)
     command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
     url = f"http://127.0.0.1:{port}"

@@ -59,6 +59,9 @@ def test_a_life_behind_tls(folder: Path, tmp_path: Path) -> None:
         assert [model["model"] for model in models] == ["tiny", "second"]
         assert models[1]["model_config"] == {"max_batch_rows": 4}
         assert ends(served) == 0
+    assert served.log, "the tiny model was exported with another Python, so there is a warning"
+    for line in served.log.splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]{12}\+00:00 (INFO|WARNING|ERROR) ", line), line
     line = served.banner
     assert re.search(r"/models/tiny: tiny-numpy-fp32, version 0{12}; cpu, \d+ threads a call", line)
     assert re.search(r"^  1 process for \d+ core", line, re.M)

@@ -58,7 +58,7 @@ class Request:
         received_at: `time.perf_counter` when the application got it, seconds.
     """
 
-    __slots__ = ("_body", "headers", "method", "path", "received_at")
+    __slots__ = ("_body", "_rest", "headers", "method", "path", "received_at")
 
     def __init__(self, method: str, path: str, headers: Headers, body: Body) -> None:
         self.method = method
@@ -66,6 +66,7 @@ class Request:
         self.headers = headers
         self.received_at = time.perf_counter()
         self._body = body
+        self._rest: AsyncIterator[bytes] | None = None
 
     @property
     def content_length(self) -> int | None:
@@ -93,7 +94,7 @@ class Request:
                 return await self._body.read()
             parts: list[bytes] = []
             size = 0
-            async for part in self._body.chunks():
+            async for part in self._chunks():
                 size += len(part)
                 if size > limit:
                     raise BodyTooLongError
@@ -110,7 +111,7 @@ class Request:
         size = 0
         try:
             async with asyncio.timeout(DISCARD_TIMEOUT_S):
-                async for part in self._body.chunks():
+                async for part in self._chunks():
                     size += len(part)
                     if size > DISCARD_BYTES:
                         return
@@ -120,3 +121,8 @@ class Request:
     async def disconnected(self) -> None:
         """Return when the client closes the connection."""
         await self._body.disconnected()
+
+    def _chunks(self) -> AsyncIterator[bytes]:
+        """The parts that were not read yet; granian gives them once."""
+        self._rest = self._rest or self._body.chunks()
+        return self._rest

@@ -9,6 +9,7 @@ until it is requested; see `model_cache`.
 from __future__ import annotations
 
 import logging
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -331,4 +332,5 @@ def _explain(error: Exception) -> str:
     """Our own messages, or the cause in a library's."""
     if isinstance(error, PtDeployError):
         return str(error)
-    return f"{type(error).__name__}: {first_line(error)}"
+    text = re.sub(r"://[^/@\s]+@", "://", first_line(error))  # a password in a URI
+    return f"{type(error).__name__}: {text}"

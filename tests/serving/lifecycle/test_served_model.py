@@ -6,7 +6,7 @@ import platform
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from tiny.server import running, until
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.errors import ArtifactError, ServingError
+from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import (
     DIGEST_TAG,
     ModelSpec,
@@ -32,7 +32,6 @@ from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
 from mlflow_pt_deploy.serving.lifecycle.served_model import RETRY_S, ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
-from mlflow_pt_deploy.serving.model_names import name_models
 
 URI = "models:/tiny@champion"
 POLL_S = 0.05
@@ -261,7 +260,9 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_logged_once(
         until(lambda: model.polls > polls + 5)
         assert version(url) == "1"
         assert requests.get(f"{url}/readyz", timeout=5).status_code == 200
-        assert requests.get(f"{url}/model", timeout=5).json()["registry_lost_since"]
+        status = requests.get(f"{url}/model", timeout=5).json()
+        assert status["registry_lost_since"]
+        assert status["registry_error"] == "MlflowException: http://registry does not answer"
         assert caplog.text.count("the registry does not say what to serve") == 1
         assert "secret" not in caplog.text
         registry.promote(registry.add(label="two"))
@@ -269,6 +270,52 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_logged_once(
         until(lambda: model.current.label == "2")
         assert "the registry answers again" in caplog.text
         assert requests.get(f"{url}/model", timeout=5).json()["registry_lost_since"] is None
+
+
+def test_status_shows_what_is_being_prepared(registry: Registry) -> None:
+    with loading(registry) as (models, release), following(models) as url:
+        slow = models[0]
+        until(lambda: slow.preparing)
+        preparing = requests.get(f"{url}/model", timeout=5).json()["preparing"]
+        assert preparing["version"] == "2"
+        assert preparing["since"]
+        assert version(url) == "1"
+        release()
+        until(lambda: slow.current.label == "2")
+        assert requests.get(f"{url}/model", timeout=5).json()["preparing"] is None
+
+
+def test_a_stalled_download_does_not_hold_up_other_models(registry: Registry) -> None:
+    with loading(registry) as (models, release), following(models):
+        slow, other = models
+        until(lambda: slow.preparing and other.current)
+        polls = other.polls
+        until(lambda: other.polls > polls + 3)
+        registry.add(label="three")
+        until(lambda: other.current.label == "3")
+        assert slow.preparing
+        release()
+
+
+@contextmanager
+def loading(registry: Registry) -> Iterator[tuple[list[ServedModel], Callable[[], None]]]:
+    """A model whose second version takes until it is released, and another one."""
+    released = threading.Event()
+
+    def load(version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+        if version.version == "2":
+            assert released.wait(30)
+        return load_version(version, spec)
+
+    slow = ServedModel("tiny", source(URI), load=load)
+    slow.open()
+    registry.promote(registry.add(label="two"))
+    other = ServedModel("other", source("models:/tiny/latest"))
+    other.open()
+    try:
+        yield [slow, other], released.set
+    finally:
+        released.set()
 
 
 def test_an_alias_that_is_deleted_changes_nothing(registry: Registry) -> None:
@@ -343,14 +390,3 @@ def test_a_file_may_say_what_is_served(registry: Registry, tmp_path: Path) -> No
     model.poll()
     assert model.current.label == "2"
     assert model.registry_down_since
-
-
-def test_names_of_models() -> None:
-    words = ["models:/a@champion", "b=models:/a/3", "models:/c/latest", "some/folder/", "@x.json"]
-    assert list(name_models(words, None)) == ["a", "b", "c", "folder", "x.json"]
-    with pytest.raises(ServingError, match="two models are called a"):
-        name_models(["models:/a@x", "models:/a@y"], None)
-    with pytest.raises(ServingError, match="model_config has no threads"):
-        name_models(["models:/a@x"], {"threads": 2})
-    with pytest.raises(ServingError, match="nothing to serve"):
-        name_models([], None)
