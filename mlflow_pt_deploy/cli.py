@@ -28,10 +28,10 @@ from mlflow_pt_deploy.system.unexpected_errors import told
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.config import Options
-    from mlflow_pt_deploy.pipeline.lifecycle import Lifecycle
-    from mlflow_pt_deploy.pipeline.optimize import Optimized
-    from mlflow_pt_deploy.pipeline.search_stage import Searched
-    from mlflow_pt_deploy.pipeline.training_run import Trained
+    from mlflow_pt_deploy.pipeline.lifecycle import LifecycleResult
+    from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
+    from mlflow_pt_deploy.pipeline.search_stage import SearchResult
+    from mlflow_pt_deploy.pipeline.training_run import TrainedModel
     from mlflow_pt_deploy.registry.promotion import Promotion
 
 Call = Callable[[argparse.Namespace], dict[str, Any]]
@@ -137,7 +137,7 @@ def _distill(parsed: argparse.Namespace) -> dict[str, Any]:
     return _trained("distill", distill_student(_options(parsed)))
 
 
-def _trained(stage: str, done: Trained) -> dict[str, Any]:
+def _trained(stage: str, done: TrainedModel) -> dict[str, Any]:
     following = "distill --teacher" if stage == "train" else "optimize --model TEACHER --student"
     print(f"validation accuracy {done.validation_accuracy:.4f}, model {done.model}")
     print(f"next: pt-deploy {following} {done.model} --data ...")
@@ -162,7 +162,7 @@ def _search(parsed: argparse.Namespace) -> dict[str, Any]:
     return _searched(done)
 
 
-def _searched(done: Searched) -> dict[str, Any]:
+def _searched(done: SearchResult) -> dict[str, Any]:
     return {
         "stage": "search",
         "run_id": done.run_id,
@@ -210,13 +210,13 @@ def _serve(parsed: argparse.Namespace) -> dict[str, Any]:
     return {"stage": "serve", "uri": parsed.uri}
 
 
-def _show(done: Optimized) -> None:
+def _show(done: OptimizationResult) -> None:
     from mlflow_pt_deploy.reporting.tables import table
 
     print(table(done.results, done.choice))
 
 
-def _next_steps(done: Lifecycle) -> None:
+def _next_steps(done: LifecycleResult) -> None:
     import mlflow
 
     from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
@@ -246,13 +246,13 @@ def _ways(uri: str) -> tuple[str, str, str]:
 
     A password is not repeated on the terminal; where there is one, the environment has it.
     """
-    from mlflow_pt_deploy.tracking_server import without_password
+    from mlflow_pt_deploy.tracking_server import redact_uri
 
-    secret = without_password(uri) != uri
+    secret = redact_uri(uri) != uri
     shown = '"$MLFLOW_TRACKING_URI"' if secret else shlex.quote(uri)
     prefix = "" if secret else f"MLFLOW_TRACKING_URI={shown} "
     if uri.startswith(("http:", "https:")):
-        return "open", without_password(uri), prefix
+        return "open", redact_uri(uri), prefix
     return f"mlflow ui --backend-store-uri {shown}   # and open", "http://127.0.0.1:5000", prefix
 
 
@@ -263,7 +263,7 @@ def _path(environment: str) -> str:
     return f"PATH={shlex.quote(os.path.join(environment, 'bin'))}:$PATH "
 
 
-def _document(done: Optimized) -> dict[str, Any]:
+def _document(done: OptimizationResult) -> dict[str, Any]:
     return {
         "stage": "optimize",
         "run_id": done.run_id,

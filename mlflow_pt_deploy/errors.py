@@ -127,7 +127,7 @@ class DeadlineError(ServingError):
     """The answer would have come after the request's deadline."""
 
 
-def first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The cause that a library's error gives, as one line of at most `_MOST_CHARACTERS`.
 
     Left out are places in source files, headings, tracebacks, hints for the library's developers
@@ -195,7 +195,7 @@ def _cut(text: str) -> str:
     return f"{start.rpartition(' ')[0] or start} ... {end.partition(' ')[2] or end}"
 
 
-def exit_in_words(code: int, killed: str) -> str:
+def describe_exit(code: int, killed: str) -> str:
     """How a child process ended.
 
     Args:

@@ -28,7 +28,7 @@ from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
-from mlflow_pt_deploy.tracking_server import without_password
+from mlflow_pt_deploy.tracking_server import redact_uri
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
@@ -99,11 +99,11 @@ def saved_options(run_id: str) -> Options:
     except (MlflowException, KeyError) as error:
         raise TrackingError(
             f"run {run_id} cannot be resumed: it is not a pt-deploy run on this tracking server "
-            f"({without_password(mlflow.get_tracking_uri())})."
+            f"({redact_uri(mlflow.get_tracking_uri())})."
         ) from error
 
 
-def child_run(parent: str, stage: str) -> Run | None:
+def latest_child_run(parent: str, stage: str) -> Run | None:
     """The newest child of a run for a stage, or None."""
     client = MlflowClient()
     found = client.search_runs(
@@ -115,7 +115,7 @@ def child_run(parent: str, stage: str) -> Run | None:
     return found[0] if found else None
 
 
-def end_abandoned(parent: str) -> None:
+def terminate_abandoned_children(parent: str) -> None:
     """Mark the children of a resumed run that a killed process left running."""
     client = MlflowClient()
     for run in client.search_runs(
@@ -175,13 +175,13 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             params=params,
             step=step,
             model_type=result.model,
-            model_config=_served_so(result),
+            model_config=_serving_config(result),
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
 
 
-def _served_so(result: Result) -> dict[str, int]:
+def _serving_config(result: Result) -> dict[str, int]:
     """How the variant was measured to do best, as serving options."""
     found = {"num_threads": result.threads} if result.threads < usable_cores() else {}
     rows = result.value("best_batch_rows")
@@ -196,7 +196,7 @@ def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:
         mlflow.log_metrics(test, model_id=model_id, dataset=dataset(splits, "test"))
 
 
-def describe(markdown: str) -> None:
+def set_run_description(markdown: str) -> None:
     """The active run's description, which the UI shows first."""
     mlflow.set_tag(_NOTE_TAG, markdown)
 
@@ -247,7 +247,7 @@ def _download(reference: str) -> Path:
     except Exception as error:  # each artifact store has its own
         raise ModelError(
             f"{reference} cannot be fetched from MLflow. Check it, and that MLFLOW_TRACKING_URI "
-            f"({without_password(mlflow.get_tracking_uri())}) is where it was logged: {error}"
+            f"({redact_uri(mlflow.get_tracking_uri())}) is where it was logged: {error}"
         ) from error
 
 

@@ -28,7 +28,7 @@ def check_tracking() -> None:
         MlflowClient().search_experiments(max_results=1)
     except ModuleNotFoundError as error:  # a database's driver
         raise TrackingError(
-            f"the MLflow tracking server {without_password(uri)} needs the Python package "
+            f"the MLflow tracking server {redact_uri(uri)} needs the Python package "
             f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
         ) from error
     except TrackingError:
@@ -43,7 +43,7 @@ def check_tracking() -> None:
                 os.environ[name] = value
 
 
-def without_password(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """The address of a tracking store without user and password; a file has none."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.startswith(("sqlite", "file")):
@@ -54,11 +54,11 @@ def without_password(uri: str) -> str:
 def _refused(uri: str, error: Exception) -> TrackingError:
     if uri.startswith(("http:", "https:")):
         return TrackingError(
-            f"the MLflow tracking server {without_password(uri)} does not answer "
+            f"the MLflow tracking server {redact_uri(uri)} does not answer "
             f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
         )
-    said = one_line(error).replace(uri, without_password(uri))
+    said = one_line(error).replace(uri, redact_uri(uri))
     return TrackingError(
-        f"MLflow's store {without_password(uri)} cannot be used ({said}). Check it, or set "
+        f"MLflow's store {redact_uri(uri)} cannot be used ({said}). Check it, or set "
         "MLFLOW_TRACKING_URI; nothing was trained."
     )

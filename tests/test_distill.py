@@ -13,12 +13,12 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier, shrink
 from mlflow_pt_deploy.training.distillation import (
+    add_similarity_loss,
+    distillation_loss,
     kept_layers,
-    soft_labels,
+    label_with_teacher,
     spread,
     start_student,
-    teach,
-    with_relations,
 )
 from mlflow_pt_deploy.training.trainer import Schedule, Tensors, evaluate, fit, predict_logits
 
@@ -120,35 +120,37 @@ HARD = (log(2) + log(10)) / 2  # softmax(2 log 3, 0) is (9/10, 1/10)
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_soft_labels_by_hand(weight: float) -> None:
-    loss = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=weight)
+    loss = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=weight)
     expected = weight * 4 * DIVERGENCE + (1 - weight) * HARD
     assert loss(STUDENT, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_soft_labels_belong_to_their_rows() -> None:
-    loss = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=0.25)
+    loss = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=0.25)
     expected = 0.25 * 4 * DIVERGENCE + 0.75 * HARD
     assert loss(STUDENT.flip(0), torch.tensor([1, 0])).item() == pytest.approx(expected, rel=1e-6)
-    alone = soft_labels(TEACHER, TARGETS, temperature=2.0, weight=1.0)
+    alone = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=1.0)
     assert alone(STUDENT[1:], torch.tensor([1])).item() == pytest.approx(2 * log(4 / 3), rel=1e-6)
 
 
 def test_the_defaults_weigh_soft_labels_more() -> None:
     expected = 0.7 * 4 * DIVERGENCE + 0.3 * HARD
-    actual = soft_labels(TEACHER, TARGETS)(STUDENT, torch.tensor([0, 1]))
+    actual = distillation_loss(TEACHER, TARGETS)(STUDENT, torch.tensor([0, 1]))
     assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_temperature_scales_logits_and_the_loss_by_its_square() -> None:
     rows = torch.tensor([0, 1])
-    cold = soft_labels(TEACHER, TARGETS, temperature=1.0, weight=1.0)(STUDENT, rows)
-    warm = soft_labels(3 * TEACHER, TARGETS, temperature=3.0, weight=1.0)(3 * STUDENT, rows)
+    cold = distillation_loss(TEACHER, TARGETS, temperature=1.0, weight=1.0)(STUDENT, rows)
+    warm = distillation_loss(3 * TEACHER, TARGETS, temperature=3.0, weight=1.0)(3 * STUDENT, rows)
     assert warm.item() == pytest.approx(9 * cold.item(), rel=1e-5)
 
 
 def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn() -> None:
     logits = torch.from_numpy(TEACHER).requires_grad_()
-    loss = soft_labels(TEACHER, TARGETS, temperature=4.0, weight=1.0)(logits, torch.tensor([0, 1]))
+    loss = distillation_loss(TEACHER, TARGETS, temperature=4.0, weight=1.0)(
+        logits, torch.tensor([0, 1])
+    )
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert logits.grad is not None
@@ -160,22 +162,22 @@ def test_soft_labels_teach_a_student(teacher: Classifier, tiny_splits: Splits) -
     student = start_student(teacher, 1)
     torch.nn.init.zeros_(student.network.classifier.weight)
     assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
-    loss = soft_labels(answers, tiny_splits.train.targets)
+    loss = distillation_loss(answers, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
     assert evaluate(student, tiny_splits.test) > 0.9
 
 
 def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
-    first = teach(teacher, tiny_splits.train, tmp_path / "logits")
+    first = label_with_teacher(teacher, tiny_splits.train, tmp_path / "logits")
     assert (first.logits == predict_logits(teacher, tiny_splits.train.rows)).all()
     (kept,) = (tmp_path / "logits").iterdir()
     # So that reading it can be told from asking again:
     np.savez(kept, logits=first.logits + 1, features=first.features)
-    again = teach(teacher, tiny_splits.train, tmp_path / "logits")
+    again = label_with_teacher(teacher, tiny_splits.train, tmp_path / "logits")
     assert (again.logits == first.logits + 1).all()
-    teach(teacher, tiny_splits.validation, tmp_path / "logits")  # other rows
+    label_with_teacher(teacher, tiny_splits.validation, tmp_path / "logits")  # other rows
     teacher.network.classifier.bias.data += 1  # other weights
-    other = teach(teacher, tiny_splits.train, kept.parent)
+    other = label_with_teacher(teacher, tiny_splits.train, kept.parent)
     assert np.allclose(other.logits, first.logits + 1)
     assert len(list(kept.parent.iterdir())) == 3
 
@@ -183,7 +185,7 @@ def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_p
 def test_a_lesson_holds_what_the_last_layer_sees(
     teacher: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
-    lesson = teach(teacher, tiny_splits.train, tmp_path)
+    lesson = label_with_teacher(teacher, tiny_splits.train, tmp_path)
     last = teacher.network.classifier
     assert lesson.features.shape == (len(tiny_splits.train), last.in_features)
     answers = torch.from_numpy(lesson.features).float() @ last.weight.T + last.bias
@@ -194,7 +196,7 @@ def test_made_texts_have_the_teachers_label(
     teacher: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     train = tiny_splits.train
-    lesson = teach(teacher, train, tmp_path, made=0.5)
+    lesson = label_with_teacher(teacher, train, tmp_path, made=0.5)
     made = lesson.split.rows[len(train) :]
     assert lesson.split.rows[: len(train)] == train.rows
     assert len(made) == round(0.5 * len(train))
@@ -204,8 +206,13 @@ def test_made_texts_have_the_teachers_label(
     np.testing.assert_allclose(lesson.logits, answers, atol=1e-5)
     assert (lesson.split.targets[len(train) :] == lesson.logits[len(train) :].argmax(1)).all()
     assert len(lesson.features) == len(lesson.split)
-    assert teach(teacher, train, tmp_path, made=0.5).split.digest == lesson.split.digest
-    assert teach(teacher, train, tmp_path, made=0.5, seed=1).split.digest != lesson.split.digest
+    assert (
+        label_with_teacher(teacher, train, tmp_path, made=0.5).split.digest == lesson.split.digest
+    )
+    assert (
+        label_with_teacher(teacher, train, tmp_path, made=0.5, seed=1).split.digest
+        != lesson.split.digest
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("amx_bf16",)])
@@ -217,13 +224,13 @@ def test_relations_are_learnt_across_widths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.training.trainer.cpu_flags", lambda: frozenset(flags))
-    lesson = teach(teacher, tiny_splits.train, tmp_path)
+    lesson = label_with_teacher(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:
         def nothing(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
             return logits.sum() * 0
 
-        alone = with_relations(nothing, student, lesson.features, 1.0)
+        alone = add_similarity_loss(nothing, student, lesson.features, 1.0)
         student.eval()
         student(*map(torch.from_numpy, student.preprocessor(tiny_splits.train.rows).values()))
         places = torch.arange(len(tiny_splits.train))
@@ -232,8 +239,8 @@ def test_relations_are_learnt_across_widths(
     torch.manual_seed(0)
     student = start_student(teacher, 0)  # a static one, of another width
     before = distance(student)
-    loss = soft_labels(lesson.logits, lesson.split.targets)
-    loss = with_relations(loss, student, lesson.features, 10.0)
+    loss = distillation_loss(lesson.logits, lesson.split.targets)
+    loss = add_similarity_loss(loss, student, lesson.features, 10.0)
     fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
     assert distance(student) < before / 2
 

@@ -10,7 +10,7 @@ import openvino
 import pytest
 import torch
 
-from mlflow_pt_deploy.errors import VariantError, first_line
+from mlflow_pt_deploy.errors import VariantError, root_cause
 
 OPENVINO = """Check 'false' failed at src/frontends/common_translators/src/unconverted_ops.cpp:151:
 FrontEnd API failed with OpConversionFailure:
@@ -107,30 +107,30 @@ LIBRARY = (
     ],
 )
 def test_one_line_with_the_cause(text: str, cause: str) -> None:
-    assert first_line(RuntimeError(text)) == cause
+    assert root_cause(RuntimeError(text)) == cause
 
 
 def test_an_error_without_words_is_told_by_what_it_came_from() -> None:
     outer = VariantError()
     outer.__cause__ = ValueError("three is odd")
-    assert first_line(outer) == "three is odd"
-    assert first_line(ValueError()) == "ValueError"
-    assert first_line(KeyError("pad_id")) == "KeyError: 'pad_id'"
+    assert root_cause(outer) == "three is odd"
+    assert root_cause(ValueError()) == "ValueError"
+    assert root_cause(KeyError("pad_id")) == "KeyError: 'pad_id'"
 
 
 def test_a_long_text_loses_its_middle_between_words() -> None:
-    told = first_line(ValueError("first " + "word " * 200 + "(caused by: connection refused)"))
+    told = root_cause(ValueError("first " + "word " * 200 + "(caused by: connection refused)"))
     assert len(told) <= 310
     assert told.startswith("first word word")
     assert " word ... word " in told
     assert told.endswith("(caused by: connection refused)")
-    assert len(first_line(ValueError("x" * 5000))) <= 310
+    assert len(root_cause(ValueError("x" * 5000))) <= 310
 
 
 def test_the_system_names_the_file_that_the_user_gave() -> None:
     with pytest.raises(OSError, match="No such file") as caught:
         Path("/no/such/model.onnx").read_bytes()
-    assert first_line(caught.value) == "[Errno 2] No such file or directory: '/no/such/model.onnx'"
+    assert root_cause(caught.value) == "[Errno 2] No such file or directory: '/no/such/model.onnx'"
 
 
 def test_what_the_libraries_of_today_say(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_what_the_libraries_of_today_say(tmp_path: Path) -> None:
     garbage.write_bytes(b"\x08garbage")
     with pytest.raises(Exception, match="Protobuf") as caught:
         onnxruntime.InferenceSession(str(garbage))
-    assert first_line(caught.value).startswith("Load model from model.onnx failed:")
+    assert root_cause(caught.value).startswith("Load model from model.onnx failed:")
     with pytest.raises(Exception, match="Unable to read") as caught:
         openvino.Core().read_model(str(garbage.rename(tmp_path / "model.xml")))
     assert "src/" in str(caught.value)
-    assert first_line(caught.value).startswith('Unable to read the model: "model.xml" Please check')
+    assert root_cause(caught.value).startswith('Unable to read the model: "model.xml" Please check')
 
 
 class Stubborn(torch.nn.Module):
@@ -155,4 +155,4 @@ def test_a_wrapped_error_is_told_without_its_wrapper() -> None:
         warnings.simplefilter("ignore")
         openvino.convert_model(Stubborn(), example_input=torch.zeros(1, 2))
     assert str(caught.value).startswith("Couldn't get TorchScript module by tracing.")
-    assert first_line(caught.value) == "three is odd"
+    assert root_cause(caught.value) == "three is odd"

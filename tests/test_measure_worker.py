@@ -21,7 +21,7 @@ from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result, Worker, measure
-from mlflow_pt_deploy.evaluation.timing import draw_rows, interleave, throughput, warm
+from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE, OnnxRuntime
 
@@ -193,7 +193,7 @@ def test_no_message_repeats_a_row(worker: Worker) -> None:
 
 def test_rounds_time_the_same_rows_on_both_sides(folder: Path, worker: Worker) -> None:
     with start_and_ask(folder) as other:
-        warm(worker, [0, 1, 2, 3])
+        warm_up(worker, [0, 1, 2, 3])
         rounds = interleave(other, worker, [0, 1, 2, 3], seconds=0.3)
     assert len(rounds.ratios) >= 7
     assert len(rounds.samples_ms) % (4 * len(rounds.ratios)) == 0
@@ -209,9 +209,9 @@ def test_throughput_is_tried_at_each_batch_size(worker: Worker) -> None:
 
 
 def test_rows_are_drawn_once_each_and_always_the_same() -> None:
-    assert sorted(draw_rows(10, among=4)) == [0, 1, 2, 3]
-    assert draw_rows(5, among=100) == draw_rows(5, among=100)
-    assert len(set(draw_rows(5, among=100))) == 5
+    assert sorted(sample_rows(10, among=4)) == [0, 1, 2, 3]
+    assert sample_rows(5, among=100) == sample_rows(5, among=100)
+    assert len(set(sample_rows(5, among=100))) == 5
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.models import make_metric
-from tiny_serving import save_tiny, tiny_variant
+from tiny.serving import save_tiny, tiny_variant
 
 from mlflow_pt_deploy.serving.model.outputs import Labels, Predictions
 from mlflow_pt_deploy.serving.model.pyfunc import PyFunc

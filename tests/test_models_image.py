@@ -24,7 +24,7 @@ from mlflow_pt_deploy.models import (
     save_classifier,
 )
 from mlflow_pt_deploy.training import trainer as train
-from mlflow_pt_deploy.training.distillation import start_student, view_labels
+from mlflow_pt_deploy.training.distillation import online_distillation_loss, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, evaluate, fit, predict_logits
 
 ROWS = [picture("RGB", (9, 7), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
@@ -143,7 +143,7 @@ def test_views_are_labelled_as_they_come() -> None:
             return view
 
     view, student = torch.tensor([[2 * log(3), 0.0]]), torch.zeros(1, 2, requires_grad=True)
-    loss = view_labels(Teacher(), np.array([1]), temperature=2.0, weight=0.25)  # type: ignore[arg-type]
+    loss = online_distillation_loss(Teacher(), np.array([1]), temperature=2.0, weight=0.25)  # type: ignore[arg-type]
     divergence = 3 / 4 * log(3 / 2) + 1 / 4 * log(1 / 2)
     expected = 0.25 * 4 * divergence + 0.75 * log(2)
     assert loss(student, torch.tensor([0]), (view,)).item() == pytest.approx(expected, rel=1e-6)
@@ -156,7 +156,7 @@ def test_a_student_learns_from_its_teachers_answers(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = new_mobilenet(teacher, width=0.125)
-    loss = view_labels(teacher, image_splits.train.targets, weight=1.0)
+    loss = online_distillation_loss(teacher, image_splits.train.targets, weight=1.0)
     fit(student, image_splits, loss, Schedule(epochs=6, learning_rate=5e-3, batch_size=8))
     assert evaluate(student, image_splits.test) > 0.8
     assert evaluate(teacher, image_splits.test) == 1

@@ -11,7 +11,7 @@ import pytest
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.pipeline.lifecycle import optimize
-from mlflow_pt_deploy.tracking import _served_so
+from mlflow_pt_deploy.tracking import _serving_config
 
 Asked = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
 BASELINE = "teacher-eager-fp32"
@@ -77,7 +77,12 @@ def test_threads_that_a_user_sets_stay(asked: Asked) -> None:
 
 def test_it_is_served_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.tracking.usable_cores", lambda: 4)
-    assert _served_so(_result("a-b-c", 2, threads=1)) == {"num_threads": 1, "max_batch_rows": 32}
+    assert _serving_config(_result("a-b-c", 2, threads=1)) == {
+        "num_threads": 1,
+        "max_batch_rows": 32,
+    }
     every_core = _result("a-b-c", 2, threads=4)
-    assert _served_so(every_core) == {"max_batch_rows": 32}  # and on other machines all of theirs
-    assert _served_so(replace(every_core, measurements=())) == {}
+    assert _serving_config(every_core) == {
+        "max_batch_rows": 32
+    }  # and on other machines all of theirs
+    assert _serving_config(replace(every_core, measurements=())) == {}

@@ -14,7 +14,7 @@ from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import ModelError, PolicyError, SearchError
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
-    Optimized,
+    OptimizationResult,
     distill_student,
     optimize_models,
     promote_choice,
@@ -147,7 +147,9 @@ def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> N
     done = read_optimized(run_id, Policy(retain=0.0, objective="throughput"))
     other = next(name for name in done.models if name != chosen)
     choice = type(done.choice)(other, "by hand", ())
-    promotion = promote_choice(Optimized(run_id, done.results, done.models, choice), "tiny")
+    promotion = promote_choice(
+        OptimizationResult(run_id, done.results, done.models, choice), "tiny"
+    )
     assert promotion.previous == str(first)
     client = MlflowClient()
     assert str(client.get_model_version_by_alias("tiny", "previous").version) == str(first)
@@ -239,14 +241,14 @@ def test_a_cascade_is_a_variant_like_any_other(
     assert cascade.value("accuracy", "validation") > alone
     # The tiny teacher is as fast as any cascade; what is chosen is not the point here.
     by_hand = Choice(cascade.variant, "by hand", ())
-    promote_choice(Optimized(done.run_id, done.results, done.models, by_hand), "tiny")
+    promote_choice(OptimizationResult(done.run_id, done.results, done.models, by_hand), "tiny")
     model = mlflow.pyfunc.load_model("models:/tiny@champion")
     answers = model.predict(["please refund me", "my card pin"])
     assert [answer["label"] for answer in answers] == ["refund", "card"]
 
 
 def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
-    nothing = Optimized("0", (), {}, Choice(None, "No variant meets the limits.", ()))
+    nothing = OptimizationResult("0", (), {}, Choice(None, "No variant meets the limits.", ()))
     with pytest.raises(PolicyError, match=r"nothing is promoted. No variant meets the limits"):
         promote_choice(nothing, "tiny")
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlflow_pt_deploy.errors import PolicyError
 from mlflow_pt_deploy.evaluation import Measurement, Result
-from mlflow_pt_deploy.selection.policy import Policy, choose, finalists, no_slower
+from mlflow_pt_deploy.selection.policy import Policy, choose, finalists, not_slower_than
 
 BASELINE = "teacher-eager-fp32"
 
@@ -220,10 +220,10 @@ def test_what_is_no_slower_beyond_noise() -> None:
             SMALL.variant, p50=1, speedup=(speedup, speedup, speedup), rows_per_s=rows_per_s
         )
 
-    assert no_slower(like_small(9.0, 900), SMALL)  # within the interval
-    assert not no_slower(like_small(8.9, 900), SMALL)
-    assert not no_slower(like_small(20, 899), SMALL)  # faster alone, slower in batches
-    assert not no_slower(BROKEN, SMALL)
+    assert not_slower_than(like_small(9.0, 900), SMALL)  # within the interval
+    assert not not_slower_than(like_small(8.9, 900), SMALL)
+    assert not not_slower_than(like_small(20, 899), SMALL)  # faster alone, slower in batches
+    assert not not_slower_than(BROKEN, SMALL)
 
 
 def test_the_reason_says_how_it_does_best() -> None:

@@ -31,7 +31,7 @@ from mlflow_pt_deploy.pruning import (
     taylor_importance,
     teacher_importance,
 )
-from mlflow_pt_deploy.training.distillation import soft_labels, start_student
+from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
 TEXTS = ("My card!", "refund 🙂 it", "wire שלום", "")
@@ -176,7 +176,7 @@ def test_a_student_takes_the_teachers_best_neurons_and_heals(
     )
     assert student.network.config.intermediate_size == 8
     logits = predict_logits(classifier, tiny_splits.train.rows)
-    loss = soft_labels(logits, tiny_splits.train.targets)
+    loss = distillation_loss(logits, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=3, learning_rate=0.01))
     assert evaluate(student, tiny_splits.validation) > 0.8
 

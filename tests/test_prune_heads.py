@@ -27,7 +27,7 @@ from mlflow_pt_deploy.pruning import (
     prune_width,
     taylor_importance,
 )
-from mlflow_pt_deploy.training.distillation import soft_labels, start_student
+from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
 ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")
@@ -156,7 +156,7 @@ def test_what_was_cut_learns_saves_a_new_head_and_loses_its_vocabulary(
     config = student.network.config
     shape = (config.num_attention_heads, config.intermediate_size, config.hidden_size)
     assert shape == (3, 16, 24)
-    loss = soft_labels(
+    loss = distillation_loss(
         predict_logits(classifier, tiny_splits.train.rows), tiny_splits.train.targets
     )
     fit(student, tiny_splits, loss, Schedule(epochs=3, learning_rate=0.01))

@@ -17,7 +17,16 @@ import pytest
 from tiny_search import SPACE, evaluate, fast_folder, numbers, points, worth
 
 from mlflow_pt_deploy.errors import DataError, SearchError
-from mlflow_pt_deploy.search import Dropped, Finished, Outcome, Plan, Point, Report, Space, search
+from mlflow_pt_deploy.search import (
+    CompletedTrial,
+    FailedTrial,
+    Outcome,
+    Report,
+    Space,
+    StudyConfig,
+    TrialParams,
+    search,
+)
 
 
 @pytest.fixture
@@ -27,12 +36,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def plan(folder: Path) -> Plan:
-    return Plan("students", f"sqlite:///{folder}/study.db", trials=5, heartbeat_s=0.1)
+def plan(folder: Path) -> StudyConfig:
+    return StudyConfig("students", f"sqlite:///{folder}/study.db", trials=5, heartbeat_s=0.1)
 
 
-def test_a_search_finds_the_front_and_keeps_to_the_space(plan: Plan) -> None:
-    seen: list[Finished | Dropped] = []
+def test_a_search_finds_the_front_and_keeps_to_the_space(plan: StudyConfig) -> None:
+    seen: list[CompletedTrial | FailedTrial] = []
     found = search(evaluate, SPACE, replace(plan, trials=20), on_trial=seen.append)
     assert numbers(found) == [record.number for record in seen] == list(range(20))
     for trial in found.finished:
@@ -51,7 +60,9 @@ def test_a_search_finds_the_front_and_keeps_to_the_space(plan: Plan) -> None:
     assert any("is no slower" in trial.reason for trial in found.dropped)
 
 
-def test_the_seed_decides_and_a_resumed_search_repeats_nothing(plan: Plan, folder: Path) -> None:
+def test_the_seed_decides_and_a_resumed_search_repeats_nothing(
+    plan: StudyConfig, folder: Path
+) -> None:
     again = replace(plan, storage=f"sqlite:///{folder}/again.db")
     other = replace(plan, storage=f"sqlite:///{folder}/other.db", seed=1)
     whole = points(search(evaluate, SPACE, plan))
@@ -61,15 +72,15 @@ def test_the_seed_decides_and_a_resumed_search_repeats_nothing(plan: Plan, folde
     assert not set(points(search(evaluate, SPACE, replace(other, trials=2)))) & set(whole)
 
 
-def test_a_search_that_has_its_trials_only_reads(plan: Plan) -> None:
+def test_a_search_that_has_its_trials_only_reads(plan: StudyConfig) -> None:
     found = search(evaluate, SPACE, plan)
     assert search(lambda point, report: pytest.fail("nothing is left"), SPACE, plan) == found
 
 
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
-    plan: Plan, caplog: pytest.LogCaptureFixture
+    plan: StudyConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(point: Point, report: Report) -> Outcome:
+    def broken(point: TrialParams, report: Report) -> Outcome:
         if report.number == 1:
             raise DataError("the training loss is not a number; try a lower --learning-rate.")
         if report.number == 2:
@@ -88,8 +99,8 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
     assert [record.message for record in caplog.records] == ["trial 2 of study students failed"]
 
 
-def test_time_is_kept_and_a_trial_cut_short_tried_again(plan: Plan) -> None:
-    def endless(point: Point, report: Report) -> Outcome:
+def test_time_is_kept_and_a_trial_cut_short_tried_again(plan: StudyConfig) -> None:
+    def endless(point: TrialParams, report: Report) -> Outcome:
         if report.number == 0:
             return evaluate(point, report)
         for epoch in itertools.count(1):
@@ -110,7 +121,7 @@ def test_time_is_kept_and_a_trial_cut_short_tried_again(plan: Plan) -> None:
     assert found.dropped[0].reason.endswith("; tried again as trial 2")
 
 
-def test_a_locked_file_is_waited_for_and_then_named(plan: Plan, folder: Path) -> None:
+def test_a_locked_file_is_waited_for_and_then_named(plan: StudyConfig, folder: Path) -> None:
     search(evaluate, SPACE, replace(plan, trials=1))
     other = sqlite3.connect(folder / "study.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -122,8 +133,8 @@ def test_a_locked_file_is_waited_for_and_then_named(plan: Plan, folder: Path) ->
     assert len(search(evaluate, SPACE, plan).finished) == 5
 
 
-def test_a_study_deleted_in_the_middle(plan: Plan) -> None:
-    def deleting(point: Point, report: Report) -> Outcome:
+def test_a_study_deleted_in_the_middle(plan: StudyConfig) -> None:
+    def deleting(point: TrialParams, report: Report) -> Outcome:
         if report.number == 1:
             optuna.delete_study(study_name=plan.study, storage=plan.storage)
         return evaluate(point, report)
@@ -132,7 +143,7 @@ def test_a_study_deleted_in_the_middle(plan: Plan) -> None:
         search(deleting, SPACE, plan)
 
 
-def test_another_space_or_other_objectives_are_refused(plan: Plan) -> None:
+def test_another_space_or_other_objectives_are_refused(plan: StudyConfig) -> None:
     search(evaluate, SPACE, replace(plan, trials=1))
     assert SPACE.transformer is not None
     other = Space(replace(SPACE.transformer, layers=(1, 6)), None)
@@ -145,7 +156,7 @@ def test_another_space_or_other_objectives_are_refused(plan: Plan) -> None:
         search(evaluate, SPACE, replace(plan, study="mine"))
 
 
-def test_mlflows_database_is_refused_and_left_alone(plan: Plan, tracking: str) -> None:
+def test_mlflows_database_is_refused_and_left_alone(plan: StudyConfig, tracking: str) -> None:
     file = Path(tracking.removeprefix("sqlite:///"))
     before = file.read_bytes()
     with pytest.raises(SearchError, match="database of something else, MLflow for example"):
@@ -161,18 +172,20 @@ def test_mlflows_database_is_refused_and_left_alone(plan: Plan, tracking: str) -
         ("mysql://me:secret@host/studies", r"mysql://me:\*\*\*@host/studies needs a driver"),
     ],
 )
-def test_an_address_that_does_not_work(plan: Plan, storage: str, message: str) -> None:
+def test_an_address_that_does_not_work(plan: StudyConfig, storage: str, message: str) -> None:
     with pytest.raises(SearchError, match=message) as caught:
         search(evaluate, SPACE, replace(plan, storage=storage))
     assert "secret" not in str(caught.value)
 
 
-def test_a_plan_that_makes_no_sense(plan: Plan) -> None:
+def test_a_plan_that_makes_no_sense(plan: StudyConfig) -> None:
     with pytest.raises(SearchError, match="trials of the search is 0; give at least 1"):
         replace(plan, trials=0)
 
 
-def test_optuna_is_quiet_and_left_as_it_was(plan: Plan, capfd: pytest.CaptureFixture[str]) -> None:
+def test_optuna_is_quiet_and_left_as_it_was(
+    plan: StudyConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
     logger = logging.getLogger("optuna")
     before = logger.level, logger.propagate, logger.handlers[:]
     search(evaluate, SPACE, replace(plan, trials=2))

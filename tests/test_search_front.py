@@ -10,28 +10,28 @@ from mlflow_pt_deploy.errors import PolicyError, SearchError
 from mlflow_pt_deploy.search import (
     STATIC,
     TRANSFORMER,
-    Dropped,
-    Finished,
-    Found,
+    CompletedTrial,
+    FailedTrial,
     Outcome,
-    Point,
     Space,
+    StudyResult,
+    TrialParams,
     choose_point,
     pareto,
 )
-from mlflow_pt_deploy.search.early_stopping import hopeless
+from mlflow_pt_deploy.search.early_stopping import should_prune
 
-POINT = Point("transformer", 3, 2.0, 0.7, 2e-4, 32, 4, "onnxruntime-fp32", 1)
+POINT = TrialParams("transformer", 3, 2.0, 0.7, 2e-4, 32, 4, "onnxruntime-fp32", 1)
 
 
 def finished(
     number: int,
     accuracy: float,
     latency_ms: float,
-    point: Point = POINT,
+    point: TrialParams = POINT,
     curve: tuple[tuple[int, float], ...] = (),
-) -> Finished:
-    return Finished(number, point, Outcome(accuracy, latency_ms), curve)
+) -> CompletedTrial:
+    return CompletedTrial(number, point, Outcome(accuracy, latency_ms), curve)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_the_front_is_what_nothing_dominates(
     assert pareto([Outcome(*outcome) for outcome in outcomes]) == front
 
 
-FOUND = Found(
+FOUND = StudyResult(
     (finished(0, 0.70, 0.1), finished(1, 0.891, 1.5), finished(3, 0.90, 4.0), finished(4, 0.8, 5)),
-    (Dropped(2, POINT, "failed", "out of memory"),),
+    (FailedTrial(2, POINT, "failed", "out of memory"),),
 )
 
 
@@ -72,7 +72,7 @@ def test_the_fastest_that_keeps_the_accuracy_is_chosen() -> None:
     assert choose_point(FOUND, 0.5, 0.9).trial.number == 0
     assert choose_point(FOUND, 1.0, 0.9).trial.number == 3
     # 0.8 * 0.51 is 0.40800000000000003 in floating point, which is no reason to refuse 0.408
-    assert choose_point(Found((finished(0, 0.408, 1.0),), ()), 0.8, 0.51).meets
+    assert choose_point(StudyResult((finished(0, 0.408, 1.0),), ()), 0.8, 0.51).meets
 
 
 def test_where_nothing_keeps_the_accuracy_the_most_accurate_is_chosen_and_that_said() -> None:
@@ -83,7 +83,7 @@ def test_where_nothing_keeps_the_accuracy_the_most_accurate_is_chosen_and_that_s
 
 def test_nothing_finished_is_an_error_with_the_first_failure() -> None:
     with pytest.raises(SearchError, match="1 failed, 0 pruned.*first failure: out of memory"):
-        choose_point(Found((), FOUND.dropped), 0.99, 0.9)
+        choose_point(StudyResult((), FOUND.dropped), 0.99, 0.9)
     with pytest.raises(PolicyError, match="retain is 99"):
         choose_point(FOUND, 99, 0.9)
 
@@ -97,50 +97,50 @@ FIVE = [
 
 def test_a_trial_is_hopeless_if_the_largest_gain_does_not_bring_it_to_a_rival() -> None:
     # 0.69 + 0.10 = 0.79 < 0.80; with 0.71 it could still get to 0.81
-    assert hopeless(POINT, [(1, 0.5), (2, 0.69)], FIVE) == (
+    assert should_prune(POINT, [(1, 0.5), (2, 0.69)], FIVE) == (
         "0.6900 after epoch 2 of 4: no trial gained more than 0.1000 from there, and trial 0 has "
         "0.8000 and is no slower"
     )
-    assert not hopeless(POINT, [(1, 0.5), (2, 0.71)], FIVE)
-    assert not hopeless(POINT, [(1, 0.71), (2, 0.69)], FIVE), "the best epoch counts"
+    assert not should_prune(POINT, [(1, 0.5), (2, 0.71)], FIVE)
+    assert not should_prune(POINT, [(1, 0.71), (2, 0.69)], FIVE), "the best epoch counts"
     # after the first quarter all have gained 0.30
-    assert not hopeless(POINT, [(1, 0.51)], FIVE)
-    assert not hopeless(POINT, [(4, 0.69)], FIVE), "nothing is left to save"
+    assert not should_prune(POINT, [(1, 0.51)], FIVE)
+    assert not should_prune(POINT, [(4, 0.69)], FIVE), "nothing is left to save"
 
 
 def test_shares_of_the_epochs_are_compared_not_their_numbers() -> None:
     long = replace(POINT, epochs=8)
-    assert hopeless(long, [(4, 0.69)], FIVE)
-    assert not hopeless(long, [(2, 0.69)], FIVE)
+    assert should_prune(long, [(4, 0.69)], FIVE)
+    assert not should_prune(long, [(2, 0.69)], FIVE)
     short = [
         replace(trial, point=replace(POINT, epochs=2), curve=((1, 0.80 - 0.02 * n), (2, 0.80)))
         for n, trial in enumerate(FIVE, 1)
     ]
-    assert hopeless(POINT, [(2, 0.69)], short)
-    assert not hopeless(POINT, [(1, 0.1)], short)
+    assert should_prune(POINT, [(2, 0.69)], short)
+    assert not should_prune(POINT, [(1, 0.1)], short)
     # before a quarter of its epochs nobody has reported, so nobody tells what can be gained
-    assert not hopeless(long, [(1, 0.0)], FIVE)
+    assert not should_prune(long, [(1, 0.0)], FIVE)
 
 
 def test_a_trial_is_compared_only_with_those_that_are_no_slower() -> None:
     bad = [(2, 0.1)]
-    assert hopeless(replace(POINT, layers=4), bad, FIVE), "more layers are not faster"
-    assert not hopeless(replace(POINT, layers=2), bad, FIVE), "fewer layers may be faster"
-    assert not hopeless(replace(POINT, variant="openvino-int8"), bad, FIVE)
-    assert not hopeless(replace(POINT, threads=2), bad, FIVE)
+    assert should_prune(replace(POINT, layers=4), bad, FIVE), "more layers are not faster"
+    assert not should_prune(replace(POINT, layers=2), bad, FIVE), "fewer layers may be faster"
+    assert not should_prune(replace(POINT, variant="openvino-int8"), bad, FIVE)
+    assert not should_prune(replace(POINT, threads=2), bad, FIVE)
     # another variant of 3 layers took 1 ms, and 5 ms once: rivals with 2 ms may be slower than it
     other = replace(POINT, variant="openvino-int8")
     noisy = [finished(5, 0.3, 1.0, other), finished(6, 0.3, 5.0, other)]
-    assert not hopeless(other, [(2, 0.25)], [*FIVE, *noisy])
-    assert "trial 0 has 0.8" in hopeless(other, [(2, 0.25)], [*FIVE, noisy[1]])
+    assert not should_prune(other, [(2, 0.25)], [*FIVE, *noisy])
+    assert "trial 0 has 0.8" in should_prune(other, [(2, 0.25)], [*FIVE, noisy[1]])
 
 
 def test_five_gains_of_the_same_kind_are_waited_for() -> None:
     bad = [(2, 0.1)]
-    assert not hopeless(POINT, bad, FIVE[:4])
+    assert not should_prune(POINT, bad, FIVE[:4])
     static = replace(POINT, kind="static", layers=0)
-    assert not hopeless(POINT, bad, [*FIVE[:4], replace(FIVE[4], point=static)])
-    assert not hopeless(POINT, bad, [*FIVE[:4], replace(FIVE[4], curve=())])
+    assert not should_prune(POINT, bad, [*FIVE[:4], replace(FIVE[4], point=static)])
+    assert not should_prune(POINT, bad, [*FIVE[:4], replace(FIVE[4], curve=())])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy
 from tiny_search import SPACE, evaluate, fast_folder, numbers, points, start, stored
 
-from mlflow_pt_deploy.search import Outcome, Plan, Point, Report, search
+from mlflow_pt_deploy.search import Outcome, Report, StudyConfig, TrialParams, search
 from mlflow_pt_deploy.search.space import propose
 from mlflow_pt_deploy.search.trials import read_found
 
@@ -25,12 +25,12 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def plan(folder: Path) -> Plan:
-    return Plan("students", f"sqlite:///{folder}/study.db", trials=5, heartbeat_s=0.1)
+def plan(folder: Path) -> StudyConfig:
+    return StudyConfig("students", f"sqlite:///{folder}/study.db", trials=5, heartbeat_s=0.1)
 
 
-def test_an_interrupted_search_goes_on_where_it_was(plan: Plan) -> None:
-    def interrupted(point: Point, report: Report) -> Outcome:
+def test_an_interrupted_search_goes_on_where_it_was(plan: StudyConfig) -> None:
+    def interrupted(point: TrialParams, report: Report) -> Outcome:
         if report.number == 2:
             raise KeyboardInterrupt
         return evaluate(point, report)
@@ -52,7 +52,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_search_loses_nothing_but_the_trial_it_was_in(plan: Plan, folder: Path) -> None:
+def test_a_killed_search_loses_nothing_but_the_trial_it_was_in(
+    plan: StudyConfig, folder: Path
+) -> None:
     marker = folder / "hangs"
     process = start(plan, marker, hang=2)
     wait_for(marker.exists)
@@ -72,7 +74,7 @@ def test_a_killed_search_loses_nothing_but_the_trial_it_was_in(plan: Plan, folde
     assert len(set(points(found))) == plan.trials
 
 
-def test_two_processes_share_a_study(plan: Plan, folder: Path) -> None:
+def test_two_processes_share_a_study(plan: StudyConfig, folder: Path) -> None:
     shared = replace(plan, trials=9, heartbeat_s=10.0)
     processes = [start(shared, folder / "unused") for _ in range(2)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
@@ -83,7 +85,7 @@ def test_two_processes_share_a_study(plan: Plan, folder: Path) -> None:
     assert len(set(points(found))) == len(numbers(found)), "no point twice"
 
 
-def test_a_trial_that_ends_while_the_study_is_read_is_open(plan: Plan) -> None:
+def test_a_trial_that_ends_while_the_study_is_read_is_open(plan: StudyConfig) -> None:
     search(evaluate, SPACE, replace(plan, trials=1))
     study, beside = stored(plan), stored(plan)
     running = [beside.ask()]
@@ -103,7 +105,7 @@ def test_a_trial_that_ends_while_the_study_is_read_is_open(plan: Plan) -> None:
     assert [trial.number for trial in read_found(study).finished] == [0, 1]
 
 
-def test_what_runs_elsewhere_is_waited_for(plan: Plan, folder: Path) -> None:
+def test_what_runs_elsewhere_is_waited_for(plan: StudyConfig, folder: Path) -> None:
     marker = folder / "hangs"
     process = start(replace(plan, heartbeat_s=0.05), marker, hang=0)
     wait_for(marker.exists)
@@ -115,7 +117,7 @@ def test_what_runs_elsewhere_is_waited_for(plan: Plan, folder: Path) -> None:
     assert [(t.number, t.state, t.reason) for t in found.dropped] == [(0, "open", "it is running")]
 
 
-def test_killed_before_its_point_was_drawn_or_before_it_was_queued_again(plan: Plan) -> None:
+def test_killed_before_its_point_was_drawn_or_before_it_was_queued_again(plan: StudyConfig) -> None:
     search(evaluate, SPACE, replace(plan, trials=1))
     study = stored(plan)
     study.ask()  # killed at once: no point, no heartbeat
@@ -130,7 +132,7 @@ def test_killed_before_its_point_was_drawn_or_before_it_was_queued_again(plan: P
     assert [(t.state, t.point) for t in found.dropped] == [("stopped", None)] * 2
 
 
-def test_a_trial_that_always_kills_its_process_is_given_up(plan: Plan) -> None:
+def test_a_trial_that_always_kills_its_process_is_given_up(plan: StudyConfig) -> None:
     search(evaluate, SPACE, replace(plan, trials=1))
     for _ in range(3):
         doomed = stored(plan).ask()
@@ -148,9 +150,9 @@ def test_a_trial_that_always_kills_its_process_is_given_up(plan: Plan) -> None:
 
 
 def test_a_process_that_was_given_up_drops_its_result_and_goes_on(
-    plan: Plan, caplog: pytest.LogCaptureFixture
+    plan: StudyConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def given_up(point: Point, report: Report) -> Outcome:
+    def given_up(point: TrialParams, report: Report) -> Outcome:
         outcome = evaluate(point, report)
         if report.number == 1:  # as another process would, had this one slept for long
             stored(plan).tell(1, state=optuna.trial.TrialState.FAIL)

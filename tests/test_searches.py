@@ -15,9 +15,9 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import SearchError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.pipeline.search_stage import Searched, default_space, search_students
+from mlflow_pt_deploy.pipeline.search_stage import SearchResult, default_space, search_students
 from mlflow_pt_deploy.pipeline.trial_objective import Evaluator
-from mlflow_pt_deploy.search import STATIC, TRANSFORMER, Outcome, Point, Report
+from mlflow_pt_deploy.search import STATIC, TRANSFORMER, Outcome, Report, TrialParams
 
 
 def _trials(parent: str) -> list[Run]:
@@ -46,7 +46,7 @@ def test_a_search_leads_to_a_champion(
     assert document["seconds"]["search"] > 0
     assert sum(line.startswith("search: trial") for line in lines) == 2
 
-    search = runs.child_run(document["run_id"], "search")
+    search = runs.latest_child_run(document["run_id"], "search")
     assert search is not None
     trials = _trials(search.info.run_id)
     assert len(trials) == 2
@@ -60,7 +60,7 @@ def test_a_search_leads_to_a_champion(
     assert {"pareto.png", "report.md", "trials.json"} <= files
     assert "finished trials" in search.data.tags["mlflow.note.content"]
     # The chosen point was trained as any student is.
-    student = runs.child_run(search.info.run_id, "distill-static")
+    student = runs.latest_child_run(search.info.run_id, "distill-static")
     assert student is not None
     chosen = json.loads(client.get_run(student.info.run_id).data.tags[runs.OPTIONS_TAG])
     taken = [t for t in trials if float(t.data.params["temperature"]) == chosen["temperature"]]
@@ -73,7 +73,7 @@ def test_a_search_leads_to_a_champion(
     assert [m.value for m in losses[0]] == [m.value for m in losses[1]]
 
 
-def _fake(self: Evaluator, point: Point, report: Report) -> Outcome:
+def _fake(self: Evaluator, point: TrialParams, report: Report) -> Outcome:
     from mlflow_pt_deploy.pipeline.trial_objective import _trial_run
 
     with _trial_run(report.number, point):
@@ -88,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Evaluator, "__call__", _fake)
 
 
-def _searched(tiny_splits: Splits, tiny_model: Path, trials: int, resume: str = "") -> Searched:
+def _searched(tiny_splits: Splits, tiny_model: Path, trials: int, resume: str = "") -> SearchResult:
     options = Options(
         teacher=str(tiny_model), trials=trials, kinds="transformer", retain=0.5, resume=resume
     )

@@ -14,8 +14,8 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from tiny.server import running
 from tiny_artifact import SAVED, copy_saved, edit_mlmodel
-from tiny_serving import running
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import read_manifest

@@ -13,7 +13,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
 from mlflow_pt_deploy.serving.short import read_short
-from tiny_serving import save_tiny
+from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import Address
 from mlflow_pt_deploy.serving.batching.request import Caller

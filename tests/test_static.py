@@ -13,7 +13,7 @@ from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.models import Classifier, load_classifier, new_static, save_classifier
 from mlflow_pt_deploy.models.static import PRIMES, StaticConfig
-from mlflow_pt_deploy.training.distillation import soft_labels, start_student
+from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
 ROWS = ("my card", "i want a refund please", "", "send")
@@ -106,7 +106,7 @@ def test_soft_labels_teach_it(teacher: Classifier, tiny_splits: Splits) -> None:
     student = start_student(teacher, 0)
     torch.nn.init.zeros_(student.network.classifier.weight)
     assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
-    loss = soft_labels(answers, tiny_splits.train.targets)
+    loss = distillation_loss(answers, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=6, batch_size=10))
     assert evaluate(student, tiny_splits.test) > 0.9
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
-from mlflow_pt_deploy.artifacts.builder import Built, _cause, build
+from mlflow_pt_deploy.artifacts.builder import BuildResult, _cause, build
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
@@ -43,7 +43,7 @@ def test_all_in_order_and_what_fails_is_a_row(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, broken_libraries: None
 ) -> None:
     variants = (Elsewhere(), OpenVino("fp32"), OnnxRuntime("fp32"), Eager("fp32"))
-    said: list[Built] = []
+    said: list[BuildResult] = []
     target = tmp_path / "variants"
     # One child at a time, so that another one must take the place of the one that crashed.
     built = build(

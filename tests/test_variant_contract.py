@@ -29,8 +29,8 @@ from mlflow_pt_deploy.runtimes.catalog import (
     STATIC_VARIANTS,
     VARIANTS,
     select,
-    suits,
-    useless,
+    skip_reason,
+    supports,
 )
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
@@ -66,7 +66,7 @@ CONTRACTS += [("static", variant) for variant in STATIC_VARIANTS]
 CONTRACTS += [
     ("resnet", variant)
     for variant in ALL
-    if not useless(variant, "resnet")
+    if not skip_reason(variant, "resnet")
     and variant != AOTInductor("bf16")  # nothing but another minute
 ]
 CONTRACTS += [
@@ -350,12 +350,12 @@ def test_numpy_runs_static_students_only(transformer: Classifier, tmp_path: Path
 
 
 def test_only_what_suits_a_model_is_built() -> None:
-    assert [v for v in VARIANTS if suits(v, "bert")] == list(VARIANTS)
-    assert not suits(NumPy(), "bert")
-    convolutions = {f"{v.runtime}-{v.precision}" for v in VARIANTS if not useless(v, "resnet")}
+    assert [v for v in VARIANTS if supports(v, "bert")] == list(VARIANTS)
+    assert not supports(NumPy(), "bert")
+    convolutions = {f"{v.runtime}-{v.precision}" for v in VARIANTS if not skip_reason(v, "resnet")}
     assert {"eager-fp32", "onnxruntime-int8-static", "openvino-int8-static"} < convolutions
     assert not any("dynamic" in name for name in convolutions)
-    static = [v for v in select("") if suits(v, STATIC)]
+    static = [v for v in select("") if supports(v, STATIC)]
     assert set(static) == set(STATIC_VARIANTS)
 
 

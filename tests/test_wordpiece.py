@@ -16,7 +16,7 @@ from tokenizers.processors import BertProcessing
 
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
 from mlflow_pt_deploy.preprocessing import wordpiece_cache as wordpiece
-from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordMemory
+from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordPieceCache
 
 ROWS = (
     "",
@@ -72,7 +72,7 @@ def test_random_rows(tokenizer: Tokenizer) -> None:
 
 
 def test_plain_rows_are_remembered_and_others_left_alone(tokenizer: Tokenizer) -> None:
-    memory = WordMemory(tokenizer, 128)
+    memory = WordPieceCache(tokenizer, 128)
     assert memory.encode("refund [NAME]") is not None
     for row in ("[MASK]", "[mask]", "é", "a\tb"):
         assert memory.encode(row) is None
@@ -87,8 +87,8 @@ def test_capitals(lowercase: bool) -> None:
     tokenizer.post_processor = BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     rows = ["Reds red RED", "reds"]
     expected = _reference(tokenizer, rows, 20)
-    assert WordMemory.suits(tokenizer)
-    assert [WordMemory(tokenizer, 20).encode(row) for row in rows] == expected
+    assert WordPieceCache.suits(tokenizer)
+    assert [WordPieceCache(tokenizer, 20).encode(row) for row in rows] == expected
 
 
 def test_an_added_word_is_found_anywhere(tokenizer: Tokenizer) -> None:
@@ -101,12 +101,12 @@ def test_an_added_word_is_found_anywhere(tokenizer: Tokenizer) -> None:
 def test_other_tokenizers_are_left_alone() -> None:
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    assert not WordMemory.suits(tokenizer)
+    assert not WordPieceCache.suits(tokenizer)
 
 
 def test_the_memory_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wordpiece, "_MOST_WORDS", 3)
-    memory = WordMemory(tokenizer, 128)
+    memory = WordPieceCache(tokenizer, 128)
     rows = ["card", "refund me", "my pin", "x" * 41, "x" * 41]
     assert [memory.encode(row) for row in rows] == _reference(tokenizer, rows, 128)
     assert len(memory._known) <= 3

@@ -22,14 +22,14 @@ import optuna
 from mlflow_pt_deploy.search import (
     STATIC,
     TRANSFORMER,
-    Dropped,
-    Finished,
-    Found,
+    CompletedTrial,
+    FailedTrial,
     Outcome,
-    Plan,
-    Point,
     Report,
     Space,
+    StudyConfig,
+    StudyResult,
+    TrialParams,
 )
 
 RATES = (1e-5, 1e-3)
@@ -41,13 +41,13 @@ SPACE = Space(
 )
 
 
-def worth(point: Point) -> Outcome:
+def worth(point: TrialParams) -> Outcome:
     best = 0.9 - 0.3 / point.layers if point.layers else 0.55
     miss = 0.2 * abs(math.log10(point.learning_rate) + 4)
     return Outcome(best - miss, point.layers or 0.1)
 
 
-def evaluate(point: Point, report: Report) -> Outcome:
+def evaluate(point: TrialParams, report: Report) -> Outcome:
     outcome = worth(point)
     for epoch in range(1, point.epochs + 1):
         report(epoch, outcome.accuracy * (0.9 + 0.1 * epoch / point.epochs))
@@ -65,21 +65,21 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def stored(plan: Plan) -> optuna.Study:
+def stored(plan: StudyConfig) -> optuna.Study:
     """The study behind our back."""
     return optuna.load_study(study_name=plan.study, storage=plan.storage)
 
 
-def records(found: Found) -> list[Finished | Dropped]:
-    both: list[Finished | Dropped] = [*found.finished, *found.dropped]
+def records(found: StudyResult) -> list[CompletedTrial | FailedTrial]:
+    both: list[CompletedTrial | FailedTrial] = [*found.finished, *found.dropped]
     return sorted(both, key=lambda record: record.number)
 
 
-def numbers(found: Found) -> list[int]:
+def numbers(found: StudyResult) -> list[int]:
     return [record.number for record in records(found)]
 
 
-def points(found: Found) -> list[Point]:
+def points(found: StudyResult) -> list[TrialParams]:
     return [record.point for record in records(found) if record.point is not None]
 
 
@@ -101,7 +101,7 @@ search(slow, SPACE, Plan("students", {storage!r}, trials={trials}, heartbeat_s={
 """
 
 
-def start(plan: Plan, marker: Path, *, hang: int = -1) -> subprocess.Popen[bytes]:
+def start(plan: StudyConfig, marker: Path, *, hang: int = -1) -> subprocess.Popen[bytes]:
     """Another process that searches; makes a file `marker` and hangs in trial `hang`."""
     script = SCRIPT.format(
         tests=str(Path(__file__).parent),

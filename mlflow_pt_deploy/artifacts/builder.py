@@ -22,10 +22,10 @@ import numpy as np
 
 from mlflow_pt_deploy.artifacts.loading import verify
 from mlflow_pt_deploy.data.splits import Splits
-from mlflow_pt_deploy.errors import ArtifactError, exit_in_words
+from mlflow_pt_deploy.errors import ArtifactError, describe_exit
 from mlflow_pt_deploy.preprocessing import Row, row_to_json
 from mlflow_pt_deploy.runtimes.base import Variant
-from mlflow_pt_deploy.runtimes.catalog import VARIANTS, suits, useless
+from mlflow_pt_deploy.runtimes.catalog import VARIANTS, skip_reason, supports
 from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
@@ -35,7 +35,7 @@ _TIMEOUT_S = 1800
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """What became of one variant.
 
     Attributes:
@@ -64,8 +64,8 @@ def build(
     *,
     variants: Sequence[Variant] = VARIANTS,
     parallel: int = 2,
-    progress: Callable[[Built], None] | None = None,
-) -> list[Built]:
+    progress: Callable[[BuildResult], None] | None = None,
+) -> list[BuildResult]:
     """Export every variant of every model that it suits.
 
     Variants that an interrupted run left intact in `target` are kept as they are.
@@ -81,14 +81,14 @@ def build(
     Returns:
         One entry for each model and variant, in that order; failures carry their reason.
     """
-    done: dict[str, Built] = {}
+    done: dict[str, BuildResult] = {}
     report = progress or (lambda built: None)
 
-    def note(built: Built) -> None:
+    def note(built: BuildResult) -> None:
         done[built.name] = built
         report(built)
 
-    asked = suited(models, variants)
+    asked = supported_pairs(models, variants)
     wanted: list[tuple[str, Variant]] = []
     for model, variant in asked:
         if early := _without_building(variant, model, models[model], target):
@@ -98,17 +98,19 @@ def build(
     if wanted:
         tasks = deque(sorted(wanted, key=_slow_first))
         job = {"target": str(target), **_rows(splits)}
-        _work_off(tasks, models, target, job, min(parallel, len(wanted)), note)
+        _run_export_workers(tasks, models, target, job, min(parallel, len(wanted)), note)
     return [done[variant.name(model)] for model, variant in asked]
 
 
-def suited(models: Mapping[str, Path], variants: Sequence[Variant]) -> list[tuple[str, Variant]]:
+def supported_pairs(
+    models: Mapping[str, Path], variants: Sequence[Variant]
+) -> list[tuple[str, Variant]]:
     """Names of models with the variants that suit their kind, in the order given."""
     return [
         (model, variant)
         for model, folder in models.items()
         for variant in variants
-        if suits(variant, _model_type(folder))
+        if supports(variant, _model_type(folder))
     ]
 
 
@@ -121,8 +123,10 @@ def _model_type(folder: Path) -> str:
         return ""
 
 
-def _without_building(variant: Variant, model: str, source: Path, target: Path) -> Built | None:
-    if reason := variant.unsupported() or useless(variant, _model_type(source)):
+def _without_building(
+    variant: Variant, model: str, source: Path, target: Path
+) -> BuildResult | None:
+    if reason := variant.unsupported() or skip_reason(variant, _model_type(source)):
         return _built(variant, model, None, reason)
     folder = target / variant.name(model)
     if folder.exists():
@@ -163,18 +167,18 @@ def golden_rows(splits: Splits) -> list[Row]:
 
 def _built(
     variant: Variant, model: str, folder: Path | None, reason: str = "", seconds: float = 0.0
-) -> Built:
+) -> BuildResult:
     name = variant.name(model)
-    return Built(name, model, variant.runtime, variant.precision, folder, reason, seconds)
+    return BuildResult(name, model, variant.runtime, variant.precision, folder, reason, seconds)
 
 
-def _work_off(
+def _run_export_workers(
     tasks: deque[tuple[str, Variant]],
     models: Mapping[str, Path],
     target: Path,
     job: Mapping[str, Any],
     parallel: int,
-    note: Callable[[Built], None],
+    note: Callable[[BuildResult], None],
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(parallel) as pool:
         path, threads = Path(scratch) / "job.json", max(1, usable_cores() // parallel)
@@ -216,7 +220,7 @@ class _Exporter:
         tasks: deque[tuple[str, Variant]],
         models: Mapping[str, Path],
         target: Path,
-        note: Callable[[Built], None],
+        note: Callable[[BuildResult], None],
     ) -> None:
         """Take tasks until there are none left; each is noted, whatever happens."""
         try:
@@ -281,6 +285,6 @@ class _Exporter:
 
 
 def _cause(code: int, log: Path) -> str:
-    how = exit_in_words(code, "; the machine may have run out of memory")
+    how = describe_exit(code, "; the machine may have run out of memory")
     last = log.read_text(encoding="utf8", errors="replace").strip().splitlines()[-1:]
     return f"the export {how}: {last[0]}" if code > 0 and last else f"the export {how}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlflow_pt_deploy.artifacts.writing import write_variant
-from mlflow_pt_deploy.errors import PtDeployError, first_line
+from mlflow_pt_deploy.errors import PtDeployError, root_cause
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Inputs
 from mlflow_pt_deploy.runtimes.export_check import Probes
@@ -47,7 +47,7 @@ def main(path: Path) -> None:
         except (PtDeployError, OSError) as error:
             reason = str(error)
         except Exception as error:  # a runtime's own: one row fails, the others go on
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = f"{type(error).__name__}: {root_cause(error)}"
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"reason": reason, "seconds": seconds}), file=answers, flush=True)
 

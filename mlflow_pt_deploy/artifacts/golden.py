@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ArtifactError, first_line
+from mlflow_pt_deploy.errors import ArtifactError, root_cause
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Logits
 from mlflow_pt_deploy.system.regular_files import read_json
@@ -66,7 +66,7 @@ def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
     except Exception as error:  # the runtime's own, where weights and tokenizer do not fit
         raise ArtifactError(
             f"{loaded.manifest.name} cannot answer its golden rows ({type(error).__name__}: "
-            f"{first_line(error)[:300]}). Export the variant again."
+            f"{root_cause(error)[:300]}). Export the variant again."
         ) from error
     if actual.shape != expected.shape:
         raise ArtifactError(

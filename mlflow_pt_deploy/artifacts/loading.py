@@ -13,7 +13,7 @@ from mlflow_pt_deploy.errors import (
     PtDeployError,
     UnsupportedError,
     UntrustedError,
-    first_line,
+    root_cause,
 )
 from mlflow_pt_deploy.preprocessing import (
     Preprocessor,
@@ -135,7 +135,7 @@ def _loaded(folder: Path, manifest: Manifest, device: str, threads: int) -> Load
     except Exception as error:  # each runtime has its own, most derived from Exception alone
         raise ArtifactError(
             f"{manifest.name}: {manifest.runtime} cannot load its files "
-            f"({type(error).__name__}: {first_line(error)[:300]}). Export the variant again."
+            f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
         ) from error
     return LoadedVariant(manifest, preprocessor, labels, predict)
 

@@ -17,8 +17,8 @@ from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation.chance import chance_note
 from mlflow_pt_deploy.evaluation.result import UNITS, Measurement, Result
 from mlflow_pt_deploy.evaluation.statistics import macro_f1, paired_drop, paired_speedup, percentile
-from mlflow_pt_deploy.evaluation.timing import draw_rows, interleave, throughput, warm
-from mlflow_pt_deploy.evaluation.worker_client import Answers, Worker
+from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
+from mlflow_pt_deploy.evaluation.worker_client import Predictions, Worker
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 
@@ -61,7 +61,7 @@ class Bench:
         self.splits, self.seconds = splits, seconds
         self._folder, self._device = baseline, device
         self._threads = threads or usable_cores()
-        self.batched = draw_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
+        self.batched = sample_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
         self.worker = self._start_baseline()
         try:
             given = _answers(self.worker, splits)
@@ -131,9 +131,9 @@ class Bench:
         try:
             fewest, most = _TIMED_ROWS
             rows = len(self.splits.validation)
-            row_s = warm(worker, draw_rows(fewest, rows))
+            row_s = warm_up(worker, sample_rows(fewest, rows))
             count = min(max(round(_WARM_SHARE * self.seconds / row_s), fewest), most)
-            self.timed = draw_rows(count, rows)
+            self.timed = sample_rows(count, rows)
             worker.time(self.timed)
         except BaseException:
             worker.close()
@@ -200,7 +200,7 @@ def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
     return worker
 
 
-def _answers(worker: Worker, splits: Splits) -> dict[str, Answers]:
+def _answers(worker: Worker, splits: Splits) -> dict[str, Predictions]:
     middle = len(splits.validation)
     return {
         "validation": worker.predict(0, middle),
@@ -249,7 +249,7 @@ def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
     ]
 
 
-def _quality(answers: Mapping[str, Answers], bench: Bench) -> list[Measurement]:
+def _quality(answers: Mapping[str, Predictions], bench: Bench) -> list[Measurement]:
     found: list[Measurement] = []
     for dataset, given in answers.items():
         split: Split = getattr(bench.splits, dataset)

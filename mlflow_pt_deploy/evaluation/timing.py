@@ -36,7 +36,7 @@ class Rounds:
     ratios: tuple[float, ...]
 
 
-def draw_rows(count: int, among: int, *, seed: int = 0) -> list[int]:
+def sample_rows(count: int, among: int, *, seed: int = 0) -> list[int]:
     """Draw row indices without replacement, so that lengths come as the data has them.
 
     Args:
@@ -48,7 +48,7 @@ def draw_rows(count: int, among: int, *, seed: int = 0) -> list[int]:
     return [int(index) for index in picks]
 
 
-def warm(worker: Worker, indices: Sequence[int]) -> float:
+def warm_up(worker: Worker, indices: Sequence[int]) -> float:
     """Answer every row once and return the median in seconds of a second time.
 
     A runtime with free shapes pays when it first meets a length; that belongs to no row.
@@ -72,7 +72,7 @@ def interleave(
         indices: The rows to time.
         seconds: When to stop; `LEAST_ROUNDS` are run in any case.
     """
-    variant_s = warm(variant, indices)
+    variant_s = warm_up(variant, indices)
     baseline_s = statistics.median(baseline.time(indices[: _BLOCK_ROWS[0]])) / 1e9
     least, most = _BLOCK_ROWS
     block_s = min(_BLOCK_S, seconds / (2 * LEAST_ROUNDS))  # a short budget gets short blocks

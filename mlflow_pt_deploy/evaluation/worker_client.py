@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import VariantError, exit_in_words, first_line
+from mlflow_pt_deploy.errors import VariantError, describe_exit, root_cause
 from mlflow_pt_deploy.preprocessing import Row, row_to_json
 from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system import interrupt
@@ -33,7 +33,7 @@ _STDERR_LINES = 5
 _SHORT_ROW = 12  # characters
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """Labels, int64 (rows,), and the model's confidence in each, float32 (rows,)."""
 
     labels: npt.NDArray[np.int64]
@@ -124,13 +124,13 @@ class Worker:
         """Answer rows in length-sorted batches of `size`; nanoseconds for all of them."""
         return int(self._ask("batch", indices=list(indices), size=size))
 
-    def predict(self, start: int, stop: int) -> Answers:
+    def predict(self, start: int, stop: int) -> Predictions:
         """What the variant answers to each row in [start, stop)."""
         found: list[tuple[int, float]] = []
         for first in range(start, stop, _PREDICT_ROWS):
             found += self._ask("predict", start=first, stop=min(first + _PREDICT_ROWS, stop))
         labels = np.asarray([label for label, _ in found], dtype=np.int64)
-        return Answers(labels, np.asarray([sure for _, sure in found], dtype=np.float32))
+        return Predictions(labels, np.asarray([sure for _, sure in found], dtype=np.float32))
 
     def memory(self) -> int:
         """Largest resident memory of the process so far, in bytes."""
@@ -180,7 +180,7 @@ class Worker:
                 "was ended. The variant hangs or is far too slow here; leave it out."
             )
         killed = ", most likely because memory ran out; free some"
-        how = exit_in_words(self._process.wait(), killed)
+        how = describe_exit(self._process.wait(), killed)
         return f"{self.name}: its process {how}, at '{do}'.{self._last_words()}"
 
     def _explain(self, error: str, kind: str) -> str:
@@ -189,7 +189,7 @@ class Worker:
             return error
         # Shortened last: a row that is cut would not be found.
         kept = "\n".join(self._lines_without_rows(error))
-        return f"{kind}: {first_line(VariantError(kept))}"
+        return f"{kind}: {root_cause(VariantError(kept))}"
 
     def _last_words(self) -> str:
         self._stderr.seek(0, os.SEEK_END)

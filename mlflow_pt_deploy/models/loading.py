@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from mlflow_pt_deploy.errors import MissingExtraError, ModelError, PtDeployError, first_line
+from mlflow_pt_deploy.errors import MissingExtraError, ModelError, PtDeployError, root_cause
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.contents import check_tokenizer, check_weights
 from mlflow_pt_deploy.models.custom_head_size import blank_network, is_narrow, load_narrow
@@ -276,7 +276,7 @@ def _border(reference: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # transformers, tokenizers, safetensors, torch: each has its own
         raise ModelError(
-            f"{reference}: no classifier can be loaded from there ({first_line(error)}). {_CURE}"
+            f"{reference}: no classifier can be loaded from there ({root_cause(error)}). {_CURE}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mlflow_pt_deploy.errors import ModelError, first_line
+from mlflow_pt_deploy.errors import ModelError, root_cause
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.positions import longest_text
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
@@ -45,7 +45,7 @@ class TextClassifier(Classifier):
             )
         except Exception as error:  # transformers, tokenizers, sentencepiece: each has its own
             raise ModelError(
-                f"{folder}: its tokenizer cannot be loaded ({first_line(error)}). Save it there "
+                f"{folder}: its tokenizer cannot be loaded ({root_cause(error)}). Save it there "
                 "with tokenizer.save_pretrained, so that there is a tokenizer.json."
             ) from error
         return cls(network, tokenizer)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from mlflow_pt_deploy.errors import ModelError, first_line
+from mlflow_pt_deploy.errors import ModelError, root_cause
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier
 from mlflow_pt_deploy.models.text import TextClassifier
@@ -127,7 +127,7 @@ def _logits(classifier: TextClassifier, declared: int | None) -> str:
         try:
             lone.append(_answers(classifier, [text]))
         except Exception as error:  # a network's own
-            return f"cannot read {_named(text)} ({first_line(error)})."
+            return f"cannot read {_named(text)} ({root_cause(error)})."
     alone = np.concatenate(lone[: len(texts)])
     if not all(np.isfinite(logits).all() for logits in lone):
         return "answers with NaN or infinity. Its weights are damaged or incomplete."
@@ -183,7 +183,7 @@ def _pixels(classifier: ImageClassifier, folder: Path) -> str:
     except Exception as error:  # each has its own
         return (
             "has an image processor that transformers cannot make here, so that its pixels cannot "
-            f"be compared ({first_line(error)})."
+            f"be compared ({root_cause(error)})."
         )
     spread = 1 / np.abs(classifier.preprocessor.step)
     for size in sizes:
@@ -211,7 +211,7 @@ def _own_pixels(own: Any, picture: Image.Image) -> npt.NDArray[np.float32] | str
     try:
         found = own(picture, return_tensors="np")["pixel_values"][0]
     except Exception as error:  # each has its own
-        return first_line(error)
+        return root_cause(error)
     return np.asarray(found, dtype=np.float32)
 
 

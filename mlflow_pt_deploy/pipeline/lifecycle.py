@@ -19,17 +19,17 @@ import mlflow
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
-from mlflow_pt_deploy.pipeline.optimize import Optimized
+from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
     distill_stage,
     distill_student,
     optimize_models,
     promote_choice,
+    run_or_resume,
     train_teacher,
-    unless_finished,
 )
-from mlflow_pt_deploy.pipeline.training_run import Trained
+from mlflow_pt_deploy.pipeline.training_run import TrainedModel
 from mlflow_pt_deploy.registry.promotion import Promotion
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.tracking_server import check_tracking
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lifecycle:
+class LifecycleResult:
     """The whole line's outcome: what rows are, and the wall time of each stage in seconds."""
 
     run_id: str
     column: str
-    optimized: Optimized
+    optimized: OptimizationResult
     promotion: Promotion
     seconds: Mapping[str, float]
 
 
-def run_lifecycle(options: Options) -> Lifecycle:
+def run_lifecycle(options: Options) -> LifecycleResult:
     """Train, distill, optimize, choose and promote, as one parent run.
 
     Args:
@@ -72,9 +72,9 @@ def run_lifecycle(options: Options) -> Lifecycle:
     ) as parent:
         run_id = parent.info.run_id
         if options.resume:
-            tracking.end_abandoned(run_id)
+            tracking.terminate_abandoned_children(run_id)
         tracking.log_dataset_facts(splits)
-        teacher = unless_finished(run_id, "train", train, options, splits)
+        teacher = run_or_resume(run_id, "train", train, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
         if not options.student:
@@ -90,7 +90,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
         with _timed("promote", seconds):
             promotion = promote_choice(optimized, options.name)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
-    return Lifecycle(run_id, splits.column, optimized, promotion, seconds)
+    return LifecycleResult(run_id, splits.column, optimized, promotion, seconds)
 
 
 def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
@@ -105,10 +105,10 @@ def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
     return lambda teacher, splits: rehearse_students(teacher, options, splits)
 
 
-def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
+def _students(parent: str, options: Options, splits: Splits) -> list[TrainedModel]:
     """Those that a search leads to, or one of each kind: for texts, a static one too."""
     if options.trials:
-        before = tracking.child_run(parent, "search") if options.resume else None
+        before = tracking.latest_child_run(parent, "search") if options.resume else None
         again = replace(options, resume=before.info.run_id if before else "")
         return list(search_students(again, splits).students)
     made = []
@@ -119,7 +119,7 @@ def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:
         if epochs:
             wanted = replace(options, student_layers=layers)
             stage = distill_stage(wanted)
-            made.append(unless_finished(parent, stage, distill_student, wanted, splits))
+            made.append(run_or_resume(parent, stage, distill_student, wanted, splits))
     return made
 
 

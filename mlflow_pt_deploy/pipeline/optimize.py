@@ -14,7 +14,7 @@ from pathlib import Path
 import mlflow
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.artifacts.builder import Built, build, golden_rows, suited
+from mlflow_pt_deploy.artifacts.builder import BuildResult, build, golden_rows, supported_pairs
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
@@ -25,7 +25,7 @@ from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
 from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
 from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
-from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, no_slower
+from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, not_slower_than
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
@@ -33,7 +33,7 @@ from mlflow_pt_deploy.system.progress import progress
 
 
 @dataclass(frozen=True)
-class Optimized:
+class OptimizationResult:
     """All variants, and which of them the policy chose.
 
     Attributes:
@@ -51,7 +51,7 @@ class Optimized:
 
 def optimize(
     run_id: str, models: Mapping[str, Path], splits: Splits, options: Options
-) -> Optimized:
+) -> OptimizationResult:
     """Build every variant of the models, measure and log each, and choose.
 
     Args:
@@ -74,7 +74,7 @@ def optimize(
     choice = choose(results, options.policy())
     _log_outcome(results, choice, splits, addresses, work, options.retain)
     shutil.rmtree(work, ignore_errors=True)
-    return Optimized(run_id, tuple(results), addresses, choice)
+    return OptimizationResult(run_id, tuple(results), addresses, choice)
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
@@ -92,16 +92,18 @@ def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
 
 def _build(
     models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
-) -> list[Built]:
-    with progress("building", len(suited(models, variants)), "variants") as shown:
+) -> list[BuildResult]:
+    with progress("building", len(supported_pairs(models, variants)), "variants") as shown:
 
-        def note(one: Built) -> None:
+        def note(one: BuildResult) -> None:
             shown.update(note=one.name)
 
         return build(models, splits, target, variants=variants, progress=note)
 
 
-def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: Path) -> list[Built]:
+def _cascade(
+    results: Sequence[Result], splits: Splits, retain: float, target: Path
+) -> list[BuildResult]:
     """Cascades of what was measured, where one would be faster than every variant alone."""
     made = []
     for plan in plan_cascades(results, retain):
@@ -118,11 +120,11 @@ def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: P
         except (PtDeployError, OSError) as error:
             reason = str(error)
         found = None if reason else folder
-        made.append(Built(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
+        made.append(BuildResult(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
     return made
 
 
-def _bench(built: Sequence[Built], reference: str, splits: Splits, options: Options) -> Bench:
+def _bench(built: Sequence[BuildResult], reference: str, splits: Splits, options: Options) -> Bench:
     """What all variants are measured against.
 
     Raises:
@@ -135,7 +137,7 @@ def _bench(built: Sequence[Built], reference: str, splits: Splits, options: Opti
     return Bench(one.folder, splits, seconds=options.seconds, threads=options.threads)
 
 
-def _measure(bench: Bench, built: Sequence[Built]) -> list[Result]:
+def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:
     """A result for each, those that could not be built included."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
     with _measuring("measuring", len(folders)) as note:
@@ -152,7 +154,7 @@ def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Option
     with _measuring("fewer threads", len(folders) * len(fewer)) as note:
         for threads in fewer:
             for result in bench.measure(folders, threads=threads, progress=note):
-                if not result.reason and no_slower(result, kept[result.variant]):
+                if not result.reason and not_slower_than(result, kept[result.variant]):
                     kept[result.variant] = result
     return list(kept.values())
 
@@ -181,4 +183,4 @@ def _log_outcome(
     report = markdown(results, choice, notes=splits.notes)
     tracking.log_results(results, {"report.md": report}, figure)
     mlflow.log_dict(dict(models), "models.json")
-    tracking.describe(report)
+    tracking.set_run_description(report)

@@ -17,20 +17,20 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import SearchError
-from mlflow_pt_deploy.pipeline.stages import distill_stage, distill_student, unless_finished
-from mlflow_pt_deploy.pipeline.training_run import Trained
+from mlflow_pt_deploy.pipeline.stages import distill_stage, distill_student, run_or_resume
+from mlflow_pt_deploy.pipeline.training_run import TrainedModel
 from mlflow_pt_deploy.reporting.plots import plot_front
 from mlflow_pt_deploy.reporting.tables import trials_markdown
 from mlflow_pt_deploy.search import (
     STATIC,
     TRANSFORMER,
-    Chosen,
-    Dropped,
-    Finished,
-    Found,
-    Plan,
-    Point,
+    CompletedTrial,
+    FailedTrial,
+    SelectedTrial,
     Space,
+    StudyConfig,
+    StudyResult,
+    TrialParams,
     choose_point,
     search,
 )
@@ -47,7 +47,7 @@ _WIDE_RATES = (1e-5, 1e-4)
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchResult:
     """What a search found, and the students that it led to.
 
     Attributes:
@@ -58,14 +58,14 @@ class Searched:
     """
 
     run_id: str
-    found: Found
-    chosen: tuple[Chosen, ...]
-    students: tuple[Trained, ...]
+    found: StudyResult
+    chosen: tuple[SelectedTrial, ...]
+    students: tuple[TrainedModel, ...]
 
 
 def search_students(
     options: Options, splits: Splits | None = None, *, space: Space | None = None
-) -> Searched:
+) -> SearchResult:
     """Search for students by accuracy and measured latency, and train those that it chooses.
 
     Trials are children of the run. A killed search goes on with `options.resume`; several processes
@@ -106,8 +106,8 @@ def search_students(
         for each in chosen:
             wanted = _as_options(each.trial.point, options)
             stage = distill_stage(wanted)
-            students.append(unless_finished(run_id, stage, distill_student, wanted, splits))
-    return Searched(run_id, found, chosen, tuple(students))
+            students.append(run_or_resume(run_id, stage, distill_student, wanted, splits))
+    return SearchResult(run_id, found, chosen, tuple(students))
 
 
 def default_space(teacher: Classifier, kinds: str) -> Space:
@@ -148,13 +148,13 @@ def _cuts(config: Any) -> dict[str, Any]:
 
 def _explore(
     run_id: str, teacher: Classifier, splits: Splits, options: Options, space: Space
-) -> tuple[Found, tuple[Chosen, ...]]:
+) -> tuple[StudyResult, tuple[SelectedTrial, ...]]:
     """Try points until there are enough, and choose."""
     from mlflow_pt_deploy.pipeline.trial_objective import Evaluator
     from mlflow_pt_deploy.training.trainer import evaluate
 
-    tracking.end_abandoned(run_id)
-    plan = Plan(
+    tracking.terminate_abandoned_children(run_id)
+    plan = StudyConfig(
         study=options.study or run_id,
         storage=options.storage or _own_storage(),
         trials=options.trials,
@@ -175,18 +175,18 @@ def _own_storage() -> str:
     return f"sqlite:///{home() / 'studies.db'}"
 
 
-def _choose(found: Found, retain: float, accuracy: float) -> tuple[Chosen, ...]:
+def _choose(found: StudyResult, retain: float, accuracy: float) -> tuple[SelectedTrial, ...]:
     """One of each kind, so that what follows can make a cascade of them."""
     best = choose_point(found, retain, accuracy)
     others = []
     for kind in KINDS:
         finished = tuple(trial for trial in found.finished if trial.point.kind == kind)
         if finished and kind != best.trial.point.kind:
-            others.append(choose_point(Found(finished, found.dropped), retain, accuracy))
+            others.append(choose_point(StudyResult(finished, found.dropped), retain, accuracy))
     return (best, *others)
 
 
-def _as_options(point: Point, options: Options) -> Options:
+def _as_options(point: TrialParams, options: Options) -> Options:
     return replace(
         options,
         student_layers=point.layers,
@@ -201,8 +201,8 @@ def _as_options(point: Point, options: Options) -> Options:
     )
 
 
-def _say(trial: Finished | Dropped) -> None:
-    if isinstance(trial, Finished):
+def _say(trial: CompletedTrial | FailedTrial) -> None:
+    if isinstance(trial, CompletedTrial):
         outcome = trial.outcome
         what = f"{outcome.latency_ms:.3g} ms, validation accuracy {outcome.accuracy:.4f}"
     else:
@@ -210,7 +210,9 @@ def _say(trial: Finished | Dropped) -> None:
     print(f"search: trial {trial.number}, {trial.point}: {what}", flush=True)
 
 
-def _log_outcome(found: Found, chosen: tuple[Chosen, ...], least: float, work: Path) -> None:
+def _log_outcome(
+    found: StudyResult, chosen: tuple[SelectedTrial, ...], least: float, work: Path
+) -> None:
     taken = [each.trial for each in chosen]
     plot_front(found, taken, work / "pareto.png", least=least)
     mlflow.log_artifact(str(work / "pareto.png"))
@@ -226,4 +228,4 @@ def _log_outcome(found: Found, chosen: tuple[Chosen, ...], least: float, work: P
         },
         "trials.json",
     )
-    tracking.describe(report)
+    tracking.set_run_description(report)

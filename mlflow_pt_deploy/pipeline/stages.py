@@ -21,8 +21,8 @@ from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.model_types import STATIC
-from mlflow_pt_deploy.pipeline.optimize import Optimized, optimize
-from mlflow_pt_deploy.pipeline.training_run import Lesson, Trained, fit_in_run
+from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
+from mlflow_pt_deploy.pipeline.training_run import TrainedModel, TrainingTask, fit_in_run
 from mlflow_pt_deploy.registry.promotion import Promotion, promote
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.selection.policy import Policy, choose
@@ -41,7 +41,7 @@ def train_teacher(
     splits: Splits | None = None,
     *,
     before: Callable[[Classifier, Splits], None] | None = None,
-) -> Trained:
+) -> TrainedModel:
     """Train `options.teacher` on the data, as a run with the model as its artifact.
 
     An interrupted training goes on from its checkpoint if `options.resume` names its run.
@@ -73,11 +73,11 @@ def train_teacher(
     rehearse(classifier, splits.train.rows, "the teacher")
     if before is not None:
         before(classifier, splits)
-    lesson = Lesson(cross_entropy(splits.train.targets))
+    lesson = TrainingTask(cross_entropy(splits.train.targets))
     return fit_in_run("train", options, splits, classifier, lesson, options.epochs)
 
 
-def distill_student(options: Options, splits: Splits | None = None) -> Trained:
+def distill_student(options: Options, splits: Splits | None = None) -> TrainedModel:
     """Distill a student with `options.student_layers` layers from a fine-tuned teacher.
 
     0 layers make a static student, which learns for `options.static_epochs`. Of a teacher of images
@@ -109,27 +109,29 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     return fit_in_run(distill_stage(options), options, splits, student, lesson, epochs)
 
 
-def _lesson(teacher: Any, student: Any, options: Options, splits: Splits) -> Lesson:
+def _lesson(teacher: Any, student: Any, options: Options, splits: Splits) -> TrainingTask:
     """What a teacher teaches: of texts once and for all, of images other views in each epoch."""
     from mlflow_pt_deploy.training.distillation import (
-        soft_labels,
-        teach,
-        view_labels,
-        with_relations,
+        add_similarity_loss,
+        distillation_loss,
+        label_with_teacher,
+        online_distillation_loss,
     )
 
     share = {"temperature": options.temperature, "weight": options.soft_weight}
     if splits.column == "image":
-        return Lesson(view_labels(teacher.to(options.device), splits.train.targets, **share))
+        return TrainingTask(
+            online_distillation_loss(teacher.to(options.device), splits.train.targets, **share)
+        )
     count = round((1 + options.made_texts) * len(splits.train))
     print(f"distill: the teacher labels {count} rows", flush=True)
     cache, made = home() / "logits", options.made_texts
-    taught = teach(
+    taught = label_with_teacher(
         teacher, splits.train, cache, made=made, seed=options.seed, device=options.device
     )
-    loss = soft_labels(taught.logits, taught.split.targets, **share)
-    loss = with_relations(loss, student, taught.features, options.relation_weight)
-    return Lesson(loss, taught.split)
+    loss = distillation_loss(taught.logits, taught.split.targets, **share)
+    loss = add_similarity_loss(loss, student, taught.features, options.relation_weight)
+    return TrainingTask(loss, taught.split)
 
 
 def distill_stage(options: Options) -> str:
@@ -137,26 +139,26 @@ def distill_stage(options: Options) -> str:
     return "distill" if options.student_layers else "distill-static"
 
 
-def unless_finished(
+def run_or_resume(
     parent: str,
     stage: str,
-    work: Callable[[Options, Splits], Trained],
+    work: Callable[[Options, Splits], TrainedModel],
     options: Options,
     splits: Splits,
-) -> Trained:
+) -> TrainedModel:
     """Do a stage as a child of a run, or read or resume what an interrupted run left of it."""
-    run = tracking.child_run(parent, stage) if options.resume else None
+    run = tracking.latest_child_run(parent, stage) if options.resume else None
     options = replace(options, resume="")
     if run is None or run.data.tags.get(tracking.OPTIONS_TAG) != options.to_json():
         return work(options, splits)
     if run.info.status == "FINISHED":
         found = run.data.metrics
         address = f"runs:/{run.info.run_id}/model"
-        return Trained(run.info.run_id, address, found["accuracy"], found["seconds"])
+        return TrainedModel(run.info.run_id, address, found["accuracy"], found["seconds"])
     return work(replace(options, resume=run.info.run_id), splits)
 
 
-def optimize_models(options: Options, splits: Splits | None = None) -> Optimized:
+def optimize_models(options: Options, splits: Splits | None = None) -> OptimizationResult:
     """Build every variant, measure it, log it, and choose.
 
     The variants become children of the active run, or of a run of their own. Nothing is promoted.
@@ -190,7 +192,7 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
         return optimize(run.info.run_id, models, splits, options)
 
 
-def promote_choice(optimized: Optimized, name: str) -> Promotion:
+def promote_choice(optimized: OptimizationResult, name: str) -> Promotion:
     """Move the alias `champion` of a registered model to the chosen variant.
 
     Raises:
@@ -212,7 +214,7 @@ def promote_choice(optimized: Optimized, name: str) -> Promotion:
         return promote(optimized.models[choice.variant], name, choice.reason, tags)
 
 
-def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
+def read_optimized(run_id: str, policy: Policy | None = None) -> OptimizationResult:
     """What an earlier run measured, chosen anew under a policy (default: its own).
 
     Raises:
@@ -229,7 +231,7 @@ def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
             f"pt-deploy run --resume {run_id}"
         ) from error
     rows = tuple(Result.from_json(result) for result in results["results"])
-    return Optimized(run_id, rows, models, choose(rows, policy or saved.policy()))
+    return OptimizationResult(run_id, rows, models, choose(rows, policy or saved.policy()))
 
 
 def _students(addresses: str) -> dict[str, Path]:

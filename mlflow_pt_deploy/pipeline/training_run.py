@@ -28,7 +28,7 @@ EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingTask:
     """What a model learns from.
 
     Attributes:
@@ -41,7 +41,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained model.
 
     Attributes:
@@ -62,9 +62,9 @@ def fit_in_run(
     options: Options,
     splits: Splits,
     classifier: Classifier,
-    lesson: Lesson,
+    lesson: TrainingTask,
     epochs: int,
-) -> Trained:
+) -> TrainedModel:
     """Train a model as a run that ends with the model as its artifact.
 
     Args:
@@ -109,7 +109,7 @@ def fit_in_run(
         save_classifier(classifier.to("cpu"), work / "model")
         address = tracking.log_folder(work / "model", "model")
         shutil.rmtree(work, ignore_errors=True)
-    return Trained(run.info.run_id, address, accuracy, seconds)
+    return TrainedModel(run.info.run_id, address, accuracy, seconds)
 
 
 def _schedule(stage: str, options: Options, classifier: Classifier, epochs: int) -> Schedule:

@@ -28,9 +28,13 @@ from mlflow_pt_deploy.evaluation import measure
 from mlflow_pt_deploy.models import save_classifier
 from mlflow_pt_deploy.pruning import new_student
 from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select
-from mlflow_pt_deploy.search import Outcome, Point, Report
+from mlflow_pt_deploy.search import Outcome, Report, TrialParams
 from mlflow_pt_deploy.system.paths import home
-from mlflow_pt_deploy.training.distillation import soft_labels, teach, with_relations
+from mlflow_pt_deploy.training.distillation import (
+    add_similarity_loss,
+    distillation_loss,
+    label_with_teacher,
+)
 from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule, fit
 
 if TYPE_CHECKING:
@@ -55,7 +59,7 @@ class Evaluator:
         self._splits = replace(splits, test=nothing)
         self._teacher, self._options, self._work = teacher, options, work
         cache = home() / "logits"
-        self._lesson = teach(
+        self._lesson = label_with_teacher(
             teacher,
             splits.train,
             cache,
@@ -66,7 +70,7 @@ class Evaluator:
         self._taught = replace(self._splits, train=self._lesson.split)
         self._baseline: Path | None = None
 
-    def __call__(self, point: Point, report: Report) -> Outcome:
+    def __call__(self, point: TrialParams, report: Report) -> Outcome:
         started = time.monotonic()
         with _trial_run(report.number, point):
 
@@ -98,7 +102,7 @@ class Evaluator:
         torch.manual_seed(self._options.seed)  # so that it is the same when it is trained again
         return new_student(self._teacher, self._splits.train, 0)
 
-    def _student(self, point: Point) -> Classifier:
+    def _student(self, point: TrialParams) -> Classifier:
         """What is taught: a static student, or a part of the teacher."""
         if not point.layers:
             return copy.deepcopy(self._static)
@@ -110,17 +114,17 @@ class Evaluator:
             width=point.width,
         )
 
-    def _loss(self, point: Point, student: Classifier) -> Loss:
+    def _loss(self, point: TrialParams, student: Classifier) -> Loss:
         lesson = self._lesson
-        loss = soft_labels(
+        loss = distillation_loss(
             lesson.logits,
             lesson.split.targets,
             temperature=point.temperature,
             weight=point.soft_weight,
         )
-        return with_relations(loss, student, lesson.features, self._options.relation_weight)
+        return add_similarity_loss(loss, student, lesson.features, self._options.relation_weight)
 
-    def _measure(self, student: Classifier, point: Point, folder: Path) -> Outcome:
+    def _measure(self, student: Classifier, point: TrialParams, folder: Path) -> Outcome:
         """Of the student as its variant runs it, reloaded in a fresh process."""
         reference, name = self._built_baseline(), "student" if point.layers else "static"
         try:
@@ -159,7 +163,7 @@ class Evaluator:
 
 
 @contextmanager
-def _trial_run(number: int, point: Point) -> Iterator[None]:
+def _trial_run(number: int, point: TrialParams) -> Iterator[None]:
     import optuna
 
     tags = {tracking.STAGE_TAG: "trial", "pt_deploy.trial": str(number)}

@@ -30,11 +30,11 @@ from mlflow_pt_deploy.plugins.local_servers import State
 from mlflow_pt_deploy.registry.addresses import ModelSpec
 from mlflow_pt_deploy.serving.api import serve
 from mlflow_pt_deploy.serving.model_names import check_folder
-from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.settings import ServerSettings
 
 FLAVOR = "pt_deploy"
 # A deployment listens where there is room, and sees an update at once.
-_SETTINGS = {**asdict(Settings()), "port": 0, "poll_s": 1.0}
+_SETTINGS = {**asdict(ServerSettings()), "port": 0, "poll_s": 1.0}
 # For a server that faces others, or has several models; see pt-deploy serve.
 for _key in ("tls_cert", "tls_key", "max_models", "max_memory_mb"):
     del _SETTINGS[_key]
@@ -273,7 +273,7 @@ def _split(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, 
         if not isinstance(parsed, allowed) or (kind is not bool and isinstance(parsed, bool)):
             raise MlflowException(f"{key} must be a {kind.__name__}", INVALID_PARAMETER_VALUE)
         given[key] = parsed
-    names = {field.name for field in fields(Settings)}
+    names = {field.name for field in fields(ServerSettings)}
     settings = {key: value for key, value in given.items() if key in names}
     options = {key: value for key, value in given.items() if key in MODEL_CONFIG}
     return settings, options, float(given.get("ready_s", _READY_S))

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mlflow_pt_deploy.errors import ArtifactError, DataError, ModelError, RowError, first_line
+from mlflow_pt_deploy.errors import ArtifactError, DataError, ModelError, RowError, root_cause
 from mlflow_pt_deploy.preprocessing.base import BATCH, Axis
 
 Pixels = npt.NDArray[np.uint8]
@@ -119,7 +119,7 @@ class ImagePreprocessor:
         except Exception as error:  # each of transformers' processors has its own
             raise ModelError(
                 "preprocessor_config.json: the images are prepared in a way that is not known here "
-                f"({first_line(error)}). Give size as height and width, or as shortest_edge with a "
+                f"({root_cause(error)}). Give size as height and width, or as shortest_edge with a "
                 "crop_size, and image_mean and image_std."
             ) from error
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import ArtifactError, ModelError
 from mlflow_pt_deploy.preprocessing.base import BATCH, Axis
-from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordMemory
+from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordPieceCache
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,8 +50,8 @@ class TextPreprocessor:
     ) -> None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length=max_length, direction=truncation_side)
-        suits = WordMemory.suits(tokenizer)
-        self._memory = WordMemory(tokenizer, max_length, truncation_side) if suits else None
+        suits = WordPieceCache.suits(tokenizer)
+        self._memory = WordPieceCache(tokenizer, max_length, truncation_side) if suits else None
         self._tokenizer = tokenizer
         self._nothing = tokenizer.encode(" ").ids or [pad_id]
         self.max_length = max_length

@@ -22,7 +22,7 @@ _MOST_WORDS = 100_000  # some 20 MB; then they are learned anew
 _LONGEST_WORD = 40  # longer ones are no words, and would fill the memory
 
 
-class WordMemory:
+class WordPieceCache:
     """Encodes rows of plain text.
 
     Args:

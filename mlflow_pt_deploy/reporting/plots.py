@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_pt_deploy.evaluation.result import Result
-from mlflow_pt_deploy.search.pareto import Finished, Found
+from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
 from mlflow_pt_deploy.selection.policy import Choice
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def plot(
     figure.savefig(path, format="png")
 
 
-def plot_front(found: Found, chosen: Sequence[Finished], path: Path, *, least: float) -> None:
+def plot_front(
+    found: StudyResult, chosen: Sequence[CompletedTrial], path: Path, *, least: float
+) -> None:
     """Draw the finished trials of a search and their Pareto front into a PNG file.
 
     Args:
@@ -128,7 +130,7 @@ def plot_front(found: Found, chosen: Sequence[Finished], path: Path, *, least: f
     figure.savefig(path, format="png")
 
 
-def _spots(trials: Sequence[Finished]) -> tuple[list[float], list[float]]:
+def _spots(trials: Sequence[CompletedTrial]) -> tuple[list[float], list[float]]:
     """Latencies in ms and accuracies in per cent."""
     latencies = [trial.outcome.latency_ms for trial in trials]
     return latencies, [100 * trial.outcome.accuracy for trial in trials]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mlflow_pt_deploy.evaluation.result import Measurement, Result
 from mlflow_pt_deploy.reporting.plots import plot
 from mlflow_pt_deploy.reporting.remarks import remarks
-from mlflow_pt_deploy.search.pareto import Finished, Found
+from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
 from mlflow_pt_deploy.selection.policy import Choice
 
 __all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
@@ -81,7 +81,7 @@ def markdown(
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
 
 
-def trials_table(found: Found, chosen: Sequence[Finished]) -> str:
+def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
     """Aligned plain text: finished trials, the fastest first, then the others with the reason.
 
     Args:
@@ -98,7 +98,7 @@ def trials_table(found: Found, chosen: Sequence[Finished]) -> str:
     return "\n".join(lines)
 
 
-def trials_markdown(found: Found, chosen: Sequence[Finished]) -> str:
+def trials_markdown(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
     """The same as a GitHub table."""
     header, *rows = _trial_rows(found, chosen)
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
@@ -110,7 +110,7 @@ def trials_markdown(found: Found, chosen: Sequence[Finished]) -> str:
 _TRIAL_TITLES = ("", "trial", "ms", "accuracy", "epochs", "rate", "batch", "T", "soft")
 
 
-def _trial_rows(found: Found, chosen: Sequence[Finished]) -> list[list[str]]:
+def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[list[str]]:
     taken, front = ({trial.number for trial in some} for some in (chosen, found.front))
     rows = [list(_TRIAL_TITLES)]
     for trial in sorted(found.finished, key=lambda each: each.outcome.latency_ms):

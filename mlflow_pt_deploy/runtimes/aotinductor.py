@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, root_cause
 from mlflow_pt_deploy.runtimes.base import (
     VNNI_FLAGS,
     Inputs,
@@ -95,7 +95,7 @@ class AOTInductor(Variant):
             raise
         except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
             raise VariantError(
-                f"AOTInductor: {type(error).__name__}: {first_line(error)}"
+                f"AOTInductor: {type(error).__name__}: {root_cause(error)}"
             ) from error
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:

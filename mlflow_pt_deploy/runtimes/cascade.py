@@ -100,12 +100,12 @@ class CascadePredictor:
         return self._fast, self._strong
 
     def __call__(self, inputs: Inputs) -> Logits:
-        logits, unsure = self.glance(inputs)
+        logits, unsure = self.run_fast_stage(inputs)
         if unsure.any():
             logits[unsure] = self._strong(_shortened({n: a[unsure] for n, a in inputs.items()}))
         return logits
 
-    def glance(self, inputs: Inputs) -> tuple[Logits, npt.NDArray[np.bool_]]:
+    def run_fast_stage(self, inputs: Inputs) -> tuple[Logits, npt.NDArray[np.bool_]]:
         """What the fast model says, and of which rows it is not sure enough.
 
         May be called while another thread computes.

@@ -81,14 +81,14 @@ def wants_cascades(names: str) -> bool:
     return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
 
 
-def suits(variant: Variant, model_type: str) -> bool:
+def supports(variant: Variant, model_type: str) -> bool:
     """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
     if model_type == STATIC:
         return variant in STATIC_VARIANTS
     return not isinstance(variant, NumPy)
 
 
-def useless(variant: Variant, model_type: str) -> str:
+def skip_reason(variant: Variant, model_type: str) -> str:
     """Why a variant of such a model would gain nothing; empty where it may gain."""
     if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
         return (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import VariantError, first_line
+from mlflow_pt_deploy.errors import VariantError, root_cause
 from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, streams_of
 
@@ -92,7 +92,7 @@ class Probes:
             try:
                 expected = _eager(module, inputs)
             except Exception as error:  # whatever a network's own code raises
-                failed = f"the model itself fails on {_words(inputs)}: {first_line(error)}"
+                failed = f"the model itself fails on {_words(inputs)}: {root_cause(error)}"
                 continue
             if not np.isfinite(expected).all():
                 raise VariantError(f"the model itself answers {_words(inputs)} with NaN.")
@@ -136,7 +136,7 @@ class Probes:
         try:
             actual = predict(probe.inputs)
         except Exception as error:  # whatever the runtime raises
-            raise VariantError(f"it fails on {batch}: {first_line(error)}") from error
+            raise VariantError(f"it fails on {batch}: {root_cause(error)}") from error
         if actual.shape != probe.expected.shape:
             raise VariantError(
                 f"answers differ from eager: for {batch} the logits' shape is {actual.shape} "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, root_cause
 from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
     Inputs,
@@ -142,7 +142,7 @@ def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:
                 dynamo=False,
             )
     except (RuntimeError, ValueError) as error:
-        raise VariantError(f"export to ONNX failed: {first_line(error)}") from error
+        raise VariantError(f"export to ONNX failed: {root_cause(error)}") from error
     finally:
         if attention:
             module.network.set_attn_implementation(attention)
@@ -254,7 +254,7 @@ def _calibrate(path: Path, calibration: Sequence[Inputs], convolutional: bool) -
                 },
             )
     except Exception as error:  # ONNX Runtime's own derive from Exception alone
-        raise VariantError(f"ONNX Runtime: {first_line(error)}") from error
+        raise VariantError(f"ONNX Runtime: {root_cause(error)}") from error
 
 
 def _without_weight(path: str) -> list[str]:

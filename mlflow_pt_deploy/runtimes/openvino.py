@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
+from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, root_cause
 from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
     Inputs,
@@ -105,7 +105,7 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
             warnings.simplefilter("ignore")
             model = openvino.convert_model(module, example_input=tensors)
     except Exception as error:  # OpenVINO's own exceptions derive from Exception alone
-        raise VariantError(f"OpenVINO: {first_line(error)}") from error
+        raise VariantError(f"OpenVINO: {root_cause(error)}") from error
     for port, name in zip(model.inputs, example, strict=True):
         port.get_tensor().set_names({name})
     axes = module.preprocessor.axes
@@ -167,7 +167,7 @@ def _calibrate(model: Any, module: Classifier, calibration: Sequence[Inputs]) ->
             **_family(module),
         )
     except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
-        raise VariantError(f"NNCF: {first_line(error)}") from error
+        raise VariantError(f"NNCF: {root_cause(error)}") from error
 
 
 def _calibrate_held_to(
@@ -194,7 +194,7 @@ def _calibrate_held_to(
             **_family(module),
         )
     except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
-        raise VariantError(f"NNCF: {first_line(error)}") from error
+        raise VariantError(f"NNCF: {root_cause(error)}") from error
     _check_drop(held, held_out, max_drop)
     return held
 

@@ -37,7 +37,7 @@ _FIRST_ROWS = 64
 _TRIED_EVERY = 64
 
 
-class Part(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows that are computed by one call: their places in the batch, their arrays."""
 
     places: npt.NDArray[np.int64]
@@ -67,7 +67,7 @@ class Streams:
 
     def __init__(self, whole: Predict, single: Predict, *, threads: int) -> None:
         self.threads = threads
-        self._whole, self._single = _Way(whole), _Way(single)
+        self._whole, self._single = TimedPredictor(whole), TimedPredictor(single)
         self._lone_rows = 0
 
     def __call__(self, inputs: Inputs) -> Logits:
@@ -115,7 +115,7 @@ class Streams:
     def _helpers(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads - 1, thread_name_prefix="stream")
 
-    def _compute(self, parts: list[Part]) -> list[Logits]:
+    def _compute(self, parts: list[RowGroup]) -> list[Logits]:
         """Logits of each part; this thread works too, and whoever is free takes the next."""
         found: dict[int, Logits] = {}
         waiting = iter(enumerate(parts))
@@ -135,7 +135,7 @@ class Streams:
         return [found[at] for at in range(len(parts))]
 
 
-class _Way:
+class TimedPredictor:
     """One of two ways to compute a row, and what it has taken of late."""
 
     def __init__(self, predict: Predict) -> None:
@@ -152,7 +152,7 @@ class _Way:
         return logits
 
 
-def cut(inputs: Inputs, most: int) -> list[Part]:
+def cut(inputs: Inputs, most: int) -> list[RowGroup]:
     """Parts of a batch for which calls and padding together cost the least, the longest rows first.
 
     Args:
@@ -167,7 +167,7 @@ def cut(inputs: Inputs, most: int) -> list[Part]:
         for at in range(start, end, size):
             places = order[at : min(at + size, end)]
             longest = lengths[places[0]]
-            parts.append(Part(places, {k: v[places, :longest] for k, v in inputs.items()}))
+            parts.append(RowGroup(places, {k: v[places, :longest] for k, v in inputs.items()}))
     return parts
 
 

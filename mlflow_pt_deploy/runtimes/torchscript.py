@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from mlflow_pt_deploy.errors import VariantError, first_line
+from mlflow_pt_deploy.errors import VariantError, root_cause
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.runtimes.eager import check_int8_linears, quantize_linears, torch_predict
 from mlflow_pt_deploy.system.hardware import check_device
@@ -43,7 +43,7 @@ class TorchScript(Variant):
             try:
                 traced = torch.jit.freeze(torch.jit.trace(source, tensors, strict=False))
             except RuntimeError as error:
-                raise VariantError(f"tracing failed: {first_line(error)}") from error
+                raise VariantError(f"tracing failed: {root_cause(error)}") from error
             torch.jit.save(traced, str(folder / FILE))
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:

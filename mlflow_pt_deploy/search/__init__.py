@@ -5,28 +5,28 @@ how a student is trained or measured, nor MLflow: the caller gives a function.
 """
 
 from mlflow_pt_deploy.search.pareto import (
-    Chosen,
-    Dropped,
-    Finished,
-    Found,
+    CompletedTrial,
+    FailedTrial,
     Outcome,
+    SelectedTrial,
+    StudyResult,
     choose_point,
     pareto,
 )
-from mlflow_pt_deploy.search.space import STATIC, TRANSFORMER, Point, Ranges, Space
-from mlflow_pt_deploy.search.study import Evaluate, Plan, Report, search
+from mlflow_pt_deploy.search.space import STATIC, TRANSFORMER, Ranges, Space, TrialParams
+from mlflow_pt_deploy.search.study import Evaluate, Report, StudyConfig, search
 
 __all__ = [
     "STATIC",
     "TRANSFORMER",
-    "Chosen",
-    "Dropped",
+    "SelectedTrial",
+    "FailedTrial",
     "Evaluate",
-    "Finished",
-    "Found",
+    "CompletedTrial",
+    "StudyResult",
     "Outcome",
-    "Plan",
-    "Point",
+    "StudyConfig",
+    "TrialParams",
     "Ranges",
     "Report",
     "Space",

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlflow_pt_deploy.search.pareto import Finished
-from mlflow_pt_deploy.search.space import Point
+from mlflow_pt_deploy.search.pareto import CompletedTrial
+from mlflow_pt_deploy.search.space import TrialParams
 
 _LEAST_GAINS = 5  # as many as Optuna's MedianPruner waits for
 
 
-def hopeless(point: Point, curve: Sequence[tuple[int, float]], finished: Sequence[Finished]) -> str:
+def should_prune(
+    point: TrialParams, curve: Sequence[tuple[int, float]], finished: Sequence[CompletedTrial]
+) -> str:
     """Why a running trial should stop, or nothing.
 
     Args:
@@ -48,7 +50,7 @@ def hopeless(point: Point, curve: Sequence[tuple[int, float]], finished: Sequenc
     )
 
 
-def _least_latency(point: Point, finished: Sequence[Finished]) -> float:
+def _least_latency(point: TrialParams, finished: Sequence[CompletedTrial]) -> float:
     """A lower bound of a point's latency, known before it is trained; 0 if nothing is known.
 
     Latency depends on the shape alone: a student is no faster than another of its kind that is no
@@ -64,15 +66,15 @@ def _least_latency(point: Point, finished: Sequence[Finished]) -> float:
     return max(least.values(), default=0.0)
 
 
-def _shape(point: Point) -> tuple[float, ...]:
+def _shape(point: TrialParams) -> tuple[float, ...]:
     return point.layers, point.heads or float("inf"), point.width
 
 
-def _runs_on(point: Point) -> tuple[str, str, int]:
+def _runs_on(point: TrialParams) -> tuple[str, str, int]:
     return point.kind, point.variant, point.threads
 
 
-def _gain(trial: Finished, share: float) -> float:
+def _gain(trial: CompletedTrial, share: float) -> float:
     """What a finished trial gained after a share of its epochs; -1 if it did not report by then.
 
     Its last report before is taken, which makes the gain rather too large.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlflow_pt_deploy.errors import PolicyError, SearchError
-from mlflow_pt_deploy.search.space import Point
+from mlflow_pt_deploy.search.space import TrialParams
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Finished:
+class CompletedTrial:
     """A trial that was trained and measured.
 
     Attributes:
@@ -48,13 +48,13 @@ class Finished:
     """
 
     number: int
-    point: Point
+    point: TrialParams
     outcome: Outcome
     curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Dropped:
+class FailedTrial:
     """A trial without an outcome.
 
     Attributes:
@@ -66,31 +66,31 @@ class Dropped:
     """
 
     number: int
-    point: Point | None
+    point: TrialParams | None
     state: Literal["pruned", "failed", "stopped", "open"]
     reason: str
 
 
 @dataclass(frozen=True)
-class Found:
+class StudyResult:
     """All trials of a study, those of other processes included, by their number."""
 
-    finished: tuple[Finished, ...]
-    dropped: tuple[Dropped, ...]
+    finished: tuple[CompletedTrial, ...]
+    dropped: tuple[FailedTrial, ...]
 
     @property
-    def front(self) -> tuple[Finished, ...]:
+    def front(self) -> tuple[CompletedTrial, ...]:
         """Trials that no other beats, the fastest first."""
         return tuple(self.finished[i] for i in pareto([t.outcome for t in self.finished]))
 
     @property
-    def failed(self) -> tuple[Dropped, ...]:
+    def failed(self) -> tuple[FailedTrial, ...]:
         """Trials that ended with an error."""
         return tuple(trial for trial in self.dropped if trial.state == "failed")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedTrial:
     """The trial to take.
 
     Attributes:
@@ -99,7 +99,7 @@ class Chosen:
         reason: One paragraph for a person who was not there.
     """
 
-    trial: Finished
+    trial: CompletedTrial
     meets: bool
     reason: str
 
@@ -121,7 +121,7 @@ def pareto(outcomes: Sequence[Outcome]) -> list[int]:
     return front
 
 
-def choose_point(found: Found, retain: float, reference: float) -> Chosen:
+def choose_point(found: StudyResult, retain: float, reference: float) -> SelectedTrial:
     """The fastest trial of the front that keeps the accuracy, or else the most accurate.
 
     Args:
@@ -159,10 +159,10 @@ def choose_point(found: Found, retain: float, reference: float) -> Chosen:
             f"{what}: the most accurate of {len(found.finished)} finished trials, none of which "
             f"reaches {asked}. Search longer, widen the space, or lower retain."
         )
-    return Chosen(chosen, bool(kept), reason)
+    return SelectedTrial(chosen, bool(kept), reason)
 
 
-def _nothing(found: Found) -> str:
+def _nothing(found: StudyResult) -> str:
     counts = [
         f"{sum(trial.state == state for trial in found.dropped)} {state}"
         for state in ("failed", "pruned", "stopped", "open")

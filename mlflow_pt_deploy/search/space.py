@@ -21,7 +21,7 @@ _CHOICES = ("variants", "batch_size", "threads", "heads", "width")
 
 
 @dataclass(frozen=True)
-class Point:
+class TrialParams:
     """One student to try: its shape, how it learns, and what runs it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Ranges:
-    """What may vary within one kind of student; see `Point` for what each is.
+    """What may vary within one kind of student; see `TrialParams` for what each is.
 
     Attributes:
         variants, batch_size, threads, heads, width: The choices.
@@ -139,7 +139,7 @@ class Space:
         return plain
 
 
-def propose(trial: optuna.Trial, space: Space) -> Point:
+def propose(trial: optuna.Trial, space: Space) -> TrialParams:
     """Let Optuna draw a point; a parameter is named by its kind, e.g. ``static.epochs``."""
     kinds = space.kinds()
     kind = trial.suggest_categorical("kind", list(kinds))
@@ -149,7 +149,7 @@ def propose(trial: optuna.Trial, space: Space) -> Point:
         low, high = getattr(within, name)
         return trial.suggest_float(f"{kind}.{name}", low, high, log=log)
 
-    return Point(
+    return TrialParams(
         kind=kind,
         layers=trial.suggest_int(f"{kind}.layers", *within.layers),
         temperature=number("temperature", log=True),
@@ -164,10 +164,14 @@ def propose(trial: optuna.Trial, space: Space) -> Point:
     )
 
 
-def read_point(params: Mapping[str, Any]) -> Point | None:
+def read_point(params: Mapping[str, Any]) -> TrialParams | None:
     """The point of a stored trial; None if its process died while it was drawn."""
     values = {name.rpartition(".")[2]: value for name, value in params.items()}
-    return Point(**values) if set(values) == {field.name for field in fields(Point)} else None
+    return (
+        TrialParams(**values)
+        if set(values) == {field.name for field in fields(TrialParams)}
+        else None
+    )
 
 
 def _plural(count: int, word: str) -> str:

@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlflow_pt_deploy.errors import PtDeployError, SearchError
-from mlflow_pt_deploy.search.early_stopping import hopeless
-from mlflow_pt_deploy.search.pareto import Dropped, Finished, Found, Outcome
-from mlflow_pt_deploy.search.space import Point, Space, propose
+from mlflow_pt_deploy.search.early_stopping import should_prune
+from mlflow_pt_deploy.search.pareto import CompletedTrial, FailedTrial, Outcome, StudyResult
+from mlflow_pt_deploy.search.space import Space, TrialParams, propose
 from mlflow_pt_deploy.search.storage import check_space, open_study
 from mlflow_pt_deploy.search.trials import (
     CURVE,
     Watch,
-    beating,
     counts,
     end,
     give_up,
+    heartbeat,
     read_found,
-    retry_forgotten,
+    retry_lost_trials,
     stop,
 )
 from mlflow_pt_deploy.system import interrupt
@@ -44,7 +44,7 @@ _MISSED_BEATS = 6
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyConfig:
     """Which study, and how much of it.
 
     Attributes:
@@ -86,7 +86,7 @@ class Report:
     """
 
     def __init__(
-        self, study: optuna.Study, trial: optuna.Trial, point: Point, deadline: float
+        self, study: optuna.Study, trial: optuna.Trial, point: TrialParams, deadline: float
     ) -> None:
         self.number = trial.number
         self.late = False
@@ -110,21 +110,21 @@ class Report:
             self.late = True
             raise optuna.TrialPruned(f"the time was over after epoch {step}")
         finished = read_found(self._study).finished
-        if reason := hopeless(self._point, self._curve, finished):
+        if reason := should_prune(self._point, self._curve, finished):
             raise optuna.TrialPruned(reason)
 
 
-Evaluate = Callable[[Point, Report], Outcome]
+Evaluate = Callable[[TrialParams, Report], Outcome]
 """Trains and measures a point, and reports each epoch."""
 
 
 def search(
     evaluate: Evaluate,
     space: Space,
-    plan: Plan,
+    plan: StudyConfig,
     *,
-    on_trial: Callable[[Finished | Dropped], None] | None = None,
-) -> Found:
+    on_trial: Callable[[CompletedTrial | FailedTrial], None] | None = None,
+) -> StudyResult:
     """Try students until the study has enough trials or the time is over.
 
     A trial whose process is killed, interrupted or out of time is tried again with the same
@@ -146,7 +146,7 @@ def search(
     deadline = time.monotonic() + plan.seconds
     watch = Watch(_MISSED_BEATS * plan.heartbeat_s)
     with open_study(plan.study, plan.storage, space, plan.wait_s) as study:
-        retry_forgotten(study)
+        retry_lost_trials(study)
         while time.monotonic() < deadline:
             interrupt.check()
             check_space(study, space)
@@ -166,7 +166,7 @@ def search(
 
 
 def _one_trial(
-    study: optuna.Study, evaluate: Evaluate, space: Space, plan: Plan, deadline: float
+    study: optuna.Study, evaluate: Evaluate, space: Space, plan: StudyConfig, deadline: float
 ) -> int:
     import optuna
 
@@ -176,7 +176,7 @@ def _one_trial(
     point = propose(trial, space)
     report = Report(study, trial, point, deadline)
     try:
-        with beating(trial, plan.heartbeat_s):
+        with heartbeat(trial, plan.heartbeat_s):
             outcome = evaluate(point, report)
             values = [outcome.accuracy, outcome.latency_ms]
     except optuna.TrialPruned as pruned:
@@ -206,6 +206,6 @@ def _sampler(seed: int, number: int) -> TPESampler:
     return TPESampler(seed=int(own), constant_liar=True)
 
 
-def _record(found: Found, number: int) -> Finished | Dropped:
-    every: tuple[Finished | Dropped, ...] = (*found.finished, *found.dropped)
+def _record(found: StudyResult, number: int) -> CompletedTrial | FailedTrial:
+    every: tuple[CompletedTrial | FailedTrial, ...] = (*found.finished, *found.dropped)
     return next(record for record in every if record.number == number)

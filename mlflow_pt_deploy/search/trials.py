@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mlflow_pt_deploy.search.pareto import Dropped, Finished, Found, Outcome
+from mlflow_pt_deploy.search.pareto import CompletedTrial, FailedTrial, Outcome, StudyResult
 from mlflow_pt_deploy.search.space import read_point
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ATTEMPT, _RETRY_OF = "attempt", "retry_of"
 
 
 @contextmanager
-def beating(trial: optuna.Trial, every_s: float) -> Iterator[None]:
+def heartbeat(trial: optuna.Trial, every_s: float) -> Iterator[None]:
     """Count up a number beside the trial, so that others see that its process lives."""
     import optuna
 
@@ -146,7 +146,7 @@ def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
     )
 
 
-def retry_forgotten(study: optuna.Study) -> None:
+def retry_lost_trials(study: optuna.Study) -> None:
     """Try points again whose process was killed between ending a trial and queueing it again."""
     trials = study.get_trials(deepcopy=False)
     retried = _retries(trials)
@@ -163,7 +163,7 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state.is_finished()
 
 
-def read_found(study: optuna.Study) -> Found:
+def read_found(study: optuna.Study) -> StudyResult:
     """All trials of a study.
 
     By their state, which Optuna reads first: it reads a trial's parameters and values in selects of
@@ -176,9 +176,9 @@ def read_found(study: optuna.Study) -> Found:
         _finished(t) if t.state.name == "COMPLETE" else _dropped(t, retried.get(t.number))
         for t in trials
     ]
-    return Found(
-        tuple(record for record in records if isinstance(record, Finished)),
-        tuple(record for record in records if isinstance(record, Dropped)),
+    return StudyResult(
+        tuple(record for record in records if isinstance(record, CompletedTrial)),
+        tuple(record for record in records if isinstance(record, FailedTrial)),
     )
 
 
@@ -187,23 +187,23 @@ def _retries(trials: Sequence[FrozenTrial]) -> dict[int, int]:
     return {t.user_attrs[_RETRY_OF]: t.number for t in trials if _RETRY_OF in t.user_attrs}
 
 
-def _finished(trial: FrozenTrial) -> Finished:
+def _finished(trial: FrozenTrial) -> CompletedTrial:
     point = read_point(trial.params)
     assert point is not None, "a trial ends after its point is drawn"
     curve = tuple((step, accuracy) for step, accuracy in trial.user_attrs.get(CURVE, ()))
-    return Finished(trial.number, point, Outcome(*trial.values), curve)
+    return CompletedTrial(trial.number, point, Outcome(*trial.values), curve)
 
 
-def _dropped(trial: FrozenTrial, again: int | None) -> Dropped:
+def _dropped(trial: FrozenTrial, again: int | None) -> FailedTrial:
     attrs, point = trial.user_attrs, read_point(trial.params)
     if not trial.state.is_finished():
-        return Dropped(trial.number, point, "open", f"it is {trial.state.name.lower()}")
+        return FailedTrial(trial.number, point, "open", f"it is {trial.state.name.lower()}")
     if reason := attrs.get(_REASON):
-        return Dropped(
+        return FailedTrial(
             trial.number, point, "pruned" if trial.state.name == "PRUNED" else "failed", reason
         )
     why = attrs.get(_STOPPED, "its process died")
     if counts(trial):
-        return Dropped(trial.number, point, "failed", f"{why}, {_ATTEMPTS} times")
+        return FailedTrial(trial.number, point, "failed", f"{why}, {_ATTEMPTS} times")
     following = "to be tried again" if again is None else f"tried again as trial {again}"
-    return Dropped(trial.number, point, "stopped", f"{why}; {following}")
+    return FailedTrial(trial.number, point, "stopped", f"{why}; {following}")

@@ -20,7 +20,7 @@ _MOST = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class CascadePlan:
     """A cascade that keeps to the accuracy limit on validation.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan:
     cost: float
 
 
-def plan_cascades(results: Sequence[Result], retain: float) -> list[Plan]:
+def plan_cascades(results: Sequence[Result], retain: float) -> list[CascadePlan]:
     """Cascades that are faster than every single variant within the limit, the fastest first.
 
     For each pair of models the fastest variant of one is tried before every variant of the other.
@@ -75,12 +75,12 @@ def _pairs(results: Sequence[Result]) -> Iterator[tuple[Result, list[Result]]]:
                 yield fastest, others
 
 
-def _best(fast: Result, others: Sequence[Result], least: float) -> list[Plan]:
+def _best(fast: Result, others: Sequence[Result], least: float) -> list[CascadePlan]:
     plans = [plan for strong in others if (plan := _plan(fast, strong, least)) is not None]
     return sorted(plans, key=lambda plan: plan.cost)[:1]
 
 
-def _plan(fast: Result, strong: Result, least: float) -> Plan | None:
+def _plan(fast: Result, strong: Result, least: float) -> CascadePlan | None:
     """The smallest deferral that reaches the accuracy, or None where none or all would go."""
     sure = _evidence(fast, "confidence")
     order = np.argsort(sure, kind="stable")
@@ -96,7 +96,7 @@ def _plan(fast: Result, strong: Result, least: float) -> Plan | None:
     share = float((sure < threshold).mean())
     cost = (_cost(fast) or 0.0) + share * (_cost(strong) or 0.0)
     accuracy = float((_right(fast).sum() + gained[deferred - 1]) / rows)
-    return Plan(fast.variant, strong.variant, threshold, share, accuracy, cost)
+    return CascadePlan(fast.variant, strong.variant, threshold, share, accuracy, cost)
 
 
 def _baseline_accuracy(results: Sequence[Result]) -> float:

@@ -117,7 +117,7 @@ def finalists(results: Sequence[Result], policy: Policy, count: int = 2) -> list
     return [each.variant for each in best[:count]]
 
 
-def no_slower(one: Result, other: Result) -> bool:
+def not_slower_than(one: Result, other: Result) -> bool:
     """Whether `one` is beyond noise not slower than `other`, one row at a time and in batches."""
     speedup, interval = one.value("speedup"), _interval(other)
     rate, theirs = one.get("throughput_rows_per_s"), other.get("throughput_rows_per_s")

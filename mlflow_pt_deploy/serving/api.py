@@ -10,7 +10,7 @@ from typing import Any
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
 from mlflow_pt_deploy.serving.model_names import check_folder
-from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
 
@@ -23,12 +23,12 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
             ``@FILE`` (see `registry.addresses.source`), or either with a name: ``NAME=URI``. The
             first answers ``/invocations``, each ``/models/NAME/invocations``.
         model_config: Serving options of all models, see `ServingOptions`.
-        **settings: See `Settings`.
+        **settings: See `ServerSettings`.
 
     Raises:
         ServingError: An option is wrong (named in the message), or a model cannot be opened.
     """
-    chosen, options = Settings(**settings), ServingOptions.from_config(model_config)
+    chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
     for word in models:
         check_folder(word)
     require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)

@@ -26,7 +26,7 @@ from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import registry_variables
 from mlflow_pt_deploy.serving.observability.server_log import log_granian, server_log
 from mlflow_pt_deploy.serving.port import hold_port
-from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker import WorkerJob, load_worker
 from mlflow_pt_deploy.serving.worker_state import WorkerStates, new_run_folder
 from mlflow_pt_deploy.system.cpu_allocation import Share
@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 def run_server(
     models: Sequence[str],
     model_config: Mapping[str, Any] | None,
-    settings: Settings,
+    settings: ServerSettings,
     shares: Sequence[Share],
     on_ready: ReadyCallback,
 ) -> None:

@@ -15,7 +15,7 @@ _MOST_REPLICAS = 256
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Where and how a server listens.
 
     Attributes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.registry.addresses import in_words
-from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 from mlflow_pt_deploy.system.cpu_allocation import Share
 from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
@@ -47,7 +47,7 @@ class WorkerJob:
 
     models: Sequence[str]
     model_config: Mapping[str, Any]
-    settings: Settings
+    settings: ServerSettings
     folder: Path
     shares: Sequence[Share]
     environment: Mapping[str, str]
@@ -119,7 +119,7 @@ class _StatePublisher:
         self,
         states: WorkerStates,
         models: Mapping[str, ServedModel],
-        settings: Settings,
+        settings: ServerSettings,
         sample: Any,
     ) -> None:
         self._states = states
@@ -188,7 +188,7 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     log_granian()
 
 
-def _banner(models: Mapping[str, ServedModel], settings: Settings) -> list[str]:
+def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list[str]:
     """What the server prints once it is ready."""
     from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 

@@ -11,7 +11,7 @@ from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
 
-from mlflow_pt_deploy.errors import UnsupportedError, first_line
+from mlflow_pt_deploy.errors import UnsupportedError, root_cause
 
 _LIBRARIES = (
     "torch",
@@ -96,7 +96,7 @@ def check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(
-            f"device={name}: PyTorch cannot use it here ({first_line(error)}). Give "
+            f"device={name}: PyTorch cannot use it here ({root_cause(error)}). Give "
             "device=cpu, or see that the driver and a build of PyTorch for this GPU are installed."
         ) from error
 

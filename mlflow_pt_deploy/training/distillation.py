@@ -39,7 +39,7 @@ from mlflow_pt_deploy.training.trainer import Loss, Tensors, predict_batches
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherLabels:
     """What a teacher says of rows.
 
     Attributes:
@@ -53,7 +53,7 @@ class Lesson:
     features: npt.NDArray[np.float16]
 
 
-def spread(depth: int, keep: int) -> tuple[int, ...]:
+def evenly_spaced(depth: int, keep: int) -> tuple[int, ...]:
     """Layers to keep, evenly spread from the first to the last.
 
     Args:
@@ -74,13 +74,13 @@ def kept_layers(depth: int, keep: int, chosen: str = "") -> tuple[int, ...]:
     Args:
         depth: Layers of the teacher.
         keep: How many, evenly spread, where none are chosen.
-        chosen: Their numbers from 0 on, rising, separated by commas; empty: `spread`.
+        chosen: Their numbers from 0 on, rising, separated by commas; empty: `evenly_spaced`.
 
     Raises:
         ModelError: `keep` or a number is out of range, or they do not rise.
     """
     if not chosen:
-        return spread(depth, keep)
+        return evenly_spaced(depth, keep)
     words = [word.strip() for word in chosen.split(",")]
     numbers = tuple(int(word) for word in words if word.isdecimal())
     in_range = len(numbers) == len(words) and max(numbers, default=depth) < depth
@@ -128,7 +128,7 @@ def start_student(
     return shrink(teacher, kept_layers(teacher.network.config.num_hidden_layers, layers, chosen))
 
 
-def teach(
+def label_with_teacher(
     teacher: Classifier,
     train: Split,
     cache: Path,
@@ -136,7 +136,7 @@ def teach(
     made: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
-) -> Lesson:
+) -> TeacherLabels:
     """Let the teacher label train, and texts made from it; computed once.
 
     Args:
@@ -155,18 +155,18 @@ def teach(
     unlabelled = Split(texts, np.zeros(len(texts), dtype=np.int64))
     new = _labelled(teacher, unlabelled, cache, device)
     targets = np.concatenate([train.targets, new.logits.argmax(1)])
-    return Lesson(
+    return TeacherLabels(
         Split(train.rows + texts, targets),
         np.concatenate([known.logits, new.logits]),
         np.concatenate([known.features, new.features]),
     )
 
 
-def _labelled(teacher: Classifier, split: Split, cache: Path, device: str) -> Lesson:
+def _labelled(teacher: Classifier, split: Split, cache: Path, device: str) -> TeacherLabels:
     path = cache / f"{_digest(teacher)}-{split.digest}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
-            return Lesson(split, kept["logits"], kept["features"])
+            return TeacherLabels(split, kept["logits"], kept["features"])
     caught = _Caught(teacher)
     logits = np.empty((len(split), len(teacher.labels)), dtype=np.float32)
     features = np.empty((len(split), caught.width), dtype=np.float16)
@@ -182,7 +182,7 @@ def _labelled(teacher: Classifier, split: Split, cache: Path, device: str) -> Le
         with side.open("wb") as file:
             np.savez(file, logits=logits, features=features)
         os.replace(side, path)
-    return Lesson(split, logits, features)
+    return TeacherLabels(split, logits, features)
 
 
 class _Caught:
@@ -213,7 +213,7 @@ def _digest(classifier: Classifier) -> str:
     return sha.hexdigest()[:16]
 
 
-def soft_labels(
+def distillation_loss(
     teacher_logits: npt.NDArray[np.float32],
     targets: npt.NDArray[np.int64],
     *,
@@ -237,19 +237,19 @@ def soft_labels(
     return loss
 
 
-def view_labels(
+def online_distillation_loss(
     teacher: Classifier,
     targets: npt.NDArray[np.int64],
     *,
     temperature: float = 2.0,
     weight: float = 0.7,
 ) -> Loss:
-    """`soft_labels` for rows of which each epoch shows another view: the teacher sees it too.
+    """`distillation_loss` for rows of which each epoch shows another view: the teacher sees it too.
 
     Args:
         teacher: The fine-tuned teacher, on the device on which the student learns.
         targets: Labels of train, int64 (rows,).
-        temperature, weight: As in `soft_labels`.
+        temperature, weight: As in `distillation_loss`.
     """
     truth = torch.from_numpy(targets)
     teacher.eval()
@@ -273,7 +273,7 @@ def _mixed(
     return weight * temperature**2 * divergence + (1 - weight) * truth
 
 
-def with_relations(
+def add_similarity_loss(
     loss: Loss, student: Classifier, features: npt.NDArray[np.float16], weight: float
 ) -> Loss:
     """Besides, let rows be alike to the student that are alike to the teacher.

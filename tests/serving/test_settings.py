@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.settings import Settings
+from mlflow_pt_deploy.serving.settings import ServerSettings
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ from mlflow_pt_deploy.serving.settings import Settings
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ServingError, match=message):
-        Settings(**settings)
+        ServerSettings(**settings)
 
 
 def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="none.pem cannot be read"):
-        Settings(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.pem"))
+        ServerSettings(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.pem"))

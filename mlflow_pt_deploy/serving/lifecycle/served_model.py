@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mlflow_pt_deploy.errors import PtDeployError, first_line
+from mlflow_pt_deploy.errors import PtDeployError, root_cause
 from mlflow_pt_deploy.registry.addresses import (
     ModelSpec,
     ResolvedVersion,
@@ -332,5 +332,5 @@ def _explain(error: Exception) -> str:
     """Our own messages, or the cause in a library's."""
     if isinstance(error, PtDeployError):
         return str(error)
-    text = re.sub(r"://[^/@\s]+@", "://", first_line(error))  # a password in a URI
+    text = re.sub(r"://[^/@\s]+@", "://", root_cause(error))  # a password in a URI
     return f"{type(error).__name__}: {text}"

@@ -111,7 +111,7 @@ class InferenceService:
         if streams > 1 and not self.runs_inline:
             self.batcher.enable_streams(predict_single, streams)
         if isinstance(predict, CascadePredictor):
-            stage_s = fastest_s(lambda: predict.glance(preprocessor.collate([longest])))
+            stage_s = fastest_s(lambda: predict.run_fast_stage(preprocessor.collate([longest])))
             self.fast_stage_runs_inline = stage_s < INLINE_THRESHOLD_S
 
     def encode(self, rows: Sequence[Row], first: int = 0) -> list[Encoded]:
@@ -256,7 +256,7 @@ class InferenceService:
         """Answer what a cascade's fast stage is sure of; returns the other requests."""
         stages = self.loaded.predict
         assert isinstance(stages, CascadePredictor)
-        logits, unsure = stages.glance(self.loaded.preprocessor.collate(encoded))
+        logits, unsure = stages.run_fast_stage(self.loaded.preprocessor.collate(encoded))
         sure: list[PendingRequest] = []
         parts: list[Logits] = []
         others: list[PendingRequest] = []
