@@ -32,6 +32,7 @@ def _ours(folder: str) -> Callable[[list[str]], list[dict]]:
     preprocessor, predict = pyfunc.loaded.preprocessor, pyfunc.loaded.predict
 
     def score(texts: list[str]) -> list[dict]:
-        return pyfunc.labels.read(predict(preprocessor.collate(preprocessor.encode(list(texts)))))
+        logits = predict(preprocessor.collate(preprocessor.encode(list(texts))))
+        return pyfunc.service.formatter.to_objects(logits)
 
     return score
