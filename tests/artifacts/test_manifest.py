@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifact import SAVED, copy_saved, refused, reseal, write_manifest
+from tiny.artifact import SAVED, copy_saved, refused, reseal, write_manifest
 
 from mlflow_pt_deploy.artifacts import load_variant
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade

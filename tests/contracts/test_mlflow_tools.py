@@ -15,8 +15,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import make_metric
 from tiny.serving import save_tiny, tiny_variant
 
-from mlflow_pt_deploy.serving.model.outputs import Labels, Predictions
-from mlflow_pt_deploy.serving.model.pyfunc import PyFunc
+from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter, Predictions
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 # MLflow 3.17 calls pandas 3 in ways that pandas 4 will not have.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
@@ -69,7 +69,7 @@ def test_evaluate_on_labels_that_pandas_reads_as_numbers(
     tracking: str, uri: str, names: tuple[str, ...], targets: list[Any]
 ) -> None:
     model = mlflow.pyfunc.load_model(uri)
-    model._model_impl.labels = Labels(names)
+    model._model_impl.labels = PredictionFormatter(names)
     frame = pd.DataFrame({"text": ["red", "green", "blue", "green"], "y": targets})
     done = mlflow.models.evaluate(
         model,
@@ -82,14 +82,14 @@ def test_evaluate_on_labels_that_pandas_reads_as_numbers(
 
 
 def test_predictions_are_a_list_of_dicts_and_an_array_of_labels() -> None:
-    answers = PyFunc(tiny_variant()).predict(["red", "blue"])  # type: ignore[arg-type]
+    answers = PtDeployPyFunc(tiny_variant()).predict(["red", "blue"])  # type: ignore[arg-type]
     expected = [{"label": "red", "score": 0.576117}, {"label": "blue", "score": 0.576117}]
     assert isinstance(answers, Predictions) and answers == expected
     assert json.loads(json.dumps(answers)) == expected
     assert pd.DataFrame(answers).to_dict("records") == expected
     again = copy.deepcopy(answers)
     assert again == expected and np.asarray(again).tolist() == ["red", "blue"]
-    assert PyFunc(tiny_variant()).predict(["red"], {"top_k": 2})[0][0] == expected[0]  # type: ignore[arg-type]
+    assert PtDeployPyFunc(tiny_variant()).predict(["red"], {"top_k": 2})[0][0] == expected[0]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_predictions_are_a_list_of_dicts_and_an_array_of_labels() -> None:
     ],
 )
 def test_the_array_holds_what_pandas_reads(names: tuple[str, str], values: list[Any]) -> None:
-    answers = Labels(names).as_predictions([{"label": name} for name in names])
+    answers = PredictionFormatter(names).as_predictions([{"label": name} for name in names])
     assert np.array(answers).tolist() == values
 
 

@@ -298,7 +298,7 @@ def test_others_may_read_it(module: Unsure, tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from test_variant_folder import Constant, TextPreprocessor, SimpleNamespace, write
+from test_folder import Constant, TextPreprocessor, SimpleNamespace, write
 
 class Slow(Constant):
     def export(self, module, example, calibration, folder):

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny_artifact import copy_saved, refused
+from tiny.artifact import copy_saved, refused
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.registry.addresses import Address, Target
+from mlflow_pt_deploy.registry.addresses import ResolvedVersion, ModelSpec
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
@@ -80,7 +80,7 @@ def test_folders_without_end(saved: Path) -> None:
 
 def test_the_copy_that_was_checked_is_what_is_loaded(saved: Path) -> None:
     """Changes of the folder after it was fetched do not reach what serves."""
-    version = load_version(Address(str(saved)), Target(str(saved)))
+    version = load_version(ResolvedVersion(str(saved)), ModelSpec(str(saved)))
     before = version.pyfunc.loaded.logits(["my card"]).tolist()
     for path in (saved / "variant").iterdir():
         path.write_bytes(b"\0" * path.stat().st_size)

@@ -15,17 +15,17 @@ import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from tiny.server import running
-from tiny_artifact import SAVED, copy_saved, edit_mlmodel
+from tiny.artifact import SAVED, copy_saved, edit_mlmodel
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import read_manifest
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, Address, Target, resolve, source
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion, ModelSpec, resolve, source
 from mlflow_pt_deploy.registry.mlmodel import MAX_BYTES
 from mlflow_pt_deploy.registry.promotion import promote
-from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.lifecycle.served_model import Slot
-from mlflow_pt_deploy.serving.model.loaded_model import Version, check_there, load_version
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -35,8 +35,8 @@ def saved(tmp_path: Path) -> Path:
     return copy_saved(tmp_path)
 
 
-def load(root: Path, **model_config: Any) -> Version:
-    return load_version(Address(str(root)), Target(str(root), model_config))
+def load(root: Path, **model_config: Any) -> LoadedModel:
+    return load_version(ResolvedVersion(str(root)), ModelSpec(str(root), model_config))
 
 
 def in_pyfunc(**keys: object) -> Edit:
@@ -117,7 +117,7 @@ def test_code_in_an_artifact_does_not_run(saved: Path, monkeypatch: pytest.Monke
         with pytest.raises(ArtifactError, match="loader_module is evil_loader instead of mlflow_"):
             call(saved)
     with pytest.raises(ArtifactError, match="loader_module is evil_loader"):
-        check_there(Address(str(saved)))
+        check_exists(ResolvedVersion(str(saved)))
     assert "PWNED" not in os.environ
 
 
@@ -237,17 +237,17 @@ def test_a_promotions_digest_covers_mlmodel_by_every_address(tracking: str) -> N
     client.copy_model_version("models:/shop/1", "copied")
     client.set_model_version_tag("copied", "1", DIGEST_TAG, tag)
     for address in ("models:/shop@champion", "models:/copied/1"):
-        version = load_version(resolve(address), Target(address))
-        assert version.about()["digest"] == read_manifest(SAVED / "variant").digest
+        version = load_version(resolve(address), ModelSpec(address))
+        assert version.status()["digest"] == read_manifest(SAVED / "variant").digest
     assert flavor.load_model(promotion.uri).logits(["my card"]).shape == (1, 3)
     path = in_store(uri) / "MLmodel"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(ArtifactError, match="this model is not what was promoted"):
-        load_version(resolve(promotion.uri), Target(promotion.uri))
+        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
     with pytest.raises(ArtifactError, match="this model is not what was promoted"):
         flavor.load_model(promotion.uri)
     assert promote(uri, "shop", "looked at once more").version == "1"
-    load_version(resolve(promotion.uri), Target(promotion.uri))
+    load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
 
 
 def test_a_digest_of_the_old_form_is_checked_and_mlmodel_held(tracking: str) -> None:
@@ -256,14 +256,14 @@ def test_a_digest_of_the_old_form_is_checked_and_mlmodel_held(tracking: str) -> 
     old = read_manifest(SAVED / "variant").digest
     client = MlflowClient()
     client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, old)
-    load_version(resolve(promotion.uri), Target(promotion.uri))
+    load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
     edit_mlmodel(in_store(uri), in_pyfunc(loader_module="os"))
     with pytest.raises(ArtifactError, match="loader_module is os"):
-        load_version(resolve(promotion.uri), Target(promotion.uri))
+        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
     edit_mlmodel(in_store(uri), in_pyfunc(loader_module="mlflow_pt_deploy.flavor"))
     client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, "0" * 64)
     with pytest.raises(ArtifactError, match="this model is not what was promoted"):
-        load_version(resolve(promotion.uri), Target(promotion.uri))
+        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
 
 
 def test_only_what_may_be_served_is_promoted(tracking: str) -> None:
@@ -284,9 +284,9 @@ def test_a_model_that_changed_since_it_was_logged(saved: Path) -> None:
 
 
 def test_what_an_earlier_version_saved_is_served_by_the_server() -> None:
-    slot = Slot("saved", source(str(SAVED)))
-    slot.open()
-    with running(App({"saved": slot})) as url:
+    served = ServedModel("saved", source(str(SAVED)))
+    served.open()
+    with running(Application({"saved": served})) as url:
         body = {"inputs": ["my card", "i want a refund"]}
         answer = requests.post(f"{url}/invocations", json=body, timeout=10)
     assert [row["label"] for row in answer.json()["predictions"]] == ["card", "refund"]

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.registry.addresses import Address, Target
+from mlflow_pt_deploy.registry.addresses import ResolvedVersion, ModelSpec
 from mlflow_pt_deploy.serving.model.loaded_model import load_version
 
-SAVED = Path(__file__).parent / "data" / "saved-by-0.1.0"
+SAVED = Path(__file__).parents[1] / "fixtures" / "saved-by-0.1.0"
 
 
 def copy_saved(folder: Path) -> Path:
@@ -58,7 +58,7 @@ def refused(root: Path, match: str | None = None) -> str:
     """What the server says of a model; in one sentence or two, and within five seconds."""
     start = time.monotonic()
     with pytest.raises(ArtifactError, match=match) as caught:
-        load_version(Address(str(root)), Target(str(root)))
+        load_version(ResolvedVersion(str(root)), ModelSpec(str(root)))
     assert time.monotonic() - start < 5
     message = str(caught.value)
     assert "\n" not in message and len(message) < 700, message
