@@ -1,1 +1,1 @@
-"""training."""
+"""Training: the training loop, distillation, text augmentation and quantization-aware training."""

@@ -1,8 +1,9 @@
-"""What a student starts from, what it is taught, and the loss that teaches it.
+"""Knowledge distillation: student initialization, teacher labels and distillation losses.
 
-Soft labels with temperature follow Hinton, Vinyals & Dean (2015); starting from the teacher's own
-layers follows DistilBERT (Sanh et al. 2019); answering each view of an image anew follows Beyer et
-al. (2022); the relation loss is that of similarity-preserving distillation (Tung & Mori 2019).
+Soft labels with temperature follow Hinton, Vinyals & Dean (2015). Initializing a student from the
+teacher's layers follows DistilBERT (Sanh et al. 2019). Labeling each augmented view of an image
+follows Beyer et al. (2022). The similarity loss is from similarity-preserving distillation (Tung &
+Mori 2019).
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from mlflow_pt_deploy.training.trainer import Loss, Tensors, predict_batches
 
 @dataclass(frozen=True)
 class TeacherLabels:
-    """What a teacher says of rows.
+    """Outputs of a teacher for a split.
 
     Attributes:
-        split: The rows. Those that were made have the teacher's label.
-        logits: Its answers, float32 (rows, classes).
-        features: What its last layer makes them from, float16 (rows, width).
+        split: The rows. Augmented texts have the teacher's label.
+        logits: The teacher's logits, float32 (rows, classes).
+        features: Inputs of the teacher's last layer, float16 (rows, width).
     """
 
     split: Split
@@ -54,11 +55,11 @@ class TeacherLabels:
 
 
 def evenly_spaced(depth: int, keep: int) -> tuple[int, ...]:
-    """Layers to keep, evenly spread from the first to the last.
+    """Return evenly spaced layer indices, from the first layer to the last.
 
     Args:
-        depth: Layers of the teacher.
-        keep: Layers of the student, 1 to `depth`.
+        depth: Number of layers of the teacher.
+        keep: Number of layers of the student, 1 to `depth`.
 
     Raises:
         ModelError: `keep` is out of range.
@@ -69,15 +70,15 @@ def evenly_spaced(depth: int, keep: int) -> tuple[int, ...]:
 
 
 def kept_layers(depth: int, keep: int, chosen: str = "") -> tuple[int, ...]:
-    """Which of the teacher's layers a student starts from.
+    """Return the indices of the teacher's layers that a student keeps.
 
     Args:
-        depth: Layers of the teacher.
-        keep: How many, evenly spread, where none are chosen.
-        chosen: Their numbers from 0 on, rising, separated by commas; empty: `evenly_spaced`.
+        depth: Number of layers of the teacher.
+        keep: Number of layers to keep if `chosen` is empty; they are evenly spaced.
+        chosen: Layer indices, ascending and separated by commas, e.g. ``0,2,5``.
 
     Raises:
-        ModelError: `keep` or a number is out of range, or they do not rise.
+        ModelError: `keep` or an index is out of range, or the indices do not ascend.
     """
     if not chosen:
         return evenly_spaced(depth, keep)
@@ -86,8 +87,8 @@ def kept_layers(depth: int, keep: int, chosen: str = "") -> tuple[int, ...]:
     in_range = len(numbers) == len(words) and max(numbers, default=depth) < depth
     if not in_range or sorted(set(numbers)) != list(numbers):
         raise ModelError(
-            f"keep_layers is {chosen!r}; give numbers from 0 to {depth - 1}, rising, separated by "
-            "commas, e.g. 0,2,5."
+            f"keep_layers is {chosen!r}; give numbers from 0 to {depth - 1}, ascending and "
+            "separated by commas, e.g. 0,2,5."
         )
     return numbers
 
@@ -101,25 +102,27 @@ def start_student(
     rows: Sequence[Row] = (),
     frequent: int = FREQUENT,
 ) -> Classifier:
-    """What learns from a teacher.
+    """Create an untrained student of a teacher.
+
+    A student of a text classifier starts with the teacher's embeddings, head and some of its
+    layers, or is a static student. A student of an image classifier is a new MobileNetV2.
 
     Args:
-        teacher: Of texts: the student has its embeddings, its head and some of its layers. Of
-            images: the student is a MobileNetV2 from scratch.
-        layers: How many layers of a teacher of texts, evenly spread; 0: a static student.
-        chosen: Which of its layers instead, see `kept_layers`.
+        teacher: The fine-tuned teacher.
+        layers: Number of layers to keep, evenly spaced; 0 creates a static student.
+        chosen: Layer indices to keep instead, see `kept_layers`.
         width: Share of MobileNetV2's channels.
-        rows: Of train: a static student knows their word pieces from the start.
+        rows: Training rows; their word pieces get an embedding in a static student.
         frequent: See `new_static`.
 
     Raises:
-        ModelError: The teacher has fewer layers, or there is no such student of images.
+        ModelError: The teacher has fewer layers, or a static student of images was requested.
     """
     if isinstance(teacher, ImageClassifier):
         if layers == 0:
             raise ModelError(
-                "student_layers is 0, which means a static student, and there are none for "
-                "images. Leave student_layers out: images get a MobileNetV2."
+                "student_layers is 0 (a static student), which images do not support. Leave "
+                "student_layers out: a student of images is a MobileNetV2."
             )
         return new_mobilenet(teacher, width=width)
     assert isinstance(teacher, TextClassifier)
@@ -137,72 +140,72 @@ def label_with_teacher(
     seed: int = 0,
     device: str = "cpu",
 ) -> TeacherLabels:
-    """Let the teacher label train, and texts made from it; computed once.
+    """Label the training rows and augmented texts with the teacher; results are cached.
 
     Args:
         teacher: The fine-tuned teacher.
-        train: The rows that it labels.
-        cache: Folder for files that carry the digest of these weights and rows in their names.
-        made: Texts to make, as a multiple of train's rows, see `augment.make_texts`.
-        seed: Of the texts that are made.
+        train: The rows to label.
+        cache: Cache folder; file names contain the digests of the weights and of the rows.
+        made: Number of augmented texts, as a multiple of train's rows, see `make_texts`.
+        seed: Random seed of the augmented texts.
         device: ``cpu`` or ``cuda``.
     """
-    known = _labelled(teacher, train, cache, device)
+    labels = _label_split(teacher, train, cache, device)
     if not made:
-        return known
+        return labels
     rows = cast(Sequence[str], train.rows)
     texts = make_texts(rows, round(made * len(train)), seed=seed)
-    unlabelled = Split(texts, np.zeros(len(texts), dtype=np.int64))
-    new = _labelled(teacher, unlabelled, cache, device)
+    unlabeled = Split(texts, np.zeros(len(texts), dtype=np.int64))
+    new = _label_split(teacher, unlabeled, cache, device)
     targets = np.concatenate([train.targets, new.logits.argmax(1)])
     return TeacherLabels(
         Split(train.rows + texts, targets),
-        np.concatenate([known.logits, new.logits]),
-        np.concatenate([known.features, new.features]),
+        np.concatenate([labels.logits, new.logits]),
+        np.concatenate([labels.features, new.features]),
     )
 
 
-def _labelled(teacher: Classifier, split: Split, cache: Path, device: str) -> TeacherLabels:
+def _label_split(teacher: Classifier, split: Split, cache: Path, device: str) -> TeacherLabels:
     path = cache / f"{_digest(teacher)}-{split.digest}.npz"
     if path.exists():
-        with np.load(path, allow_pickle=False) as kept:
-            return TeacherLabels(split, kept["logits"], kept["features"])
-    caught = _Caught(teacher)
+        with np.load(path, allow_pickle=False) as saved:
+            return TeacherLabels(split, saved["logits"], saved["features"])
+    capture = _FeatureCapture(teacher)
     logits = np.empty((len(split), len(teacher.labels)), dtype=np.float32)
-    features = np.empty((len(split), caught.width), dtype=np.float16)
+    features = np.empty((len(split), capture.width), dtype=np.float16)
     batches = predict_batches(teacher, split.rows, device=device)
-    with progress("teaching", len(split), "rows") as shown:
-        for chosen, found in batches:
-            logits[chosen], features[chosen] = found.cpu(), caught.take().cpu()
-            shown.update(len(chosen))
-    caught.end()
+    with progress("labeling", len(split), "rows") as bar:
+        for indices, batch_logits in batches:
+            logits[indices], features[indices] = batch_logits.cpu(), capture.features().cpu()
+            bar.update(len(indices))
+    capture.remove()
     cache.mkdir(parents=True, exist_ok=True)
-    side = path.with_suffix(f".{os.getpid()}")
+    temporary = path.with_suffix(f".{os.getpid()}")
     with interrupt.shielded():
-        with side.open("wb") as file:
+        with temporary.open("wb") as file:
             np.savez(file, logits=logits, features=features)
-        os.replace(side, path)
+        os.replace(temporary, path)
     return TeacherLabels(split, logits, features)
 
 
-class _Caught:
-    """What goes into a classifier's last layer, as it goes in."""
+class _FeatureCapture:
+    """Captures the input of a classifier's last linear layer with a forward hook."""
 
     def __init__(self, classifier: Classifier) -> None:
         linears = [m for m in classifier.network.modules() if isinstance(m, nn.Linear)]
-        self._now: torch.Tensor | None = None
+        self._features: torch.Tensor | None = None
         self.width = linears[-1].in_features
-        self._hook = linears[-1].register_forward_pre_hook(self._keep)
+        self._hook = linears[-1].register_forward_pre_hook(self._on_forward)
 
-    def _keep(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._now = inputs[0].flatten(1)
+    def _on_forward(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._features = inputs[0].flatten(1)
 
-    def take(self) -> torch.Tensor:
-        """Of the last batch, (rows, width)."""
-        assert self._now is not None  # asked after a forward pass only
-        return self._now
+    def features(self) -> torch.Tensor:
+        """Features of the last batch, (rows, width)."""
+        assert self._features is not None  # called after a forward pass only
+        return self._features
 
-    def end(self) -> None:
+    def remove(self) -> None:
         self._hook.remove()
 
 
@@ -220,19 +223,19 @@ def distillation_loss(
     temperature: float = 2.0,
     weight: float = 0.7,
 ) -> Loss:
-    """Kullback-Leibler divergence to the teacher's softened answers, plus cross entropy.
+    """Return the distillation loss: KL divergence to the teacher's soft labels plus cross entropy.
 
     Args:
         teacher_logits: Logits of the teacher on train, float32 (rows, classes).
         targets: Labels of train, int64 (rows,).
-        temperature: Softens both distributions; the gradient is scaled back by its square.
-        weight: Share of the soft labels in the sum, 0 to 1.
+        temperature: Softens both distributions; the divergence is multiplied by its square.
+        weight: Weight of the soft labels, 0 to 1.
     """
-    answers, truth = torch.from_numpy(teacher_logits), torch.from_numpy(targets)
+    teacher, truth = torch.from_numpy(teacher_logits), torch.from_numpy(targets)
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
-        soft, hard = (it[rows].to(logits.device) for it in (answers, truth))
-        return _mixed(logits, soft, hard, temperature, weight)
+        soft, hard = (it[rows].to(logits.device) for it in (teacher, truth))
+        return _combined_loss(logits, soft, hard, temperature, weight)
 
     return loss
 
@@ -244,10 +247,13 @@ def online_distillation_loss(
     temperature: float = 2.0,
     weight: float = 0.7,
 ) -> Loss:
-    """`distillation_loss` for rows of which each epoch shows another view: the teacher sees it too.
+    """Return a distillation loss that runs the teacher on every batch.
+
+    Used for images, which are augmented anew in each epoch: the teacher labels the same view that
+    the student sees.
 
     Args:
-        teacher: The fine-tuned teacher, on the device on which the student learns.
+        teacher: The fine-tuned teacher, on the student's device.
         targets: Labels of train, int64 (rows,).
         temperature, weight: As in `distillation_loss`.
     """
@@ -257,15 +263,15 @@ def online_distillation_loss(
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors) -> torch.Tensor:
         with torch.no_grad():
             soft = teacher(*inputs).float()
-        return _mixed(logits, soft, truth[rows].to(logits.device), temperature, weight)
+        return _combined_loss(logits, soft, truth[rows].to(logits.device), temperature, weight)
 
     return loss
 
 
-def _mixed(
+def _combined_loss(
     logits: torch.Tensor, soft: torch.Tensor, hard: torch.Tensor, temperature: float, weight: float
 ) -> torch.Tensor:
-    """The two losses' sum, from the student's logits, the teacher's and the labels."""
+    """Weighted sum; `logits` and `soft` are (batch, classes), `hard` is int64 (batch,)."""
     student = functional.log_softmax(logits / temperature, dim=1)
     teacher = functional.log_softmax(soft / temperature, dim=1)
     divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -276,29 +282,30 @@ def _mixed(
 def add_similarity_loss(
     loss: Loss, student: Classifier, features: npt.NDArray[np.float16], weight: float
 ) -> Loss:
-    """Besides, let rows be alike to the student that are alike to the teacher.
+    """Add a similarity-preserving loss to `loss`.
 
-    The mean squared difference of the two matrices of cosines among a batch's rows, of what goes
-    into the last layers. The widths may differ, so any student can learn from any teacher.
+    The added term is the mean squared difference between the student's and the teacher's matrix of
+    cosine similarities among a batch's rows, computed on the inputs of the last layers. The feature
+    widths may differ.
 
     Args:
-        loss: What this is added to.
+        loss: The loss to extend.
         student: The student that will be trained.
-        features: The teacher's on train, float16 (rows, width).
-        weight: Of the addition; 0 leaves `loss` as it is.
+        features: Features of the teacher on train, float16 (rows, width).
+        weight: Weight of the added term; 0 returns `loss` unchanged.
     """
     if not weight:
         return loss
-    caught, known = _Caught(student), torch.from_numpy(features)
+    capture, teacher = _FeatureCapture(student), torch.from_numpy(features)
 
-    def both(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
-        ours = _cosines(caught.take().float())
-        theirs = _cosines(known[rows].float().to(ours.device))
-        return loss(logits, rows, inputs) + weight * functional.mse_loss(ours, theirs)
+    def total(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
+        actual = _cosine_similarities(capture.features().float())
+        target = _cosine_similarities(teacher[rows].float().to(actual.device))
+        return loss(logits, rows, inputs) + weight * functional.mse_loss(actual, target)
 
-    return both
+    return total
 
 
-def _cosines(features: torch.Tensor) -> torch.Tensor:
+def _cosine_similarities(features: torch.Tensor) -> torch.Tensor:
     unit = functional.normalize(features, dim=1)
     return unit @ unit.T

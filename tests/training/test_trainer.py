@@ -1,4 +1,4 @@
-"""The fit loop on 90 rows: it learns, keeps the best, and goes on where it was stopped."""
+"""The training loop on 90 rows: learning, best-epoch selection, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import Classifier, load_classifier
-from mlflow_pt_deploy.training import trainer as train
+from mlflow_pt_deploy.training import trainer
 from mlflow_pt_deploy.training.trainer import (
     Epoch,
     Loss,
@@ -24,7 +24,7 @@ from mlflow_pt_deploy.training.trainer import (
     predict_logits,
 )
 
-FAST = Schedule(epochs=3, learning_rate=3e-3, batch_size=20)  # 90 rows: 5 steps an epoch
+FAST = Schedule(epochs=3, learning_rate=3e-3, batch_size=20)  # 90 rows: 5 steps per epoch
 STEPS = 5
 
 
@@ -34,24 +34,24 @@ def classifier(tiny_model: Path) -> Classifier:
 
 
 @pytest.fixture
-def turned(tiny_splits: Splits) -> Splits:
-    """The same rows, all labels wrong in the eyes of `tiny_model`."""
+def relabeled(tiny_splits: Splits) -> Splits:
+    """The same rows with other labels, so that the accuracy of `tiny_model` is 0."""
 
-    def turn(split: Split) -> Split:
+    def relabel(split: Split) -> Split:
         return Split(split.rows, (split.targets + 1) % 3)
 
     train, validation, test = map(
-        turn, (tiny_splits.train, tiny_splits.validation, tiny_splits.test)
+        relabel, (tiny_splits.train, tiny_splits.validation, tiny_splits.test)
     )
     return replace(tiny_splits, train=train, validation=validation, test=test)
 
 
 class Stopped(Exception):
-    """Somebody pressed Ctrl-C."""
+    """Stands for Ctrl-C."""
 
 
 def stopped_after(steps: int, loss: Loss) -> Loss:
-    """The loss, until the step after `steps`."""
+    """Return the loss, which raises `Stopped` after `steps` steps."""
     left = iter(range(steps))
 
     def counted(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
@@ -66,66 +66,66 @@ def weights(classifier: Classifier) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
 
 
-def same(ones: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
-    return list(ones) == list(others) and all(torch.equal(ones[n], others[n]) for n in ones)
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return list(first) == list(second) and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def timeless(epochs: list[Epoch]) -> list[Epoch]:
+def without_durations(epochs: list[Epoch]) -> list[Epoch]:
     return [replace(epoch, seconds=0.0) for epoch in epochs]
 
 
-def test_it_learns(classifier: Classifier, turned: Splits) -> None:
-    assert evaluate(classifier, turned.validation) == 0.0
+def test_model_learns(classifier: Classifier, relabeled: Splits) -> None:
+    assert evaluate(classifier, relabeled.validation) == 0.0
     schedule = Schedule(epochs=7, learning_rate=3e-3, batch_size=10)
-    said: list[Epoch] = []
-    loss = cross_entropy(turned.train.targets)
-    epochs = fit(classifier, turned, loss, schedule, on_epoch=said.append)
-    assert said == epochs
+    reported: list[Epoch] = []
+    loss = cross_entropy(relabeled.train.targets)
+    epochs = fit(classifier, relabeled, loss, schedule, on_epoch=reported.append)
+    assert reported == epochs
     assert [epoch.number for epoch in epochs] == [1, 2, 3, 4, 5, 6, 7]
     assert epochs[-1].train_loss < epochs[0].train_loss / 2
     assert all(epoch.seconds > 0 for epoch in epochs)
-    assert evaluate(classifier, turned.test) > 0.9
+    assert evaluate(classifier, relabeled.test) > 0.9
     assert not classifier.training
 
 
-def test_training_may_be_in_bf16_but_what_is_said_of_a_model_is_not(
-    classifier: Classifier, turned: Splits, monkeypatch: pytest.MonkeyPatch
+def test_bf16_is_used_for_training_but_not_for_evaluation(
+    classifier: Classifier, relabeled: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "cpu_flags", lambda: frozenset({"amx_bf16"}))
-    entropy, seen = cross_entropy(turned.train.targets), set()
+    monkeypatch.setattr(trainer, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    entropy, seen = cross_entropy(relabeled.train.targets), set()
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         seen.add(torch.is_autocast_enabled("cpu"))
         return entropy(logits, rows, inputs)
 
-    epochs = fit(classifier, turned, loss, FAST)
+    epochs = fit(classifier, relabeled, loss, FAST)
     assert seen == {True}
     assert epochs[-1].train_loss < epochs[0].train_loss
     assert {tensor.dtype for tensor in classifier.parameters()} == {torch.float32}
-    found = predict_logits(classifier, turned.test.rows)
-    monkeypatch.setattr(train, "cpu_flags", frozenset)
-    assert (predict_logits(classifier, turned.test.rows) == found).all()
+    found = predict_logits(classifier, relabeled.test.rows)
+    monkeypatch.setattr(trainer, "cpu_flags", frozenset)
+    assert (predict_logits(classifier, relabeled.test.rows) == found).all()
 
 
-def test_the_same_seed_learns_the_same(tiny_model: Path, turned: Splits) -> None:
-    def learned(seed: int) -> dict[str, torch.Tensor]:
+def test_training_is_reproducible_by_seed(tiny_model: Path, relabeled: Splits) -> None:
+    def trained(seed: int) -> dict[str, torch.Tensor]:
         classifier = load_classifier(str(tiny_model))
         schedule = replace(FAST, epochs=1, seed=seed)
-        fit(classifier, turned, cross_entropy(turned.train.targets), schedule)
+        fit(classifier, relabeled, cross_entropy(relabeled.train.targets), schedule)
         return weights(classifier)
 
-    first = learned(0)
-    assert same(first, learned(0))
-    assert not same(first, learned(1))
+    first = trained(0)
+    assert same(first, trained(0))
+    assert not same(first, trained(1))
 
 
-def test_the_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
     right = cross_entropy(tiny_splits.train.targets)
     wrong = cross_entropy((tiny_splits.train.targets + 1) % 3)
     steps = iter(range(3 * STEPS))
     kept: list[dict[str, torch.Tensor]] = []
 
-    def worse_and_worse(
+    def loss_of_wrong_labels_later(
         logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()
     ) -> torch.Tensor:
         return (right if next(steps) < STEPS else wrong)(logits, rows)
@@ -133,7 +133,7 @@ def test_the_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> 
     epochs = fit(
         classifier,
         tiny_splits,
-        worse_and_worse,
+        loss_of_wrong_labels_later,
         replace(FAST, learning_rate=2e-3),
         on_epoch=lambda epoch: kept.append(weights(classifier)),
     )
@@ -143,13 +143,13 @@ def test_the_best_epoch_is_kept(classifier: Classifier, tiny_splits: Splits) -> 
     assert evaluate(classifier, tiny_splits.validation) == accuracies[0]
 
 
-def test_of_equal_epochs_the_first_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_first_of_equal_epochs_is_kept(classifier: Classifier, tiny_splits: Splits) -> None:
     kept: list[dict[str, torch.Tensor]] = []
     epochs = fit(
         classifier,
         tiny_splits,
         cross_entropy(tiny_splits.train.targets),
-        replace(FAST, learning_rate=1e-5),  # it knows everything, and hardly moves
+        replace(FAST, learning_rate=1e-5),  # already at 1.0, hardly changes
         on_epoch=lambda epoch: kept.append(weights(classifier)),
     )
     assert [epoch.validation_accuracy for epoch in epochs] == [1.0, 1.0, 1.0]
@@ -165,38 +165,38 @@ def test_of_equal_epochs_the_first_is_kept(classifier: Classifier, tiny_splits: 
         pytest.param(2 * STEPS + 3, id="in-the-last-epoch"),
     ],
 )
-def test_resumed_is_as_if_never_stopped(
-    tiny_model: Path, turned: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+def test_resumed_training_equals_an_uninterrupted_one(
+    tiny_model: Path, relabeled: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    loss = cross_entropy(turned.train.targets)
+    loss = cross_entropy(relabeled.train.targets)
     straight = load_classifier(str(tiny_model))
-    expected = fit(straight, turned, loss, FAST)
+    expected = fit(straight, relabeled, loss, FAST)
 
-    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "work" / "teacher.checkpoint"
     with pytest.raises(Stopped):
         stopped = load_classifier(str(tiny_model))
-        fit(stopped, turned, stopped_after(steps, loss), FAST, checkpoint=checkpoint)
+        fit(stopped, relabeled, stopped_after(steps, loss), FAST, checkpoint=checkpoint)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["teacher.checkpoint"]
 
     resumed = load_classifier(str(tiny_model))
-    rest = stopped_after(3 * STEPS - steps, loss)  # no step is made twice
-    torch.manual_seed(12345)  # as a new process would be anywhere
-    epochs = fit(resumed, turned, rest, FAST, checkpoint=checkpoint)
-    assert timeless(epochs) == timeless(expected)
+    rest = stopped_after(3 * STEPS - steps, loss)  # no step runs twice
+    torch.manual_seed(12345)  # as in a new process
+    epochs = fit(resumed, relabeled, rest, FAST, checkpoint=checkpoint)
+    assert without_durations(epochs) == without_durations(expected)
     assert same(weights(resumed), weights(straight))
     assert list(checkpoint.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-def test_stopped_while_an_epoch_is_evaluated(
-    tiny_model: Path, turned: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+def test_resuming_after_a_stop_during_evaluation(
+    tiny_model: Path, relabeled: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
-    loss = cross_entropy(turned.train.targets)
+    loss = cross_entropy(relabeled.train.targets)
     straight = load_classifier(str(tiny_model))
-    expected = fit(straight, turned, loss, FAST)
+    expected = fit(straight, relabeled, loss, FAST)
 
-    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "teacher.checkpoint"
     left = iter(range(epoch - 1))
 
@@ -206,16 +206,16 @@ def test_stopped_while_an_epoch_is_evaluated(
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(train, "evaluate", interrupted)
-        fit(load_classifier(str(tiny_model)), turned, loss, FAST, checkpoint=checkpoint)
+        patch.setattr(trainer, "evaluate", interrupted)
+        fit(load_classifier(str(tiny_model)), relabeled, loss, FAST, checkpoint=checkpoint)
 
     resumed = load_classifier(str(tiny_model))
-    epochs = fit(resumed, turned, loss, FAST, checkpoint=checkpoint)
-    assert timeless(epochs) == timeless(expected)
+    epochs = fit(resumed, relabeled, loss, FAST, checkpoint=checkpoint)
+    assert without_durations(epochs) == without_durations(expected)
     assert same(weights(resumed), weights(straight))
 
 
-def test_a_checkpoint_of_other_options(
+def test_checkpoint_of_another_schedule(
     classifier: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     loss = cross_entropy(tiny_splits.train.targets)
@@ -223,12 +223,12 @@ def test_a_checkpoint_of_other_options(
     with pytest.raises(Stopped):
         fit(classifier, tiny_splits, stopped_after(STEPS, loss), FAST, checkpoint=checkpoint)
     other = replace(FAST, learning_rate=1e-3)
-    with pytest.raises(DataError, match="was made with .*0.003.*asked is .*0.001.*Resume with"):
+    with pytest.raises(DataError, match="was made with .*0.003.*this run has .*0.001.*Resume with"):
         fit(classifier, tiny_splits, loss, other, checkpoint=checkpoint)
     assert checkpoint.exists()
 
 
-def test_a_loss_that_is_not_a_number(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_loss_that_is_not_finite(classifier: Classifier, tiny_splits: Splits) -> None:
     def infinite(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         return logits.sum() * float("inf")
 
@@ -236,7 +236,7 @@ def test_a_loss_that_is_not_a_number(classifier: Classifier, tiny_splits: Splits
         fit(classifier, tiny_splits, infinite, FAST)
 
 
-def test_a_loss_sees_each_row_once_an_epoch(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_each_row_is_used_once_per_epoch(classifier: Classifier, tiny_splits: Splits) -> None:
     seen: list[list[int]] = []
 
     def watched(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_a_loss_sees_each_row_once_an_epoch(classifier: Classifier, tiny_splits:
     assert first != second
 
 
-def test_rows_of_a_batch_are_of_similar_length(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_rows_of_a_batch_have_similar_lengths(classifier: Classifier, tiny_splits: Splits) -> None:
     lengths = [len(ids) for ids in classifier.preprocessor.encode(tiny_splits.train.rows)]
     spans: list[int] = []
 
@@ -272,7 +272,7 @@ def test_cross_entropy_by_hand() -> None:
     assert loss(logits, torch.tensor([1, 2])).item() == pytest.approx(expected)
 
 
-def test_logits_come_in_the_order_of_the_rows(classifier: Classifier, tiny_splits: Splits) -> None:
+def test_logits_are_in_the_order_of_the_rows(classifier: Classifier, tiny_splits: Splits) -> None:
     rows = tiny_splits.test.rows[:7]
     logits = predict_logits(classifier, rows, batch_size=2)
     alone = np.concatenate([predict_logits(classifier, [row]) for row in rows])
@@ -281,7 +281,7 @@ def test_logits_come_in_the_order_of_the_rows(classifier: Classifier, tiny_split
     assert (logits.argmax(axis=1) == tiny_splits.test.targets[:7]).all()
 
 
-def test_no_rows_give_no_logits(classifier: Classifier) -> None:
+def test_logits_of_no_rows(classifier: Classifier) -> None:
     assert predict_logits(classifier, []).shape == (0, 3)
 
 

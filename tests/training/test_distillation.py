@@ -1,4 +1,4 @@
-"""Where a student starts, and losses worked out by hand."""
+"""Student initialization, teacher labels, and losses compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier
 from mlflow_pt_deploy.training.distillation import (
     add_similarity_loss,
     distillation_loss,
+    evenly_spaced,
     kept_layers,
     label_with_teacher,
-    spread,
     start_student,
 )
 from mlflow_pt_deploy.training.trainer import Schedule, Tensors, evaluate, fit, predict_logits
@@ -35,30 +35,30 @@ def teacher(tiny_model: Path) -> Classifier:
     [
         (6, 1, (0,)),
         (6, 2, (0, 5)),
-        (6, 3, (0, 2, 5)),  # 2.5 is as near to 2 as to 3
+        (6, 3, (0, 2, 5)),  # 2.5 rounds to even
         (6, 4, (0, 2, 3, 5)),
         (12, 6, (0, 2, 4, 7, 9, 11)),
         (6, 6, (0, 1, 2, 3, 4, 5)),
         (1, 1, (0,)),
     ],
 )
-def test_spread(depth: int, keep: int, layers: tuple[int, ...]) -> None:
-    assert spread(depth, keep) == layers
+def test_evenly_spaced(depth: int, keep: int, layers: tuple[int, ...]) -> None:
+    assert evenly_spaced(depth, keep) == layers
 
 
-def test_spread_never_takes_a_layer_twice() -> None:
+def test_evenly_spaced_layers_are_distinct() -> None:
     for depth in range(1, 50):
         for keep in range(1, depth + 1):
-            assert len(set(spread(depth, keep))) == keep
+            assert len(set(evenly_spaced(depth, keep))) == keep
 
 
 @pytest.mark.parametrize("keep", [0, -1, 7])
-def test_spread_out_of_range(keep: int) -> None:
+def test_number_of_layers_out_of_range(keep: int) -> None:
     with pytest.raises(ModelError, match=f"^student_layers {keep}: choose from 1 to 6, the teach"):
-        spread(6, keep)
+        evenly_spaced(6, keep)
 
 
-def test_a_student_with_all_layers_answers_like_its_teacher(teacher: Classifier) -> None:
+def test_student_with_all_layers_equals_its_teacher(teacher: Classifier) -> None:
     student = start_student(teacher, 2)
     assert student.labels == teacher.labels
     assert not student.training
@@ -66,7 +66,7 @@ def test_a_student_with_all_layers_answers_like_its_teacher(teacher: Classifier)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_student_of_one_layer_is_that_layer(teacher: Classifier, layer: int) -> None:
+def test_student_of_one_layer_copies_that_layer(teacher: Classifier, layer: int) -> None:
     student = shrink(teacher, [layer])
     expected = teacher.network.bert.encoder.layer[layer].state_dict()
     (kept,) = student.network.bert.encoder.layer
@@ -76,12 +76,12 @@ def test_a_student_of_one_layer_is_that_layer(teacher: Classifier, layer: int) -
     assert torch.equal(student.state_dict()[embeddings], teacher.state_dict()[embeddings])
 
 
-def test_the_first_layer_is_where_a_student_of_one_starts(teacher: Classifier) -> None:
+def test_student_of_one_layer_starts_from_the_first(teacher: Classifier) -> None:
     student, first = start_student(teacher, 1), shrink(teacher, [0])
     assert (predict_logits(student, ROWS) == predict_logits(first, ROWS)).all()
 
 
-def test_a_student_shares_nothing_with_its_teacher(teacher: Classifier) -> None:
+def test_student_shares_no_tensor_with_its_teacher(teacher: Classifier) -> None:
     before = predict_logits(teacher, ROWS)
     student = start_student(teacher, 1)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_student_shares_nothing_with_its_teacher(teacher: Classifier) -> None:
     assert (predict_logits(teacher, ROWS) == before).all()
 
 
-def test_a_student_comes_back_from_its_folder(teacher: Classifier, tmp_path: Path) -> None:
+def test_student_survives_a_save_and_load(teacher: Classifier, tmp_path: Path) -> None:
     student = start_student(teacher, 1)
     save_classifier(student, tmp_path / "student")
     loaded = load_classifier(str(tmp_path / "student"))
@@ -99,18 +99,18 @@ def test_a_student_comes_back_from_its_folder(teacher: Classifier, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layers", [[], [2], [-1], [0, 5]])
-def test_layers_that_the_teacher_does_not_have(teacher: Classifier, layers: list[int]) -> None:
+def test_layer_index_out_of_range(teacher: Classifier, layers: list[int]) -> None:
     with pytest.raises(ModelError, match=r"student layers \[.*\]: choose from 0 to 1\."):
         shrink(teacher, layers)
 
 
 @pytest.mark.parametrize("layers", [-1, 3])
-def test_more_or_fewer_layers_than_there_are(teacher: Classifier, layers: int) -> None:
+def test_too_many_or_negative_layers(teacher: Classifier, layers: int) -> None:
     with pytest.raises(ModelError, match=f"student_layers {layers}: choose from 1 to 2"):
         start_student(teacher, layers)
 
 
-# At temperature 2 the teacher says (3/4, 1/4) and (1/2, 1/2), the student (1/2, 1/2), (3/4, 1/4).
+# Probabilities at temperature 2: teacher (3/4, 1/4), (1/2, 1/2); student (1/2, 1/2), (3/4, 1/4).
 TEACHER = np.array([[2 * log(3), 0], [0, 0]], dtype=np.float32)
 STUDENT = torch.tensor([[0, 0], [2 * log(3), 0]])
 TARGETS = np.array([0, 1])
@@ -119,13 +119,13 @@ HARD = (log(2) + log(10)) / 2  # softmax(2 log 3, 0) is (9/10, 1/10)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_soft_labels_by_hand(weight: float) -> None:
+def test_distillation_loss_by_hand(weight: float) -> None:
     loss = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=weight)
     expected = weight * 4 * DIVERGENCE + (1 - weight) * HARD
     assert loss(STUDENT, torch.tensor([0, 1])).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_soft_labels_belong_to_their_rows() -> None:
+def test_soft_labels_are_looked_up_by_row() -> None:
     loss = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=0.25)
     expected = 0.25 * 4 * DIVERGENCE + 0.75 * HARD
     assert loss(STUDENT.flip(0), torch.tensor([1, 0])).item() == pytest.approx(expected, rel=1e-6)
@@ -133,20 +133,20 @@ def test_soft_labels_belong_to_their_rows() -> None:
     assert alone(STUDENT[1:], torch.tensor([1])).item() == pytest.approx(2 * log(4 / 3), rel=1e-6)
 
 
-def test_the_defaults_weigh_soft_labels_more() -> None:
+def test_default_temperature_and_weight() -> None:
     expected = 0.7 * 4 * DIVERGENCE + 0.3 * HARD
     actual = distillation_loss(TEACHER, TARGETS)(STUDENT, torch.tensor([0, 1]))
     assert actual.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_temperature_scales_logits_and_the_loss_by_its_square() -> None:
+def test_loss_scales_with_the_square_of_the_temperature() -> None:
     rows = torch.tensor([0, 1])
     cold = distillation_loss(TEACHER, TARGETS, temperature=1.0, weight=1.0)(STUDENT, rows)
     warm = distillation_loss(3 * TEACHER, TARGETS, temperature=3.0, weight=1.0)(3 * STUDENT, rows)
     assert warm.item() == pytest.approx(9 * cold.item(), rel=1e-5)
 
 
-def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn() -> None:
+def test_loss_and_gradient_are_zero_for_equal_logits() -> None:
     logits = torch.from_numpy(TEACHER).requires_grad_()
     loss = distillation_loss(TEACHER, TARGETS, temperature=4.0, weight=1.0)(
         logits, torch.tensor([0, 1])
@@ -157,21 +157,23 @@ def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn() -> None:
     assert logits.grad.abs().max().item() < 1e-6
 
 
-def test_soft_labels_teach_a_student(teacher: Classifier, tiny_splits: Splits) -> None:
-    answers = predict_logits(teacher, tiny_splits.train.rows)
+def test_student_learns_from_soft_labels(teacher: Classifier, tiny_splits: Splits) -> None:
+    logits = predict_logits(teacher, tiny_splits.train.rows)
     student = start_student(teacher, 1)
     torch.nn.init.zeros_(student.network.classifier.weight)
     assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
-    loss = distillation_loss(answers, tiny_splits.train.targets)
+    loss = distillation_loss(logits, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
     assert evaluate(student, tiny_splits.test) > 0.9
 
 
-def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
+def test_teacher_labels_are_cached(
+    teacher: Classifier, tiny_splits: Splits, tmp_path: Path
+) -> None:
     first = label_with_teacher(teacher, tiny_splits.train, tmp_path / "logits")
     assert (first.logits == predict_logits(teacher, tiny_splits.train.rows)).all()
     (kept,) = (tmp_path / "logits").iterdir()
-    # So that reading it can be told from asking again:
+    # Change the cached logits to detect whether they are read.
     np.savez(kept, logits=first.logits + 1, features=first.features)
     again = label_with_teacher(teacher, tiny_splits.train, tmp_path / "logits")
     assert (again.logits == first.logits + 1).all()
@@ -182,41 +184,41 @@ def test_a_teacher_is_asked_once(teacher: Classifier, tiny_splits: Splits, tmp_p
     assert len(list(kept.parent.iterdir())) == 3
 
 
-def test_a_lesson_holds_what_the_last_layer_sees(
+def test_features_are_the_inputs_of_the_last_layer(
     teacher: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
-    lesson = label_with_teacher(teacher, tiny_splits.train, tmp_path)
+    labels = label_with_teacher(teacher, tiny_splits.train, tmp_path)
     last = teacher.network.classifier
-    assert lesson.features.shape == (len(tiny_splits.train), last.in_features)
-    answers = torch.from_numpy(lesson.features).float() @ last.weight.T + last.bias
-    np.testing.assert_allclose(answers.detach().numpy(), lesson.logits, atol=2e-2)  # kept as fp16
+    assert labels.features.shape == (len(tiny_splits.train), last.in_features)
+    logits = torch.from_numpy(labels.features).float() @ last.weight.T + last.bias
+    np.testing.assert_allclose(logits.detach().numpy(), labels.logits, atol=2e-2)  # stored as fp16
 
 
-def test_made_texts_have_the_teachers_label(
+def test_augmented_texts_have_the_teachers_label(
     teacher: Classifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     train = tiny_splits.train
-    lesson = label_with_teacher(teacher, train, tmp_path, made=0.5)
-    made = lesson.split.rows[len(train) :]
-    assert lesson.split.rows[: len(train)] == train.rows
+    labels = label_with_teacher(teacher, train, tmp_path, made=0.5)
+    made = labels.split.rows[len(train) :]
+    assert labels.split.rows[: len(train)] == train.rows
     assert len(made) == round(0.5 * len(train))
     assert not set(made) & set(train.rows)
-    assert (lesson.split.targets[: len(train)] == train.targets).all()
-    answers = predict_logits(teacher, lesson.split.rows)
-    np.testing.assert_allclose(lesson.logits, answers, atol=1e-5)
-    assert (lesson.split.targets[len(train) :] == lesson.logits[len(train) :].argmax(1)).all()
-    assert len(lesson.features) == len(lesson.split)
+    assert (labels.split.targets[: len(train)] == train.targets).all()
+    logits = predict_logits(teacher, labels.split.rows)
+    np.testing.assert_allclose(labels.logits, logits, atol=1e-5)
+    assert (labels.split.targets[len(train) :] == labels.logits[len(train) :].argmax(1)).all()
+    assert len(labels.features) == len(labels.split)
     assert (
-        label_with_teacher(teacher, train, tmp_path, made=0.5).split.digest == lesson.split.digest
+        label_with_teacher(teacher, train, tmp_path, made=0.5).split.digest == labels.split.digest
     )
     assert (
         label_with_teacher(teacher, train, tmp_path, made=0.5, seed=1).split.digest
-        != lesson.split.digest
+        != labels.split.digest
     )
 
 
 @pytest.mark.parametrize("flags", [(), ("amx_bf16",)])
-def test_relations_are_learnt_across_widths(
+def test_similarity_loss_works_across_feature_widths(
     teacher: Classifier,
     tiny_splits: Splits,
     tmp_path: Path,
@@ -224,32 +226,32 @@ def test_relations_are_learnt_across_widths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.training.trainer.cpu_flags", lambda: frozenset(flags))
-    lesson = label_with_teacher(teacher, tiny_splits.train, tmp_path)
+    labels = label_with_teacher(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:
         def nothing(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
             return logits.sum() * 0
 
-        alone = add_similarity_loss(nothing, student, lesson.features, 1.0)
+        alone = add_similarity_loss(nothing, student, labels.features, 1.0)
         student.eval()
         student(*map(torch.from_numpy, student.preprocessor(tiny_splits.train.rows).values()))
         places = torch.arange(len(tiny_splits.train))
         return alone(torch.zeros(1), places).item()
 
     torch.manual_seed(0)
-    student = start_student(teacher, 0)  # a static one, of another width
+    student = start_student(teacher, 0)  # a static student, of another width
     before = distance(student)
-    loss = distillation_loss(lesson.logits, lesson.split.targets)
-    loss = add_similarity_loss(loss, student, lesson.features, 10.0)
+    loss = distillation_loss(labels.logits, labels.split.targets)
+    loss = add_similarity_loss(loss, student, labels.features, 10.0)
     fit(student, tiny_splits, loss, Schedule(epochs=4, learning_rate=3e-3, batch_size=10))
     assert distance(student) < before / 2
 
 
-def test_chosen_layers(teacher: Classifier) -> None:
+def test_explicit_layers(teacher: Classifier) -> None:
     assert kept_layers(6, 3) == (0, 2, 5)
     assert kept_layers(6, 3, "0, 5") == (0, 5)
     last = start_student(teacher, 1, "1")
     assert (predict_logits(last, ROWS) == predict_logits(shrink(teacher, [1]), ROWS)).all()
     for wrong in ("6", "2,1", "1,1", "first", "-1", ","):
-        with pytest.raises(ModelError, match="give numbers from 0 to 5, rising"):
+        with pytest.raises(ModelError, match="give numbers from 0 to 5, ascending"):
             kept_layers(6, 3, wrong)
