@@ -1,7 +1,7 @@
-"""Pruning: a classifier of texts without what it hardly needs.
+"""Structured pruning of text classifiers: heads, neurons, hidden dimensions and vocabulary.
 
-What is pruned is gone: tensors get smaller, and config.json has their shapes. Training heals what
-that costs.
+Pruned tensors are smaller, and config.json records their shapes. Training afterwards recovers the
+lost accuracy.
 """
 
 from mlflow_pt_deploy.pruning.importance import Importance, taylor_importance, teacher_importance

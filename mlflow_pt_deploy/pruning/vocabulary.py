@@ -1,4 +1,7 @@
-"""Without the word pieces that train does not need: most of a small model's size."""
+"""Vocabulary pruning: remove the word pieces that the training texts do not need.
+
+Embeddings are most of a small model's size.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +27,30 @@ def prune_vocabulary(
 ) -> TextClassifier:
     """Keep only the word pieces that `texts` need, and all single characters.
 
-    Follows "Load What You Need" (Abdaoui, Pradel & Sigel 2020). Each of `texts` becomes the same
-    pieces as before and gets the same logits. The price is paid by other texts: a word whose pieces
-    were dropped is spelled with shorter ones, down to single characters, which the classifier has
-    seldom seen. It becomes unknown only where one of its characters is no piece of its own.
+    Follows "Load What You Need" (Abdaoui, Pradel & Sigel 2020). Each of `texts` is tokenized into
+    the same pieces as before and gets the same logits. Other texts may lose accuracy: a word whose
+    pieces were dropped is split into shorter ones, down to single characters. It becomes unknown
+    only if one of its characters is not in the vocabulary.
 
     Args:
-        classifier: A classifier whose tokenizer is a WordPiece; it is not changed.
-        texts: Rows that must stay as they are, usually all of train.
-        keep: Further words (each keeps all its pieces) or single pieces that must survive.
+        classifier: A classifier with a WordPiece tokenizer; it is not changed.
+        texts: Rows whose tokenization must not change, usually all of train.
+        keep: Further words (with all their pieces) or single pieces to keep.
 
     Returns:
-        The classifier with renumbered token ids and a tokenizer to match.
+        A classifier with renumbered token ids and the matching tokenizer.
 
     Raises:
         DataError: `texts` is empty.
-        ModelError: The architecture or the kind of tokenizer is not supported, or the check at the
-            end finds a text that is tokenized or answered differently.
+        ModelError: The architecture or the tokenizer is not supported, or the final check finds a
+            text with other tokens or other logits.
     """
     family_of(classifier.network.config)
     if not texts:
-        raise DataError("texts is empty. Give the rows whose word pieces are to be kept.")
+        raise DataError("texts is empty. Give the rows whose word pieces must be kept.")
     rows = [*texts, *keep]
     specification = json.loads(classifier.tokenizer.backend_tokenizer.to_str())
-    old_ids = _needed(classifier, specification, rows, keep)
+    old_ids = _required_ids(classifier, specification, rows, keep)
     new_ids = {old: new for new, old in enumerate(old_ids)}
     network = _slice_embeddings(classifier.network, old_ids, new_ids)
     pruned = TextClassifier(network, _rewrite(classifier.tokenizer, specification, new_ids)).eval()
@@ -56,27 +59,28 @@ def prune_vocabulary(
 
 
 def frequent_pieces(classifier: TextClassifier, count: int = 8000) -> list[str]:
-    """Pieces that texts outside of train are likely to need, for `prune_vocabulary`'s `keep`.
+    """Return the most frequent pieces of the vocabulary, for `prune_vocabulary`'s `keep`.
 
-    BERT's vocabularies are sorted by how often a piece occurred, signs and characters first.
+    Texts outside of train are likely to need them. BERT's vocabularies are sorted by frequency,
+    after punctuation and characters.
 
     Args:
-        classifier: Its tokenizer is a WordPiece.
-        count: How many, special and unused ones left out.
+        classifier: A classifier with a WordPiece tokenizer.
+        count: Number of pieces, without special and unused ones.
     """
     pieces = sorted(classifier.tokenizer.get_vocab().items(), key=lambda item: item[1])
-    named = [piece for piece, _ in pieces if not (piece[0] == "[" and piece[-1] == "]")]
-    return named[:count]
+    regular = [piece for piece, _ in pieces if not (piece[0] == "[" and piece[-1] == "]")]
+    return regular[:count]
 
 
-def _needed(
+def _required_ids(
     classifier: TextClassifier, specification: Any, rows: Sequence[str], keep: Sequence[str]
 ) -> list[int]:
-    """Ids that must survive, in their new order; `specification` is the parsed tokenizer.json."""
+    """Token ids to keep, ascending; `specification` is the parsed tokenizer.json."""
     model, added = specification["model"], specification["added_tokens"]
     if model["type"] != "WordPiece":
         raise ModelError(
-            f"A {model['type']} tokenizer's vocabulary cannot be pruned; supported is WordPiece."
+            f"the vocabulary of a {model['type']} tokenizer cannot be pruned. Supported: WordPiece."
         )
     vocabulary, prefix = model["vocab"], model["continuing_subword_prefix"]
     unknown = vocabulary[model["unk_token"]]
@@ -86,21 +90,21 @@ def _needed(
     needed |= {index for piece, index in vocabulary.items() if len(piece.removeprefix(prefix)) == 1}
     needed |= set(_config_ids(classifier.network.config).values()) & set(vocabulary.values())
     backend = copy.deepcopy(classifier.tokenizer.backend_tokenizer)
-    backend.no_truncation()  # it may be shorter than the classifier's own
+    backend.no_truncation()  # the classifier truncates by itself
     for row, ids in zip(rows, encoded, strict=True):
         if unknown in ids:
-            needed.update(_given_up(backend, row, unknown))
+            needed.update(_abandoned_prefixes(backend, row, unknown))
     return sorted(needed)
 
 
-def _given_up(backend: Any, row: str, unknown: int) -> Iterator[int]:
-    """Pieces that WordPiece's greedy search matched in a row's words before it gave them up.
+def _abandoned_prefixes(backend: Any, row: str, unknown: int) -> Iterator[int]:
+    """Yield pieces that WordPiece's greedy search matched in words that ended as unknown.
 
-    Without them it would match shorter ones there, and might then get through.
+    Without them the search would match shorter pieces, and an unknown word could become known.
     """
     encoding = backend.encode(row.encode("utf8", "replace").decode("utf8"))
-    found = zip(encoding.offsets, encoding.ids, strict=True)
-    for raw in (row[start:end] for (start, end), index in found if index == unknown):
+    tokens = zip(encoding.offsets, encoding.ids, strict=True)
+    for raw in (row[start:end] for (start, end), index in tokens if index == unknown):
         word = backend.normalizer.normalize_str(raw) if backend.normalizer else raw
         for length in range(len(word) - 1, 0, -1):
             pieces = [piece.id for piece in backend.model.tokenize(word[:length])]
@@ -110,11 +114,11 @@ def _given_up(backend: Any, row: str, unknown: int) -> Iterator[int]:
 
 
 def _slice_embeddings(network: Any, old_ids: list[int], new_ids: dict[int, int]) -> Any:
-    """The network as its own config would build it, with only the embeddings of `old_ids`."""
+    """Build the network with only the embeddings of `old_ids`."""
     table = network.get_input_embeddings().weight
     if max(old_ids) >= len(table):
         raise ModelError(
-            f"The tokenizer has the id {max(old_ids)}, the model {len(table)} embeddings. "
+            f"the tokenizer has the id {max(old_ids)}, but the model has {len(table)} embeddings. "
             "Call network.resize_token_embeddings(len(tokenizer)) and train it first."
         )
     config = copy.deepcopy(network.config)
@@ -128,13 +132,13 @@ def _slice_embeddings(network: Any, old_ids: list[int], new_ids: dict[int, int])
 
 
 def _config_ids(config: Any) -> dict[str, int]:
-    """Names and values of ``pad_token_id`` and its like."""
+    """Names and values of ``pad_token_id`` and similar entries."""
     names = config.to_dict().items()
     return {name: it for name, it in names if name.endswith("_token_id") and isinstance(it, int)}
 
 
 def _rewrite(tokenizer: Any, specification: Any, new_ids: dict[int, int]) -> Any:
-    """The tokenizer with only the pieces of `new_ids`, as it comes back from its folder."""
+    """Reload the tokenizer with only the pieces of `new_ids`."""
     pieces = specification["model"]["vocab"].items()
     specification["model"]["vocab"] = {name: new_ids[old] for name, old in pieces if old in new_ids}
     for token in specification["added_tokens"]:
@@ -157,16 +161,18 @@ def _rewrite(tokenizer: Any, specification: Any, new_ids: dict[int, int]) -> Any
 def _verify(
     old: TextClassifier, new: TextClassifier, rows: Sequence[str], new_ids: dict[int, int]
 ) -> None:
-    """Raise unless all rows have the same pieces, and the first of them the same logits."""
+    """Check that all rows have the same pieces, and the first 32 rows the same logits."""
     before, after = old.preprocessor.encode(rows), new.preprocessor.encode(rows)
     for row, expected, ids in zip(rows, before, after, strict=True):
         if [new_ids[index] for index in expected] != ids:
-            problem = "its tokenizer.json has ids in unknown places. Keep the whole vocabulary."
-            raise ModelError(f"{row!r} would be tokenized differently: {problem}")
+            raise ModelError(
+                f"{row!r} would be tokenized differently: tokenizer.json has ids in unsupported "
+                "entries. Keep the whole vocabulary."
+            )
     probe, device = rows[:32], str(old.network.device)
     first, second = (predict_logits(it, probe, device=device) for it in (old, new))
     if not np.allclose(first, second, rtol=0, atol=1e-5):
         raise ModelError(
-            f"Renumbered token ids change the logits: this {old.network.config.model_type} uses "
-            "them for more than its embeddings. Keep its whole vocabulary."
+            f"renumbered token ids change the logits: this {old.network.config.model_type} uses "
+            "token ids outside of its embeddings. Keep the whole vocabulary."
         )

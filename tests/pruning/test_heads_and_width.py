@@ -1,4 +1,4 @@
-"""Heads and dimensions that were removed are gone, and what is kept answers as before."""
+"""Pruning of attention heads and hidden dimensions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tiny.pruning import ROWS, random_network, reloaded
 
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
@@ -30,11 +30,10 @@ from mlflow_pt_deploy.pruning import (
 from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
 from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
 
-ROWS = ("my card", "please refund it today", "wire", "send money abroad to the new payee, please")
 TARGETS = np.array([0, 1, 1, 0])
 KINDS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")
-DEAD_HEADS = ((1,), (3,))
-DEAD_WIDTH = tuple(range(5, 13))
+ZEROED_HEADS = ((1,), (3,))
+DROPPED_WIDTH = tuple(range(5, 13))
 
 
 @pytest.fixture
@@ -45,35 +44,20 @@ def classifier(tiny_model: Path) -> TextClassifier:
 
 
 def _random(kind: str, like: TextClassifier) -> TextClassifier:
-    """2 layers, 32 wide, 4 heads of 8, with a head's worth of noise in all weights."""
-    neurons = "hidden_dim" if kind == "distilbert" else "intermediate_size"
-    config = AutoConfig.for_model(
-        kind,
-        **{neurons: 64},
-        pad_token_id=0,
-        vocab_size=188,
-        max_position_embeddings=100,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = AutoModelForSequenceClassification.from_config(config).eval()
-    return TextClassifier(network, like.tokenizer)
+    return TextClassifier(random_network(kind), like.tokenizer)
 
 
-def _scores(**places: tuple[object, ...]) -> Importance:
-    """Scores of 1; those of `places` are 0."""
+def _scores(**zeros: tuple[object, ...]) -> Importance:
+    """Scores of 1; those of `zeros` are 0."""
     heads, neurons, width = np.ones((2, 4)), np.ones((2, 64)), np.ones(32)
-    for layer, dead in enumerate(places.get("heads", ())):
-        heads[layer, list(dead)] = 0  # type: ignore[call-overload]
-    width[list(places.get("width", ()))] = 0  # type: ignore[arg-type]
+    for layer, zeroed in enumerate(zeros.get("heads", ())):
+        heads[layer, list(zeroed)] = 0  # type: ignore[call-overload]
+    width[list(zeros.get("width", ()))] = 0  # type: ignore[arg-type]
     return Importance(heads, neurons, width)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_that_add_nothing_go_first_and_change_no_logit(
+def test_heads_without_effect_score_0_and_are_pruned_first(
     kind: str, classifier: TextClassifier, tmp_path: Path
 ) -> None:
     whole = _random(kind, classifier)
@@ -83,8 +67,8 @@ def test_heads_that_add_nothing_go_first_and_change_no_logit(
         if name.endswith(("attention.output.dense", "attention.out_lin"))
     ]
     with torch.no_grad():
-        for layer, dead in zip(mixed, DEAD_HEADS, strict=True):
-            for head in dead:
+        for layer, zeroed in zip(mixed, ZEROED_HEADS, strict=True):
+            for head in zeroed:
                 layer.weight[:, 8 * head : 8 * head + 8] = 0
     importance = taylor_importance(whole, ROWS, TARGETS)
     assert [np.flatnonzero(scores == 0).tolist() for scores in importance.heads] == [[1], [3]]
@@ -93,7 +77,7 @@ def test_heads_that_add_nothing_go_first_and_change_no_logit(
     expected = predict_logits(whole, ROWS)
     np.testing.assert_allclose(predict_logits(pruned, ROWS), expected, rtol=0, atol=1e-6)
     sizes = [sum(weight.numel() for weight in it.parameters()) for it in (whole, pruned)]
-    assert sizes[0] - sizes[1] == 2 * 8 * (3 * (32 + 1) + 32)  # into q, k, v with bias, and out
+    assert sizes[0] - sizes[1] == 2 * 8 * (3 * (32 + 1) + 32)  # q, k, v with bias, output
     assert whole.network.config.num_attention_heads == 4
 
     save_classifier(pruned, tmp_path / "pruned")
@@ -107,12 +91,12 @@ def test_heads_that_add_nothing_go_first_and_change_no_logit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tensor_is_narrower_where_it_meets_the_hidden_states(
+def test_width_pruning_slices_every_tensor_of_the_hidden_size(
     kind: str, classifier: TextClassifier, tmp_path: Path
 ) -> None:
     whole = _random(kind, classifier)
-    pruned = prune_width(whole, 24, _scores(width=DEAD_WIDTH))
-    kept = [place for place in range(32) if place not in DEAD_WIDTH]
+    pruned = prune_width(whole, 24, _scores(width=DROPPED_WIDTH))
+    kept = [place for place in range(32) if place not in DROPPED_WIDTH]
     old, new = whole.state_dict(), pruned.state_dict()
     up = next(name for name in old if name.endswith(("intermediate.dense.weight", "lin1.weight")))
     query = next(name for name in old if name.endswith(("query.weight", "q_lin.weight")))
@@ -125,23 +109,18 @@ def test_every_tensor_is_narrower_where_it_meets_the_hidden_states(
     assert (predict_logits(again, ROWS) == predict_logits(pruned, ROWS)).all()
 
 
-def test_both_together_may_fit_transformers_again(
+def test_plain_transformers_loads_a_standard_head_size(
     classifier: TextClassifier, tmp_path: Path
 ) -> None:
-    """Three heads of 8 in 24 dimensions are what a plain config says too."""
+    """Three heads of 8 in 24 dimensions need no custom head size."""
     slim = prune_width(prune_heads(classifier, 3, _scores()), 24, _scores())
-    save_classifier(slim, tmp_path / "slim")
-    network, info = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "slim", output_loading_info=True
-    )
-    assert not any(info.values())
-    plain = TextClassifier(network, slim.tokenizer).eval()
+    plain = reloaded(slim, tmp_path / "slim")
     np.testing.assert_allclose(
         predict_logits(plain, ROWS), predict_logits(slim, ROWS), rtol=0, atol=1e-6
     )
 
 
-def test_what_was_cut_learns_saves_a_new_head_and_loses_its_vocabulary(
+def test_pruned_students_can_be_trained_saved_relabeled_and_pruned_again(
     classifier: TextClassifier, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     student = cut_student(
@@ -173,19 +152,28 @@ def test_what_was_cut_learns_saves_a_new_head_and_loses_its_vocabulary(
     assert torch.equal(other.network.state_dict()[kept], odd.network.state_dict()[kept])
 
 
-def test_nothing_asked_nothing_cut(classifier: TextClassifier, tiny_splits: Splits) -> None:
+def test_no_pruning_by_default(classifier: TextClassifier, tiny_splits: Splits) -> None:
     assert cut_student(classifier, classifier, tiny_splits.train, (0, 1)) is classifier
 
 
 @pytest.mark.parametrize(
-    ("cut", "message"),
+    ("prune", "message"),
     [
-        (lambda it: prune_heads(it, 5, _scores()), "^keep 5: choose from 1 to 4, the heads"),
-        (lambda it: prune_heads(it, 0, _scores()), "^keep 0: choose from 1 to 4, the heads"),
-        (lambda it: prune_width(it, 33, _scores()), "^keep 33: choose from 1 to 32, the dim"),
+        (
+            lambda it: prune_heads(it, 5, _scores()),
+            "^keep 5: choose from 1 to 4, the number of h",
+        ),
+        (
+            lambda it: prune_heads(it, 0, _scores()),
+            "^keep 0: choose from 1 to 4, the number of h",
+        ),
+        (
+            lambda it: prune_width(it, 33, _scores()),
+            "^keep 33: choose from 1 to 32, the hidden",
+        ),
         (
             lambda it: prune_width(it, 8, Importance(np.ones((2, 4)), np.ones(1), np.ones(9))),
-            r"shape \(9,\), the classifier has \(32,\)",
+            r"shape \(9,\), but the classifier has \(32,\)",
         ),
         (
             lambda it: cut_student(it, it, None, (0,), width=1.5),
@@ -193,16 +181,16 @@ def test_nothing_asked_nothing_cut(classifier: TextClassifier, tiny_splits: Spli
         ),
     ],
 )
-def test_what_cannot_be_cut(
-    cut: Callable[[TextClassifier], object], message: str, classifier: TextClassifier
+def test_invalid_arguments(
+    prune: Callable[[TextClassifier], object], message: str, classifier: TextClassifier
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        cut(classifier)
+        prune(classifier)
 
 
-def test_heads_that_share_a_table_stay(classifier: TextClassifier) -> None:
+def test_unsupported_architecture(classifier: TextClassifier) -> None:
     shared = _random("mpnet", classifier)
-    with pytest.raises(ModelError, match=r"^mpnet's heads cannot be removed one by one"):
+    with pytest.raises(ModelError, match=r"^pruning heads of mpnet is not supported"):
         prune_heads(shared, 2, _scores())
-    with pytest.raises(ModelError, match=r"^mpnet's hidden states cannot be cut"):
+    with pytest.raises(ModelError, match=r"^pruning the hidden size of mpnet is not supported"):
         prune_width(shared, 16, _scores())
