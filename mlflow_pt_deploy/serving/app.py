@@ -1,6 +1,6 @@
 """The application of ``pt-deploy serve``: routes, authorization, and the path of a request.
 
-Knows no HTTP server: an adapter (`rsgi`, `asgi`) hands it a `Request` and sends its `Response`.
+An adapter (`rsgi`, `asgi`) passes it a `Request` and sends the `Response`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _WATCH_AFTER_S = 0.05
 
 
 class Rejection(Exception):
-    """A request is answered without having been read.
+    """A request is rejected before its body is parsed.
 
     Args:
-        response: The answer. The body is read away before it is sent: a proxy such as nginx takes
-            a response that comes before the end of the request for a failure of the server.
+        response: The response. The rest of the body is read and dropped before it is sent: a proxy
+            such as nginx treats an earlier response as a failure of the server.
     """
 
     def __init__(self, response: Response) -> None:
@@ -70,15 +70,18 @@ class Application:
     """Answers requests for one or more models.
 
     Args:
-        models: Models by name; ``/invocations`` is for the first.
-        auth: Who may score, and who may read the admin pages.
+        models: Models by name; ``/invocations`` is served by the first.
+        auth: Tokens for scoring and for the admin pages.
         metrics: Counts responses.
         access_log: Writes a line for each response, if given.
         tracer: Exports a span for each scoring request, if given.
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
-        on_start, on_stop: Called with the event loop's start and end.
+        on_start, on_stop: Called when the event loop starts and ends.
+
+    Attributes:
+        active: Requests that are being answered.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Application:
         self._hang_s = hang_s
         self._states = states
         self._on_start, self._on_stop = on_start, on_stop
+        self.active = 0
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
@@ -130,11 +134,11 @@ class Application:
             self._metrics.gauge("loaded", name, partial(_is_loaded, model))
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The event loop `loop` is about to run."""
+        """Prepare for requests on an event loop."""
         self._on_start(loop)
 
     def stop(self) -> None:
-        """The event loop has ended."""
+        """Release threads and connections; the event loop has ended."""
         self._on_stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
         PARQUET_READER.close()
@@ -144,6 +148,7 @@ class Application:
     async def respond(self, request: Request) -> Response:
         """Answer one request; raises nothing."""
         model = self._scoring.get(request.path)
+        self.active += 1
         try:
             if model is None or request.method != "POST":
                 response = await self._read_only(request)
@@ -152,6 +157,8 @@ class Application:
         except Rejection as rejection:
             await request.discard()
             response = rejection.response
+        finally:
+            self.active -= 1
         request_id = self._request_ids.of(request.headers)
         self._record(model, request, response, request_id)
         headers = (("x-request-id", request_id), *response.headers)
@@ -163,7 +170,7 @@ class Application:
         """Score the rows of one request.
 
         Raises:
-            Rejection: It is answered without having been read.
+            Rejection: It is rejected before its body is parsed.
         """
         version, context = self._admit(model, request)
         self._in_flight[model.name] += 1
@@ -175,10 +182,10 @@ class Application:
             self._in_flight[model.name] -= 1
 
     def _admit(self, model: ServedModel, request: Request) -> tuple[LoadedModel, RequestContext]:
-        """The version that answers, whatever is promoted meanwhile, and the deadline.
+        """The version that answers this request, and its context with the deadline.
 
         Raises:
-            Rejection: No token, no version in memory, or too much load.
+            Rejection: The token is wrong, no version is in memory, or the server is overloaded.
         """
         if not self._auth.can_score(request.headers.get("authorization")):
             raise Rejection(_unauthorized("a token"))
@@ -196,7 +203,11 @@ class Application:
         return version, RequestContext(deadline.expires_at)
 
     def _failure(self, error: Exception, version: LoadedModel) -> Response:
-        """The response to a request that failed while it was read or scored."""
+        """The response to a request that failed while it was read or scored.
+
+        Raises:
+            Rejection: The body is too long; its rest is still to be read.
+        """
         if isinstance(error, BodyTooLongError):
             message = f"the body is longer than {self._max_body_bytes} bytes; send fewer rows"
             raise Rejection(error_response(413, "INVALID_PARAMETER_VALUE", message))
@@ -247,10 +258,10 @@ class Application:
             watcher.cancel()
 
     async def _read_only(self, request: Request) -> Response:
-        """Any request that does not score.
+        """Answer a request for a probe or an admin page.
 
         Raises:
-            Rejection: There is no such page, or it may not be read.
+            Rejection: There is no such page, its method is not allowed, or the token is wrong.
         """
         path = request.path
         page = self._probes.get(path) or self._admin.get(path)
@@ -289,7 +300,7 @@ class Application:
             self._access_log.write(route, response, seconds, request_id)
 
     def _livez(self) -> Response:
-        hangs = any(_running_s(model) > self._hang_s for model in self._models.values())
+        hangs = any(model.running_s > self._hang_s for model in self._models.values())
         if self._hang_s and hangs:
             return Response(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
         return Response(200, b"{}")
@@ -336,7 +347,7 @@ def _unauthorized(token: str) -> Response:
 
 
 def _unavailable(model: ServedModel) -> Response:
-    """Why no version answers, and when to retry."""
+    """The response while no version of a model is in memory."""
     retry, message = RETRY_AFTER, "the model is still loading"
     if model.rejected and model.unloaded:
         retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
@@ -349,11 +360,6 @@ def _unavailable(model: ServedModel) -> Response:
 def _queued_rows(model: ServedModel) -> int:
     version = model.current
     return version.pyfunc.service.batcher.queued_rows if version else 0
-
-
-def _running_s(model: ServedModel) -> float:
-    version = model.current
-    return version.pyfunc.service.batcher.executor.running_s if version else 0.0
 
 
 def _is_loaded(model: ServedModel) -> int:

@@ -1,11 +1,12 @@
-"""The main process of ``pt-deploy serve``: granian with our limits, its workers, its end.
+"""Main process of ``pt-deploy serve``: runs granian, its workers and their shutdown.
 
-Imports no model, no MLflow and no NumPy: workers are forked from it and set their CPU share first.
+Imports neither MLflow nor NumPy: workers are forked from it and must set their CPU share first.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import threading
@@ -49,7 +50,7 @@ def run_server(
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        models: Words of the command line.
+        models: Model arguments of the command line.
         model_config: Serving options of all models.
         settings: Where and how to listen.
         shares: CPU share of each worker.
@@ -72,6 +73,7 @@ def run_server(
                 folder,
                 list(shares),
                 registry_variables(),
+                os.getpid(),
             )
             _MainProcess(job, address[0], on_ready).run()
         finally:
@@ -81,7 +83,7 @@ def run_server(
 
 
 class _MainProcess:
-    """Runs granian, again if its workers crash in a loop, until it is told to stop."""
+    """Runs granian until a signal stops it; starts it again if its workers crash in a loop."""
 
     def __init__(self, job: WorkerJob, host: str, on_ready: ReadyCallback) -> None:
         self._job = job
@@ -142,23 +144,31 @@ class _MainProcess:
         return server
 
     def _take_signals(self) -> None:
-        """Runs after granian installed its own handlers and before it starts workers."""
+        """Install signal handlers; after granian installed its own, before it starts workers."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         threading.Thread(target=self._wait_until_ready, daemon=True).start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second ends at once."""
-        if self._stopping.is_set() or number == signal.SIGINT:
-            self._stopping.set()
-            self._granian.signal_handler_interrupt()
-            return
+        """SIGTERM drains, SIGINT skips the drain; a second signal kills the workers."""
+        again = self._stopping.is_set()
         self._stopping.set()
-        threading.Thread(target=self._drain, daemon=True).start()
+        if again:
+            self._stop_granian()
+            for worker in self._granian.wrks:
+                worker.kill()
+        elif number == signal.SIGINT:
+            self._stop_granian()
+        else:
+            threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
         self._states.start_draining()
         time.sleep(self._job.settings.drain_s)
+        self._stop_granian()
+
+    def _stop_granian(self) -> None:
+        self._states.start_stopping()
         self._granian.signal_handler_interrupt()
 
     def _wait_until_ready(self) -> None:
@@ -166,7 +176,7 @@ class _MainProcess:
             if failure := self._states.failure():
                 self._failure = failure
                 self._stopping.set()
-                self._granian.signal_handler_interrupt()
+                self._stop_granian()
             elif self._states.all_ready():
                 self._announced = True
                 self._on_ready(self._states.read()[0]["banner"])

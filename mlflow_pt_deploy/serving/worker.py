@@ -1,6 +1,6 @@
 """A worker process: models, registry watcher, watchdog, application.
 
-Forked or spawned by granian. Everything that libraries read once, such as the number of threads, is
+Forked or spawned by granian. What libraries read once at import, such as the number of threads, is
 set before they are imported.
 """
 
@@ -27,22 +27,24 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
-"""Python's default lets a busy thread run for 5 ms before the event loop gets its turn."""
+"""Seconds that a busy thread may hold the interpreter. Python's default of 5 ms delays the event
+loop by ten times the time that a fast model takes."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is to do; picklable.
+    """Configuration of a worker; picklable.
 
     Attributes:
-        models: Words of the command line.
+        models: Model arguments of the command line.
         model_config: Serving options of all models.
-        settings: Of the server; the port is a real one.
+        settings: Server settings; the port is not 0.
         folder: The run directory.
         shares: CPU share of each worker.
-        environment: Variables by which the worker finds the registry.
+        environment: Environment variables that locate the registry.
+        main_pid: Process id of the main process.
     """
 
     models: Sequence[str]
@@ -51,13 +53,14 @@ class WorkerJob:
     folder: Path
     shares: Sequence[Share]
     environment: Mapping[str, str]
+    main_pid: int
 
 
 def load_worker(job: WorkerJob) -> RsgiAdapter:
-    """The RSGI application of this process.
+    """Build the RSGI application of this process.
 
-    A worker that replaces one that died loads its models before it returns, and so before it
-    listens: connections go to the other workers until then.
+    A worker that replaces another one loads its models before this returns, and so before it
+    listens. Until then connections go to the other workers.
     """
     states = WorkerStates(job.folder, len(job.shares))
     index = states.claim()
@@ -79,7 +82,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         metrics.forget_process(predecessor)
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
-    publisher = _StatePublisher(states, models, settings, metrics.sample)
+    publisher = _StatePublisher(states, models, settings)
     watcher = RegistryWatcher(
         list(models.values()),
         settings.poll_s,
@@ -88,7 +91,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
     )
-    watchdog = Watchdog(models, settings.hang_s, settings.grace_s, tick=metrics.sample)
+    watchdog = Watchdog(
+        models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
+    )
 
     def stop() -> None:
         watchdog.stop()
@@ -103,7 +108,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         max_body_bytes=int(settings.max_body_mb * 2**20),
         hang_s=settings.hang_s,
         states=states,
-        on_start=watchdog.watch,
+        on_start=lambda loop: watchdog.watch(application, loop),
         on_stop=stop,
     )
     watcher.start()
@@ -113,14 +118,13 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
 
 class _StatePublisher:
-    """Writes what this worker serves into the run directory."""
+    """Writes the state of this worker to the run directory."""
 
     def __init__(
         self,
         states: WorkerStates,
         models: Mapping[str, ServedModel],
         settings: ServerSettings,
-        sample: Any,
     ) -> None:
         self._states = states
         self._models = models
@@ -129,18 +133,18 @@ class _StatePublisher:
         self._banner: Sequence[str] = ()
 
     def opened(self) -> None:
-        """All models are loaded, or deferred for want of memory."""
+        """Record that all models are loaded, or left unloaded within the memory budget."""
         self._banner = _banner(self._models, self._settings)
         self.publish()
         self.ready.set()
 
     def failed(self, error: Exception) -> None:
-        """A model cannot be opened."""
+        """Record that a model cannot be opened."""
         self._states.write({"failed": str(in_words(error))})
         self.ready.set()
 
     def publish(self) -> None:
-        """Write the state."""
+        """Write the state file."""
         versions = {name: model.current for name, model in self._models.items()}
         self._states.write(
             {
@@ -157,7 +161,7 @@ class _StatePublisher:
 
 
 def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
-    """Process group, CPU share, folders and logging, before any library is imported."""
+    """Set signals, CPU share, folders and logging before any library is imported."""
     import signal
 
     from mlflow_pt_deploy.serving.observability.server_log import configure_log, log_granian
@@ -165,6 +169,7 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
+    _end_with_main_process(signal.SIGTERM)
     share = job.shares[index % len(job.shares)]
     if share.pinned:
         os.sched_setaffinity(0, share.pinned)
@@ -176,20 +181,29 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
             CORES_ENV: str(share.cores),
             "TMPDIR": str(states.scratch),
             "PROMETHEUS_MULTIPROC_DIR": str(job.folder / "metrics"),
-            # what MLflow's own server sets; the pyfunc and the flavor read it
+            # MLflow's own server sets it; the pyfunc and the flavor read it
             "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         }
     )
-    tempfile.tempdir = None  # forget the parent's
+    tempfile.tempdir = None  # drop the main process's cached value
     sys.setswitchinterval(SWITCH_S)
     replica = index if len(job.shares) > 1 else None
     configure_log(job.settings.log_format, replica)
     log_granian()
 
 
+def _end_with_main_process(number: int) -> None:
+    """Get this signal at once when the main process dies; elsewhere the watchdog notices it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+
+
 def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list[str]:
-    """What the server prints once it is ready."""
+    """The startup banner."""
     from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -205,7 +219,7 @@ def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list
 
 
 def _describe(model: ServedModel, poll_s: float) -> str:
-    """What is served under a name and within which limits, in one line."""
+    """One line of the banner: the version served under a name, and its limits."""
     version = model.current
     if version is None:
         assert model.unloaded is not None

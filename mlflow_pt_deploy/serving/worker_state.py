@@ -5,7 +5,8 @@
     ├── worker-<index>.json    what it serves, whether it is ready, why it failed
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
-    └── draining               exists once the server is shutting down
+    ├── draining               exists once readiness is off
+    └── stopping               exists once the port is being closed
 
 Files are written aside and renamed, so a reader never sees half of one.
 """
@@ -71,12 +72,21 @@ class WorkerStates:
 
     @property
     def draining(self) -> bool:
-        """Whether the server is shutting down."""
+        """Whether the server is about to shut down."""
         return (self.folder / "draining").exists()
 
     def start_draining(self) -> None:
         """Make every worker's ``/readyz`` fail."""
         (self.folder / "draining").touch()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the workers are ending."""
+        return (self.folder / "stopping").exists()
+
+    def start_stopping(self) -> None:
+        """Let workers end as soon as they answer no request."""
+        (self.folder / "stopping").touch()
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Publish this worker's state."""

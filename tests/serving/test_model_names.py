@@ -1,8 +1,14 @@
-"""Words of the command line to names of models."""
+"""Model arguments of the command line: their names, and errors for models that do not exist."""
+
+from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
+from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.registry.addresses import in_words
 from mlflow_pt_deploy.serving.model_names import name_models
 
 
@@ -15,3 +21,41 @@ def test_names_of_models() -> None:
         name_models(["models:/a@x"], {"threads": 2})
     with pytest.raises(ServingError, match="nothing to serve"):
         name_models([], None)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").touch()
+    for word, message in (
+        (f"{tmp_path}/none", f"the model {tmp_path}/none is not there. Give a folder that MLflow"),
+        (f"shop={tmp_path}", "is no MLflow model: it has no file MLmodel. Give a folder"),
+        (__file__, "is not a folder. Give a folder"),
+        (f"{tmp_path}/hub", "with pt-deploy optimize --model"),
+    ):
+        assert main(["serve", word]) == 1
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("models:/none@champion", "Registered Model with name=none not found. Look at its addr"),
+        ("models:/shop@champion", "Registered model alias champion not found. Look at its addr"),
+        ("models:/shop/9", "Model Version (name=shop, version=9) not found. Look"),
+        ("file:///no/such", "there is no /no/such. Look"),
+    ],
+)
+def test_a_model_unknown_to_the_registry(tracking: str, uri: str, reason: str) -> None:
+    MlflowClient().create_registered_model("shop")
+    (model,) = name_models([uri]).values()
+    with pytest.raises(MlflowException) as info:
+        model.open()
+    message = str(in_words(info.value))
+    assert message.startswith("the model cannot be fetched or opened: ")
+    assert reason in message
+
+
+def test_the_whole_reason_is_on_one_line() -> None:
+    error = MlflowException("These failed:\n\n  ## a ##\nno such file\nTraceback (most")
+    assert "opened: These failed: a no such file. Look at" in str(in_words(error))
+    assert "opened: KeyError. Look" in str(in_words(KeyError()))

@@ -1,5 +1,7 @@
 """The port: refused in words where it is taken, shared by this server's workers only."""
 
+import gc
+import multiprocessing
 import socket
 
 import pytest
@@ -48,3 +50,26 @@ def test_workers_listen_at_a_port_that_is_held() -> None:
 def test_an_address_of_another_machine_is_refused_in_words() -> None:
     with pytest.raises(ServingError, match="192.0.2.1, port .*another --port or --host"):
         hold_port("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_an_impossible_port_is_named_and_leaves_no_socket(host: str) -> None:
+    with pytest.raises(ServingError, match="port is 70000; give 1 to 65535"):
+        hold_port(host, 70000)
+    gc.collect()  # an open socket is a warning, and so an error
+
+
+def test_a_forked_process_does_not_hold_the_port() -> None:
+    (held,) = hold_port("127.0.0.1", 0)
+    port = held.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    go_on = context.Event()
+    child = context.Process(target=go_on.wait, args=(30,))
+    child.start()
+    try:
+        held.close()
+        for again in hold_port("127.0.0.1", port):
+            again.close()
+    finally:
+        go_on.set()
+        child.join(30)

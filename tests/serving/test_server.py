@@ -1,17 +1,19 @@
 """``pt-deploy serve`` as a process: TLS, start, shutdown, and what it leaves behind."""
 
-import datetime
-import ipaddress
 import re
 import signal
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
-from tiny.server import START_S, Client, Served, started, until
+from tiny.certificates import new_certificate
+from tiny.server import START_S, Client, Served, request, started, until
 from tiny.serving import save_tiny
+
+from mlflow_pt_deploy.cli import main
 
 ONE = ("--replicas", "1")
 
@@ -39,7 +41,7 @@ def in_flight(url: str) -> bool:
 
 
 def test_a_life_behind_tls(folder: Path, tmp_path: Path) -> None:
-    cert, key = _certificate(tmp_path)
+    cert, key = new_certificate(tmp_path)
     other = save_tiny(tmp_path / "other", label="crimson")
     words = (str(folder), f"second={other}", "-C", "max_batch_rows=4", *ONE)
     tls = ("--tls-cert", str(cert), "--tls-key", str(key))
@@ -88,17 +90,42 @@ def test_sigterm_drains_first_and_finishes_requests(folder: Path, tmp_path: Path
     assert list(scratch.iterdir()) == []
 
 
-def test_a_second_signal_ends_the_drain(folder: Path, tmp_path: Path) -> None:
-    with started(tmp_path / "scratch", str(folder), *ONE, "--drain-s", "600") as served:
+def test_a_second_signal_ends_the_drain_at_once(folder: Path, tmp_path: Path) -> None:
+    words = (str(folder), *ONE, "--drain-s", "600", "--grace-s", "600")
+    with started(tmp_path / "scratch", *words) as served, Client(served.url) as half:
+        half.send(request({"inputs": ["red"]})[:-3])
         served.process.send_signal(signal.SIGTERM)
         until(lambda: requests.get(f"{served.url}/readyz", timeout=10).status_code == 503)
         assert ends(served, signal.SIGINT) == 0
+        assert half.is_closed()
+        assert "Unexpected exit" not in served.log
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_open_connections_do_not_keep_the_server(folder: Path, tmp_path: Path) -> None:
+def test_a_second_signal_ends_requests_in_flight(folder: Path, tmp_path: Path) -> None:
+    words = (str(folder), *ONE, "--grace-s", "600")
+    with started(tmp_path / "scratch", *words) as served, Client(served.url) as half:
+        half.send(request({"inputs": ["red"]})[:-3])
+        until(lambda: in_flight(served.url))
+        served.process.send_signal(signal.SIGTERM)
+        until(lambda: refused(served.url))
+        assert served.process.poll() is None, "the request is in flight"
+        assert ends(served) == 0
+
+
+def refused(url: str) -> bool:
+    """Whether the port is closed."""
+    try:
+        requests.get(f"{url}/livez", timeout=10)
+    except requests.ConnectionError:
+        return True
+    return False
+
+
+def test_connections_without_a_request_do_not_delay_the_end(folder: Path, tmp_path: Path) -> None:
     whole = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
     with (
-        started(tmp_path / "scratch", str(folder), *ONE, "--grace-s", "1") as served,
+        started(tmp_path / "scratch", str(folder), *ONE, "--grace-s", "600") as served,
         Client(served.url) as idle,
         Client(served.url) as half,
         Client(served.url) as silent,
@@ -108,21 +135,32 @@ def test_open_connections_do_not_keep_the_server(folder: Path, tmp_path: Path) -
         assert ends(served) == 0
         for client in (idle, half, silent):
             assert client.is_closed()
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
-def test_a_killed_server_leaves_no_process_and_the_next_removes_its_files(
+def test_after_a_kill_the_next_server_takes_the_port_and_removes_the_files(
     folder: Path, tmp_path: Path
 ) -> None:
     scratch = tmp_path / "scratch"
-    with started(scratch, str(folder), *ONE) as served:
+    with started(scratch, str(folder), *ONE) as served, Client(served.url) as half:
         pid = requests.get(f"{served.url}/model", timeout=10).json()["replicas"][0]["pid"]
+        half.send(request({"inputs": ["red"]})[:-3])  # the worker has a request to finish
+        until(lambda: in_flight(served.url))
         served.process.kill()
-    until(lambda: not Path(f"/proc/{pid}").exists())
-    (left,) = runs(scratch)
-    with started(scratch, str(folder), *ONE) as served:
-        (run,) = runs(scratch)
-        assert run != left
-        assert ends(served) == 0
+        served.process.wait()
+        until(lambda: refused(served.url))
+        assert Path(f"/proc/{pid}").exists()
+        (left,) = runs(scratch)
+        port = served.url.rpartition(":")[2]
+        with started(scratch, str(folder), *ONE, "--port", port) as again:
+            assert again.url == served.url
+            (run,) = runs(scratch)
+            assert run != left
+            assert score(again.url).status_code == 200
+            half.send(request({"inputs": ["red"]})[-3:])
+            assert half.read().status == 200
+            until(lambda: not Path(f"/proc/{pid}").exists())
+            assert ends(again) == 0
     assert list(scratch.iterdir()) == []
 
 
@@ -131,20 +169,10 @@ def runs(scratch: Path) -> list[Path]:
     return list(scratch.glob("pt-deploy-run-*"))
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: save_tiny(path, refuse="this one is damaged"), "this one is damaged"),
-        (lambda path: path / "nowhere", "the model cannot be fetched or opened: .*tiny"),
-    ],
-    ids=["rejected", "missing"],
-)
-def test_a_first_model_that_cannot_serve_ends_the_server(
-    tmp_path: Path, make: Callable[[Path], Path], message: str
-) -> None:
-    model = make(tmp_path / "tiny")
+def test_a_first_model_that_cannot_serve_ends_the_server(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "tiny", refuse="this one is damaged")
     with (
-        pytest.raises(AssertionError, match=f"pt-deploy serve: {message}") as info,
+        pytest.raises(AssertionError, match="pt-deploy serve: this one is damaged") as info,
         started(tmp_path / "scratch", str(model), *ONE),
     ):
         pass
@@ -159,36 +187,33 @@ def test_a_first_model_that_cannot_serve_ends_the_server(
         (["-C", "threads=2"], "model_config has no threads"),
         (["-C", "num_threads"], "num_threads is no option; write it as KEY=VALUE"),
         (["--tls-cert", "cert.pem"], "belong together"),
+        (["--port", "99999"], "port is 99999; give 1 to 65535, or 0 for any free one"),
+        (["--port", "-1", "--replicas", "2"], "port is -1; give 1 to 65535"),
+        (["--host", "no.such.host.invalid", "--insecure"], "no.such.host.invalid cannot be found"),
+        (["--host", "a..b", "--insecure"], "'a..b' is no host"),
     ],
 )
-def test_a_mistake_is_one_clear_line(
+def test_an_invalid_option_is_one_clear_line(
     folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mlflow_pt_deploy.cli import main
-
     assert main(["serve", str(folder), *words]) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
 
 
-def _certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that it signed itself."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", str(folder), "--port", port]) == 1
+    assert f"127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(names, critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    plain, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(key.private_bytes(pem, plain, none))
-    return folder / "cert.pem", folder / "key.pem"
+
+def test_a_model_unknown_to_the_registry_ends_the_server(tracking: str, tmp_path: Path) -> None:
+    message = "pt-deploy serve: .*opened: Registered Model with name=none not found. Look"
+    with (
+        pytest.raises(AssertionError, match=message) as info,
+        started(tmp_path / "scratch", "models:/none@champion", *ONE, MLFLOW_TRACKING_URI=tracking),
+    ):
+        pass
+    assert "Traceback" not in str(info.value)

@@ -69,7 +69,7 @@ class Served(NamedTuple):
 
 @contextmanager
 def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> Iterator[Served]:
-    """Run ``pt-deploy serve`` on a free port until the block ends.
+    """Run ``pt-deploy serve``, on a free port unless `words` name one, until the block ends.
 
     Args:
         scratch: Its temporary folder, made if it does not exist; the log lies beside it.
@@ -87,7 +87,7 @@ def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> 
     with (
         log_path.open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", *words, "--port", "0"],
+            [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", "--port", "0", *words],
             env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,8 +1,8 @@
 """One model of the server and its hot swap.
 
-A new version is loaded and warmed up beside the current one; then one assignment activates it, so
+A new version is loaded and warmed up beside the current one. Then one assignment activates it, so
 every request is answered by exactly one version. Requests in flight keep the version they started
-with, and its memory is freed with the last of them. Where memory is limited a model may be unloaded
+with; its memory is freed after the last of them. Where memory is limited a model may be unloaded
 until it is requested; see `model_cache`.
 """
 
@@ -24,6 +24,7 @@ from mlflow_pt_deploy.registry.addresses import (
     SpecProvider,
     resolve,
 )
+from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version, now
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
@@ -37,12 +38,12 @@ class RejectedVersion:
     """A version that cannot serve.
 
     Attributes:
-        version: Which one.
-        spec: What was asked for.
-        reason: Why.
-        since: When it was rejected first.
-        retry_s: Seconds between tries; doubles each time.
-        tried_at: Last try, by `time.monotonic`.
+        version: The version.
+        spec: The specification it was loaded for.
+        reason: Why it was rejected.
+        since: Time of the first rejection.
+        retry_s: Seconds until the next try; doubles each time.
+        tried_at: Time of the last try, by `time.monotonic`, seconds.
     """
 
     version: ResolvedVersion
@@ -58,7 +59,7 @@ class RejectedVersion:
         return max(0.0, self.tried_at + self.retry_s - time.monotonic())
 
     def status(self) -> dict[str, Any]:
-        """What ``/model`` shows."""
+        """Its entry in ``/model``."""
         return {
             "uri": self.spec.uri,
             "version": self.version.version,
@@ -70,14 +71,14 @@ class RejectedVersion:
 
 
 class EvictionNote(NamedTuple):
-    """Why a model is not in memory, and since when."""
+    """Since when a model is not in memory, and why."""
 
     since: str
     reason: str
 
 
 class Preparation(NamedTuple):
-    """A version that is being fetched and loaded."""
+    """A version that is being fetched and loaded, and since when."""
 
     version: str | None
     since: str
@@ -88,25 +89,25 @@ class ServedModel:
 
     Args:
         name: Part of the path ``/models/NAME/invocations``.
-        provider: Says what is to be served.
+        provider: Returns the specification that is to be served now.
         metrics: Counts swaps and rejections.
-        last_served: What another process served under this name, to be opened first.
+        last_served: The version that another worker served under this name; it is opened first.
         find: Resolves a URI to a version.
         load: Loads a version, or raises.
 
     Attributes:
         current: The version that answers; None before the first is ready, and while unloaded.
-        unloaded: Why no version is in memory although all is well, or None.
-        rejected: The version that should serve but cannot, or None.
+        unloaded: Why no version is in memory although none was rejected, or None.
+        rejected: The version that is wanted but cannot serve, or None.
         preparing: The version that is being loaded, or None.
         uri: The URI that `current` was resolved from.
         registry_down_since: Since when the registry has not answered; None while it does.
-        registry_error: Why it does not.
+        registry_error: The registry's last error.
         polls: Number of polls of the registry.
-        used_at: Last request, by `time.perf_counter`.
-        requested_at: Since when a request has waited for it to be loaded again; 0: none does.
+        used_at: Time of the last request, by `time.perf_counter`, seconds.
+        requested_at: Time of the first request since it was unloaded; 0: there is none.
         loaded_at: When the current version was loaded, by `time.perf_counter`.
-        load_s: Seconds that took.
+        load_s: Seconds that the load took.
         wake: Called when it is requested while it is unloaded.
     """
 
@@ -132,6 +133,7 @@ class ServedModel:
         self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
         self.wake: Callable[[], None] = lambda: None
         self._unloaded_version: ResolvedVersion | None = None
+        self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
         self._provider = provider
         self._metrics = metrics or Metrics()
         self._last_served = last_served
@@ -139,10 +141,10 @@ class ServedModel:
         self._load = load
 
     def open(self) -> None:
-        """Load the first version: what was served before, else what is wanted now.
+        """Load the first version: the one that was served before, or the one wanted now.
 
         Raises:
-            PtDeployError: It cannot serve.
+            PtDeployError: The version cannot serve.
             MlflowException: It cannot be found or fetched.
         """
         if self._last_served is not None:
@@ -152,10 +154,10 @@ class ServedModel:
             self._activate(self._prepare(version, spec), 0.0)
 
     def register_unloaded(self, reason: str) -> None:
-        """Check that there is something to load, and leave it until it is requested.
+        """Check that the wanted version exists; it is loaded on the first request.
 
         Raises:
-            PtDeployError: What is to be served cannot be read.
+            PtDeployError: The specification or the MLmodel file cannot be read.
             MlflowException: There is no such model.
         """
         spec, version = self._wanted()
@@ -163,8 +165,17 @@ class ServedModel:
         self.uri, self._unloaded_version = spec.uri, version
         self.unloaded = EvictionNote(now(), reason)
 
+    @property
+    def running_s(self) -> float:
+        """Seconds since the oldest running batch of any version began; 0 if none is running.
+
+        Versions that were replaced or unloaded count as long as a batch of theirs is running.
+        """
+        executors = [reference() for reference in self._executors]
+        return max((each.running_s for each in executors if each is not None), default=0.0)
+
     def acquire(self) -> LoadedModel | None:
-        """The version for a request; None if none is in memory, which requests it."""
+        """The version for a request; None if none is in memory, it is then loaded soon."""
         self.used_at = time.perf_counter()
         version = self.current
         if version is None and self.unloaded and not self.requested_at:
@@ -178,7 +189,7 @@ class ServedModel:
         """Drop the version; requests in flight keep it until they are answered.
 
         Returns:
-            A weak reference: None once the version is freed.
+            A weak reference; it returns None once the version is freed.
         """
         version = self.current
         assert version is not None
@@ -190,17 +201,17 @@ class ServedModel:
         return weakref.ref(version)
 
     def reload(self) -> None:
-        """Load what was unloaded, in the version that is wanted now; never raises."""
+        """Load an unloaded model in the version that is wanted now; never raises."""
         try:
             self._poll(load=True)
         finally:
             self.requested_at = 0.0
 
     def poll(self) -> None:
-        """Ask the registry what is wanted, and serve it if it can serve; never raises.
+        """Look the wanted version up in the registry and swap to it; never raises.
 
-        A registry that does not answer changes nothing. Of an unloaded model only the version is
-        noted.
+        If the registry does not answer, the current version stays. For an unloaded model only the
+        wanted version is recorded.
         """
         try:
             self._poll(load=self.unloaded is None)
@@ -208,7 +219,7 @@ class ServedModel:
             self.polls += 1
 
     def status(self) -> dict[str, Any]:
-        """What ``/model`` shows."""
+        """The content of ``/model``."""
         version = self.current
         return {
             "model": self.name,
@@ -257,7 +268,7 @@ class ServedModel:
         self.registry_error = cause
         self._metrics.registry_reachable(self.name, False)
         _logger.warning(
-            "%s: the registry does not say what to serve; version %s stays: %s",
+            "%s: the wanted version cannot be looked up; version %s stays: %s",
             self.name,
             self.current.label if self.current else "none",
             cause,
@@ -272,7 +283,7 @@ class ServedModel:
         )
 
     def _prepare(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
-        """Load a version; `preparing` says so meanwhile."""
+        """Load a version; `preparing` is set meanwhile."""
         self.preparing = Preparation(version.version, now())
         try:
             return self._load(version, spec)
@@ -291,12 +302,14 @@ class ServedModel:
 
     def _activate(self, version: LoadedModel, seconds: float) -> None:
         self._metrics.version_activated(self.name, version, seconds)
+        live = (reference for reference in self._executors if reference() is not None)
+        self._executors = (*live, weakref.ref(version.pyfunc.service.batcher.executor))
         self.loaded_at, self.load_s = time.perf_counter(), seconds
         self.used_at = self.used_at or self.loaded_at
         before, self.current = self.current, version
         self.uri, self.rejected = version.spec.uri, None
         if self.unloaded:
-            self.unloaded = None  # after `current`, so that the model is ready all the time
+            self.unloaded = None  # after `current`: /readyz succeeds if either is set
             _logger.info("%s: version %s was loaded in %.1f s", self.name, version.label, seconds)
         if before:
             _logger.info(
@@ -329,8 +342,8 @@ class ServedModel:
 
 
 def _explain(error: Exception) -> str:
-    """Our own messages, or the cause in a library's."""
+    """The message of our own error, or the root cause of a library's, without passwords."""
     if isinstance(error, PtDeployError):
         return str(error)
-    text = re.sub(r"://[^/@\s]+@", "://", root_cause(error))  # a password in a URI
+    text = re.sub(r"://[^/@\s]+@", "://", root_cause(error))  # user and password in a URI
     return f"{type(error).__name__}: {text}"

@@ -263,7 +263,7 @@ def test_a_registry_that_does_not_answer_changes_nothing_and_is_logged_once(
         status = requests.get(f"{url}/model", timeout=5).json()
         assert status["registry_lost_since"]
         assert status["registry_error"] == "MlflowException: http://registry does not answer"
-        assert caplog.text.count("the registry does not say what to serve") == 1
+        assert caplog.text.count("the wanted version cannot be looked up") == 1
         assert "secret" not in caplog.text
         registry.promote(registry.add(label="two"))
         lost.clear()
@@ -390,3 +390,24 @@ def test_a_file_may_say_what_is_served(registry: Registry, tmp_path: Path) -> No
     model.poll()
     assert model.current.label == "2"
     assert model.registry_down_since
+
+
+def test_a_batch_of_a_replaced_version_still_counts_as_running(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.promote(registry.add(predict_s=0.002, slow_s=1.5))
+    model = ServedModel("tiny", source(URI))
+    model.open()
+    with running(Application({"tiny": model}, hang_s=0.2)) as url, ThreadPoolExecutor(1) as pool:
+        first = model.current
+        assert first is not None
+        slow = pool.submit(ask, url, text="slow")
+        until(lambda: model.running_s)
+        registry.promote("1")
+        model.poll()
+        assert model.current is not first
+        del first
+        until(lambda: requests.get(f"{url}/livez", timeout=10).status_code == 503)
+        assert slow.result().status_code == 200
+        assert model.running_s == 0
+        assert requests.get(f"{url}/livez", timeout=10).status_code == 200
