@@ -1,6 +1,6 @@
-"""Everything a user can ask of the line, in one record.
+"""Options of the pipeline, each declared once with default, help text, stages and choices.
 
-Knows names and defaults; the command line, MLproject and Python all go through it.
+The command line, MLproject and the Python API use the same record.
 """
 
 from __future__ import annotations
@@ -9,148 +9,211 @@ import json
 from dataclasses import asdict, dataclass
 
 from mlflow_pt_deploy.errors import DataError, ModelError
+from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system.hardware import check_device
 
-DEVICES = ("cpu", "cuda")
-VOCABULARIES = ("all", "train")
-PRECISIONS = ("fp32", "int8-qat")
+_TRAIN = ("run", "train", "distill")
+_DISTILL = ("run", "distill")
+_LABEL = ("run", "distill", "search")
+_SEARCH = ("run", "search")
+_OPTIMIZE = ("run", "optimize")
+_PROMOTE = ("run", "optimize", "promote")
+_DATA = ("run", "train", "distill", "search", "optimize")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a user can ask of the line; each stage reads what concerns it.
+    """Options of all stages; each stage reads those that list it in their metadata.
 
-    Attributes:
-        data: See `load_data`; the command line has no default for stages that take a model.
-        teacher: Hugging Face id or folder, ``minilm``, ``resnet``, an MLflow address, or ``auto``:
-            ``minilm`` for texts, ``resnet`` for images.
-        student: The same, for students that exist already, separated by commas; empty: distill.
-        name: Registered model to promote into.
-        epochs: Passes over train for the teacher; 0 takes it as it is, -1 chooses: 5, or 20 for
-            one from scratch.
-        student_epochs: Passes for the student; 0 makes none, -1 chooses: 6, or 30 from scratch.
-        student_layers: Layers that it keeps of a teacher of texts; 0, for `distill` alone: static.
-        keep_layers: Which ones instead, e.g. ``0,2,5``; empty: evenly spread.
-        student_heads: Attention heads that each keeps, the most important ones; 0: all.
-        student_neurons: The same of feed-forward neurons.
-        student_width: Share of the teacher's hidden width that a student of texts keeps, or of a
-            MobileNetV2's channels that a student of images has.
-        student_precision: ``fp32``, or ``int8-qat``: the student learns with int8's rounding.
-        vocabulary: ``all``, or ``train``: students keep train's word pieces and frequent ones.
-        static_epochs: Passes for the static student of texts; 0 makes none.
-        image_size: Edge in pixels at which ``resnet`` looks at images; 0: by their own size.
-        learning_rate: Peak; 0 chooses by the model's width.
-        batch_size: Rows a training step; 0 chooses by the model.
-        temperature: Of the soft labels.
-        soft_weight: Share of the soft labels in a student's loss, 0 to 1.
-        relation_weight: Of the relation loss, besides; 0: without.
-        made_texts: Texts made from train for the teacher to label too, as a multiple of train.
-        trials: Students that a search tries, or has tried before; 0 for no search.
-        search_seconds: Time for it; 0: no limit.
-        kinds: Of students that it tries: ``transformer``, ``static``.
-        study: Its name, to share it between processes; empty: the id of its run.
-        storage: Address of its database, which may hold a password and is not logged; empty: a
-            file in ``$PT_DEPLOY_HOME``.
-        variants: Runtimes or runtimes with a precision to build, separated by commas; empty: all.
-        seconds: Timing budget for each variant.
-        threads: Threads for one call; 0: all cores.
-        device: Where to train, ``cpu`` or ``cuda``; variants are timed on the CPU.
-        limit: At most this many rows a split, for a quick trial; 0: all.
-        seed: Of cuts, order of rows and dropout.
-        retain, objective, max_latency_p95_ms, max_artifact_mb, max_peak_rss_mb: See `Policy`;
-            0 sets no limit.
-        resume: Id of an interrupted run to go on with.
+    Numeric limits (`max_...`) have no effect at 0.
 
     Raises:
         DataError: `data` is empty.
-        ModelError: `vocabulary` or `student_precision` is none of those, `soft_weight` is no share,
-            or a number is below 0.
+        ModelError: An option is not one of its choices, `soft_weight` is not between 0 and 1, or
+            another number is negative.
+        PolicyError: A limit or the objective is invalid.
     """
 
-    data: str = "catalog"
-    teacher: str = "auto"
-    student: str = ""
-    name: str = "pt-deploy-demo"
-    epochs: int = -1
-    student_epochs: int = -1
-    student_layers: int = 3
-    keep_layers: str = ""
-    student_heads: int = 0
-    student_neurons: int = 0
-    student_width: float = 1.0
-    student_precision: str = "fp32"
-    vocabulary: str = "all"
-    static_epochs: int = 12
-    image_size: int = 0
-    learning_rate: float = 0.0
-    batch_size: int = 0
-    temperature: float = 2.0
-    soft_weight: float = 0.7
-    relation_weight: float = 0.0
-    made_texts: float = 0.0
-    trials: int = 0
-    search_seconds: float = 0.0
-    kinds: str = "transformer,static"
-    study: str = ""
-    storage: str = ""
-    variants: str = ""
-    seconds: float = 8.0
-    threads: int = 0
-    device: str = "cpu"
-    limit: int = 0
-    seed: int = 0
-    retain: float = 0.99
-    objective: str = "latency"
-    max_latency_p95_ms: float = 0.0
-    max_artifact_mb: float = 0.0
-    max_peak_rss_mb: float = 0.0
-    resume: str = ""
+    data: str = option(
+        "catalog",
+        "folder or file of CSV or Parquet, hf:OWNER/NAME, catalog (a demo), digits, or abo:FOLDER",
+        stages=_DATA,
+    )
+    teacher: str = option(
+        "auto",
+        "teacher model: Hugging Face id or folder, minilm, resnet, runs:/... or models:/...; "
+        "auto: minilm for texts, resnet for images",
+        stages=(*_TRAIN, "search"),
+    )
+    student: str = option(
+        "",
+        "existing smaller models, separated by commas: Hugging Face id or folder, runs:/... or "
+        "models:/...; with `run`, empty: distill them",
+        stages=_OPTIMIZE,
+    )
+    name: str = option(
+        "pt-deploy-demo", "registered model to promote into", stages=("run", "promote")
+    )
+    epochs: int = option(
+        -1,
+        "teacher: passes over the training data; 0: no training; "
+        "-1: 5 if pretrained, 20 from scratch",
+        stages=_TRAIN,
+    )
+    student_epochs: int = option(
+        -1,
+        "student: passes over the training data; 0: no student; "
+        "-1: 6 if pretrained, 30 from scratch",
+        stages=_DISTILL,
+    )
+    student_layers: int = option(
+        3, "layers kept of a text teacher; with `distill`, 0: static student", stages=_DISTILL
+    )
+    keep_layers: str = option(
+        "", "numbers of the layers to keep, e.g. 0,2,5; empty: evenly spaced", stages=_DISTILL
+    )
+    student_heads: int = option(
+        0, "most important attention heads kept in each layer; 0: all", stages=_DISTILL
+    )
+    student_neurons: int = option(
+        0, "most important feed-forward neurons kept in each layer; 0: all", stages=_DISTILL
+    )
+    student_width: float = option(
+        1.0,
+        "share of the teacher's hidden size that is kept; for images, channel multiplier of the "
+        "MobileNetV2 student",
+        stages=_DISTILL,
+    )
+    student_precision: str = option(
+        "fp32",
+        "precision of distillation; int8-qat: quantization-aware training",
+        stages=_DISTILL,
+        choices=("fp32", "int8-qat"),
+    )
+    vocabulary: str = option(
+        "all",
+        "word pieces that a student keeps; train: those of the training data and frequent ones",
+        stages=_DISTILL,
+        choices=("all", "train"),
+    )
+    static_epochs: int = option(
+        12, "static student: passes over the training data; 0: no static student", stages=_DISTILL
+    )
+    image_size: int = option(
+        0, "input size of resnet in pixels; 0: chosen by the size of the images", stages=_TRAIN
+    )
+    learning_rate: float = option(
+        0.0, "peak learning rate; 0: chosen by the model's hidden size", stages=_TRAIN
+    )
+    batch_size: int = option(0, "rows per training step; 0: chosen by the model", stages=_TRAIN)
+    temperature: float = option(2.0, "softmax temperature of distillation", stages=_DISTILL)
+    soft_weight: float = option(
+        0.7, "weight of the teacher's soft labels in the student's loss, 0 to 1", stages=_DISTILL
+    )
+    relation_weight: float = option(
+        0.0, "weight of the similarity loss between rows; 0: not used", stages=_LABEL
+    )
+    made_texts: float = option(
+        0.0,
+        "augmented texts that the teacher labels, as a multiple of the training rows",
+        stages=_LABEL,
+    )
+    trials: int = option(
+        0,
+        "students that a search tries, earlier trials of the study included; 0: no search",
+        stages=_SEARCH,
+    )
+    search_seconds: float = option(
+        0.0, "time limit of the search in seconds; 0: no limit", stages=_SEARCH
+    )
+    kinds: str = option(
+        "transformer,static", "kinds of students that a search tries", stages=_SEARCH
+    )
+    study: str = option(
+        "", "name of a study shared by several processes; empty: the run's id", stages=_SEARCH
+    )
+    storage: str = option(
+        "",
+        "database URL of the study, e.g. postgresql://...; not logged; "
+        "empty: $PT_DEPLOY_STORAGE, else a file in $PT_DEPLOY_HOME",
+        stages=_SEARCH,
+    )
+    variants: str = option(
+        "",
+        "variants to build, separated by commas, e.g. onnxruntime,openvino-fp32; empty: all",
+        stages=_OPTIMIZE,
+    )
+    seconds: float = option(
+        8.0, "timing budget of each variant in seconds", stages=(*_OPTIMIZE, "search")
+    )
+    threads: int = option(0, "CPU threads of a call; 0: all cores", stages=_OPTIMIZE)
+    device: str = option(
+        "cpu",
+        "device for training; variants are timed on the CPU",
+        stages=(*_TRAIN, "search"),
+        choices=("cpu", "cuda"),
+    )
+    limit: int = option(0, "most rows of each split, for a quick trial; 0: all", stages=_DATA)
+    seed: int = option(0, "random seed of splits, row order and dropout", stages=_DATA)
+    retain: float = option(
+        0.99,
+        "share of the teacher's validation accuracy that a variant must keep",
+        stages=(*_PROMOTE, "search"),
+    )
+    objective: str = option(
+        "latency",
+        "what the selection optimizes, for one row at a time or for batches",
+        stages=_PROMOTE,
+        choices=("latency", "throughput"),
+    )
+    max_latency_p95_ms: float = option(
+        0.0, "limit of the 95th percentile latency of a row in ms; 0: no limit", stages=_PROMOTE
+    )
+    max_artifact_mb: float = option(
+        0.0, "limit of the artifact's size in MB (10^6 bytes); 0: no limit", stages=_PROMOTE
+    )
+    max_peak_rss_mb: float = option(
+        0.0, "limit of peak resident memory in MB (10^6 bytes); 0: no limit", stages=_PROMOTE
+    )
+    resume: str = option("", "id of an interrupted run to resume", stages=_DATA)
 
     def __post_init__(self) -> None:
         if not self.data.strip():
             raise DataError(
-                "--data is missing. Give the data that the model was made for: a folder or file of "
-                "CSV or Parquet with the columns `text` (or `image`) and `label`, hf:OWNER/NAME, "
-                "or catalog for a model of the demo."
+                "--data is missing. Give the data that the model was trained on: a folder or file "
+                "of CSV or Parquet with the columns `text` (or `image`) and `label`, "
+                "hf:OWNER/NAME, or catalog for a model of the demo."
             )
-        lists = {
-            "device": DEVICES,
-            "vocabulary": VOCABULARIES,
-            "student_precision": PRECISIONS,
-        }
-        for name, known in lists.items():
-            if getattr(self, name) not in known:
-                raise ModelError(
-                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(known)}."
-                )
+        self.policy()
+        check_choices(self, ModelError)
         if self.device != "cpu":
             check_device(self.device)
         if not 0 <= self.soft_weight <= 1:
-            raise ModelError(f"soft_weight is {self.soft_weight}; give a share from 0 to 1.")
+            raise ModelError(f"soft_weight is {self.soft_weight}; give a number from 0 to 1.")
         for name in ("relation_weight", "made_texts"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ModelError(f"{name} is {getattr(self, name)}; give a number from 0 on.")
+                raise ModelError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
 
     def policy(self) -> Policy:
-        """The limits among the options.
+        """Limits and objective of the selection.
 
         Raises:
-            PolicyError: One makes no sense.
+            PolicyError: One of them is invalid.
         """
         return Policy(
             retain=self.retain,
             max_latency_p95_ms=self.max_latency_p95_ms or None,
             max_artifact_mb=self.max_artifact_mb or None,
             max_peak_rss_mb=self.max_peak_rss_mb or None,
-            objective=self.objective,  # type: ignore[arg-type]  # Policy checks it
+            objective=self.objective,  # type: ignore[arg-type]  # checked by Policy
         )
 
     def to_json(self) -> str:
-        """All options but `resume` and `storage`, which belong to one call and not to the run."""
+        """All options except `resume` and `storage`, which belong to one call, not to the run."""
         return json.dumps({**asdict(self), "resume": "", "storage": ""})
 
     @classmethod
     def from_json(cls, text: str) -> Options:
-        """Read what `to_json` wrote."""
+        """Read the output of `to_json`."""
         return cls(**json.loads(text))

@@ -1,7 +1,4 @@
-"""What a user may set where a model is served: names, defaults, checks.
-
-Knows neither MLflow nor the batcher that obeys them.
-"""
+"""Serving options of a model (MLflow's ``model_config``): declarations, checks and parsing."""
 
 from __future__ import annotations
 
@@ -10,49 +7,42 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.option_fields import option
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a batch and how long a queue may become.
+    """Limits of the micro-batcher: size of a batch and length of the queue."""
 
-    Attributes:
-        max_batch_rows: Most rows in one call of the model.
-        max_batch_tokens: Most tokens in one call, padding included (rows x longest). A single
-            row that is longer is computed alone. An image counts one token for each 16 x 16 pixels
-            of the model's input.
-        max_wait_ms: How long an idle model waits for more rows to batch; 0: not at all.
-        queue_rows: Most rows in the queue, over all requests.
-        deadline_ms: A request that is not answered by then fails with 504; 0: never.
-    """
-
-    max_batch_rows: int = 32
-    max_batch_tokens: int = 2048
-    max_wait_ms: float = 0
-    queue_rows: int = 1024
-    deadline_ms: float = 10_000
+    max_batch_rows: int = option(32, "most rows in one call of the model")
+    max_batch_tokens: int = option(
+        2048,
+        "most tokens in one call, padding included (rows x longest row); a longer row is computed "
+        "alone; an image counts one token per 16 x 16 pixels of the model's input",
+    )
+    max_wait_ms: float = option(0, "ms that an idle model waits for more rows to batch")
+    queue_rows: int = option(1024, "most rows in the queue, over all requests")
+    deadline_ms: float = option(
+        10_000, "a request that takes longer than this many ms fails with 504; 0: never"
+    )
 
 
 @dataclass(frozen=True)
 class ServingOptions(Limits):
-    """What a user may set where the model is served; MLflow passes it as ``model_config``.
+    """Options of a served model; MLflow passes them as ``model_config``."""
 
-    Attributes:
-        device: Where the model runs: ``cpu`` or ``cuda``.
-        num_threads: Threads for one call of the model; 0: what the runtime chooses.
-        allow_code: Load formats that carry code though nobody vouched for their digest.
-    """
-
-    device: str = "cpu"
-    num_threads: int = 0
-    allow_code: bool = False
+    device: str = option("cpu", "device of the model: cpu or cuda")
+    num_threads: int = option(0, "CPU threads of a call; 0: chosen by the runtime")
+    allow_code: bool = option(
+        False, "load formats that carry code although their digest is not vouched for"
+    )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> ServingOptions:
-        """Check a ``model_config``; what is not given keeps its default.
+        """Check a ``model_config``; missing options keep their defaults.
 
         Raises:
-            ServingError: An unknown key, a wrong type or a value out of range; names the key.
+            ServingError: A key is unknown, or a value has the wrong type or is out of range.
         """
         config = config or {}
         if unknown := sorted(config.keys() - MODEL_CONFIG.keys()):
@@ -66,26 +56,26 @@ class ServingOptions(Limits):
 
 
 MODEL_CONFIG: dict[str, str | int | float | bool] = asdict(ServingOptions())
-"""Every serving option with its default; MLflow drops keys that the MLmodel does not declare."""
+"""Default of every serving option; MLflow drops keys that the MLmodel file does not declare."""
 
 
 def parse_config(pairs: Sequence[str]) -> dict[str, Any]:
-    """A ``model_config`` from words such as ``num_threads=2``.
+    """Parse ``KEY=VALUE`` arguments such as ``num_threads=2`` into a ``model_config``.
 
     Raises:
-        ServingError: A word has no ``=``; names it.
+        ServingError: An argument has no ``=``.
     """
     config: dict[str, Any] = {}
     for pair in pairs:
         key, sign, text = pair.partition("=")
         if not sign:
-            raise ServingError(f"{pair} is no option; write it as KEY=VALUE")
+            raise ServingError(f"{pair} is not an option; write it as KEY=VALUE")
         config[key] = parse_value(text)
     return config
 
 
 def parse_value(text: str) -> str | int | float | bool:
-    """The number or truth value that a word of the command line means, or the word itself."""
+    """Parse a command-line value as a bool, int or float, else keep the string."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
@@ -100,7 +90,7 @@ _AT_LEAST_ONE = ("max_batch_rows", "max_batch_tokens", "queue_rows")
 
 
 def _problem(key: str, value: object) -> str | None:
-    """What an option's value should have been, or None where it is right."""
+    """Describe what the value of an option must be; None if it is valid."""
     if key == "device":
         return None if isinstance(value, str) and value else "a device such as cpu or cuda"
     if key == "allow_code":

@@ -83,7 +83,7 @@ def _ended_in_any_case(context: mlflow.ActiveRun) -> Iterator[Run]:
     """A run that is not left running, also where the process must end inside of it."""
     interrupt.begin()
     client, run_id = MlflowClient(), context.info.run_id
-    with interrupt.last_act(lambda: client.set_terminated(run_id, "FAILED")), context as run:
+    with interrupt.exit_action(lambda: client.set_terminated(run_id, "FAILED")), context as run:
         interrupt.check()
         yield run
 
@@ -217,7 +217,7 @@ def fetch_model(reference: str) -> str:
     Raises:
         ModelError: MLflow has no such model, or it holds nothing to optimize.
     """
-    from mlflow_pt_deploy.models.flavors import no_model, other_model
+    from mlflow_pt_deploy.models.flavors import missing_model_reason, unsupported_reason
 
     local = (Path(reference) / "MLmodel").is_file()
     if not reference.startswith(_MLFLOW_SCHEMES) and not local:
@@ -227,13 +227,13 @@ def fetch_model(reference: str) -> str:
         return str(root)
     if (root / "variant" / "model.safetensors").is_file():
         return str(root / "variant")
-    if problem := other_model(root):
+    if problem := unsupported_reason(root):
         raise ModelError(f"{reference} {problem}")
     if (root / "model" / "config.json").is_file():
         return str(_merged_transformers(root))
     if (root / "model.sentence_transformer" / "config.json").is_file():
         return str(root / "model.sentence_transformer")
-    raise ModelError(f"{reference} {no_model(root)}")
+    raise ModelError(f"{reference} {missing_model_reason(root)}")
 
 
 def _download(reference: str) -> Path:

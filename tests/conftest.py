@@ -58,8 +58,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The longest go first, so that no process is left alone with one of them at the end.
 LONGEST = (
     "test_notebooks.py",
-    "test_pipeline.py",
-    "test_searches.py",
+    "test_lifecycle.py",
+    "test_search_stage.py",
     "test_variant_quantized.py",
     "test_variant_contract.py",
 )

@@ -1,16 +1,17 @@
-"""MLflow's deployment target ``pt-deploy``: servers on this machine, kept by name.
+"""MLflow's deployment target ``pt-deploy``: named servers on this machine.
 
-MLflow finds this module by the entry point ``mlflow.deployments`` and takes from it `run_local`,
-`target_help` and the one client class. A deployment is a ``pt-deploy serve`` process; an update is
-a swap inside it, so that no request fails.
+MLflow finds this module by the entry point ``mlflow.deployments`` and uses `run_local`,
+`target_help` and the client class. A deployment is a ``pt-deploy serve`` process; an update is a
+hot swap inside it, so no request fails.
 """
 
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from mlflow_pt_deploy.errors import PtDeployError
-from mlflow_pt_deploy.model_config import MODEL_CONFIG, parse_value
-from mlflow_pt_deploy.plugins import http_client as remote
+from mlflow_pt_deploy.model_config import ServingOptions, parse_value
+from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
+from mlflow_pt_deploy.plugins import http_client
 from mlflow_pt_deploy.plugins import local_servers as servers
 from mlflow_pt_deploy.plugins.local_servers import State
 from mlflow_pt_deploy.registry.addresses import ModelSpec
@@ -33,12 +35,18 @@ from mlflow_pt_deploy.serving.model_names import check_folder
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 FLAVOR = "pt_deploy"
-# A deployment listens where there is room, and sees an update at once.
-_SETTINGS = {**asdict(ServerSettings()), "port": 0, "poll_s": 1.0}
-# For a server that faces others, or has several models; see pt-deploy serve.
-for _key in ("tls_cert", "tls_key", "max_models", "max_memory_mb"):
-    del _SETTINGS[_key]
-_READY_S = 300.0
+# A deployment listens on a free port, and polls often so that an update takes effect at once.
+_DEFAULTS = {"port": 0, "poll_s": 1.0}
+# TLS and several models need `pt-deploy serve`.
+_EXCLUDED = ("tls_cert", "tls_key", "max_models", "max_memory_mb")
+_SERVER_OPTIONS = tuple(
+    replace(spec, default=_DEFAULTS.get(spec.name, spec.default))
+    for spec in option_specs(ServerSettings)
+    if spec.name not in _EXCLUDED
+)
+_SETTINGS = {spec.name: spec.default for spec in _SERVER_OPTIONS}
+_TYPE_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_READY = OptionSpec("ready_s", float, 300.0, "seconds until the server must be ready")
 
 
 def run_local(
@@ -50,10 +58,10 @@ def run_local(
     """Serve a model in the foreground until interrupted.
 
     Raises:
-        MlflowException: An option is wrong, or the model may not serve.
+        MlflowException: An option is invalid, or the model cannot be served.
     """
     _check_flavor(flavor)
-    settings, options, _ = _split(config)
+    settings, options, _ = _parse_config(config)
     try:
         serve(f"{name}={model_uri}", model_config=options, **{**_SETTINGS, **settings})
     except PtDeployError as error:
@@ -61,31 +69,38 @@ def run_local(
 
 
 def target_help() -> str:
-    """What ``mlflow deployments help -t pt-deploy`` prints."""
-    server = "\n".join(f"  {key} ({value})" for key, value in _SETTINGS.items())
-    options = "\n".join(f"  {key} ({value})" for key, value in MODEL_CONFIG.items())
-    return f"""pt-deploy: servers on this machine, each a process that outlives your shell.
+    """Text of ``mlflow deployments help -t pt-deploy``."""
+    server = "\n".join(map(_describe_option, (*_SERVER_OPTIONS, _READY)))
+    options = "\n".join(map(_describe_option, option_specs(ServingOptions)))
+    return f"""pt-deploy: servers on this machine. They keep running after your shell ends.
 
   mlflow deployments create -t pt-deploy --name shop -m models:/shop@champion -C port=5001
   mlflow deployments update -t pt-deploy --name shop -m models:/shop/7      no request fails
   mlflow deployments predict -t pt-deploy --name shop -I rows.json
   mlflow deployments delete -t pt-deploy --name shop
 
-The target's URI is pt-deploy, nothing more. An address that moves, such as an alias, is followed;
-no update is needed after a promotion.
+The target URI is pt-deploy. A server follows the alias in its model URI, so a promotion needs no
+update.
 
--C, of the server, at create and run-local only (defaults):
+Server options, -C KEY=VALUE with create and run-local (defaults in brackets):
 {server}
-  ready_s ({_READY_S:g}), seconds until it must be ready
--C, of the model, at update too:
+
+Model options, -C KEY=VALUE with create, run-local and update:
 {options}
 
 Tokens: PT_DEPLOY_TOKEN, PT_DEPLOY_ADMIN_TOKEN (or ..._FILE), for the server and these commands.
 State and logs: $PT_DEPLOY_HOME/deployments (~/.cache/mlflow-pt-deploy/deployments)."""
 
 
+def _describe_option(spec: OptionSpec) -> str:
+    default = f" ({spec.default})" if spec.default not in ("", None) else ""
+    choices = f": {' or '.join(spec.choices)}" if spec.choices else ""
+    about = textwrap.indent(textwrap.fill(spec.help + choices, 90), "      ")
+    return f"  {spec.name}{default}\n{about}"
+
+
 class PtDeployClient(BaseDeploymentClient):
-    """Deployments on this machine.
+    """Client for deployments on this machine.
 
     Args:
         target_uri: ``pt-deploy``.
@@ -102,15 +117,15 @@ class PtDeployClient(BaseDeploymentClient):
         """Start a server and wait until it is ready.
 
         Raises:
-            MlflowException: The name is taken, an option is wrong, or the model may not serve.
+            MlflowException: The name is taken, an option is invalid, or the model cannot be served.
         """
         _check_flavor(flavor)
-        settings, options, ready_s = _split(config)
+        settings, options, ready_s = _parse_config(config)
         with _as_mlflow(), servers.locked(name) as folder:
             state = servers.read_state(name)
             if state is not None and state.alive:
                 raise MlflowException(
-                    f"there is a deployment {name} already ({state.url}). Update or delete it.",
+                    f"deployment {name} already exists ({state.url}). Update or delete it.",
                     RESOURCE_ALREADY_EXISTS,
                 )
             check_folder(model_uri)
@@ -126,14 +141,14 @@ class PtDeployClient(BaseDeploymentClient):
         config: Mapping[str, Any] | None = None,
         endpoint: str | None = None,
     ) -> dict[str, Any]:
-        """Serve something else, or otherwise, without a pause; a dead server is started again.
+        """Change the model or its options without downtime; restarts a dead server.
 
         Raises:
-            MlflowException: There is no such deployment, an option is wrong, or the new model may
-                not serve; the old one then goes on.
+            MlflowException: The deployment does not exist, an option is invalid, or the new model
+                cannot be served; the server then keeps the old model.
         """
         _check_flavor(flavor)
-        settings, options, ready_s = _split(config)
+        settings, options, ready_s = _parse_config(config)
         if settings:
             raise MlflowException(
                 f"{', '.join(settings)} cannot change while the server runs. Delete the deployment "
@@ -151,7 +166,7 @@ class PtDeployClient(BaseDeploymentClient):
                     state = servers.start(folder, new, state.settings, ready_s)
                 elif new != old:
                     servers.write_target(folder, new)
-                    remote.await_swap(state, new, ready_s)
+                    http_client.await_swap(state, new, ready_s)
             except BaseException:
                 servers.write_target(folder, old)
                 raise
@@ -163,10 +178,10 @@ class PtDeployClient(BaseDeploymentClient):
         config: Mapping[str, Any] | None = None,
         endpoint: str | None = None,
     ) -> None:
-        """End a server, its requests answered, and forget it.
+        """Stop a server after its pending requests, and remove its files.
 
         Raises:
-            MlflowException: There is no such deployment.
+            MlflowException: The deployment does not exist.
         """
         with _as_mlflow(), servers.locked(name) as folder:
             state = _existing(name)
@@ -175,23 +190,24 @@ class PtDeployClient(BaseDeploymentClient):
             shutil.rmtree(folder)
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
-        """All deployments on this machine, those whose server is dead included."""
+        """List the deployments on this machine, those with a dead server included."""
         found = []
         for name in servers.names():
             state = servers.read_state(name)
-            with suppress(FileNotFoundError):  # somebody deletes it right now
+            with suppress(FileNotFoundError):  # deleted in the meantime
                 found += [_describe(state)] if state else []
         return found
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
-        """A deployment, and what its server says of its model.
+        """Describe a deployment, with the model status that its server reports.
 
         Raises:
-            MlflowException: There is no such deployment, or it refuses our token.
+            MlflowException: The deployment does not exist, or rejects the token.
         """
         with _as_mlflow():
             state = _existing(name)
-            return {**_describe(state), **({"served": remote.about(state)} if state.alive else {})}
+            served = {"served": http_client.model_status(state)} if state.alive else {}
+            return {**_describe(state), **served}
 
     def predict(
         self, deployment_name: str = "", inputs: Any = None, endpoint: str | None = None
@@ -202,18 +218,18 @@ class PtDeployClient(BaseDeploymentClient):
             MLflow's ``PredictionsResponse``.
 
         Raises:
-            MlflowException: There is no such deployment, it does not run, or it refused the rows.
+            MlflowException: The deployment does not exist, does not run, or rejected the rows.
         """
         from mlflow.deployments import PredictionsResponse
 
         with _as_mlflow():
             state = _existing(deployment_name)
-            return PredictionsResponse(remote.score(state, inputs))
+            return PredictionsResponse(http_client.score(state, inputs))
 
 
 @contextmanager
 def _as_mlflow() -> Iterator[None]:
-    """Our errors as MLflow's."""
+    """Convert our errors to MLflow's."""
     try:
         yield
     except PtDeployError as error:
@@ -225,7 +241,7 @@ def _describe(state: State) -> dict[str, Any]:
     return {
         "name": state.name,
         "flavor": FLAVOR,
-        "status": "running" if state.alive else "dead; update it to start it again, or delete it",
+        "status": "running" if state.alive else "dead; update it to restart it, or delete it",
         "url": state.url,
         "model_uri": target.uri,
         "config": {**state.settings, **target.model_config},
@@ -239,13 +255,13 @@ def _existing(name: str) -> State:
     if state is None:
         known = ", ".join(servers.names()) or "none"
         raise MlflowException(
-            f"there is no deployment {name!r}; there is: {known}", RESOURCE_DOES_NOT_EXIST
+            f"deployment {name!r} does not exist; existing: {known}", RESOURCE_DOES_NOT_EXIST
         )
     return state
 
 
 def _absolute(uri: str) -> str:
-    """A folder's address that does not depend on where somebody stands."""
+    """Absolute path of a folder; other URIs are returned as they are."""
     return str(Path(uri).resolve()) if Path(uri).exists() else uri
 
 
@@ -257,23 +273,29 @@ def _check_flavor(flavor: str | None) -> None:
         )
 
 
-def _split(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """Options of the server, of the model, and how long to wait; from ``-C`` all are words."""
-    known: dict[str, Any] = {**_SETTINGS, **MODEL_CONFIG, "ready_s": _READY_S}
+def _parse_config(config: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Parse options of ``-C`` into server settings, model options and ``ready_s``."""
+    server, model = _SERVER_OPTIONS, option_specs(ServingOptions)
+    known = {spec.name: spec for spec in (*server, *model, _READY)}
     given = dict(config or {})
     if unknown := sorted(given.keys() - known.keys()):
         raise MlflowException(
-            f"there is no option {', '.join(unknown)}; there is {', '.join(known)}",
+            f"there is no option {', '.join(unknown)}; options are {', '.join(known)}",
             INVALID_PARAMETER_VALUE,
         )
-    for key, value in given.items():
-        kind = type(known[key])
-        parsed = parse_value(value) if isinstance(value, str) and kind is not str else value
-        allowed = (int, float) if kind is float else (kind,)
-        if not isinstance(parsed, allowed) or (kind is not bool and isinstance(parsed, bool)):
-            raise MlflowException(f"{key} must be a {kind.__name__}", INVALID_PARAMETER_VALUE)
-        given[key] = parsed
-    names = {field.name for field in fields(ServerSettings)}
-    settings = {key: value for key, value in given.items() if key in names}
-    options = {key: value for key, value in given.items() if key in MODEL_CONFIG}
-    return settings, options, float(given.get("ready_s", _READY_S))
+    parsed = {key: _parse_option(known[key], value) for key, value in given.items()}
+    settings, options = (
+        {spec.name: parsed[spec.name] for spec in specs if spec.name in parsed}
+        for specs in (server, model)
+    )
+    return settings, options, float(parsed.get(_READY.name, _READY.default))
+
+
+def _parse_option(spec: OptionSpec, value: Any) -> Any:
+    parsed = parse_value(value) if isinstance(value, str) and spec.type is not str else value
+    allowed = (int, float) if spec.type is float else (spec.type,)
+    if not isinstance(parsed, allowed) or (spec.type is not bool and isinstance(parsed, bool)):
+        raise MlflowException(
+            f"{spec.name} must be {_TYPE_NAMES[spec.type]}, not {value!r}", INVALID_PARAMETER_VALUE
+        )
+    return parsed

@@ -1,4 +1,4 @@
-"""What a running deployment is asked over HTTP, with our token where it wants one."""
+"""HTTP client for running deployments: scoring, model status, waiting for a hot swap."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow.protos.databricks_pb2 import (
     ErrorCode,
 )
 
-from mlflow_pt_deploy.data.columns import INPUTS, paired
+from mlflow_pt_deploy.data.columns import INPUTS, find_pair_columns
 from mlflow_pt_deploy.plugins.local_servers import State
 from mlflow_pt_deploy.registry.addresses import ModelSpec
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment
@@ -27,43 +27,43 @@ def score(state: State, inputs: Any) -> dict[str, Any]:
     """Score rows: a text, a DataFrame, an array, a list, or a whole request as a dict.
 
     Raises:
-        MlflowException: The server does not answer, or refused the rows.
+        MlflowException: The server does not answer, or rejected the rows.
     """
-    return _ask(state, "POST", "/invocations", auth_from_environment().scoring, _body(inputs))
+    return _request(state, "POST", "/invocations", auth_from_environment().scoring, _body(inputs))
 
 
-def about(state: State) -> dict[str, Any]:
-    """What the server says of its model.
+def model_status(state: State) -> dict[str, Any]:
+    """Get ``/model``, the status of the served model.
 
     Raises:
-        MlflowException: The server does not answer, or refused our token.
+        MlflowException: The server does not answer, or rejected the token.
     """
-    guard = auth_from_environment()
-    return _ask(state, "GET", "/model", guard.admin or guard.scoring)
+    auth = auth_from_environment()
+    return _request(state, "GET", "/model", auth.admin or auth.scoring)
 
 
 def await_swap(state: State, target: ModelSpec, ready_s: float) -> None:
-    """Wait until the server serves `target`, with all its replicas.
+    """Wait until all replicas serve `target`.
 
     Raises:
-        MlflowException: It refused it, cannot find it, or was not done within `ready_s` seconds.
+        MlflowException: A replica rejected it or cannot find it, or `ready_s` seconds passed.
     """
     wanted = {"uri": target.uri, "model_config": dict(target.model_config)}
     end = time.monotonic() + ready_s
-    looks = {told["replica"]: told["looks"] for told in _replicas(state)}
+    polls = {status["replica"]: status["looks"] for status in _replicas(state)}
     while time.monotonic() < end:
         done = True
-        for told in _replicas(state):
-            refused = told["refused"] or {}
-            seen = told["looks"] > looks.setdefault(told["replica"], told["looks"]) + 1
-            if seen and told["registry_lost_since"]:
+        for status in _replicas(state):
+            rejected = status["refused"] or {}
+            polled = status["looks"] > polls.setdefault(status["replica"], status["looks"]) + 1
+            if polled and status["registry_lost_since"]:
                 raise MlflowException(
                     f"{state.name} was not updated: {target.uri} cannot be found in the registry",
                     RESOURCE_DOES_NOT_EXIST,
                 )
-            if {key: refused.get(key) for key in wanted} == wanted:
-                raise MlflowException(f"{state.name} was not updated: {refused['reason']}")
-            done &= {key: told.get(key) for key in wanted} == wanted and not refused
+            if {key: rejected.get(key) for key in wanted} == wanted:
+                raise MlflowException(f"{state.name} was not updated: {rejected['reason']}")
+            done &= {key: status.get(key) for key in wanted} == wanted and not rejected
         if done:
             return
         time.sleep(0.1)
@@ -71,12 +71,11 @@ def await_swap(state: State, target: ModelSpec, ready_s: float) -> None:
 
 
 def _replicas(state: State) -> list[dict[str, Any]]:
-    """What each replica says of itself; one that is being started again will read the target."""
-    told = about(state)
-    return [each for each in told["replicas"] if "looks" in each]
+    """Status of each replica; a restarting one has none, and will start with the new target."""
+    return [each for each in model_status(state)["replicas"] if "looks" in each]
 
 
-def _ask(
+def _request(
     state: State, method: str, path: str, tokens: tuple[bytes, ...], body: Any = None
 ) -> dict[str, Any]:
     import requests
@@ -89,27 +88,27 @@ def _ask(
         content: dict[str, Any] = answer.json()
     except requests.RequestException as error:
         raise MlflowException(
-            f"{state.name} does not answer at {state.url}. Start it again with mlflow deployments "
+            f"{state.name} does not answer at {state.url}. Restart it with mlflow deployments "
             "update, or delete it."
         ) from error
     if answer.status_code != 200:
         code = content.get("error_code", "")
         known = code if code in ErrorCode.keys() else "INTERNAL_ERROR"  # noqa: SIM118  # protobuf
-        raise MlflowException(content.get("message", "refused"), ErrorCode.Value(known))
+        raise MlflowException(content.get("message", "request rejected"), ErrorCode.Value(known))
     return content
 
 
 def _text(value: Any) -> str:
-    """An image file's bytes as MLflow's protocol carries them."""
+    """Encode the bytes of an image file in base64, as MLflow's protocol does."""
     if isinstance(value, bytes | bytearray | memoryview):
         return base64.b64encode(value).decode()
     raise MlflowException(f"a {type(value).__name__} cannot be sent", INVALID_PARAMETER_VALUE)
 
 
 def _body(inputs: Any) -> Any:
-    """A request's body: what a model's `predict` takes in Python, as MLflow's protocol carries it.
+    """Convert inputs of a model's `predict` to a request body of MLflow's protocol.
 
-    Of a table only the column of inputs is sent: the others may hold what JSON cannot carry.
+    Of a table only the input column is sent; other columns may hold values that JSON has not.
     """
     if inputs is None:
         raise MlflowException(
@@ -123,7 +122,7 @@ def _body(inputs: Any) -> Any:
         inputs = inputs.to_pandas()
     if hasattr(inputs, "columns"):
         known = [name for name in inputs.columns if name in INPUTS]
-        if known and not paired(inputs.columns)[1]:
+        if known and not find_pair_columns(inputs.columns)[1]:
             inputs = inputs[known]
         split = inputs.to_dict("split")
         return {"dataframe_split": {key: split[key] for key in ("columns", "data")}}
@@ -131,9 +130,9 @@ def _body(inputs: Any) -> Any:
 
 
 def _plain(inputs: Any) -> Any:
-    """Rows as JSON has them; a text or a file is one row, whatever else can be gone through many.
+    """Convert rows to JSON types; a text or a file is one row, any other iterable is several.
 
-    Cells stay as they are: the server says which of them is not a row.
+    Cells are not checked: the server reports the invalid ones.
     """
     if isinstance(inputs, str | bytes | bytearray | memoryview):
         return inputs

@@ -1,12 +1,11 @@
-"""Servers that outlive the shell that started them, and what is written down to find them again.
+"""Server processes that outlive the shell that started them, and the files that describe them.
 
     $PT_DEPLOY_HOME/deployments/<name>/
-    ├── state.json     the process (its id and when it was born), its address, its settings
-    ├── target.json    what it serves; the server reads it again and again, so replacing it updates
-    └── log            what it says
+    ├── state.json     process (id and start time), address, settings
+    ├── target.json    what it serves; the server polls this file, so replacing it is an update
+    └── log            output of the server
 
-Files are written aside and renamed; whoever changes something holds the lock. Knows processes and
-files; what MLflow wants of a deployment is `deployment`'s business.
+Files are replaced atomically; a process that changes them holds the deployment's lock.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True)
 class State:
-    """A server that somebody started.
+    """A server process.
 
     Attributes:
-        name: Of the deployment.
-        pid: Of its process.
-        born: When the kernel started that process; tells it from a later one of the same number.
-        created: When it was started, in UTC.
-        settings: Its settings, see `serving.settings.Settings`.
-        host: Where to reach it from this machine; empty until it is ready.
-        port: Its port.
+        name: Name of the deployment.
+        pid: Process id.
+        born: Start time of the process as the kernel reports it; a reused pid has another one.
+        created: Time of the start, in UTC.
+        settings: See `ServerSettings`.
+        host: Address from this machine; empty until the server is ready.
+        port: TCP port.
     """
 
     name: str
@@ -60,27 +59,27 @@ class State:
 
     @property
     def url(self) -> str:
-        """Its address, from this machine."""
+        """Address from this machine."""
         return f"http://{self.host}:{self.port}"
 
     @property
     def alive(self) -> bool:
-        """Whether that very process still runs."""
+        """Whether this process, not a later one with its pid, still runs."""
         with suppress(ChildProcessError):
-            os.waitpid(self.pid, os.WNOHANG)  # ours, and dead: do not leave a zombie
-        return _born(self.pid) == self.born
+            os.waitpid(self.pid, os.WNOHANG)  # reap our own child
+        return _start_time(self.pid) == self.born
 
 
 @contextmanager
 def locked(name: str) -> Iterator[Path]:
-    """The folder of a deployment, which may not exist, for one process at a time.
+    """Lock a deployment for this process; yields its folder, which may not exist.
 
     Raises:
-        ServingError: The name cannot be one.
+        ServingError: The name is invalid.
     """
     if not _NAME.fullmatch(name):
         raise ServingError(
-            f"{name!r} cannot be a deployment's name; take letters, digits, '.', '_' and '-'"
+            f"{name!r} is not a valid deployment name; use letters, digits, '.', '_' and '-'"
         )
     root = _root()
     root.mkdir(parents=True, exist_ok=True)
@@ -90,12 +89,12 @@ def locked(name: str) -> Iterator[Path]:
 
 
 def names() -> list[str]:
-    """All deployments that are written down, alive or not."""
+    """Names of all deployments, alive or not."""
     return sorted(path.parent.name for path in _root().glob("*/state.json"))
 
 
 def read_state(name: str) -> State | None:
-    """What is known of a deployment, or None."""
+    """Read the state of a deployment; None if it does not exist."""
     try:
         return State(**json.loads((_root() / name / "state.json").read_text(encoding="utf8")))
     except FileNotFoundError:
@@ -103,31 +102,31 @@ def read_state(name: str) -> State | None:
 
 
 def read_target(name: str) -> ModelSpec:
-    """What a deployment should serve."""
+    """Read the model and options that a deployment should serve."""
     return ModelSpec(**json.loads((_root() / name / "target.json").read_text(encoding="utf8")))
 
 
 def write_target(folder: Path, target: ModelSpec) -> None:
-    """Change what a deployment should serve; its server sees it at its next look."""
+    """Change what a deployment should serve; its server sees it at its next poll."""
     _write(folder / "target.json", asdict(target))
 
 
 def start(folder: Path, target: ModelSpec, settings: Mapping[str, Any], ready_s: float) -> State:
-    """Start a server and wait until it is ready; where it does not become so, no process is left.
+    """Start a server and wait until it is ready; on failure no process is left.
 
     Raises:
-        ServingError: It ended, or was not ready in time; says what it said last.
+        ServingError: It exited, or was not ready in time; the message has its last log line.
     """
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
     write_target(folder, target)
-    words = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]
+    flags = [f"--{key.replace('_', '-')}" for key, value in settings.items() if value is True]
     for key, value in settings.items():
         if not isinstance(value, bool):
-            words.append(f"--{key.replace('_', '-')}={value}")
+            flags.append(f"--{key.replace('_', '-')}={value}")
     log = folder / "log"
-    pid = _spawn(["serve", f"{folder.name}=@{folder / 'target.json'}", *words], log)
-    state = State(folder.name, pid, _born(pid), now(), dict(settings))
+    pid = _spawn(["serve", f"{folder.name}=@{folder / 'target.json'}", *flags], log)
+    state = State(folder.name, pid, _start_time(pid), now(), dict(settings))
     try:
         _write(folder / "state.json", asdict(state))
         host, port = _await_ready(state, log, ready_s)
@@ -142,7 +141,7 @@ def start(folder: Path, target: ModelSpec, settings: Mapping[str, Any], ready_s:
 
 
 def stop(state: State, grace_s: float) -> None:
-    """End a server: ask, wait until its requests are answered, then force."""
+    """Stop a server: SIGTERM, wait up to `grace_s` seconds for its requests, then SIGKILL."""
     for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10)):
         if not state.alive:
             return
@@ -153,14 +152,14 @@ def stop(state: State, grace_s: float) -> None:
             time.sleep(_POLL_S)
 
 
-def _spawn(words: list[str], log: Path) -> int:
-    """Start ``pt-deploy`` in a session of its own, which ends with nobody else's."""
+def _spawn(arguments: list[str], log: Path) -> int:
+    """Start ``pt-deploy`` in its own session, so that it outlives this one; returns its pid."""
     files = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
-    call = command("cli", *words)
+    call = command("cli", *arguments)
     variables = environment(**registry_variables())
     return os.posix_spawn(call[0], call, variables, file_actions=files, setsid=True)
 
@@ -174,9 +173,9 @@ def _await_ready(state: State, log: Path, ready_s: float) -> tuple[str, int]:
             host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(found[2], found[2])
             return host, int(found[3])
         time.sleep(_POLL_S)
-    what = f"was not ready within {ready_s:g} s (ready_s)" if alive else "ended"
+    what = f"was not ready within {ready_s:g} s (ready_s)" if alive else "exited"
     raise ServingError(
-        f"the server {what}; it said: {(_text(log).splitlines() or ['nothing'])[-1]}"
+        f"the server {what}; last log line: {(_text(log).splitlines() or ['none'])[-1]}"
     )
 
 
@@ -184,16 +183,16 @@ def _text(log: Path) -> str:
     return log.read_text(encoding="utf8", errors="replace") if log.exists() else ""
 
 
-def _born(pid: int) -> str:
-    """When a process was started, as its system tells it; empty: there is none."""
+def _start_time(pid: int) -> str:
+    """Start time of a process as the system reports it; empty if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] == "Z" else fields[19]
     except OSError:
         if Path("/proc/self").exists():
             return ""
-    run = ["ps", "-o", "lstart=", "-p", str(pid)]  # systems without /proc
-    return subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip()
+    ps = ["ps", "-o", "lstart=", "-p", str(pid)]  # systems without /proc
+    return subprocess.run(ps, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _root() -> Path:
@@ -201,6 +200,6 @@ def _root() -> Path:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    aside = path.with_suffix(".new")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf8")
-    os.replace(aside, path)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf8")
+    os.replace(temporary, path)

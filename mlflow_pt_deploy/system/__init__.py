@@ -1,1 +1,1 @@
-"""system."""
+"""This machine and its processes."""

@@ -1,8 +1,8 @@
-"""Child processes of this package: started, known, and ended with everything they started.
+"""Child processes of this package: start, track and kill them with their descendants.
 
-They import the very code of their parent: a checkout may lie beside an installed package. Each
-leads a session of its own, so Ctrl-C in a terminal reaches the parent alone, which decides, and one
-signal to the process group ends compilers that a child has started.
+A child imports the same code as its parent, since a checkout may lie beside an installed package.
+Each child leads a session of its own: Ctrl-C in a terminal reaches only the parent, and one signal
+to the process group also ends compilers that the child started.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from typing import Any
 
 from mlflow_pt_deploy.system import interrupt
 
-_PARENT_EVERY_S = 0.5
+_PARENT_POLL_S = 0.5
 
-_lock = threading.Lock()  # no child may start once all were ended; never taken by a signal handler
+_lock = threading.Lock()  # no child starts after `kill_all`; never taken by a signal handler
 _running: set[subprocess.Popen[Any]] = set()
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of this package.
+    """Command line that runs a module of this package.
 
-    A file in the working folder takes no library's place, be it called ``datasets.py``: ``-P``.
+    ``-P`` keeps files in the working folder, e.g. ``datasets.py``, from shadowing libraries.
     """
     return [sys.executable, "-P", "-m", f"mlflow_pt_deploy.{module}", *arguments]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of this process, with its import path."""
+    """Environment of this process with its import path, and with more variables."""
     path = os.pathsep.join(os.fspath(path) or os.getcwd() for path in sys.path)
     return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 def start(arguments: list[str], **options: Any) -> subprocess.Popen[Any]:
-    """Start a child process; hand it to `end`, whatever happens.
+    """Start a child process; the caller passes it to `end` in any case.
 
     Args:
         arguments: See `command`.
-        options: Of `subprocess.Popen`.
+        **options: Keyword arguments of `subprocess.Popen`.
 
     Raises:
-        Interrupted: A signal asked this process to end.
+        Interrupted: This process received a signal to end.
     """
     with _lock:
         interrupt.check()
@@ -56,36 +56,36 @@ def start(arguments: list[str], **options: Any) -> subprocess.Popen[Any]:
 
 
 def kill(child: subprocess.Popen[Any]) -> None:
-    """Kill a child and what it has started; it is still to be reaped."""
+    """Kill a child and its descendants; does not reap it."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def end(child: subprocess.Popen[Any]) -> None:
-    """Kill a child and what it has started, reap it, and close its pipes; twice is fine."""
+    """Kill a child and its descendants, reap it and close its pipes; idempotent."""
     if child not in _running:
         return
     kill(child)
-    with suppress(BrokenPipeError), child:  # what was not yet written is lost
+    with suppress(BrokenPipeError), child:  # unwritten data is lost
         pass
     _running.discard(child)
 
 
 def kill_all() -> None:
-    """Kill every child that still runs; safe to call from any thread."""
+    """Kill all running children; thread-safe."""
     with _lock:
         for child in list(_running):
             kill(child)
 
 
 def end_with_parent() -> None:
-    """In a child: end it and what it has started when its parent is gone, even by SIGKILL."""
+    """In a child: exit with all descendants when the parent is gone, even by SIGKILL."""
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_PARENT_EVERY_S)
-        if os.getpgid(0) == os.getpid():  # `start` made it so
+            time.sleep(_PARENT_POLL_S)
+        if os.getpgid(0) == os.getpid():  # a session leader, see `start`
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""How many replicas, and which part of the cores each of them has; pure."""
+"""Number of replicas, and the CPU cores of each; pure functions."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
 
-# One process keeps about four cores busy: its event loop takes one, and a small model gains little
-# from more than three threads. So a machine with less than eight has one.
-CORES_EACH = 4
-# Each holds the model in its own memory, and looks at the registry by itself.
-MOST = 8
+# A process keeps about four cores busy: the event loop takes one, and a small model gains little
+# from more than three threads. A machine with fewer than eight cores runs one process.
+CORES_PER_REPLICA = 4
+# Each replica has its own copy of the model and polls the registry.
+MAX_REPLICAS = 8
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one replica has.
+    """CPU share of a replica.
 
     Attributes:
-        cores: How many it may keep busy.
-        pinned: Numbers of those that it stays on; empty: any.
+        cores: Number of cores it may keep busy.
+        pinned: Numbers of the cores it is pinned to; empty: not pinned.
     """
 
     cores: int
     pinned: tuple[int, ...] = ()
 
 
-def count_replicas(asked: int, cores: int, *, fit: bool = True) -> int:
-    """How many replicas; `asked`, or by the number of usable cores where it is 0.
+def count_replicas(requested: int, cores: int, *, fit: bool = True) -> int:
+    """Number of replicas.
 
     Args:
-        asked: What the user wants.
-        cores: How many are usable.
-        fit: Whether this system and the model suit several: a GPU would hold the model many times.
+        requested: Number that the user requested; 0: choose by `cores`.
+        cores: Usable cores.
+        fit: Whether several replicas suit this system and model; on a GPU each would hold a copy.
     """
-    return asked or (min(max(1, cores // CORES_EACH), MOST) if fit else 1)
+    return requested or (min(max(1, cores // CORES_PER_REPLICA), MAX_REPLICAS) if fit else 1)
 
 
 def share_cores(replicas: int, cores: int, numbers: Sequence[int], pin: bool) -> list[Share]:
-    """A share for each replica; they differ by one core at most.
+    """Divide the cores evenly; shares differ by at most one core.
 
-    Pinned only where asked for: a pinned replica cannot use the cores that its neighbours leave
-    idle, and the kernel hands out connections without looking who is idle.
+    Pinning is optional: a pinned replica cannot use idle cores of others, and the kernel
+    distributes connections without regard to load.
 
     Args:
-        replicas: How many.
-        cores: How many are usable; a container's quota may make them fewer than `numbers`.
-        numbers: Of the cores, neighbours side by side.
-        pin: Whether each stays on its own.
+        replicas: Number of replicas.
+        cores: Usable cores; a container's quota may make them fewer than `numbers`.
+        numbers: Core numbers in topological order.
+        pin: Whether to pin each replica to its own cores.
 
     Raises:
         ServingError: There are fewer cores than replicas to pin.
     """
     if pin and len(numbers) < replicas:
         raise ServingError(
-            f"pin: {replicas} replicas cannot have a core each of {len(numbers)}; give fewer "
+            f"pin: {replicas} replicas need a core each, but there are {len(numbers)}; give fewer "
             "replicas, or leave pin out"
         )
     shares = []
@@ -67,7 +67,7 @@ def share_cores(replicas: int, cores: int, numbers: Sequence[int], pin: bool) ->
 
 
 def describe_shares(shares: Sequence[Share]) -> str:
-    """What was decided, in one line."""
+    """Describe the shares in one line."""
     counts = sorted({share.cores for share in shares})
     each = " or ".join(map(str, counts)) + (" core" if counts == [1] else " cores")
     if len(shares) == 1:

@@ -1,8 +1,10 @@
-"""What this machine is: cores, instruction sets, versions. Imports nothing heavy."""
+"""Hardware and software of this machine: cores, instruction sets, library versions.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -26,7 +28,7 @@ _LIBRARIES = (
 )
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
 _ROOT = Path("/")
-# Set for a process that shares its machine with its like, as each replica of a server does.
+# Core count of a process that shares the machine with others, e.g. of a replica.
 CORES_ENV = "PT_DEPLOY_CORES"
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -34,13 +36,13 @@ THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
-    "RAYON_NUM_THREADS",  # the tokenizer's
+    "RAYON_NUM_THREADS",  # of tokenizers
 )
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor as Linux names them; empty on other systems."""
+    """Instruction sets of this CPU by their Linux names; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf8").splitlines()
     except OSError:
@@ -50,9 +52,9 @@ def cpu_flags() -> frozenset[str]:
 
 
 def usable_cores(_root: Path = _ROOT) -> int:
-    """Cores this process may keep busy, which a container or taskset may have cut down.
+    """Number of cores this process may keep busy.
 
-    The fewest of its CPU affinity, the CPU quotas of its cgroups, and ``PT_DEPLOY_CORES``. A quota
+    The minimum of its CPU affinity, the CPU quotas of its cgroups, and ``PT_DEPLOY_CORES``. A quota
     of 1.5 cores counts as 2: rounded down, a third of it would never be used.
     """
     if hasattr(os, "sched_getaffinity"):
@@ -64,10 +66,10 @@ def usable_cores(_root: Path = _ROOT) -> int:
 
 
 def core_numbers(_root: Path = _ROOT) -> list[int]:
-    """Numbers of the cores this process may run on; empty where the system has no affinity.
+    """Numbers of the cores this process may run on; empty if the system has no CPU affinity.
 
-    Hyperthreads of one core, whose numbers may lie far apart, stand side by side, and cores of one
-    package too: a run of this list shares as little as possible with the rest.
+    Sorted by package and physical core, so that hyperthreads of a core are adjacent and a slice of
+    the list shares as little hardware as possible with the rest.
     """
     if not hasattr(os, "sched_getaffinity"):
         return []
@@ -82,13 +84,13 @@ def core_numbers(_root: Path = _ROOT) -> list[int]:
 
 
 def check_device(name: str) -> None:
-    """Make sure that PyTorch can use a device here.
+    """Check that PyTorch can use a device.
 
     Args:
-        name: As PyTorch names it: ``cuda``, ``cuda:1``, ...
+        name: PyTorch's name: ``cuda``, ``cuda:1``, ...
 
     Raises:
-        UnsupportedError: It cannot; says why.
+        UnsupportedError: It cannot; the message has the reason.
     """
     import torch
 
@@ -97,12 +99,14 @@ def check_device(name: str) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(
             f"device={name}: PyTorch cannot use it here ({root_cause(error)}). Give "
-            "device=cpu, or see that the driver and a build of PyTorch for this GPU are installed."
+            "device=cpu, or install the driver and a build of PyTorch for this GPU."
         ) from error
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that figures depend on, as far as they are installed."""
+    """Versions of Python and of the installed libraries that affect measurements."""
+    import importlib.metadata
+
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -113,12 +117,12 @@ def library_versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """Describe this machine in short strings, fit for tags and tables.
+    """Describe this machine in short strings for tags and tables.
 
     Returns:
-        ``cpu``, ``cores`` (usable), ``cpu_flags`` (those that decide which kernels run),
-        ``memory_gb`` (10^9 bytes, the container's limit where it has one), ``gpu``, ``os``,
-        ``python`` and the version of each library; what is absent is left out.
+        ``cpu``, ``cores`` (usable), ``cpu_flags`` (those that select kernels), ``memory_gb``
+        (10^9 bytes, at most the container's limit), ``gpu``, ``os``, ``python`` and the version of
+        each library; missing facts are left out.
     """
     flags = [name for name in sorted(cpu_flags()) if name in _FLAGS or name.startswith("amx_")]
     facts = {
@@ -141,13 +145,14 @@ def _read(path: Path | str) -> str:
 
 
 def _quotas(root: Path) -> Iterator[int]:
-    """Cores, rounded up, of each cgroup around this process that has a limit.
+    """CPU quotas, in cores rounded up, of all cgroups that contain this process.
 
-    Linux's ``cpu.max`` (cgroup v2) and CFS bandwidth control (v1). A container may know its cgroup
-    by the host's path but see only its own files, at the mount: hence every path up to there.
+    Reads ``cpu.max`` (cgroup v2) and CFS bandwidth control (v1). Inside a container,
+    ``/proc/self/cgroup`` may have the host's path while only the container's own files are
+    mounted, so every parent of that path is tried too.
 
     Args:
-        root: Where ``proc`` and ``sys`` are.
+        root: Folder with ``proc`` and ``sys``.
     """
     mount = root / "sys" / "fs" / "cgroup"
     lines = _read(root / "proc" / "self" / "cgroup").splitlines()
@@ -156,7 +161,7 @@ def _quotas(root: Path) -> Iterator[int]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         own = PurePosixPath(path.lstrip("/"))
-        # v2 has no controllers here; beside v1 it is mounted one folder lower
+        # v2 lists no controllers; in a hybrid setup it is mounted at "unified"
         for name in {"cpu", controllers} if controllers else {"", "unified"}:
             for group in (own, *own.parents):
                 yield from _quota(mount / name / group)
@@ -167,7 +172,7 @@ def _quota(group: Path) -> Iterator[int]:
     if not text:
         text = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
     numbers = [int(word) for word in text.split() if word.isdecimal()]
-    if len(numbers) == 2 and all(numbers):  # "max" and "-1" are no numbers and no limit
+    if len(numbers) == 2 and all(numbers):  # "max" and "-1" mean no limit
         yield ceil(numbers[0] / numbers[1])
 
 
@@ -189,7 +194,7 @@ def _memory_gb() -> str:
 
 
 def _gpu() -> str:
-    # Asks torch only where somebody has imported it: importing it takes seconds.
+    # importing torch takes seconds
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""

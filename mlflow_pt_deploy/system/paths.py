@@ -1,4 +1,4 @@
-"""Where unfinished work and what is worth keeping between runs lies on this machine."""
+"""Folders for caches, unfinished work and temporary files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def home() -> Path:
 
 
 def work_folder(run_id: str) -> Path:
-    """A run's own folder, created; the run removes it when it is done."""
+    """Create the folder of a run; the run removes it when it is done."""
     folder = home() / run_id
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -27,20 +27,20 @@ def work_folder(run_id: str) -> Path:
 
 @contextmanager
 def own_temporary_folder() -> Iterator[None]:
-    """Put all temporary files, those of child processes too, where they can be removed together.
+    """Use one folder for all temporary files, those of child processes included, and remove it.
 
-    A process that must end at once runs no cleanup of its own. torch keeps what it has compiled
-    where it always does, for later processes.
+    A process that is killed runs no cleanup, so its parent does. TorchInductor's compile cache
+    stays in its usual folder, for later processes.
     """
-    usual = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
-    compiled = os.environ.get("TORCHINDUCTOR_CACHE_DIR", usual)
+    default = os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    compile_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", default)
     folder = tempfile.mkdtemp(prefix="pt-deploy-")
     remove = partial(shutil.rmtree, folder, ignore_errors=True)
     before, tempfile.tempdir = tempfile.tempdir, folder
     try:
         with (
-            interrupt.last_act(remove),
-            _environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compiled),
+            interrupt.exit_action(remove),
+            _environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compile_cache),
         ):
             yield
     finally:

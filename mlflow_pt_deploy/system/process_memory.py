@@ -15,7 +15,7 @@ _STATM = Path("/proc/self/statm")
 def resident_mb() -> float:
     """Resident memory of this process in MB (10^6 bytes).
 
-    Where there is no ``/proc`` (macOS) the largest that it ever was, which does not fall.
+    Without ``/proc`` (macOS) this is the peak, which never falls.
     """
     try:
         pages = int(_STATM.read_text(encoding="ascii").split()[1])
@@ -28,16 +28,15 @@ def resident_mb() -> float:
 
 
 def trim() -> None:
-    """Return freed memory to the system; glibc keeps much of it otherwise."""
+    """Return freed memory to the system; glibc keeps much of it by default."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def freeze_gc() -> None:
-    """Exempt the objects that live now from later garbage collections.
+    """Exempt all current objects from later garbage collections.
 
-    Objects of libraries and models would be traversed again and again, for nearly a tenth of a
-    busy server's time.
+    Traversing objects of libraries and models takes nearly a tenth of a busy server's time.
     """
     gc.unfreeze()  # objects frozen before may be garbage by now
     gc.collect()

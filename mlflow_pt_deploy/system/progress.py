@@ -1,4 +1,4 @@
-"""How far a long step is: a bar in a terminal, a line now and then in a log file."""
+"""Progress of long steps: a bar in a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-EVERY_S = 10.0
+LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Counts what is done, and shows it on standard error.
+    """Progress of a step, shown on standard error.
 
     Args:
-        what: The step, e.g. ``training``.
-        total: How much there is to do.
-        unit: Of what is counted.
-        done: How much an earlier run did.
+        what: Name of the step, e.g. ``training``.
+        total: Number of units to process.
+        unit: Name of the unit.
+        done: Units that an earlier run processed.
     """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
@@ -28,31 +28,31 @@ class Progress:
         self._bar: Any = _bar(what, total, unit, done) if sys.stderr.isatty() else None
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """More is done.
+        """Advance.
 
         Args:
-            count: How much more.
-            note: What is shown beside it, e.g. the last variant's name.
+            count: Units processed since the last call.
+            note: Text to show with it, e.g. the name of a variant.
         """
         self._done += count
         if self._bar is not None:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._shown >= EVERY_S:
-            self._line(note)
+        elif time.monotonic() - self._shown >= LINE_INTERVAL_S:
+            self._print_line(note)
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, note: str) -> None:
+    def _print_line(self, note: str) -> None:
         self._shown = time.monotonic()
         seconds = self._shown - self._started
-        beside = f", {note}" if note else ""
+        suffix = f", {note}" if note else ""
         print(
-            f"{self._what}: {self._done}/{self._total} {self._unit}, {seconds:.0f} s{beside}",
+            f"{self._what}: {self._done}/{self._total} {self._unit}, {seconds:.0f} s{suffix}",
             file=sys.stderr,
             flush=True,
         )
@@ -60,7 +60,7 @@ class Progress:
 
 @contextmanager
 def progress(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
-    """Show a step's progress while it lasts; see `Progress`."""
+    """Show the progress of a step inside the block; see `Progress`."""
     shown = Progress(what, total, unit, done)
     try:
         yield shown
@@ -69,9 +69,9 @@ def progress(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Pro
 
 
 def quiet_bars() -> None:
-    """Keep other libraries' bars out of a log file; what the user has set stays.
+    """Disable progress bars of libraries in log files, unless the user configured them.
 
-    Call it before these libraries are imported.
+    Call this before importing these libraries.
     """
     if not sys.stderr.isatty():
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -1,8 +1,8 @@
-"""Regular files only: how the files of an artifact are opened, listed, copied and written.
+"""Open, list, copy and hash the files of an artifact, regular files only.
 
-An artifact comes from outside. A symbolic link can lead out of its folder, opening a FIFO blocks,
-reading a device never ends. Each file is therefore opened without following links and without
-waiting, and its kind is checked on the open descriptor.
+An artifact is untrusted. A symbolic link can lead out of its folder, opening a FIFO blocks, and
+reading a device may never end. Files are therefore opened with ``O_NOFOLLOW`` and ``O_NONBLOCK``,
+and their type is checked on the open descriptor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from mlflow_pt_deploy.errors import ArtifactError
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Size of the largest JSON file that is read whole."""
+"""Largest JSON file that is read, in bytes."""
 
 _CURE = "The artifact is damaged; download or export it again."
 _MAX_FILES = 10_000
@@ -32,12 +32,12 @@ def open_regular(path: Path | str, *, folder: int | None = None, label: str = ""
     """Open a regular file for reading.
 
     Args:
-        path: The file.
+        path: Path of the file.
         folder: Descriptor of the folder that `path` is relative to.
-        label: What messages call the file; default: its name.
+        label: Name in error messages; default: the file name.
 
     Raises:
-        ArtifactError: It is missing, may not be read, or is not a regular file.
+        ArtifactError: The file is missing, unreadable or not a regular file.
     """
     label = label or Path(path).name
     try:
@@ -51,10 +51,10 @@ def open_regular(path: Path | str, *, folder: int | None = None, label: str = ""
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """Content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
     Raises:
-        ArtifactError: As `open_regular`; or the file is larger.
+        ArtifactError: See `open_regular`; or the file is larger.
     """
     with open_regular(path) as file:
         content = file.read(limit + 1)
@@ -67,36 +67,37 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file of an artifact.
 
     Raises:
-        ArtifactError: As `read_regular`; or it is not JSON in UTF-8.
+        ArtifactError: See `read_regular`; or the file is not JSON in UTF-8.
     """
     return parse_json(read_regular(path, limit), path.name)
 
 
 def parse_json(content: bytes, label: str, **options: Any) -> Any:
-    """Parse JSON, any failure told in one sentence.
+    """Parse JSON.
 
     Args:
         content: JSON in UTF-8.
-        label: What the message calls it.
-        **options: As `json.loads` takes them.
+        label: Name in error messages.
+        **options: Keyword arguments of `json.loads`.
 
     Raises:
-        ArtifactError: It is not JSON, or nested too deeply.
+        ArtifactError: The content is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(content.decode("utf8"), **options)
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and endless numbers
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError and huge integers
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
         raise ArtifactError(f"{label} is not readable JSON: {reason}. {_CURE}") from error
 
 
 def parse_yaml(content: bytes, label: str) -> Any:
-    """Parse YAML of plain values, any failure told in one sentence.
+    """Parse YAML of plain values.
 
-    Merge keys are refused, since a few lines of them can multiply to gigabytes, and duplicate keys.
+    Merge keys are rejected, since a few lines of them can expand to gigabytes; so are duplicate
+    keys.
 
     Raises:
-        ArtifactError: It is not such YAML.
+        ArtifactError: The content is not such YAML.
     """
     import yaml
 
@@ -113,7 +114,7 @@ def parse_yaml(content: bytes, label: str) -> Any:
 
     try:
         return yaml.load(content.decode("utf8"), Reader)
-    # The rest: odd numbers and dates, keys that are tables, and a thousand brackets.
+    # the others: invalid numbers and dates, mappings as keys, deep nesting
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ArtifactError(f"{label} is not readable YAML: {reason}. {_CURE}") from error
@@ -123,25 +124,25 @@ def sha256(path: Path) -> str:
     """SHA-256 of a regular file, in hexadecimal.
 
     Raises:
-        ArtifactError: As `open_regular`.
+        ArtifactError: See `open_regular`.
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_files(folder: Path) -> list[str]:
-    """Relative paths of all files below a folder, in order; nothing is opened.
+    """Sorted relative paths of all files below a folder, without opening them.
 
     Raises:
-        ArtifactError: There is something other than regular files and folders, or too much of it.
+        ArtifactError: The folder has other entries than regular files and folders, or too many.
     """
     found: list[str] = []
     for root, folders, files, descriptor in _walk(folder):
         inside = Path(root).relative_to(folder)
         if len(inside.parts) > _MAX_DEPTH or len(found) + len(files) + len(folders) > _MAX_FILES:
             raise ArtifactError(
-                f"{folder.name} holds more than {_MAX_FILES:,} files, or folders in each other "
-                f"more than {_MAX_DEPTH} deep. That is no model of pt-deploy."
+                f"{folder.name} has more than {_MAX_FILES:,} files, or folders nested more than "
+                f"{_MAX_DEPTH} levels deep. It is not a model of pt-deploy."
             )
         for name in (*folders, *files):
             label = (inside / name).as_posix()
@@ -154,12 +155,12 @@ def list_files(folder: Path) -> list[str]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy a folder of regular files, without following links, into a folder that does not exist.
+    """Copy a folder of regular files to a new folder, without following links.
 
     Raises:
-        ArtifactError: As `list_files` and `open_regular`.
+        ArtifactError: See `list_files` and `open_regular`.
     """
-    list_files(source)  # refuses before anything is written
+    list_files(source)  # rejects before anything is written
     for root, _, files, descriptor in _walk(source):
         folder = target / Path(root).relative_to(source)
         folder.mkdir()
@@ -172,10 +173,10 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Let every user read a folder and all below it: files 0644, folders 0755.
+    """Make a folder and its content readable by every user: files 0644, folders 0755.
 
-    safetensors writes 0600 and `tempfile.mkdtemp` makes 0700, whatever the umask is; a server
-    often runs as another user than the one that exported.
+    safetensors writes 0600 and `tempfile.mkdtemp` creates 0700, whatever the umask is; a server
+    often runs as another user than the export.
     """
     for root, folders, files, _ in _walk(folder):
         for names, mode in ((folders, _FOLDER_MODE), (files, _FILE_MODE)):
@@ -184,7 +185,7 @@ def open_to_readers(folder: Path) -> None:
 
 
 def _walk(folder: Path) -> Any:
-    """`os.fwalk`, which never follows a link; a folder that cannot be listed is an error."""
+    """`os.fwalk` without following links; a folder that cannot be listed is an error."""
 
     def stop(error: OSError) -> None:
         name = Path(error.filename or folder).name
@@ -195,7 +196,7 @@ def _walk(folder: Path) -> Any:
 
 def _not_regular(label: str) -> str:
     return (
-        f"{label} is not a regular file: it is a link, a pipe, a socket or a device. A model "
+        f"{label} is not a regular file but a link, a pipe, a socket or a device. A model "
         "consists of regular files; copy it with cp -rL, or download it again."
     )
 
@@ -211,7 +212,7 @@ def _unreadable(label: str, error: OSError, path: Path | str, folder: int | None
         return _not_regular(label)
     if isinstance(error, PermissionError):
         return (
-            f"{label} may not be read by this user ({error.strerror}). Give the user that serves "
-            "read permission on all of the model, e.g. with chmod -R a+rX."
+            f"{label} may not be read by this user ({error.strerror}). Give the serving user read "
+            "permission on the whole model, e.g. with chmod -R a+rX."
         )
     return f"{label} cannot be read: {error.strerror}."

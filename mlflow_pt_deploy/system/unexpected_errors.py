@@ -1,4 +1,4 @@
-"""Errors that no stage foresaw, in one sentence; the traceback goes to a file."""
+"""One-line messages for unexpected errors; their tracebacks are saved to a file."""
 
 from __future__ import annotations
 
@@ -12,39 +12,37 @@ from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.system.paths import home
 
 DEBUG = "PT_DEPLOY_DEBUG"
-_LONGEST = 600  # characters of a library's message
+_MAX_CHARACTERS = 600  # of a library's message
 
 _MEMORY = (
-    "memory ran out ({}). Free some, or take less: a smaller --batch-size, fewer rows with "
-    "--limit, or a smaller model."
+    "out of memory ({}). Free memory, or use a smaller --batch-size, fewer rows with --limit, or a "
+    "smaller model."
 )
-_DISK = "the disk is full ({}). Free some space and give the same command again."
+_DISK = "the disk is full ({}). Free some space and run the same command again."
 _SENTENCES = {
     "builtins.MemoryError torch.OutOfMemoryError": _MEMORY,
-    "builtins.PermissionError": (
-        "permission denied ({}). Check who owns it, and who may write there."
-    ),
+    "builtins.PermissionError": ("permission denied ({}). Check the owner and the permissions."),
     "sqlalchemy.SQLAlchemyError sqlite3.Error mlflow.MlflowException": (
         "MLflow's tracking server or database failed ({}). Check that it runs and that "
-        "MLFLOW_TRACKING_URI names it."
+        "MLFLOW_TRACKING_URI is right."
     ),
     "requests.RequestException httpx.HTTPError builtins.ConnectionError builtins.TimeoutError": (
         "a server cannot be reached ({}). Check the network, a proxy and the address."
     ),
     "builtins.OSError": "a file cannot be used ({}).",
 }
-"""Of kinds of errors, the first that fits; with the cause in brackets."""
+"""Exception types to message templates; the first match is used."""
 
 
-def told(error: BaseException) -> str:
-    """What a user reads of an error; of one that no stage foresaw, where its traceback is."""
+def error_message(error: BaseException) -> str:
+    """Message of an error for the user; if unexpected, with the location of its traceback."""
     if not isinstance(error, PtDeployError):
-        return f"{in_words(error)} {keep_traceback(error)}"
-    return f"{error}\n{keep_traceback(error)}" if os.environ.get(DEBUG) else str(error)
+        return f"{describe_error(error)} {save_traceback(error)}"
+    return f"{error}\n{save_traceback(error)}" if os.environ.get(DEBUG) else str(error)
 
 
-def in_words(error: BaseException) -> str:
-    """The kind of an error, its cause, and what to do, on one line."""
+def describe_error(error: BaseException) -> str:
+    """Kind of an error, its cause, and what to do, on one line."""
     cause = one_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _DISK.format(cause)
@@ -54,11 +52,11 @@ def in_words(error: BaseException) -> str:
     for known, sentence in _SENTENCES.items():
         if kinds & set(known.split()):
             return sentence.format(cause)
-    return f"an error that was not foreseen: {type(error).__name__}: {cause}."
+    return f"unexpected error: {type(error).__name__}: {cause}."
 
 
-def keep_traceback(error: BaseException) -> str:
-    """Write an error's traceback to a file below `home`, and say where; or show it here."""
+def save_traceback(error: BaseException) -> str:
+    """Save an error's traceback below `home`; returns its location, or the text if debugging."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get(DEBUG):
         return text
@@ -67,7 +65,7 @@ def keep_traceback(error: BaseException) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf8")
-    except OSError:  # the disk may be what is wrong
+    except OSError:  # the disk may be full
         return f"{DEBUG}=1 shows the traceback."
     return f"The traceback is in {_short(path)}; {DEBUG}=1 shows it."
 
@@ -80,8 +78,8 @@ def _short(path: Path) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message without line breaks; its kind where it says nothing."""
-    said = " ".join(str(error).split()).rstrip(".")
-    if len(said) > _LONGEST:
-        said = f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
-    return said or type(error).__name__
+    """Message of an error without line breaks; its type if the message is empty."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if len(text) > _MAX_CHARACTERS:
+        text = f"{text[: _MAX_CHARACTERS // 2]} ... {text[-_MAX_CHARACTERS // 2 :]}"
+    return text or type(error).__name__

@@ -1,4 +1,4 @@
-"""How many replicas, and the cores of each."""
+"""Number of replicas, and the CPU cores of each."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from mlflow_pt_deploy.system.cpu_allocation import (
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
 
 
-def test_few_cores_have_one_process_and_many_have_more() -> None:
+def test_replica_count_by_number_of_cores() -> None:
     assert [count_replicas(0, cores) for cores in (1, 2, 4, 7, 8, 16, 32, 128)] == [
         *(1, 1, 1, 1),
         *(2, 4, 8, 8),
@@ -24,20 +24,20 @@ def test_few_cores_have_one_process_and_many_have_more() -> None:
     assert count_replicas(3, 1) == 3
 
 
-def test_cores_are_shared_out_whole() -> None:
+def test_cores_are_divided_evenly() -> None:
     assert share_cores(2, 8, range(8), False) == [Share(4), Share(4)]
     assert share_cores(2, 5, range(5), True) == [Share(2, (0, 1)), Share(3, (2, 3, 4))]
     assert share_cores(3, 2, (0, 1), False) == [Share(1), Share(1), Share(1)]
-    quota = share_cores(2, 4, range(8), True)  # a container that sees more than it may use
+    quota = share_cores(2, 4, range(8), True)  # a container that sees more cores than it may use
     assert quota == [Share(2, (0, 1, 2, 3)), Share(2, (4, 5, 6, 7))]
-    told = describe_shares(share_cores(2, 5, range(5), True))
-    assert told == "2 replicas, each a process for 2 or 3 cores, pinned to 0,1 | 2,3,4"
+    plan = describe_shares(share_cores(2, 5, range(5), True))
+    assert plan == "2 replicas, each a process for 2 or 3 cores, pinned to 0,1 | 2,3,4"
     assert describe_shares([Share(2)]) == "1 process for 2 cores"
-    with pytest.raises(ServingError, match="pin: 3 replicas cannot have a core each of 2"):
+    with pytest.raises(ServingError, match="pin: 3 replicas need a core each, but there are 2"):
         share_cores(3, 2, (0, 1), True)
 
 
-def test_a_share_is_what_libraries_take_for_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pt_deploy_cores_limits_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PT_DEPLOY_CORES", "1")
     assert usable_cores() == 1
     monkeypatch.setenv("PT_DEPLOY_CORES", "100000")
@@ -47,7 +47,7 @@ def test_a_share_is_what_libraries_take_for_the_cores(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not core_numbers(), reason="this system has no affinity")
-def test_hyperthreads_of_a_core_stay_together(
+def test_hyperthreads_of_a_core_are_adjacent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})

@@ -1,4 +1,4 @@
-"""Signals: no lock that they could hang in, no run left running, no child left over."""
+"""Signals: no deadlock, no run left in state RUNNING, no child process left."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from mlflow_pt_deploy.system import interrupt
 
 WITHIN_S = 10.0
 RANDOM_MOMENTS = int(os.environ.get("PT_DEPLOY_SIGNALS", "0"))
-MARK = "PT_DEPLOY_TEST_FAMILY"
+MARK = "PT_DEPLOY_TEST_PROCESS"
 
 STAGE = """
 import os, subprocess, sys, threading, time
-from mlflow_pt_deploy import child, cli, interrupt
+from mlflow_pt_deploy import cli
+from mlflow_pt_deploy.system import child_process, interrupt
 
 def stage(_):
     interrupt.begin()
     {body}
 
-cli._CALLS["train"] = stage
+cli._COMMANDS["train"] = stage
 sys.argv[1:] = ["train", "--data", "x"]
 sys.exit(cli.main())
 """
@@ -37,27 +38,27 @@ LOCKED = """
     lock = threading.Lock()
     print("ready", flush=True)
     while True:
-        with lock:  # a handler that raises in here would leave the lock to the cleanup
+        with lock:  # a handler that raised here would leave the lock held
             time.sleep(0.05)
         interrupt.check()
 """
-FOR_EVER = """
+BLOCKED = """
     print("ready", flush=True)
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
 """
-FAMILY = """
+DESCENDANTS = """
     inner = "import time; time.sleep(600)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
-    child.start([sys.executable, "-c", outer])
+    child_process.start([sys.executable, "-c", outer])
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
 def start_stage(body: str) -> subprocess.Popen[str]:
-    """A process in such a stage; it and what it starts have `MARK` in their environment."""
+    """Start a process whose stage is `body`; its descendants inherit `MARK`."""
     process = subprocess.Popen(
         [sys.executable, "-c", STAGE.format(body=body.strip())],
         stdout=subprocess.PIPE,
@@ -70,7 +71,7 @@ def start_stage(body: str) -> subprocess.Popen[str]:
     return process
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def wait_for_exit(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code, and the last line on standard error."""
     try:
         _, errors = process.communicate(timeout=60)
@@ -79,8 +80,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors.strip().splitlines()[-1]
 
 
-def family(mark: str) -> list[int]:
-    """Processes with this value of `MARK`."""
+def processes(mark: str) -> list[int]:
+    """Ids of processes with this value of `MARK`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -97,43 +98,43 @@ def family(mark: str) -> list[int]:
         (signal.SIGHUP, 129, "hung up"),
     ],
 )
-def test_a_signal_that_arrives_while_a_lock_is_held_hangs_nothing(
+def test_a_signal_while_a_lock_is_held_causes_no_deadlock(
     number: signal.Signals, code: int, word: str
 ) -> None:
     process = start_stage(LOCKED)
     process.send_signal(number)
-    assert ended(process) == (code, f"pt-deploy train: {word}")
+    assert wait_for_exit(process) == (code, f"pt-deploy train: {word}")
 
 
-def test_a_call_that_never_returns_is_ended_by_the_deadline() -> None:
-    process = start_stage(FOR_EVER)
+def test_a_blocked_call_ends_at_the_deadline() -> None:
+    process = start_stage(BLOCKED)
     started = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (143, "pt-deploy train: terminated")
+    assert wait_for_exit(process) == (143, "pt-deploy train: terminated")
     assert interrupt.GRACE_S <= time.monotonic() - started < WITHIN_S
 
 
-def test_a_second_signal_ends_at_once_and_grandchildren_with_it(tmp_path: Path) -> None:
+def test_a_second_signal_exits_immediately_and_kills_grandchildren(tmp_path: Path) -> None:
     if not Path("/proc/self/environ").exists():
         pytest.skip("processes are found by their environment, in /proc")
-    process = start_stage(FAMILY)
+    process = start_stage(DESCENDANTS)
     mark = Path(f"/proc/{process.pid}/environ").read_bytes().decode()
     mark = mark.partition(f"{MARK}=")[2].partition("\0")[0]
     until = time.monotonic() + 30
-    while len(family(mark)) < 3:
+    while len(processes(mark)) < 3:
         assert time.monotonic() < until
         time.sleep(0.05)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (143, "pt-deploy train: terminated")
+    assert wait_for_exit(process) == (143, "pt-deploy train: terminated")
     assert time.monotonic() - started < 4
-    assert family(mark) == []
+    assert processes(mark) == []
 
 
-class Line:
-    """`pt-deploy run` on tiny data, started again and again until it is done."""
+class Pipeline:
+    """`pt-deploy run` on tiny data, resumed until it is finished."""
 
     def __init__(self, folder: Path, model: Path, data: Path) -> None:
         self.folder, self._model, self._data = folder, model, data
@@ -154,27 +155,27 @@ class Line:
                 start_new_session=True,
             )
 
-    def family(self, what: str) -> bool:
-        """Whether a child with this in its command line runs."""
-        for pid in family(self.mark):
+    def has_child(self, what: str) -> bool:
+        """Whether a child with this text in its command line runs."""
+        for pid in processes(self.mark):
             with suppress(OSError):
                 if what.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return True
         return False
 
-    def interrupted(
+    def interrupt(
         self, process: subprocess.Popen[bytes], number: signal.Signals, *, done: bool = False
     ) -> None:
-        """Send a signal, and check what it must leave behind."""
+        """Send a signal, and check the exit code and that nothing is left."""
         process.send_signal(number)
         started = time.monotonic()
         code = process.wait(60)
         seconds = time.monotonic() - started
-        said = self.log.read_text()[-3000:]
-        assert code in {128 + number} | ({0} if done else set()), said
-        assert seconds < WITHIN_S, said
-        assert "Traceback" not in said
-        assert family(self.mark) == []
+        log = self.log.read_text()[-3000:]
+        assert code in {128 + number} | ({0} if done else set()), log
+        assert seconds < WITHIN_S, log
+        assert "Traceback" not in log
+        assert processes(self.mark) == []
         assert not MlflowClient().search_runs(["0"], "attributes.status = 'RUNNING'")
 
     def run_id(self) -> str:
@@ -184,18 +185,18 @@ class Line:
 
 
 @pytest.fixture
-def line(
+def pipeline(
     tmp_path: Path,
     tiny_model: Path,
     tiny_data: Path,
     tracking: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> Line:
+) -> Pipeline:
     if not Path("/proc/self/environ").exists():
         pytest.skip("processes are found by their environment, in /proc")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    return Line(tmp_path, tiny_model, tiny_data)
+    return Pipeline(tmp_path, tiny_model, tiny_data)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -205,34 +206,36 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.05)
 
 
-def test_a_run_that_is_interrupted_at_each_stage_leaves_nothing_and_goes_on(line: Line) -> None:
-    process = line.start()
-    wait_for(lambda: line.family("variants.export"), process)
-    line.interrupted(process, signal.SIGTERM)
-    run_id = line.run_id()
-    again = line.start(run_id)
-    wait_for(lambda: line.family("measure.worker"), again)
-    line.interrupted(again, signal.SIGINT)
-    last = line.start(run_id)
-    assert last.wait(300) == 0, line.log.read_text()[-3000:]
+def test_a_run_interrupted_at_each_stage_leaves_nothing_and_resumes(pipeline: Pipeline) -> None:
+    process = pipeline.start()
+    wait_for(lambda: pipeline.has_child("artifacts.export_worker"), process)
+    pipeline.interrupt(process, signal.SIGTERM)
+    run_id = pipeline.run_id()
+    again = pipeline.start(run_id)
+    wait_for(lambda: pipeline.has_child("evaluation.worker"), again)
+    pipeline.interrupt(again, signal.SIGINT)
+    last = pipeline.start(run_id)
+    assert last.wait(300) == 0, pipeline.log.read_text()[-3000:]
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
-    assert "champion is version 1" in line.log.read_text()
-    assert not list((line.folder / "temporary").glob("pt-deploy-*"))
+    assert "champion is version 1" in pipeline.log.read_text()
+    assert not list((pipeline.folder / "temporary").glob("pt-deploy-*"))
 
 
-@pytest.mark.skipif(not RANDOM_MOMENTS, reason="PT_DEPLOY_SIGNALS=50 sends as many signals")
-def test_a_run_that_is_interrupted_at_random_moments(line: Line) -> None:
+@pytest.mark.skipif(not RANDOM_MOMENTS, reason="PT_DEPLOY_SIGNALS=50 sends 50 signals")
+def test_a_run_interrupted_at_random_moments(pipeline: Pipeline) -> None:
     started = time.monotonic()
-    assert line.start().wait(600) == 0, line.log.read_text()[-3000:]
-    whole_s = time.monotonic() - started
-    draw = random.Random(0)
+    assert pipeline.start().wait(600) == 0, pipeline.log.read_text()[-3000:]
+    total_s = time.monotonic() - started
+    random_source = random.Random(0)
     resumed = ""
     for count in range(RANDOM_MOMENTS):
-        process = line.start(resumed)
+        process = pipeline.start(resumed)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0.3 + draw.uniform(0, whole_s))  # before that Python itself starts
+            process.wait(
+                0.3 + random_source.uniform(0, total_s)
+            )  # the interpreter starts before that
         number = (signal.SIGTERM, signal.SIGINT)[count % 2]
-        line.interrupted(process, number, done=True)
+        pipeline.interrupt(process, number, done=True)
         print(count, process.returncode, flush=True)
         runs = MlflowClient().search_runs(
             ["0"],
@@ -240,4 +243,4 @@ def test_a_run_that_is_interrupted_at_random_moments(line: Line) -> None:
             max_results=1,
         )
         resumed = runs[0].info.run_id if runs and count % 2 else ""
-    assert not list((line.folder / "temporary").glob("pt-deploy-*"))
+    assert not list((pipeline.folder / "temporary").glob("pt-deploy-*"))

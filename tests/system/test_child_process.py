@@ -1,4 +1,4 @@
-"""Processes of our own run the code of their parent, wherever they are started."""
+"""Child processes import the code of their parent, whatever the working folder is."""
 
 import shutil
 import subprocess
@@ -13,27 +13,26 @@ from mlflow_pt_deploy.system.child_process import command, environment
 PACKAGE = Path(mlflow_pt_deploy.__path__[0])
 
 
-def says(folder: Path, env: dict[str, str]) -> str:
+def run_help(folder: Path, env: dict[str, str]) -> str:
     run = subprocess.run(
         command("cli", "--help"), cwd=folder, env=env, check=True, capture_output=True, text=True
     )
     return run.stdout
 
 
-def test_a_file_in_the_working_folder_takes_no_librarys_place(tmp_path: Path) -> None:
-    (tmp_path / "argparse.py").write_text("raise SystemExit('not this one')")
-    assert "usage: pt-deploy" in says(tmp_path, environment())
+def test_a_file_in_the_working_folder_does_not_shadow_a_library(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit('shadowed')")
+    assert "usage: pt-deploy" in run_help(tmp_path, environment())
 
 
-def test_a_checkout_comes_before_what_is_installed(
+def test_a_checkout_takes_precedence_over_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mlflow_pt_deploy").mkdir()
-    for path in PACKAGE.glob("*.py"):
-        shutil.copy(path, tmp_path / "mlflow_pt_deploy")
-    changed = tmp_path / "mlflow_pt_deploy" / "flags.py"
+    copy = tmp_path / "mlflow_pt_deploy"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = copy / "cli_args.py"
     changed.write_text(changed.read_text(encoding="utf8").replace("pt-deploy", "another"), "utf8")
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in a notebook
     monkeypatch.chdir(tmp_path)
-    assert "usage: another" in says(PACKAGE, environment(SOME="thing"))
+    assert "usage: another" in run_help(PACKAGE, environment(SOME="thing"))
     assert environment(SOME="thing")["SOME"] == "thing"

@@ -1,4 +1,4 @@
-"""Progress: a bar for people who look, lines for a log file."""
+"""Progress: a bar in a terminal, lines in a log file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_a_line_now_and_then(
+def test_a_log_file_gets_occasional_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with progress.progress("training", 1000, "batches") as shown:
         for _ in range(1000):
             shown.update()
-    assert capsys.readouterr().err == ""  # it was quick
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    assert capsys.readouterr().err == ""  # faster than the interval
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.0)
     with progress.progress("building", 3, "variants", done=1) as shown:
         shown.update(note="teacher-eager-fp32")
         shown.update()
