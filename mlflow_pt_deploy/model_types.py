@@ -1,7 +1,7 @@
-"""`model_type` strings of config.json that the package treats apart."""
+"""`model_type` strings of config.json that need special handling."""
 
 STATIC = "pt_deploy_static"
-"""A static student: a sum of embeddings, see `models.static`."""
+"""Static student (a sum of embeddings), see `models.static`."""
 
 CONVOLUTIONAL = frozenset(
     {
@@ -9,4 +9,4 @@ CONVOLUTIONAL = frozenset(
         *("mobilenet_v2", "poolformer", "pp_lcnet", "regnet", "resnet", "textnet"),
     }
 )
-"""Networks that consist of convolutions."""
+"""Convolutional networks."""

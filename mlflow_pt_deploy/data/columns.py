@@ -1,7 +1,6 @@
-"""What the names of a table's columns say of its task.
+"""Infer the task of a table from its column names.
 
-Data and requests are read with the same eyes, so that what one refuses the other refuses too. Knows
-names, no values and no file format.
+Training data and scoring requests use the same rules, so both reject the same tables.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _TEXT = (
     "text|title|tweet|utterance"
 )
 _PICTURE = re.compile("image|img|picture|photo")
-_USUAL = {
+_ALIASES = {
     "text": re.compile(f"({_TEXT})s?"),
     "image": re.compile("(file|filename|file_name|img|path|photo|picture|pixel)s?|pixel_values"),
     LABEL: re.compile(
@@ -26,9 +25,9 @@ _USUAL = {
         "star|tag|target|topic)s?|y"
     ),
 }
-"""What input columns and labels are called elsewhere."""
+"""Common names of input and label columns in other data sets."""
 
-# What names a text only where another one stands beside it.
+# Names of text columns that form a pair with another text column.
 _PART = re.compile(
     "anchor|answers?|choices|claim|completion|context|doc|document|endings|evidence|hypothesis|"
     "options|pair|paragraph|passage|premise|prompt|query|question|reply|response|sentence|"
@@ -37,9 +36,9 @@ _PART = re.compile(
 _STEM = re.compile(
     f"{_TEXT}|alternative|candidate|choice|doc|ending|option|passage|{_PICTURE.pattern}"
 )
-_PLACES = "[0-9]|a|b|c|pair|one|two|first|second|left|right|other"
-_NUMBERED = re.compile(rf"(?:(.+?)_?({_PLACES})|(first|second|left|right|other)_(.+))")
-_LONGEST = 40  # a request's names may be of any length
+_SUFFIXES = "[0-9]|a|b|c|pair|one|two|first|second|left|right|other"
+_NUMBERED = re.compile(rf"(?:(.+?)_?({_SUFFIXES})|(first|second|left|right|other)_(.+))")
+_MAX_LENGTH = 40  # characters; column names of a request have any length
 _SHORT = re.compile(r"(s|q|sent)_?[12]")
 _OTHER_TASKS = {
     "similarity or ranking": ("anchor", "positive", "negative", "similarity", "relevance"),
@@ -51,24 +50,24 @@ _OTHER_TASKS = {
 }
 
 
-def normal(name: str) -> str:
-    """A name in one spelling: ``textPair``, ``Text Pair`` and ``text-pair`` as ``text_pair``."""
-    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
-    return re.sub(r"[^a-z0-9]+", "_", parted.lower()).strip("_")
+def normalize_name(name: str) -> str:
+    """Convert ``textPair``, ``Text Pair`` and ``text-pair`` to ``text_pair``."""
+    separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip())
+    return re.sub(r"[^a-z0-9]+", "_", separated.lower()).strip("_")
 
 
-def paired(columns: Iterable[object]) -> tuple[str, list[str]]:
-    """Whether a row has several texts or images, as a pair of sentences to compare has.
+def find_pair_columns(columns: Iterable[object]) -> tuple[str, list[str]]:
+    """Find the columns of a table with several texts or images per row, e.g. sentence pairs.
 
     Args:
-        columns: Names of a table's columns; what is no string is left out.
+        columns: Column names; values that are not strings are skipped.
 
     Returns:
-        ``text`` or ``image``, and the columns that hold them; none where there is one at most.
+        ``text`` or ``image``, and the names of the columns; an empty list if there is at most one.
     """
     found: dict[str, list[str]] = {"text": [], "image": []}
-    short_names = (name for name in columns if isinstance(name, str) and len(name) <= _LONGEST)
-    names = [(name, normal(name)) for name in short_names]
+    short_names = (name for name in columns if isinstance(name, str) and len(name) <= _MAX_LENGTH)
+    names = [(name, normalize_name(name)) for name in short_names]
     known = {plain for _, plain in names}
     for name, plain in names:
         short = _SHORT.fullmatch(plain) and f"{plain[:-1]}3" not in known
@@ -79,34 +78,36 @@ def paired(columns: Iterable[object]) -> tuple[str, list[str]]:
 
 
 def _is_numbered(name: str) -> bool:
-    """Whether a name is one of several of its kind, as ``sentence2`` is."""
+    """Whether a name has a number or position, e.g. ``sentence2``."""
     match = _NUMBERED.fullmatch(name)
     stem = (match[1] or match[4] or "") if match else ""
     return _STEM.fullmatch(stem) is not None
 
 
-def other_task(columns: Iterable[str]) -> str:
-    """The task of a table that has no column of inputs or labels; empty: names do not tell."""
-    known = {normal(name) for name in columns}
+def guess_task(columns: Iterable[str]) -> str:
+    """The unsupported task that column names indicate; empty if they indicate none."""
+    known = {normalize_name(name) for name in columns}
     return next(
         (task for task, names in _OTHER_TASKS.items() if not known.isdisjoint(names)),
         "",
     )
 
 
-def renames(columns: Sequence[str], missing: Sequence[str]) -> list[str]:
-    """For missing columns the ones that seem to be meant: ``rename `Intent` to `label```.
+def suggest_renames(columns: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Suggest columns to rename, e.g. ``rename `Intent` to `label```.
 
     Args:
-        columns: The names that a table has.
-        missing: Some of ``text``, ``image`` and ``label``.
+        columns: Column names of the table.
+        missing: Required columns that are missing: some of ``text``, ``image`` and ``label``.
     """
-    said = []
+    suggestions = []
     for wanted in missing:
         others = [name for name in columns if name not in (*INPUTS, LABEL)]
-        meant = [name for name in others if normal(name).rstrip("s") == wanted]
-        meant = meant or [name for name in others if _USUAL[wanted].fullmatch(normal(name))]
-        if meant:
-            choices = " or ".join(f"`{name}`" for name in meant[:4])
-            said.append(f"rename {choices} to `{wanted}`")
-    return said
+        similar = [name for name in others if normalize_name(name).rstrip("s") == wanted]
+        similar = similar or [
+            name for name in others if _ALIASES[wanted].fullmatch(normalize_name(name))
+        ]
+        if similar:
+            choices = " or ".join(f"`{name}`" for name in similar[:4])
+            suggestions.append(f"rename {choices} to `{wanted}`")
+    return suggestions

@@ -1,7 +1,7 @@
-"""CSV files: every cell a text, as it stands there.
+"""Strict CSV reader: every cell is a string, unchanged.
 
-pandas guesses types, fills short lines and shifts long ones; here a line that does not fit is an
-error with its number. Knows nothing of what the columns mean, except to find the delimiter.
+pandas guesses types, pads short lines and shifts long ones. This reader raises an error with the
+line number instead.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _QUOTES = (
     'Put texts with commas, quotes or line breaks in double quotes ("..."), and double the quotes '
     "inside them"
 )
-_MARKS = {
+_BYTE_ORDER_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Old Macs end lines so; binary files are split at line feeds only.
+# Line ends of classic Mac OS; binary files are split at line feeds only.
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")
 Table = dict[str, list[str]]
 """The cells of each column."""
@@ -38,18 +38,18 @@ def read_csv(where: str, file: Path, check: Callable[[Sequence[str]], object]) -
     """Read a CSV file, plain or gzip.
 
     Args:
-        where: The split and file, as a message shall name them.
-        file: Its path; one that ends in ``.gz`` is unpacked.
-        check: Given the names of the columns before any row is read; raises where they are wrong.
+        where: The split and the file, for error messages.
+        file: Path of the file; a name that ends in ``.gz`` is decompressed.
+        check: Called with the column names before rows are read; raises if they are invalid.
 
     Returns:
         The columns, and the delimiter.
 
     Raises:
-        DataError: It is empty, not UTF-8, or a line does not fit; says which.
-        OSError: It cannot be read.
+        DataError: The file is empty, is not UTF-8, or a line has a wrong number of cells.
+        OSError: The file cannot be read.
     """
-    csv.field_size_limit(sys.maxsize)  # of the whole process; the default is 128 KiB a cell
+    csv.field_size_limit(sys.maxsize)  # process-wide; the default is 128 KiB per cell
     with _open(file) as binary:
         _check_encoding(where, binary.read(4096))
     with _open(file) as binary:
@@ -69,7 +69,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _check_encoding(where: str, start: bytes) -> None:
-    found = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "")
+    found = next((name for mark, name in _BYTE_ORDER_MARKS.items() if start.startswith(mark)), "")
     if not found and start.count(0) > len(start) / 5:
         found = "UTF-16"
     if found:
@@ -80,7 +80,7 @@ def _check_encoding(where: str, start: bytes) -> None:
 
 
 def _decoded(where: str, binary: Iterable[bytes]) -> Iterator[str]:
-    """The lines as text, each with its end, and without a byte order mark."""
+    """Decode lines; keep line ends and remove a byte order mark."""
     for number, line in enumerate(binary, start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -93,13 +93,14 @@ def _decoded(where: str, binary: Iterable[bytes]) -> Iterator[str]:
 
 
 def _delimiter(header: str) -> str:
-    """What separates the names in the header: the one that finds `label`, else the most names."""
-    names = {mark: next(csv.reader([header], delimiter=mark), []) for mark in DELIMITERS}
+    """Find the delimiter of a header: it yields a column `label`, or else the most columns."""
+    names = {each: next(csv.reader([header], delimiter=each), []) for each in DELIMITERS}
 
-    def fit(mark: str) -> tuple[bool, int, bool]:
-        return "label" in names[mark] and len(names[mark]) > 1, len(names[mark]), mark == ","
+    def score(delimiter: str) -> tuple[bool, int, bool]:
+        found = names[delimiter]
+        return "label" in found and len(found) > 1, len(found), delimiter == ","
 
-    return max(DELIMITERS, key=fit)
+    return max(DELIMITERS, key=score)
 
 
 def _rows(
@@ -109,7 +110,7 @@ def _rows(
     delimiter: str,
     check: Callable[[Sequence[str]], object],
 ) -> Table:
-    """The columns; a row that has fewer or more cells than the header is an error."""
+    """Read the columns; every row must have as many cells as the header."""
     reader = csv.reader(_chained(first, lines), delimiter=delimiter, strict=True)
     begin = 1
     try:
@@ -121,15 +122,15 @@ def _rows(
             if row and len(row) != len(header):
                 raise DataError(
                     f"{where} cannot be read: line {begin} has {_cells(row)} and the "
-                    f"header has {len(header)}, with {DELIMITERS[delimiter]} between. {_QUOTES}."
+                    f"header has {len(header)}, separated by {DELIMITERS[delimiter]}. {_QUOTES}."
                 )
-            for cells, cell in zip(columns, row, strict=False):  # an empty line has none
+            for cells, cell in zip(columns, row, strict=False):  # an empty line has no cells
                 cells.append(cell)
             begin = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{where} is not well-formed CSV: in the row that begins in line {begin} a quote is "
-            f"not closed, or text follows it. {_QUOTES}."
+            f"{where} is not valid CSV: in the row that starts at line {begin} a quote is "
+            f"not closed, or text follows a closing quote. {_QUOTES}."
         ) from error
     return dict(zip(header, columns, strict=True))
 

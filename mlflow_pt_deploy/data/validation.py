@@ -1,8 +1,6 @@
-"""What must hold before rows may teach or judge a model, whatever source they come from.
+"""Check columns, rows and labels of any data source.
 
-Knows column names, rows and string labels; knows no file format and does not cut anything.
-A message names columns, row numbers and labels, never the content of a row: that is the user's
-data.
+Messages contain column names, row numbers and labels, never the content of a row (user data).
 """
 
 from __future__ import annotations
@@ -10,19 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mlflow_pt_deploy.data.columns import INPUTS, LABEL, normal, other_task, paired, renames
+from mlflow_pt_deploy.data.columns import (
+    INPUTS,
+    LABEL,
+    find_pair_columns,
+    guess_task,
+    normalize_name,
+    suggest_renames,
+)
 from mlflow_pt_deploy.data.label_kinds import (
     check_kind,
-    counted,
+    format_list,
+    format_row_count,
     is_missing,
-    is_no_text,
-    listed,
+    is_non_text,
     read_labels,
 )
 from mlflow_pt_deploy.errors import DataError
 
 Pairs = tuple[Sequence[object], Sequence[object]]
-"""Inputs and labels of one split as they were read, one of each a row."""
+"""Inputs and labels of one split before the checks, one of each per row."""
 
 Row = str | bytes
 """One raw input: a text, or an encoded image (PNG, JPEG, ...)."""
@@ -31,7 +36,7 @@ Cleaned = tuple[tuple[Row, ...], tuple[str, ...]]
 """Inputs and labels of one split after the checks."""
 
 COLUMNS = {"text": str, "image": bytes}
-"""What the input column may be called, and what a row of it is."""
+"""Names of input columns, and the type of their rows."""
 
 _NAME = re.compile(r"\s*[^\W\d][\w.-]{0,29}\s*|")
 _LABELS = re.compile("(label|class|category|tag|intent)_?([0-9]+|a|b|c)")
@@ -39,20 +44,20 @@ _FLAGS = ({"0", "1"}, {"true", "false"}, {"0.0", "1.0"})
 
 
 def check_columns(where: str, columns: Sequence[str], *, header: bool = False) -> str:
-    """Hold a table to a column of inputs, `text` or `image`, and to the column `label`.
+    """Check that a table has an input column, `text` or `image`, and the column `label`.
 
     Args:
-        where: The split or file, as the message shall name it.
-        columns: Names of the columns that the table has.
-        header: Whether they are the first line of a file, which may be a row instead.
+        where: The split or file, for error messages.
+        columns: Column names of the table.
+        header: Whether the names are the first line of a file, which may be a row instead.
 
     Returns:
-        The name of the input column; ``text`` where there are both.
+        Name of the input column; ``text`` if both exist.
 
     Raises:
-        DataError: A column is missing or there twice, or the table is for another task.
+        DataError: A column is missing or duplicated, or the table is for another task.
     """
-    refuse_pairs(where, columns)
+    reject_pair_columns(where, columns)
     twice = [name for name in (*INPUTS, LABEL) if list(columns).count(name) > 1]
     if twice:
         raise DataError(f"{where} has two columns `{twice[0]}`. Remove or rename one of them.")
@@ -63,54 +68,55 @@ def check_columns(where: str, columns: Sequence[str], *, header: bool = False) -
     raise DataError(_missing(where, columns, missing, header=header))
 
 
-def refuse_pairs(where: str, columns: Sequence[str]) -> None:
-    """Refuse a table with several texts or images a row.
+def reject_pair_columns(where: str, columns: Sequence[str]) -> None:
+    """Reject a table with several texts or images per row.
 
     Raises:
-        DataError: There are; names the columns.
+        DataError: The table has several input columns.
     """
-    kind, names = paired(columns)
+    kind, names = find_pair_columns(columns)
     if names:
         found = " and ".join(f"`{name}`" for name in names)
         raise DataError(
-            f"{where} has more than one {kind} a row ({found}); tasks on pairs (inference, "
-            f"similarity, reranking, question answering) are not supported, one {kind} a row is. "
-            f"Keep one column, named `{kind}`, or join them into it and remove the others."
+            f"{where} has more than one {kind} per row ({found}); tasks on pairs (inference, "
+            f"similarity, reranking, question answering) are not supported. Keep one {kind} per "
+            f"row in a column `{kind}`, or concatenate the columns into it."
         )
 
 
 def _missing(where: str, columns: Sequence[str], missing: Sequence[str], *, header: bool) -> str:
     wanted = " and ".join(f"`{name}`" for name in missing)
-    # Without a header the "names" are the first row itself, which no message may show.
+    # Without a header the "names" are the first row, which must not appear in a message.
     if header and not all(_NAME.fullmatch(name) for name in columns):
         return (
             f"{where} has no column {wanted}; its first line does not look like a header. Name the "
-            "columns `text` (or `image`) and `label` in the first line, with a comma between."
+            "columns `text` (or `image`) and `label` in the first line, separated by a comma."
         )
-    fault = f"{where} has no column {wanted}; it has {listed(name for name in columns if name)}"
-    if len(several := [name for name in columns if _LABELS.fullmatch(normal(name))]) > 1:
+    problem = (
+        f"{where} has no column {wanted}; it has {format_list(name for name in columns if name)}"
+    )
+    if len(several := [name for name in columns if _LABELS.fullmatch(normalize_name(name))]) > 1:
         return (
-            f"{where} has several columns of labels ({listed(several)}); several labels a row are "
-            "not supported. Name the main one `label`."
+            f"{where} has several label columns ({format_list(several)}); several labels per row "
+            "are not supported. Rename the main one to `label`."
         )
-    meant, task = renames(columns, missing), other_task(columns)
-    if task and len(meant) < len(missing):
+    suggested, task = suggest_renames(columns, missing), guess_task(columns)
+    if task and len(suggested) < len(missing):
         return (
-            f"{fault}. This looks like data for {task}, which is not supported; classification of "
-            "one text or one image a row is. Where it is that, name the columns `text` (or "
-            "`image`) and `label`."
+            f"{problem}. This looks like data for {task}, which is not supported. To classify one "
+            "text or one image per row, name the columns `text` (or `image`) and `label`."
         )
-    if meant:
-        cure = " and ".join(meant)
-        return f"{fault}. {cure[0].upper()}{cure[1:]} if that is what it holds."
-    return f"{fault}. Name the columns `text` (or `image`) and `label`."
+    if suggested:
+        remedy = " and ".join(suggested)
+        return f"{problem}. {remedy[0].upper()}{remedy[1:]} if that is its content."
+    return f"{problem}. Name the columns `text` (or `image`) and `label`."
 
 
-def refuse_flags(where: str, columns: Mapping[str, Sequence[object]]) -> None:
-    """Refuse one column of 0 and 1 for each label, where no column `label` is.
+def reject_indicator_columns(where: str, columns: Mapping[str, Sequence[object]]) -> None:
+    """Reject a table without `label` that has a 0/1 column per label.
 
     Args:
-        where: The split or file, as the message shall name it.
+        where: The split or file, for error messages.
         columns: The first rows of all columns.
 
     Raises:
@@ -125,56 +131,58 @@ def refuse_flags(where: str, columns: Mapping[str, Sequence[object]]) -> None:
     ]
     if len(flags) > 1:
         raise DataError(
-            f"{where} has no column `label` but several of 0 and 1 ({listed(flags)}), as data with "
-            "several labels a row has (multi-label classification), which is not supported. Write "
-            "the main label of each row into one column `label`."
+            f"{where} has no column `label` but several columns of 0 and 1 ({format_list(flags)}), "
+            "like data with several labels per row (multi-label classification), which is not "
+            "supported. Write the main label of each row into one column `label`."
         )
 
 
 def check_rows(split: str, pairs: Pairs, column: str = "text") -> Cleaned:
-    """Check one split and bring its labels to strings; inputs stay as they are.
+    """Check one split and convert its labels to strings; inputs are unchanged.
 
-    Labels may be strings, whose outer whitespace goes, or whole numbers; see `read_labels`.
+    Labels are strings or whole numbers, see `read_labels`.
 
     Args:
-        split: Its name, for the message.
-        pairs: Inputs and labels as they were read.
+        split: Name of the split, for error messages.
+        pairs: Inputs and labels before the checks.
         column: One of `COLUMNS`.
 
     Raises:
-        DataError: No rows; or an input or label that is missing, blank or of another type.
+        DataError: The split has no rows, or an input or label is missing, blank or of a wrong type.
     """
     rows, labels = pairs
     if not len(rows):
-        raise DataError(f"{split} has no rows. Add rows, or leave {split} out if it is not train.")
-    kind, words = COLUMNS[column], {"text": "a string", "image": "the bytes of an image file"}
-    refuse(split, column, rows, "is missing or blank", _is_blank)
-    refuse(split, "label", labels, "is missing or blank", _is_blank)
-    if column == "text" and all(map(is_no_text, rows)):
+        raise DataError(f"{split} has no rows. Add rows, or omit {split} if it is not train.")
+    kind, expected = COLUMNS[column], {"text": "a string", "image": "the bytes of an image file"}
+    reject_rows(split, column, rows, "is missing or blank", _is_blank)
+    reject_rows(split, "label", labels, "is missing or blank", _is_blank)
+    if column == "text" and all(map(is_non_text, rows)):
         raise DataError(
-            f"{split}: `text` holds numbers only, or dates or bytes. Check that the columns are "
-            "not mixed up; tables of numbers are not supported, texts are."
+            f"{split}: `text` contains only numbers, dates or bytes, which are not supported. "
+            "Check that the columns are not swapped."
         )
-    refuse(split, column, rows, f"is not {words[column]}", lambda v: not isinstance(v, kind))
+    reject_rows(
+        split, column, rows, f"is not {expected[column]}", lambda v: not isinstance(v, kind)
+    )
     return tuple(map(kind, rows)), read_labels(split, labels)
 
 
 def check_labels(labels: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Find the classes, which train alone defines.
+    """Determine the classes, which are the labels of train.
 
     Args:
-        labels: The labels of each split that exists; `train` always does.
+        labels: Labels of each split; `train` always exists.
 
     Returns:
         The classes, sorted.
 
     Raises:
-        DataError: Train has one class only, or another split has labels that train lacks.
+        DataError: Train has only one class, or another split has labels that train lacks.
     """
     classes = set(labels["train"])
     if len(classes) < 2:
         raise DataError(
-            f"train has one label only ({listed(classes)}); a classifier needs two or more. "
+            f"train has only one label ({format_list(classes)}); a classifier needs two or more. "
             "Add rows with other labels."
         )
     check_kind(labels["train"])
@@ -182,30 +190,34 @@ def check_labels(labels: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise DataError(
-                f"{split} has labels that train lacks: {listed(sorted(set(unknown)))} "
-                f"({counted(len(unknown))}). Add such rows to train, remove them from {split}, "
-                "or correct their spelling (case counts)."
+                f"{split} has labels that train lacks: {format_list(sorted(set(unknown)))} "
+                f"({format_row_count(len(unknown))}). Add such rows to train, remove them from "
+                f"{split}, or correct their spelling (labels are case-sensitive)."
             )
     return tuple(sorted(classes))
 
 
-def refuse(
+def reject_rows(
     split: str, column: str, values: Sequence[object], fault: str, bad: Callable[[object], bool]
 ) -> None:
-    """Raise a DataError that names the rows whose value is bad, and not the value.
+    """Reject rows with bad values; the message contains row numbers, not values.
 
     Args:
-        split: The split, for the message.
-        column: The column, for the message.
-        values: One a row.
-        fault: What is wrong with a bad one, in words.
-        bad: Says which are.
+        split: Name of the split, for the message.
+        column: Name of the column, for the message.
+        values: One value per row.
+        fault: The problem, for the message, e.g. ``is missing or blank``.
+        bad: Whether a value is bad.
+
+    Raises:
+        DataError: At least one value is bad.
     """
     rows = [number for number, value in enumerate(values, start=1) if bad(value)]
     if rows:
         raise DataError(
-            f"{split}: `{column}` {fault} in {counted(len(rows))} (row {listed(rows)}; the first "
-            "row after the header is 1). Correct or remove these rows."
+            f"{split}: `{column}` {fault} in {format_row_count(len(rows))} (row "
+            f"{format_list(rows)}; the first row after the header is 1). Correct or remove these "
+            "rows."
         )
 
 

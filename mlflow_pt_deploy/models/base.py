@@ -46,7 +46,7 @@ class Classifier(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def with_reader(cls, network: Any, folder: str) -> Classifier:
+    def with_processor(cls, network: Any, folder: str) -> Classifier:
         """A network with what reads its rows, from a Hugging Face folder or id.
 
         Raises:
@@ -55,7 +55,7 @@ class Classifier(nn.Module, ABC):
         """
 
     @abstractmethod
-    def save_reader(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         """Write a Hugging Face folder's tokenizer or image processor."""
 
     @property
@@ -64,7 +64,7 @@ class Classifier(nn.Module, ABC):
         names = self.network.config.id2label
         return tuple(str(names[index]) for index in range(len(names)))
 
-    def vary(self, encoded: Sequence[Any], random: np.random.Generator) -> Sequence[Any]:
+    def augment(self, encoded: Sequence[Any], random: np.random.Generator) -> Sequence[Any]:
         """Encoded rows as one epoch shows them to the network."""
         return encoded
 

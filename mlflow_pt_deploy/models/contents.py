@@ -34,7 +34,7 @@ _FORMATS = {
 }
 
 
-def other_format(folder: Path) -> str:
+def foreign_format(folder: Path) -> str:
     """What a folder is instead of a transformers model, and what to do; empty if it is one."""
     for name, problem in _MARKS.items():
         if (folder / name).is_file():
@@ -58,7 +58,7 @@ def other_format(folder: Path) -> str:
     )
 
 
-def check_weights(folder: Path) -> str:
+def weights_problem(folder: Path) -> str:
     """What is wrong with the weights' files, and what to do; empty if they can be tried."""
     files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
     for path in [*files[:1], *folder.glob("model-*.safetensors"), *folder.glob("tokenizer.json")]:
@@ -73,7 +73,7 @@ def check_weights(folder: Path) -> str:
     )
 
 
-def check_tokenizer(folder: Path) -> str:
+def tokenizer_problem(folder: Path) -> str:
     """What is wrong with the tokenizer's files, and what to do; empty if they can be tried."""
     if (folder / "tokenizer.json").is_file():
         return ""

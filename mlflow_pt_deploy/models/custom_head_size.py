@@ -20,7 +20,7 @@ from mlflow_pt_deploy.models.architectures import family_of
 HEAD_SIZE = "pt_deploy_head_size"
 
 
-def is_narrow(config: Any) -> bool:
+def has_custom_head_size(config: Any) -> bool:
     """Whether only this module can build a config's network."""
     return hasattr(config, HEAD_SIZE)
 
@@ -32,7 +32,7 @@ def blank_network(auto: Any, config: Any) -> Any:
         auto: transformers' Auto class of such networks.
         config: A transformers config; it is not changed.
     """
-    if not is_narrow(config):
+    if not has_custom_head_size(config):
         return auto.from_config(config)
     heads, size = config.num_attention_heads, getattr(config, HEAD_SIZE)
     fitting = copy.deepcopy(config)
@@ -44,11 +44,11 @@ def blank_network(auto: Any, config: Any) -> Any:
         for name in family.queries:
             setattr(attention, name, nn.Linear(width, heads * size))
         layer.set_submodule(family.mixed, nn.Linear(heads * size, width))
-    note_heads(network, heads, size)
+    set_heads(network, heads, size)
     return network
 
 
-def note_heads(network: Any, heads: int, size: int) -> None:
+def set_heads(network: Any, heads: int, size: int) -> None:
     """Tell a network how many heads its attention has by now, and how wide each is."""
     config, family = network.config, family_of(network.config)
     config.num_attention_heads = heads
@@ -72,7 +72,7 @@ def head_size(network: Any) -> int:
     return int(getattr(config, HEAD_SIZE, derived))
 
 
-def load_narrow(auto: Any, config: Any, folder: Path) -> tuple[Any, list[str]]:
+def load_custom_head_size(auto: Any, config: Any, folder: Path) -> tuple[Any, list[str]]:
     """The network of a folder, and names of weights that its files lack or have in another shape.
 
     Raises:

@@ -16,7 +16,7 @@ _GIVE = (
 _SUPPORTED = "supported is single-label classification of one text or of one image"
 
 
-def other_model(root: Path) -> str:
+def unsupported_reason(root: Path) -> str:
     """What is wrong with a folder of MLflow's transformers flavor; empty if it can be tried.
 
     Args:
@@ -42,7 +42,7 @@ def other_model(root: Path) -> str:
     return ""
 
 
-def no_model(root: Path) -> str:
+def missing_model_reason(root: Path) -> str:
     """Why a folder of MLflow's cannot be read, and what can."""
     names = [name for name in _flavors(root) if name != "python_function"]
     found = f", but one of {' and '.join(names)}; {_SUPPORTED}" if names else ""

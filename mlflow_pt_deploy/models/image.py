@@ -67,11 +67,11 @@ class ImageClassifier(Classifier):
                 module.momentum = _MOMENTUM
 
     @classmethod
-    def with_reader(cls, network: Any, folder: str) -> ImageClassifier:
+    def with_processor(cls, network: Any, folder: str) -> ImageClassifier:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(folder)
         return cls(network, processor)
 
-    def save_reader(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         text = json.dumps(self.processor, indent=2)
         (folder / _FILE).write_text(text, encoding="utf8")
 
@@ -79,7 +79,7 @@ class ImageClassifier(Classifier):
         """Pixels, float32 (batch, 3, height, width), to logits (batch, classes)."""
         return self.logits(pixel_values=pixel_values.to(self.network.dtype))
 
-    def vary(self, encoded: Sequence[Pixels], random: np.random.Generator) -> list[Pixels]:
+    def augment(self, encoded: Sequence[Pixels], random: np.random.Generator) -> list[Pixels]:
         """Each image as it might as well have been taken.
 
         Photographs are cropped and mirrored (Szegedy et al. 2015), by less than half of their

@@ -18,8 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from mlflow_pt_deploy.errors import MissingExtraError, ModelError, PtDeployError, root_cause
 from mlflow_pt_deploy.models.base import Classifier
-from mlflow_pt_deploy.models.contents import check_tokenizer, check_weights
-from mlflow_pt_deploy.models.custom_head_size import blank_network, is_narrow, load_narrow
+from mlflow_pt_deploy.models.contents import tokenizer_problem, weights_problem
+from mlflow_pt_deploy.models.custom_head_size import (
+    blank_network,
+    has_custom_head_size,
+    load_custom_head_size,
+)
 from mlflow_pt_deploy.models.image import ImageClassifier, new_resnet
 from mlflow_pt_deploy.models.reference import NO_NETWORK, fetch_weights, locate
 from mlflow_pt_deploy.models.task import (
@@ -29,7 +33,7 @@ from mlflow_pt_deploy.models.task import (
     reads_images,
 )
 from mlflow_pt_deploy.models.text import TextClassifier, declared_padding
-from mlflow_pt_deploy.models.transformers_check import check_reading
+from mlflow_pt_deploy.models.transformers_check import compare_with_transformers
 from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.preprocessing.image import typical_size
 
@@ -103,20 +107,20 @@ def reload_classifier(reference: str) -> Classifier:
         folder, _ = locate(reference)
         network, info = _network(folder, _kind_of(folder), {})
         _check_parts(network, info, reference)
-        return _with_reader(network, folder)
+        return _with_processor(network, folder)
 
 
 def blank_classifier(folder: Path) -> Classifier:
     """A classifier of a folder's shape, its weights not read."""
     config = _config(folder)
-    return _with_reader(blank_network(_kind_of(folder).auto, config), folder)
+    return _with_processor(blank_network(_kind_of(folder).auto, config), folder)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write a Hugging Face folder: config, safetensors, tokenizer or image processor."""
     with _quiet():
         classifier.network.save_pretrained(folder)
-        classifier.save_reader(folder)
+        classifier.save_processor(folder)
 
 
 def _described(reference: str) -> tuple[Path, bool, dict[str, Any]]:
@@ -147,15 +151,15 @@ def _read(
     images = reads_images(config)
     if remote:
         fetch_weights(reference)
-    if problem := check_weights(folder) or ("" if images else check_tokenizer(folder)):
+    if problem := weights_problem(folder) or ("" if images else tokenizer_problem(folder)):
         raise ModelError(f"{reference}: no classifier can be loaded from there ({problem}).")
     network, info = _network(folder, ImageClassifier if images else TextClassifier, head)
     _check_parts(network, info, reference, with_head=not head)
     if fresh:
         _renew_head(network)
     padding = declared_padding(network.config)
-    classifier = _with_reader(network, folder, images=images)
-    check_reading(classifier, folder, reference, padding)
+    classifier = _with_processor(network, folder, images=images)
+    compare_with_transformers(classifier, folder, reference, padding)
     return classifier
 
 
@@ -163,8 +167,8 @@ def _network(folder: Path, kind: type[Classifier], head: Mapping[str, Any]) -> t
     """The network of a folder, and what transformers found while it loaded the weights."""
     with _quiet():
         config = _config(folder, **head)
-        if is_narrow(config):
-            network, missing = load_narrow(kind.auto, config, folder)
+        if has_custom_head_size(config):
+            network, missing = load_custom_head_size(kind.auto, config, folder)
             return network, {"missing_keys": missing}
         network, info = kind.auto.from_pretrained(
             str(folder),
@@ -189,11 +193,11 @@ def _kind_of(folder: Path) -> type[Classifier]:
     return ImageClassifier if images else TextClassifier
 
 
-def _with_reader(network: Any, folder: Path, *, images: bool | None = None) -> Classifier:
+def _with_processor(network: Any, folder: Path, *, images: bool | None = None) -> Classifier:
     images = reads_images(read_config(folder, str(folder))) if images is None else images
     kind = ImageClassifier if images else TextClassifier
     with _quiet():
-        return kind.with_reader(network, str(folder)).eval()
+        return kind.with_processor(network, str(folder)).eval()
 
 
 def _head(labels: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models.contents import other_format
+from mlflow_pt_deploy.models.contents import foreign_format
 
 TEXT, IMAGE = "text classification", "image classification"
 _ENCODER = "pretraining"  # of a network without a task's head
@@ -87,7 +87,7 @@ def read_config(folder: Path, reference: str) -> dict[str, Any]:
         ModelError: The folder has another library's format, needs code of its own, or its
             config.json is missing or damaged.
     """
-    if problem := other_format(folder):
+    if problem := foreign_format(folder):
         raise ModelError(f"{reference} {problem}")
     config = _json(folder / "config.json", reference)
     for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):

@@ -38,7 +38,7 @@ class TextClassifier(Classifier):
         self.tokenizer = tokenizer
 
     @classmethod
-    def with_reader(cls, network: Any, folder: str) -> TextClassifier:
+    def with_processor(cls, network: Any, folder: str) -> TextClassifier:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -50,7 +50,7 @@ class TextClassifier(Classifier):
             ) from error
         return cls(network, tokenizer)
 
-    def save_reader(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

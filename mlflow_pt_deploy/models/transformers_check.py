@@ -33,7 +33,7 @@ _PIXELS = 2.0  # of 255; a half is what rounding and a cheaper reduction of larg
 _SIZES = ((300, 200), (24, 37), (1500, 900))  # width and height
 
 
-def check_reading(
+def compare_with_transformers(
     classifier: Classifier, folder: Path, reference: str, padding: int | None
 ) -> None:
     """Compare a classifier's reading of rows with transformers' own.

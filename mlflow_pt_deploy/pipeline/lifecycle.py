@@ -64,7 +64,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
         options = replace(saved, resume=options.resume, storage=options.storage)
     options.policy()
     select(options.variants)
-    splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
+    splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
     seconds: dict[str, float] = {}
     train = partial(train_teacher, before=_rehearsal(options))
     with tracking.stage_run(

@@ -85,7 +85,7 @@ def search_students(
 
     if splits is None:
         check_tracking()
-        splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
+        splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     if splits.column != "text":

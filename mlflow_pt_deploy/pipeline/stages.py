@@ -252,4 +252,4 @@ def _students(addresses: str) -> dict[str, Path]:
 
 def _prepared(options: Options) -> Splits:
     check_tracking()
-    return load_data(options.data, seed=options.seed, limit=options.limit, say=print)
+    return load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)

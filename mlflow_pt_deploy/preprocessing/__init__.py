@@ -1,8 +1,7 @@
-"""Raw rows (texts or images) to named arrays, kept as plain files beside each variant.
+"""Preprocessing of texts and images to named arrays; settings are files in each variant folder.
 
-Both kinds work in two steps, so that a server can read each request in its own thread and put a
-whole batch together at once: `encode` (row by row), then `collate`. Neither imports torch or
-transformers.
+Preprocessing has two steps: `encode` works row by row, `collate` builds a batch. A server encodes
+rows as requests arrive and collates a batch at once. Neither torch nor transformers is imported.
 """
 
 from __future__ import annotations
@@ -43,31 +42,31 @@ _BOUNDS = {
 
 
 def load_preprocessor(folder: Path) -> Preprocessor:
-    """Read what a preprocessor's `save` wrote, of whichever kind.
+    """Load a text or image preprocessor from the files of `save`.
 
     Raises:
         ArtifactError: A file is missing or unreadable.
     """
     try:
         settings = read_json(folder / "preprocessor.json", _MAX_BYTES)
-        kind = _checked(settings)
+        kind = _check_settings(settings)
     except (ArtifactError, ValueError) as error:
         raise ArtifactError(f"{folder.name}: the preprocessor cannot be read: {error}") from error
     if kind == "text":
         return TextPreprocessor.load(folder)
-    from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor  # and Pillow with it
+    from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor  # imports Pillow
 
     return ImagePreprocessor.load(folder)
 
 
-def _checked(settings: object) -> str:
-    """The kind, once each setting that decides how much memory a row takes is within bounds."""
+def _check_settings(settings: object) -> str:
+    """Check the settings that determine memory use per row; return the kind."""
     if not isinstance(settings, dict) or settings.get("kind") not in ("text", "image"):
-        raise ValueError("its kind is neither text nor image")
-    for key, (least, most) in _BOUNDS.items():
-        value = settings.get(key, least)
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{key} is not a whole number from {least} to {most}")
+        raise ValueError("kind is neither text nor image")
+    for key, (minimum, maximum) in _BOUNDS.items():
+        value = settings.get(key, minimum)
+        if type(value) is not int or not minimum <= value <= maximum:
+            raise ValueError(f"{key} is not a whole number from {minimum} to {maximum}")
     for key in ("mean", "std"):
         value = settings.get(key, [1.0] * 3)
         if not isinstance(value, list) or len(value) != 3 or not all(map(_is_number, value)):

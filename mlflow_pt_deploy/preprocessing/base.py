@@ -1,4 +1,4 @@
-"""What a preprocessor of any kind owes its callers, and how a raw row travels as JSON."""
+"""Interface of preprocessors, and the JSON encoding of raw rows."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ Row = str | bytes
 
 
 class Axis(NamedTuple):
-    """An axis of an input whose size is free: its name, and the least and the most."""
+    """A dynamic axis of an input, with its name, minimum size and maximum size."""
 
     name: str
-    least: int
-    most: int
+    minimum: int
+    maximum: int
 
 
 BATCH = Axis("batch", 1, 65536)
 
 
 class Preprocessor(Protocol):
-    """Raw rows to named arrays.
+    """Converts raw rows to named arrays.
 
     Attributes:
-        column: What a table calls the rows: ``text`` or ``image``.
+        column: Name of the input column, ``text`` or ``image``.
         files: Names of the files that `save` writes.
-        slice_rows: How many encoded rows to hold in memory at once.
+        slice_rows: Maximum number of encoded rows to keep in memory at once.
     """
 
     column: str
@@ -39,36 +39,36 @@ class Preprocessor(Protocol):
 
     @property
     def axes(self) -> Mapping[str, Mapping[int, Axis]]:
-        """The free axes of each input, in the order of the model's arguments."""
+        """Dynamic axes of each input, in the order of the model's arguments."""
 
     def save(self, folder: Path) -> None:
-        """Write `files` into an existing folder."""
+        """Write `files` to an existing folder."""
 
     def encode(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Each row read for itself.
+        """Encode each row separately.
 
         Raises:
             RowError: A row cannot be read.
         """
 
     def collate(self, encoded: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Encoded rows as one batch: named arrays, batch first, in the order of `axes`."""
+        """Combine encoded rows into a batch of named arrays, batch axis first, in `axes` order."""
 
-    def samples(self) -> Sequence[Any]:
-        """Encoded rows of a few sizes, for a model to warm up with."""
+    def warmup_rows(self) -> Sequence[Any]:
+        """Encoded rows of several sizes, to warm up a model."""
 
-    def tokens(self, encoded: Any) -> int:
-        """What one encoded row costs a model, in tokens."""
+    def token_count(self, encoded: Any) -> int:
+        """Number of tokens of an encoded row, as a measure of its cost."""
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
         """`encode` and `collate` in one step."""
 
 
 def row_to_json(row: Row) -> str | dict[str, str]:
-    """A raw row as a JSON value: a text as it is, bytes as ``{"base64": "..."}``."""
+    """Encode a raw row as JSON: a text unchanged, bytes as ``{"base64": "..."}``."""
     return row if isinstance(row, str) else {"base64": base64.b64encode(row).decode()}
 
 
 def row_from_json(value: str | Mapping[str, str]) -> Row:
-    """What `row_to_json` was given."""
+    """Decode the result of `row_to_json`."""
     return value if isinstance(value, str) else base64.b64decode(value["base64"])

@@ -1,8 +1,8 @@
-"""Encoded images to pixels, with Pillow and NumPy alone.
+"""Decoding and normalization of images with Pillow and NumPy.
 
-Whatever a file holds (grey, palette, CMYK, 16 bits, transparency, a camera held sideways) comes
-out as one upright RGB picture of the model's size. What could harm is refused before a pixel is
-decoded: formats outside a short list, and pictures of too many pixels.
+Every color mode (grey, palette, CMYK, 16 bits, transparency) and EXIF orientation becomes an
+upright RGB image of the model's input size. Unsupported formats and images with too many pixels
+are rejected before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from mlflow_pt_deploy.preprocessing.base import BATCH, Axis
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 36_000_000
-"""Pixels of the largest picture that is decoded: 144 MB, if it is transparent."""
+"""Maximum number of pixels of an image: 144 MB with transparency."""
 
-_LARGE = 4_000_000  # pixels; so large ones are decoded one at a time, so that memory stays bounded
-_ONE_LARGE = threading.Lock()
+_LARGE = 4_000_000  # pixels; larger images are decoded one at a time to bound memory
+_LARGE_LOCK = threading.Lock()
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _SETTINGS = "preprocessor.json"
-_SIDEWAYS = (5, 6, 7, 8)  # values of Exif's Orientation that swap width and height
-_TURNS = {
+_ROTATED = (5, 6, 7, 8)  # values of EXIF Orientation that swap width and height
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -44,29 +44,29 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_REVERSED = ((2, 3, 7, 8), (3, 4, 6, 7))  # values that mirror what is stored: width, height
-_GAP = 2.0  # a cheap reduction first, to not less than twice the size that is wanted
-_SMALLEST, _LARGEST, _STEP = 32, 224, 32
-_LOOKED_AT = 256
-_DAMAGED = "is a damaged or cut off image; give the whole file"
+_REVERSED = ((2, 3, 7, 8), (3, 4, 6, 7))  # values that mirror the width, the height
+_REDUCING_GAP = 2.0  # fast reduction first, to at least twice the target size
+_MIN_SIZE, _MAX_SIZE, _SIZE_STEP = 32, 224, 32  # pixels
+_SAMPLE_ROWS = 256
+_DAMAGED = "is a damaged or truncated image; give the whole file"
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """How pictures become a model's input.
+    """Settings of image preprocessing; the fields are keys of preprocessor.json.
 
     Attributes:
-        height, width: Of the result, in pixels.
-        shortest_edge: The picture is scaled until its shorter edge has so many pixels, and the
-            middle is cut out; 0: it is stretched.
-        resample: Pillow's number of the filter.
-        rescale: What a value of 0 to 255 is multiplied with first.
-        mean, std: Of red, green and blue after that.
-        stretch: Height and width that it is stretched to before the middle is cut out; empty:
-            height x width, so that nothing is cut off.
-        bgr: Whether the channels are blue, green and red instead.
-        whole_pixels: Whether sizes and places are rounded to whole pixels of the scaled picture,
-            as transformers does; artifacts of earlier versions do not.
+        height, width: Output size in pixels.
+        shortest_edge: Length in pixels to which the shorter edge is scaled before the center crop;
+            0 stretches the image.
+        resample: Number of Pillow's resampling filter.
+        rescale: Factor applied to pixel values of 0 to 255.
+        mean, std: Mean and standard deviation of red, green and blue after rescaling.
+        stretch: Height and width to which the image is stretched before the center crop; empty
+            stretches to the output size without a crop.
+        bgr: Whether the channel order is blue, green, red.
+        whole_pixels: Whether sizes and offsets are rounded to whole pixels of the scaled image,
+            as in transformers; false for artifacts of earlier versions.
     """
 
     height: int
@@ -82,7 +82,7 @@ class _Settings:
 
 
 class ImagePreprocessor:
-    """Encoded images to ``pixel_values``.
+    """Converts encoded images to ``pixel_values``.
 
     Args:
         **settings: See `_Settings`.
@@ -103,29 +103,29 @@ class ImagePreprocessor:
 
     @classmethod
     def from_transformers(cls, processor: Mapping[str, Any]) -> ImagePreprocessor:
-        """Take over the image processor of a Hugging Face model.
+        """Create a preprocessor from the image processor of a Hugging Face model.
 
         Args:
-            processor: The content of its preprocessor_config.json.
+            processor: Content of preprocessor_config.json.
 
         Raises:
-            ModelError: It resizes in a way that is not known here.
+            ModelError: The image preprocessing is not supported.
         """
         from mlflow_pt_deploy.preprocessing import image_processors as processors
 
         complete = processors.complete(processor)
         try:
             return cls(**processors.settings(complete))
-        except Exception as error:  # each of transformers' processors has its own
+        except Exception as error:  # depends on the processor class
             raise ModelError(
-                "preprocessor_config.json: the images are prepared in a way that is not known here "
-                f"({root_cause(error)}). Give size as height and width, or as shortest_edge with a "
+                f"preprocessor_config.json: unsupported image preprocessing ({root_cause(error)}). "
+                "Give size as height and width, or as shortest_edge with a "
                 "crop_size, and image_mean and image_std."
             ) from error
 
     @classmethod
     def load(cls, folder: Path) -> ImagePreprocessor:
-        """Read what `save` wrote.
+        """Load a preprocessor from the files of `save`.
 
         Raises:
             ArtifactError: The file is missing or unreadable.
@@ -140,25 +140,25 @@ class ImagePreprocessor:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write ``preprocessor.json`` into an existing folder."""
+        """Write ``preprocessor.json`` to an existing folder."""
         settings = {"kind": "image", **asdict(self.settings)}
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf8")
 
     @property
     def step(self) -> npt.NDArray[np.float32]:
-        """What one step of 0 to 255 is in the result, (3, 1, 1)."""
+        """Change of the output per step of the pixel value (0 to 255), (3, 1, 1)."""
         return self._scale
 
     @property
     def axes(self) -> dict[str, dict[int, Axis]]:
-        """``pixel_values``, of which only the batch is free."""
+        """``pixel_values``, with a dynamic batch."""
         return {"pixel_values": {0: BATCH}}
 
     def encode(self, rows: Sequence[bytes]) -> list[Pixels]:
-        """Pixels of each image, uint8 (height, width, 3).
+        """Decode each image to pixels, uint8 (height, width, 3).
 
         Raises:
-            RowError: A row is no image, is damaged, or has more than `MAX_PIXELS` pixels.
+            RowError: A row is not an image, is damaged, or has more than `MAX_PIXELS` pixels.
         """
         encoded = []
         for number, row in enumerate(rows):
@@ -169,7 +169,7 @@ class ImagePreprocessor:
         return encoded
 
     def collate(self, encoded: Sequence[Pixels]) -> dict[str, npt.NDArray[Any]]:
-        """Normalise a batch.
+        """Normalize a batch.
 
         Returns:
             ``pixel_values``, float32 (rows, 3, height, width).
@@ -183,12 +183,12 @@ class ImagePreprocessor:
         pixels += self._shift
         return {"pixel_values": pixels}
 
-    def samples(self) -> list[Pixels]:
-        """A grey picture, for a model to warm up with."""
+    def warmup_rows(self) -> list[Pixels]:
+        """A grey image, to warm up a model."""
         return [np.full((self.settings.height, self.settings.width, 3), 128, dtype=np.uint8)]
 
-    def tokens(self, encoded: Pixels) -> int:
-        """Patches of 16 x 16 pixels, which vision transformers take for a token."""
+    def token_count(self, encoded: Pixels) -> int:
+        """Number of patches of 16 x 16 pixels, the tokens of a vision transformer."""
         return max(1, encoded.size // (3 * 256))
 
     def __call__(self, rows: Sequence[bytes]) -> dict[str, npt.NDArray[Any]]:
@@ -200,88 +200,94 @@ class ImagePreprocessor:
         if (pixels := image.width * image.height) > MAX_PIXELS:
             raise DataError(_too_large(f"{pixels:,}"))
         if image.mode == "F":
-            raise DataError("holds numbers of no known range; save it with 8 or 16 bits a channel")
+            raise DataError("has floating-point pixels; save it with 8 or 16 bits per channel")
         try:
-            with _ONE_LARGE if pixels > _LARGE else nullcontext():
+            with _LARGE_LOCK if pixels > _LARGE else nullcontext():
                 return self._pixels(image)
         except Exception as error:  # see `_open`
             raise DataError(_DAMAGED) from error
 
     def _pixels(self, image: Image.Image) -> Pixels:
         settings = self.settings
-        wanted = (settings.width, settings.height)
-        whole = settings.stretch[::-1] or wanted
-        edge = max(*wanted, *whole, settings.shortest_edge)
-        # A JPEG is decoded at a half, a quarter or an eighth where that is still large enough.
-        if settings.resample != Image.Resampling.NEAREST:  # which takes single pixels, no means
-            image.draft(None, (round(_GAP * edge), round(_GAP * edge)))
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-        if turn in _SIDEWAYS:
-            wanted, whole = wanted[::-1], whole[::-1]
-        box = self._box(image.size, wanted, whole, turn)
-        small = _plain(image).resize(wanted, settings.resample, box=box, reducing_gap=_GAP)
-        if turn in _TURNS:
-            small = small.transpose(_TURNS[turn])
+        target = (settings.width, settings.height)
+        stretched = settings.stretch[::-1] or target
+        edge = max(*target, *stretched, settings.shortest_edge)
+        # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still large enough.
+        if settings.resample != Image.Resampling.NEAREST:  # NEAREST needs the original pixels
+            image.draft(None, (round(_REDUCING_GAP * edge), round(_REDUCING_GAP * edge)))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation in _ROTATED:
+            target, stretched = target[::-1], stretched[::-1]
+        box = self._crop_box(image.size, target, stretched, orientation)
+        small = _to_rgb(image).resize(
+            target, settings.resample, box=box, reducing_gap=_REDUCING_GAP
+        )
+        if orientation in _TRANSPOSITIONS:
+            small = small.transpose(_TRANSPOSITIONS[orientation])
         return cast(Pixels, np.asarray(_on_white(small)))
 
-    def _box(
-        self, size: tuple[int, int], wanted: tuple[int, ...], whole: tuple[int, ...], turn: int
+    def _crop_box(
+        self,
+        size: tuple[int, int],
+        target: tuple[int, ...],
+        stretched: tuple[int, ...],
+        orientation: int,
     ) -> tuple[float, float, float, float]:
-        """The part of the picture that is kept: left, top, right, bottom."""
+        """Left, top, right and bottom of the crop, in pixels of the stored image."""
         edge, spans = self.settings.shortest_edge, []
-        for axis, (full, out, stretched) in enumerate(zip(size, wanted, whole, strict=True)):
-            scaled = edge * full / min(size) if edge else float(stretched)
+        for axis, (full, out, length) in enumerate(zip(size, target, stretched, strict=True)):
+            scaled = edge * full / min(size) if edge else float(length)
             scaled = int(scaled) if self.settings.whole_pixels else scaled
             kept = min(float(out), scaled)
             start = (scaled - kept) / 2
-            if self.settings.whole_pixels:  # rounded down where the upright picture begins
-                start = ceil(start) if turn in _REVERSED[axis] else floor(start)
+            if self.settings.whole_pixels:  # rounded down at the start of the upright image
+                start = ceil(start) if orientation in _REVERSED[axis] else floor(start)
             spans.append((start * full / scaled, (start + kept) * full / scaled))
         (left, right), (top, bottom) = spans
         return left, top, right, bottom
 
 
 def typical_size(rows: Sequence[bytes]) -> int:
-    """Edge in pixels at which a model should look at such images: 32 to 224, a multiple of 32.
+    """Choose the input size of a model for given images: 32 to 224 pixels, a multiple of 32.
 
     Args:
-        rows: Encoded images; the headers of a few hundred are read.
+        rows: Encoded images; the headers of a sample are read.
     """
     edges = []
-    for row in rows[:: max(1, len(rows) // _LOOKED_AT)]:
+    for row in rows[:: max(1, len(rows) // _SAMPLE_ROWS)]:
         try:
             edges.append(max(_open(row).size))
-        except DataError:  # `encode` will name the row
+        except DataError:  # `encode` reports the row
             continue
-    middle = float(np.median(edges)) if edges else _LARGEST
-    return int(min(max(_STEP * np.ceil(middle / _STEP), _SMALLEST), _LARGEST))
+    median = float(np.median(edges)) if edges else _MAX_SIZE
+    return int(min(max(_SIZE_STEP * np.ceil(median / _SIZE_STEP), _MIN_SIZE), _MAX_SIZE))
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header, and nothing behind it."""
+    """Read the header only."""
     try:
         return Image.open(BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(_too_large("far too many")) from error
+        raise DataError(_too_large("too many")) from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"is no image of a known format; give one of {', '.join(_FORMATS)}"
+            f"is not an image of a supported format; use one of {', '.join(_FORMATS)}"
         ) from error
-    # Pillow's readers raise a dozen unrelated kinds on a damaged file.
+    # Pillow raises many unrelated errors for damaged files.
     except Exception as error:
         raise DataError(_DAMAGED) from error
 
 
 def _too_large(pixels: str) -> str:
-    return f"has {pixels} pixels; the limit is {MAX_PIXELS:,}, e.g. 6000 x 6000. Make it smaller"
+    return f"has {pixels} pixels; the limit is {MAX_PIXELS:,}, e.g. 6000 x 6000. Resize it"
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """The picture as RGB, or as RGBA where it is transparent."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB, or to RGBA if the image is transparent."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
-        # Pillow cuts 16 bits off at 255 instead of scaling them.
+        # Pillow clips 16-bit values at 255 instead of scaling them.
         values = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -1,8 +1,8 @@
-"""Settings of transformers' image processors, in every form that the hub has, as ours.
+"""Convert settings of transformers' image processors to settings of `ImagePreprocessor`.
 
-transformers itself fills in what a file leaves to its class: defaults, and whether one number is a
-square or the shorter edge. What is understood from there is compared with the processor's own
-pixels when a model is brought (`models.reading`).
+transformers completes the settings with the defaults of the processor class, e.g. whether a single
+number is a square or the shorter edge. `models.transformers_check` compares the pixels with those
+of the processor when a model is loaded.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from mlflow_pt_deploy.errors import ModelError
 
 _FILE = "preprocessor_config.json"
 _TYPES = ("image_processor_type", "feature_extractor_type")
-_STRANGE = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_color_quantize", "size_divisor")
+_UNSUPPORTED = ("do_pad", "do_thumbnail", "do_align_long_axis", "do_color_quantize", "size_divisor")
 _STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 _BILINEAR = 2
-_WARPED = 384  # ConvNeXt stretches pictures to this size and above, instead of cutting them
-_LEVIT = 256 / 224  # its class scales by so much more than its settings say
+_MIN_STRETCHED = 384  # pixels; ConvNeXt stretches images from this size instead of cropping
+_LEVIT_SCALE = 256 / 224  # extra scale of the LeViT processor, not in its settings
 
 
 def complete(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with everything that transformers' class for them adds or converts.
+    """Complete settings with the defaults of the transformers class.
 
     Args:
-        processor: The content of a preprocessor_config.json. Without the name of a class it is
-            taken as it is.
+        processor: Content of preprocessor_config.json; returned unchanged if it names no class.
 
     Raises:
-        ModelError: transformers has no such class, or it refuses the settings.
+        ModelError: transformers has no such class, or the class rejects the settings.
     """
     if not any(processor.get(name) for name in _TYPES):
         return dict(processor)
@@ -43,22 +42,22 @@ def complete(processor: Mapping[str, Any]) -> dict[str, Any]:
         Path(folder, _FILE).write_text(json.dumps(dict(processor)), encoding="utf8")
         try:
             own = own_processor(Path(folder))
-        except Exception as error:  # transformers' own
-            # Older ones (5.17) make none without torchvision; a whole size is plain enough.
+        except Exception as error:  # depends on the processor class
+            # transformers 5.17 needs torchvision here; settings with a full size are usable.
             if isinstance(error, ImportError) and isinstance(processor.get("size"), Mapping):
                 return dict(processor)
-            name = next(processor[it] for it in _TYPES if processor.get(it))
+            name = next(processor[key] for key in _TYPES if processor.get(key))
             raise ModelError(
-                "preprocessor_config.json: the images are prepared in a way that is not known "
-                f"here: transformers {version('transformers')} cannot make a {name}."
+                "preprocessor_config.json: unsupported image preprocessing: transformers "
+                f"{version('transformers')} cannot create a {name}."
             ) from error
     steps = {name: bool(getattr(own, name, False)) for name in _STEPS}
-    found = own.to_dict() | steps  # it leaves out what is None
+    found = own.to_dict() | steps  # to_dict omits None
     return json.loads(json.dumps(found, default=int))  # type: ignore[no-any-return]
 
 
 def own_processor(folder: Path) -> Any:
-    """transformers' image processor of a model folder, on Pillow."""
+    """The transformers image processor of a model folder, with the Pillow backend."""
     from transformers import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(
@@ -67,22 +66,22 @@ def own_processor(folder: Path) -> Any:
 
 
 def settings(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `ImagePreprocessor`.
+    """Convert settings to arguments of `ImagePreprocessor`.
 
     Args:
-        processor: What `complete` returns.
+        processor: Result of `complete`.
 
     Raises:
-        KeyError, TypeError, ValueError: It has a form that is not known here.
+        KeyError, TypeError, ValueError: The settings are not supported.
     """
-    if strange := [name for name in _STRANGE if processor.get(name)]:
-        raise ValueError(", ".join(strange))
+    if unsupported := [name for name in _UNSUPPORTED if processor.get(name)]:
+        raise ValueError(", ".join(unsupported))
     mean, std = np.zeros(3), np.ones(3)
     if processor.get("do_normalize", True):
         mean, std = (np.ones(3) * processor[name] for name in ("image_mean", "image_std"))
-    if processor.get("rescale_offset"):  # EfficientNet's: -1 to 1
+    if processor.get("rescale_offset"):  # EfficientNet: -1 to 1
         mean = mean + 1
-    if processor.get("include_top"):  # EfficientNet's: divided once more
+    if processor.get("include_top"):  # EfficientNet: divided by std again
         std = std * processor["image_std"]
     rescale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     return {
@@ -97,19 +96,22 @@ def settings(processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _geometry(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Size of the result, and how a picture is scaled before its middle is cut out."""
+    """Output size, and scaling before the center crop."""
     if not processor.get("do_resize", True):
         raise ValueError("do_resize is false")
     size = _edges(processor["size"])
     crop = _edges(processor["crop_size"]) if processor.get("do_center_crop") else None
     edge = size.get("shortest_edge") or 0
     part = processor.get("crop_pct")
-    if edge and part and crop is None:  # ConvNeXt's and ResNet's
-        crop, edge = {"height": edge, "width": edge}, 0 if edge >= _WARPED else int(edge / part)
-    elif edge and part:  # PoolFormer's
+    if edge and part and crop is None:  # ConvNeXt and ResNet
+        crop, edge = (
+            {"height": edge, "width": edge},
+            0 if edge >= _MIN_STRETCHED else int(edge / part),
+        )
+    elif edge and part:  # PoolFormer
         edge = int(edge / part)
     elif edge and "Levit" in str([processor.get(name) for name in _TYPES]):
-        edge = int(_LEVIT * edge)
+        edge = int(_LEVIT_SCALE * edge)
     if crop is None and edge:
         raise ValueError("shortest_edge without a crop")
     height, width = (int((crop or size)[name]) for name in ("height", "width"))

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the `tokenizers` library alone."""
+"""Tokenization of texts with the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 _SETTINGS = "preprocessor.json"
 _TOKENIZER = "tokenizer.json"
-_LEAST = 2  # tokens of a batch's longest row; exported graphs know no shorter one
+_MIN_LENGTH = 2  # tokens; exported graphs do not support shorter batches
 
 
 class TextPreprocessor:
-    """Texts to token ids.
+    """Converts texts to token ids.
 
-    `collate` pads to the longest row of the batch only.
+    `collate` pads to the longest row of the batch.
 
     Args:
-        tokenizer: A `tokenizers.Tokenizer`; its padding is switched off, its truncation set.
-        max_length: Longest sequence in tokens, special tokens included; the rest is cut off.
-        pad_id: Token id that fills short rows.
-        truncation_side: Where a long row is cut, ``right`` or ``left``.
-        padding_side: Where a short row is filled, ``right`` or ``left``.
+        tokenizer: A `tokenizers.Tokenizer`; its padding is disabled and its truncation is set.
+        max_length: Maximum sequence length in tokens, including special tokens.
+        pad_id: Token id for padding.
+        truncation_side: Side at which long rows are truncated, ``right`` or ``left``.
+        padding_side: Side at which short rows are padded, ``right`` or ``left``.
     """
 
     column = "text"
@@ -50,10 +50,10 @@ class TextPreprocessor:
     ) -> None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length=max_length, direction=truncation_side)
-        suits = WordPieceCache.suits(tokenizer)
-        self._memory = WordPieceCache(tokenizer, max_length, truncation_side) if suits else None
+        supported = WordPieceCache.supports(tokenizer)
+        self._cache = WordPieceCache(tokenizer, max_length, truncation_side) if supported else None
         self._tokenizer = tokenizer
-        self._nothing = tokenizer.encode(" ").ids or [pad_id]
+        self._empty_ids = tokenizer.encode(" ").ids or [pad_id]
         self.max_length = max_length
         self.pad_id = pad_id
         self.truncation_side = truncation_side
@@ -63,15 +63,15 @@ class TextPreprocessor:
     def from_transformers(
         cls, tokenizer: Any, positions: int, pad_id: int | None = None
     ) -> TextPreprocessor:
-        """Take over the tokenizer of a Hugging Face model.
+        """Create a preprocessor from the tokenizer of a Hugging Face model.
 
         Args:
             tokenizer: A fast transformers tokenizer.
-            positions: Longest sequence in tokens that the model has positions for.
-            pad_id: The model's id of padding, for a tokenizer that has none.
+            positions: Maximum sequence length of the model, in tokens.
+            pad_id: The model's padding id, for a tokenizer without one.
 
         Raises:
-            ModelError: The tokenizer is not a fast one.
+            ModelError: The tokenizer is not a fast tokenizer.
         """
         from tokenizers import Tokenizer
 
@@ -79,10 +79,10 @@ class TextPreprocessor:
         if backend is None:
             raise ModelError(
                 f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json), and "
-                f"transformers makes none of its {type(tokenizer).__name__}. Choose a model that "
-                "has one."
+                f"transformers cannot convert its {type(tokenizer).__name__}. Choose a model with "
+                "a fast tokenizer."
             )
-        copy = Tokenizer.from_str(backend.to_str())  # the caller's keeps its own truncation
+        copy = Tokenizer.from_str(backend.to_str())  # the given tokenizer is not changed
         own = tokenizer.pad_token_id
         return cls(
             copy,
@@ -94,7 +94,7 @@ class TextPreprocessor:
 
     @classmethod
     def load(cls, folder: Path) -> TextPreprocessor:
-        """Read what `save` wrote.
+        """Load a preprocessor from the files of `save`.
 
         Raises:
             ArtifactError: A file is missing or unreadable.
@@ -117,7 +117,7 @@ class TextPreprocessor:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Write ``preprocessor.json`` and ``tokenizer.json`` into an existing folder."""
+        """Write ``preprocessor.json`` and ``tokenizer.json`` to an existing folder."""
         settings = {
             "kind": "text",
             "max_length": self.max_length,
@@ -130,30 +130,30 @@ class TextPreprocessor:
 
     @property
     def axes(self) -> dict[str, dict[int, Axis]]:
-        """``input_ids`` and ``attention_mask``, free in batch and length."""
-        free = {0: BATCH, 1: Axis("length", _LEAST, self.max_length)}
-        return {"input_ids": free, "attention_mask": free}
+        """``input_ids`` and ``attention_mask``, with dynamic batch and length."""
+        dynamic = {0: BATCH, 1: Axis("length", _MIN_LENGTH, self.max_length)}
+        return {"input_ids": dynamic, "attention_mask": dynamic}
 
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
-        """Token ids of each row, unpadded, at most `max_length` long.
+        """Token ids of each row, without padding, at most `max_length` long.
 
-        A text of which the tokenizer makes no token at all is read as one space.
+        A text without any token is encoded like a single space.
         """
-        found = [self._memory.encode(row) if self._memory else None for row in rows]
+        found = [self._cache.encode(row) if self._cache else None for row in rows]
         if rest := [index for index, ids in enumerate(found) if ids is None]:
-            # What a lone surrogate cannot be encoded as is replaced.
+            # Lone surrogates cannot be encoded as UTF-8 and are replaced.
             clean = [rows[index].encode("utf8", "replace").decode("utf8") for index in rest]
             for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
-                found[index] = encoding.ids or self._nothing
+                found[index] = encoding.ids or self._empty_ids
         return cast(list[list[int]], found)
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
-        """Pad encoded rows to the longest of them.
+        """Pad encoded rows to the longest one.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 (rows, longest).
         """
-        longest = max(_LEAST, *map(len, encoded))
+        longest = max(_MIN_LENGTH, *map(len, encoded))
         ids = np.full((len(encoded), longest), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(encoded), longest), dtype=np.int64)
         left = self.padding_side == "left"
@@ -163,12 +163,12 @@ class TextPreprocessor:
             mask[row, start : start + len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    def samples(self) -> list[list[int]]:
-        """Encoded rows of a few lengths, for a model to warm up with."""
+    def warmup_rows(self) -> list[list[int]]:
+        """Encoded rows of several lengths, to warm up a model."""
         return self.encode([" ".join(["a"] * words) for words in (3, 12, 48)])
 
-    def tokens(self, encoded: Sequence[int]) -> int:
-        """The length of an encoded row."""
+    def token_count(self, encoded: Sequence[int]) -> int:
+        """Length of an encoded row in tokens."""
         return len(encoded)
 
     def __call__(self, rows: Sequence[str]) -> dict[str, npt.NDArray[np.int64]]:

@@ -1,50 +1,51 @@
-"""A word's pieces, remembered: BERT's tokenizer for plain text at a fraction of its cost.
+"""Cache of WordPiece tokens per word, for fast tokenization of plain text.
 
-A tokenizer spends most of its time on words that it has met before. Where it is a WordPiece over
-BERT's words, one regular expression cuts a row of plain text into words, and each word's ids
-come from a dictionary, which the real tokenizer fills when it meets a new one. All other rows are
-the real tokenizer's. The ids are the same; tests compare them.
+A tokenizer spends most of its time on words that it has tokenized before. For BERT's WordPiece
+tokenizer, a regular expression splits plain text into words, and a dictionary returns the token
+ids of each word; the tokenizer computes the ids of new words. Rows that are not plain text are
+left to the tokenizer. The token ids are identical, which tests verify.
 """
 
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Printable ASCII and the signs that editors put in its place; no normalizer changes those.
+# Printable ASCII and typographic quotes and dashes, which no normalizer changes.
 _PLAIN = re.compile(r"[ -~\u2018\u2019\u201c\u201d\u2013\u2014\u2026]*").fullmatch
-# BERT's words therein: runs of letters and digits; every other sign is one by itself.
+# BERT's words: runs of letters and digits; every other character is a word.
 _WORDS = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]").findall
-_MOST_WORDS = 100_000  # some 20 MB; then they are learned anew
-_LONGEST_WORD = 40  # longer ones are no words, and would fill the memory
+_MAX_WORDS = 100_000  # about 20 MB; the cache is cleared when it is full
+_MAX_WORD_LENGTH = 40  # characters; longer words are rare and not cached
 
 
 class WordPieceCache:
     """Encodes rows of plain text.
 
     Args:
-        tokenizer: One that `suits`.
-        max_length: Longest sequence in tokens, special tokens included.
-        side: Where a long row is cut, ``right`` or ``left``.
+        tokenizer: A tokenizer that `supports` accepts.
+        max_length: Maximum sequence length in tokens, including special tokens.
+        side: Truncation side, ``right`` or ``left``.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, side: str = "right") -> None:
         self._model = tokenizer.model
         self._lowercase = tokenizer.normalizer.lowercase
-        self._first, self._last = _around(tokenizer)
-        self._room = max_length - len(self._last)
+        self._first, self._last = _special_ids(tokenizer)
+        self._capacity = max_length - len(self._last)
         self._left = side == "left"
         added = tokenizer.get_added_tokens_decoder().values()
         self._added = tuple(token.content.lower() for token in added)
-        self._signs = tuple({content[0] for content in self._added})
-        self._known: dict[str, tuple[int, ...]] = {}
+        self._first_characters = tuple({content[0] for content in self._added})
+        self._ids: dict[str, tuple[int, ...]] = {}
 
     @staticmethod
-    def suits(tokenizer: Tokenizer) -> bool:
-        """Whether it cuts words as BERT does, and into WordPieces."""
+    def supports(tokenizer: Tokenizer) -> bool:
+        """Whether a tokenizer is a WordPiece model on BERT's words."""
         from tokenizers.models import WordPiece
         from tokenizers.normalizers import BertNormalizer
         from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -54,38 +55,38 @@ class WordPieceCache:
             and isinstance(tokenizer.normalizer, BertNormalizer)
             and isinstance(tokenizer.pre_tokenizer, BertPreTokenizer)
             and all(token.content for token in tokenizer.get_added_tokens_decoder().values())
-            and [*_around(tokenizer)[0], *_around(tokenizer)[1]] == tokenizer.encode("").ids
+            and [*chain(*_special_ids(tokenizer))] == tokenizer.encode("").ids
         )
 
     def encode(self, row: str) -> list[int] | None:
-        """Token ids of a row, special tokens included; None if the row is not plain text."""
+        """Token ids of a row with special tokens; None if the row is not plain text."""
         if not _PLAIN(row):
             return None
         lower = row.lower()
-        for sign in self._signs:
-            if sign in lower and any(token in lower for token in self._added):
+        for character in self._first_characters:
+            if character in lower and any(token in lower for token in self._added):
                 return None
-        known, ids = self._known, self._first.copy()
+        cached, ids = self._ids, self._first.copy()
         for word in _WORDS(lower if self._lowercase else row):
-            ids += known.get(word) or self._learn(word)
+            ids += cached.get(word) or self._tokenize(word)
         if self._left:
-            del ids[len(self._first) : len(ids) - self._room + len(self._first)]
+            del ids[len(self._first) : len(ids) - self._capacity + len(self._first)]
         else:
-            del ids[self._room :]
+            del ids[self._capacity :]
         ids += self._last
         return ids
 
-    def _learn(self, word: str) -> tuple[int, ...]:
-        pieces = tuple(token.id for token in self._model.tokenize(word))
-        if len(word) <= _LONGEST_WORD:
-            if len(self._known) >= _MOST_WORDS:
-                self._known = {}
-            self._known[word] = pieces
-        return pieces
+    def _tokenize(self, word: str) -> tuple[int, ...]:
+        ids = tuple(token.id for token in self._model.tokenize(word))
+        if len(word) <= _MAX_WORD_LENGTH:
+            if len(self._ids) >= _MAX_WORDS:
+                self._ids = {}
+            self._ids[word] = ids
+        return ids
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a row."""
+def _special_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of the special tokens before and after a row."""
     inner = [token.id for token in tokenizer.model.tokenize("a")]
     whole = tokenizer.encode("a").ids
     for start in range(len(whole) - len(inner) + 1):

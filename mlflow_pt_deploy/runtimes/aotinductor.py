@@ -194,7 +194,7 @@ def _traced(
     import torch
 
     named = {axis for free in axes.values() for axis in free.values()}
-    free = {axis: torch.export.Dim(axis.name, min=axis.least, max=axis.most) for axis in named}
+    free = {axis: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in named}
     shapes = {name: {at: free[axis] for at, axis in axes[name].items()} for name in example}
     return torch.export.export(module, _tensors(example, device), dynamic_shapes=shapes)
 

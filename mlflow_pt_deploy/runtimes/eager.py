@@ -39,7 +39,7 @@ class Eager(Variant):
 
         if self.precision == "int8-dynamic":
             module.network.config.save_pretrained(folder)
-            module.save_reader(folder)
+            module.save_processor(folder)
             quantized = quantize_linears(module)
             check_int8_linears(quantized)
             _save_int8(quantized, folder / _INT8)

@@ -1,4 +1,4 @@
-"""Amazon Berkeley Objects listing files, in the shape that the archive unpacks to."""
+"""Amazon Berkeley Objects listing files, in the layout of the archive."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lines(*listings: Any) -> bytes:
 MANY = [listing(f"{kind} {n}", kind) for kind in ("SHOES", "SOFA") for n in range(60)]
 
 
-def test_the_archive_as_it_unpacks(tmp_path: Path) -> None:
+def test_layout_of_the_archive(tmp_path: Path) -> None:
     folder = tmp_path / "listings" / "metadata"
     folder.mkdir(parents=True)
     (folder / "listings_0.json.gz").write_bytes(gzip.compress(lines(*MANY[:70])))
@@ -42,7 +42,7 @@ def test_the_archive_as_it_unpacks(tmp_path: Path) -> None:
     assert load_data(f"abo:{folder}").test.digest == splits.test.digest
 
 
-def test_rare_types_and_titles_in_other_languages_are_left_out(tmp_path: Path) -> None:
+def test_rare_types_and_titles_in_other_languages_are_skipped(tmp_path: Path) -> None:
     british = listing("SOFA british", "SOFA", "en_GB")
     both = listing("SOFA american", "SOFA")
     both["item_name"].insert(0, {"language_tag": "en_AU", "value": "SOFA australian"})
@@ -62,8 +62,8 @@ def test_rare_types_and_titles_in_other_languages_are_left_out(tmp_path: Path) -
     assert {"SOFA british", "SOFA american"} < rows
     assert not {"SOFA australian", "Schuhe", "typeless"} & rows
     assert splits.notes[:2] == (
-        "listings skipped for want of an English title or a product type: 4",
-        "product types left out for having fewer than 50 titles: 1 (49 rows)",
+        "listings skipped because they lack an English title or a product type: 4",
+        "product types skipped because they have fewer than 50 titles: 1 (49 rows)",
     )
 
 
@@ -80,19 +80,19 @@ def test_rare_types_and_titles_in_other_languages_are_left_out(tmp_path: Path) -
         b'{"item_name": "\xff"}',
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, bad: bytes) -> None:
+def test_malformed_line(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "x.json").write_bytes(lines(*MANY[:3]) + bad + b"\n")
-    with pytest.raises(DataError, match="x.json, line 4 is no ABO listing .*Correct or remove"):
+    with pytest.raises(DataError, match="x.json, line 4 is not an ABO listing .*Correct or remove"):
         load_data(f"abo:{tmp_path}")
 
 
-def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
+def test_truncated_file(tmp_path: Path) -> None:
     (tmp_path / "listings_0.json.gz").write_bytes(gzip.compress(lines(*MANY))[:-20])
-    with pytest.raises(DataError, match="listings_0.json.gz cannot be read after line .*Fetch it"):
+    with pytest.raises(DataError, match="listings_0.json.gz cannot be read after line .*Download"):
         load_data(f"abo:{tmp_path}")
 
 
-def test_a_file_that_is_no_gzip(tmp_path: Path) -> None:
+def test_file_that_is_not_gzip(tmp_path: Path) -> None:
     (tmp_path / "listings_0.json.gz").write_bytes(lines(*MANY))
     with pytest.raises(DataError, match="listings_0.json.gz cannot be read after line 0"):
         load_data(f"abo:{tmp_path}")
@@ -105,7 +105,7 @@ def test_too_few_product_types(tmp_path: Path) -> None:
     assert len(read_abo(tmp_path, source="abo:x", seed=0, min_rows=10).labels) == 2
 
 
-def test_no_folder_and_no_files(tmp_path: Path) -> None:
+def test_missing_folder_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere is not a folder. Give abo:FOLDER"):
         load_data("abo:nowhere")
     with pytest.raises(DataError, match="has no listing files. Unpack abo-listings.tar there"):

@@ -1,4 +1,4 @@
-"""Folders and files of CSV and Parquet, good and bad, and what `load_data` makes of a spec."""
+"""`load_data` with folders and files of CSV and Parquet, valid and invalid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECRET = "mother's maiden name"
 
 
 def write(folder: Path, **files: str | bytes) -> str:
-    """Write ``train=...`` as train.csv and so on; the folder as a spec."""
+    """Write ``train=...`` as train.csv and so on; return the folder as a spec."""
     for stem, content in files.items():
         raw = content if isinstance(content, bytes) else content.encode()
         (folder / f"{stem}.csv").write_bytes(raw)
@@ -30,7 +30,7 @@ def test_public_names() -> None:
     assert data.__all__ == ["Split", "Splits", "load_data"]
 
 
-def test_a_folder_of_three_csv_files(tmp_path: Path) -> None:
+def test_folder_of_three_csv_files(tmp_path: Path) -> None:
     spec = write(
         tmp_path,
         train=HEADER + "red,warm\nblue,cold\norange,warm\ngreen,cold\n",
@@ -50,12 +50,12 @@ def test_a_folder_of_three_csv_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stem", ["validation", "valid", "val", "dev"])
-def test_the_names_of_a_validation_file(tmp_path: Path, stem: str) -> None:
+def test_names_of_the_validation_file(tmp_path: Path, stem: str) -> None:
     files = {"train": HEADER + ROWS, stem: HEADER + "x,a\ny,b\n", "test": HEADER + "z,a\n"}
     assert load_data(write(tmp_path, **files)).validation.rows == ("x", "y")
 
 
-def test_formats_may_differ_and_whole_number_labels_become_strings(tmp_path: Path) -> None:
+def test_mixed_formats_and_whole_number_labels(tmp_path: Path) -> None:
     frame = pd.DataFrame({"text": ["a", "b", "c", "d"], "label": [10, 2, 10, 2], "extra": 0.5})
     frame.to_parquet(tmp_path / "train.parquet")
     (tmp_path / "valid.csv.gz").write_bytes(gzip.compress(b"label,text\n2,e\n"))
@@ -68,7 +68,7 @@ def test_formats_may_differ_and_whole_number_labels_become_strings(tmp_path: Pat
     assert splits.validation.rows == ("e",)
 
 
-def test_one_file_is_train_and_the_rest_is_cut(tmp_path: Path) -> None:
+def test_single_file_is_train_and_other_splits_are_cut(tmp_path: Path) -> None:
     file = tmp_path / "reviews.csv.gz"
     file.write_bytes(gzip.compress((HEADER + ROWS).encode()))
 
@@ -80,7 +80,7 @@ def test_one_file_is_train_and_the_rest_is_cut(tmp_path: Path) -> None:
     assert "no validation split was given: 2 rows were cut from train, seed 0" in splits.notes
 
 
-def test_texts_pass_untouched(tmp_path: Path) -> None:
+def test_texts_are_unchanged(tmp_path: Path) -> None:
     texts = [
         "NA",
         "null",
@@ -102,26 +102,26 @@ def test_texts_pass_untouched(tmp_path: Path) -> None:
     assert load_data(str(tmp_path / "more")).train.rows == tuple(texts)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+def test_byte_order_mark_is_not_part_of_the_header(tmp_path: Path) -> None:
     spec = write(tmp_path, train=b"\xef\xbb\xbf" + (HEADER + ROWS).encode())
     assert load_data(spec).labels == ("a", "b")
 
 
 @pytest.mark.parametrize("spec", ["", " ", "no/such/folder", "s3:bucket"])
-def test_an_unknown_spec_lists_what_is_allowed(spec: str) -> None:
+def test_unknown_spec_lists_supported_sources(spec: str) -> None:
     with pytest.raises(
         DataError, match=r"neither a known source nor a path.*hf:.*catalog; digits; abo:"
     ):
         load_data(spec)
 
 
-def test_a_negative_limit() -> None:
+def test_negative_limit() -> None:
     with pytest.raises(DataError, match="limit is -1. Give a number of rows, or 0"):
         load_data("catalog", limit=-1)
 
 
-def test_a_folder_without_train(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no train file; it holds test.csv. Put train"):
+def test_folder_without_train(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no train file; it contains test.csv. Add train"):
         load_data(write(tmp_path, test=HEADER + ROWS))
 
 
@@ -136,14 +136,17 @@ def test_two_files_for_one_split(tmp_path: Path, second: str) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "it is empty. Put train.csv"),
-        (["my data.csv", "Train.csv"], "it holds Train.csv, my data.csv. Put train.csv, train"),
-        (["train-00000-of-00001.parquet"], "it holds train-00000-of-00001.parquet"),
-        (["cats/x.png", "dogs/y.png"], "it holds the folders cats/, dogs/, and folders are not"),
+        ([], "it is empty. Add train.csv"),
+        (["my data.csv", "Train.csv"], "it contains Train.csv, my data.csv. Add train.csv, train"),
+        (["train-00000-of-00001.parquet"], "it contains train-00000-of-00001.parquet"),
+        (
+            ["cats/x.png", "dogs/y.png"],
+            "contains the folders cats/, dogs/, and subfolders are not",
+        ),
         ([f"{n}.csv" for n in range(9)], "0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 4 more"),
     ],
 )
-def test_a_folder_without_train_says_what_is_there(
+def test_folder_without_train_lists_its_contents(
     tmp_path: Path, names: list[str], message: str
 ) -> None:
     for name in names:
@@ -155,7 +158,7 @@ def test_a_folder_without_train_says_what_is_there(
 
 def test_two_names_for_validation(tmp_path: Path) -> None:
     spec = write(tmp_path, train=HEADER + ROWS, val=HEADER + ROWS, dev=HEADER + ROWS)
-    with pytest.raises(DataError, match="for validation: val.csv and dev.csv. Remove all but one"):
+    with pytest.raises(DataError, match="for validation: val.csv and dev.csv. Keep one of them"):
         load_data(spec)
 
 
@@ -163,15 +166,15 @@ def test_two_names_for_validation(tmp_path: Path) -> None:
     ("name", "hint"),
     [
         ("rows.xlsx", ".parquet.$"),
-        ("train.csv.zip", "Unpack it first"),
-        ("train.tar.gz", "Unpack it first"),
+        ("train.csv.zip", "Extract it first"),
+        ("train.tar.gz", "Extract it first"),
         ("train.jsonl", "Convert it"),
-        ("train.tsv", "name it .csv"),
+        ("train.tsv", "rename it to .csv"),
     ],
 )
-def test_a_file_of_another_format(tmp_path: Path, name: str, hint: str) -> None:
+def test_unsupported_file_format(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / name).touch()
-    message = rf"no format that is read here. Allowed are .csv, .csv.gz, .*{hint}"
+    message = rf"has an unsupported format. Supported formats: .csv, .csv.gz, .*{hint}"
     with pytest.raises(DataError, match=message):
         load_data(str(tmp_path / name))
 
@@ -185,39 +188,42 @@ def test_a_file_of_another_format(tmp_path: Path, name: str, hint: str) -> None:
             b"text,label\na,b\nc,d,e\n",
             "line 3 has 3 cells and the header has 2, .* in double quotes",
         ),
-        (b'text,label\n"a,b\n', "not well-formed CSV: in the row that begins in line 2 a quote is"),
-        (b'text,label\na,b\n"c" d,b\n', "the row that begins in line 3 a quote is .*text follows"),
+        (b'text,label\n"a,b\n', "not valid CSV: in the row that starts at line 2 a quote is"),
+        (b'text,label\na,b\n"c" d,b\n', "the row that starts at line 3 a quote is .*text follows"),
         (b"text,label\na,b,c\nd,e,f\n", "line 2 has 3 cells and the header has 2"),
         (b"text,label\na,b,c\nd,e\n", "line 2 has 3 cells"),
         (b'text,label\n"a\n\nb",b\n\nc\n', "line 6 has 1 cell and"),
-        (b"text;label\na;b\nc\n", "line 3 has 1 cell and the header has 2, with semicolons"),
+        (
+            b"text;label\na;b\nc\n",
+            "line 3 has 1 cell and the header has 2, separated by semi",
+        ),
         (b"text,label\ncaf\xe9,b\n", "it is not UTF-8. Save it as UTF-8"),
         ("text,label\na,b\n".encode("utf-16"), "it is not UTF-8 but UTF-16"),
         (b"text,label\na,b\nc,\n", r"train: `label` is missing or blank in 1 row \(row 2;"),
         (b"\0t\0e\0x\0t\0,\0l", "it is not UTF-8 but UTF-16"),
     ],
 )
-def test_a_csv_file_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_csv(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_data(write(tmp_path, train=content))
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.csv.gz"])
-@pytest.mark.parametrize("content", [b"", b"not what the name says", b"\x1f\x8b\x08\x00 cut off"])
-def test_content_that_does_not_fit_the_name(tmp_path: Path, name: str, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"another format", b"\x1f\x8b\x08\x00 truncated"])
+def test_content_that_does_not_match_the_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"{name}\)? cannot be read: it"):
         load_data(str(tmp_path))
 
 
-def test_a_gzip_file_that_was_cut_off(tmp_path: Path) -> None:
+def test_truncated_gzip_file(tmp_path: Path) -> None:
     whole = gzip.compress((HEADER + ROWS).encode())
     (tmp_path / "train.csv.gz").write_bytes(whole[:40])
-    with pytest.raises(DataError, match="may be damaged or cut off"):
+    with pytest.raises(DataError, match="may be damaged or truncated"):
         load_data(str(tmp_path))
 
 
-def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
+def test_missing_column_lists_existing_columns(tmp_path: Path) -> None:
     spec = write(tmp_path, train="text,category\nx,a\n")
     with pytest.raises(DataError, match=r"no column `label`; it has text, category. Rename `cat"):
         load_data(spec)
@@ -226,7 +232,7 @@ def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
         load_data(str(tmp_path / "rows.parquet"))
 
 
-def test_a_file_without_a_header_does_not_show_its_first_row(tmp_path: Path) -> None:
+def test_first_row_of_a_file_without_a_header_is_not_shown(tmp_path: Path) -> None:
     spec = write(tmp_path, train=f"{SECRET},a\nother,b\n")
     with pytest.raises(DataError, match="first line does not look like a header") as caught:
         load_data(spec)
@@ -243,7 +249,7 @@ def test_missing_values_in_parquet(tmp_path: Path) -> None:
 
 def test_banking77() -> None:
     if not BANKING77.is_dir():
-        pytest.skip(f"open data is not here: {BANKING77}")
+        pytest.skip(f"data set not found: {BANKING77}")
     splits = load_data(str(BANKING77))
     assert (splits.name, len(splits.labels)) == ("banking77", 77)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (9003, 1000, 3080)

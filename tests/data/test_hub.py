@@ -1,4 +1,4 @@
-"""Hub data sets: names, columns, and what happens without the library."""
+"""Hub data sets: names, columns, and the missing library."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mlflow_pt_deploy.errors import DataError, MissingExtraError
 
 
 @pytest.mark.parametrize("spec", ["hf:", "hf:imdb", "hf:a/b/c", "hf:a/b:", "hf:a b/c", "hf:/c"])
-def test_a_malformed_name(spec: str) -> None:
-    with pytest.raises(DataError, match="names no hub data set. Give hf:OWNER/NAME or"):
+def test_invalid_name(spec: str) -> None:
+    with pytest.raises(DataError, match="is not a valid hub data set. Give hf:OWNER/NAME or"):
         load_data(spec)
 
 
 @pytest.mark.parametrize("spec", ["hf:stanfordnlp/imdb", "hf:nyu-mll/glue:sst2"])
-def test_without_the_library_the_extra_is_named(spec: str) -> None:
+def test_missing_library_names_the_extra(spec: str) -> None:
     if importlib.util.find_spec("datasets"):
-        pytest.skip("datasets is installed, and a test uses no network")
+        pytest.skip("datasets is installed, and tests use no network")
     with pytest.raises(MissingExtraError, match=r"pip install 'mlflow-pt-deploy\[hub\]'"):
         load_data(spec)
 
@@ -36,19 +36,19 @@ def test_without_the_library_the_extra_is_named(spec: str) -> None:
         ({"content": "string", "stars": "float32"}, "content"),
     ],
 )
-def test_the_input_column(kinds: dict[str, str], column: str) -> None:
+def test_input_column(kinds: dict[str, str], column: str) -> None:
     assert input_column("train", kinds) == column
 
 
 @pytest.mark.parametrize(
     "kinds", [{}, {"title": "string", "content": "string"}, {"id": "string"}, {"text": "int64"}]
 )
-def test_no_or_no_single_input_column(kinds: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="train has no column `text` or `image`, nor exactly one"):
+def test_missing_or_ambiguous_input_column(kinds: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="train has no column `text` or `image`, and not exactly"):
         input_column("train", kinds)
 
 
-def test_the_image_column() -> None:
+def test_image_column() -> None:
     assert input_column("train", {"image": "PIL.Image.Image"}) == "image"
     assert input_column("train", {"image": "PIL.Image.Image", "text": "string"}) == "text"
 
@@ -71,10 +71,10 @@ def test_class_labels_become_names_and_hidden_test_labels_are_not_used() -> None
     assert (splits.name, splits.labels) == ("glue-sst2", ("negative", "positive"))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (32, 2, 8)
     assert splits.validation.targets.tolist() == [1, 0]
-    assert "the test split has no labels on the hub and was not used" in splits.notes
+    assert "the test split has no labels on the hub and is not used" in splits.notes
 
 
-def test_a_row_without_a_label() -> None:
+def test_row_without_a_label() -> None:
     loaded = {"train": hub_dataset([0, 1, -1, None], ["a", "b"])}
     with pytest.raises(DataError, match=r"`label` is missing or blank in 2 rows \(row 3, 4;"):
         splits_from_hub(loaded, source="hf:a/b", seed=0)

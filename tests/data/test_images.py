@@ -1,4 +1,4 @@
-"""Rows that are images: where their bytes come from, and what is said where they do not."""
+"""Rows that are images: sources of their bytes, and error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlflow_pt_deploy.training.trainer import check_fit
 
 SECRET = "patient-0042"
 FILES = [picture("L", (8, 8), shade) for shade in range(8)]
-CUT_OFF = picture("RGB", (90, 90), (1, 2, 3), "JPEG")[:-90]
+TRUNCATED = picture("RGB", (90, 90), (1, 2, 3), "JPEG")[:-90]
 LABELS = ["dark", "light"] * 4
 
 
@@ -28,7 +28,7 @@ def write(folder: Path, images: list[Any], labels: list[str] | None = None) -> s
     return str(folder)
 
 
-def on_disk(folder: Path) -> list[str]:
+def write_files(folder: Path) -> list[str]:
     (folder / "pictures").mkdir()
     for number, file in enumerate(FILES):
         (folder / "pictures" / f"{number}.png").write_bytes(file)
@@ -36,7 +36,7 @@ def on_disk(folder: Path) -> list[str]:
 
 
 def test_bytes_paths_and_structs_of_both(tmp_path: Path) -> None:
-    paths = on_disk(tmp_path)
+    paths = write_files(tmp_path)
     forms: list[list[Any]] = [
         FILES,
         paths,
@@ -51,16 +51,16 @@ def test_bytes_paths_and_structs_of_both(tmp_path: Path) -> None:
         assert splits.labels == ("dark", "light")
 
 
-def test_a_csv_names_files_beside_it(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"image": on_disk(tmp_path), "label": LABELS})
+def test_csv_with_paths_of_images(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"image": write_files(tmp_path), "label": LABELS})
     frame.to_csv(tmp_path / "rows.csv", index=False)
     splits = load_data(str(tmp_path / "rows.csv"))
     assert {*splits.train.rows, *splits.validation.rows, *splits.test.rows} == set(FILES)
 
 
-def test_paths_that_name_no_file(tmp_path: Path) -> None:
-    message = r"train: `image` names no file in the folder .* in 1 row \(row 8; the first row after"
-    paths = on_disk(tmp_path)[:7]
+def test_path_of_a_missing_file(tmp_path: Path) -> None:
+    message = r"train: `image` does not name a file in the folder .* in 1 row \(row 8; the first"
+    paths = write_files(tmp_path)[:7]
     for name in (SECRET, SECRET * 1000, "pictures"):
         with pytest.raises(DataError, match=message) as caught:
             load_data(write(tmp_path, [*paths, name]))
@@ -75,7 +75,7 @@ def test_paths_that_name_no_file(tmp_path: Path) -> None:
         ({"bytes": None, "path": None}, r"is missing or blank in 1 row \(row 8;"),
     ],
 )
-def test_a_row_without_an_image(tmp_path: Path, image: Any, fault: str) -> None:
+def test_row_without_an_image(tmp_path: Path, image: Any, fault: str) -> None:
     rows = FILES[:7] if not isinstance(image, dict) else [{"bytes": it} for it in FILES[:7]]
     with pytest.raises(DataError, match=f"train: `image` {fault}"):
         load_data(write(tmp_path, [*rows, image]))
@@ -86,23 +86,23 @@ def test_pixels_instead_of_a_file(tmp_path: Path) -> None:
         load_data(write(tmp_path, [[0, 128, 255]] * 4))
 
 
-def test_texts_here_and_images_there(tmp_path: Path) -> None:
+def test_splits_with_different_input_columns(tmp_path: Path) -> None:
     spec = write(tmp_path, FILES)
     pd.DataFrame({"text": ["a"], "label": ["dark"]}).to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(DataError, match="the column image, text, one in each file. Give all spli"):
+    with pytest.raises(DataError, match="different input columns in its files: image, text. Use"):
         load_data(spec)
 
 
 @pytest.mark.parametrize(
     ("broken", "fault"),
     [
-        (CUT_OFF, "is a damaged or cut off image; give the whole file"),
-        (SECRET.encode(), "is no image of a known format; give one of JPEG, PNG,"),
+        (TRUNCATED, "is a damaged or truncated image; give the whole file"),
+        (SECRET.encode(), "is not an image of a supported format; use one of JPEG, PNG,"),
         (picture("1", (6100, 6100), 0), "has 37,210,000 pixels; the limit is 36,000,000"),
     ],
-    ids=["cut off", "text", "large"],
+    ids=["truncated", "text", "large"],
 )
-def test_a_broken_image_is_named_before_training(
+def test_invalid_image_is_reported_before_training(
     tmp_path: Path, tiny_resnet: Path, broken: bytes, fault: str
 ) -> None:
     splits = load_data(write(tmp_path, [*FILES[:5], broken, *FILES[6:]]))
@@ -112,7 +112,7 @@ def test_a_broken_image_is_named_before_training(
     assert SECRET not in str(caught.value)
 
 
-def test_a_model_of_the_other_kind(
+def test_model_for_the_other_input_column(
     tiny_model: Path, tiny_resnet: Path, tiny_splits: Splits, image_splits: Splits
 ) -> None:
     for model, splits in ((tiny_model, image_splits), (tiny_resnet, tiny_splits)):
@@ -131,7 +131,7 @@ def test_digits() -> None:
     assert load_data("digits", limit=20).notes[-1].startswith("limited to 20 rows")
 
 
-def test_a_hub_data_set_of_images() -> None:
+def test_hub_data_set_of_images() -> None:
     datasets = pytest.importorskip("datasets", reason="needs the extra `hub`")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS))}

@@ -122,11 +122,11 @@ def test_grey_pictures_move_and_photographs_are_cropped_and_mirrored(
     random = np.random.default_rng(0)
     ramp = np.tile(np.arange(32, dtype=np.uint8) * 8, (32, 1))
     grey, colour = np.stack([ramp] * 3, axis=2), np.stack([ramp, ramp.T, ramp], axis=2)
-    shown = teacher.vary([grey] * 40, random)
+    shown = teacher.augment([grey] * 40, random)
     assert all(image.shape == grey.shape for image in shown)
     assert all((np.diff(image[..., 0].astype(int)) >= 0).all() for image in shown)  # no mirror
     assert len({image.tobytes() for image in shown}) == 9  # by -4 to 4; down makes no difference
-    shown = teacher.vary([colour] * 40, random)
+    shown = teacher.augment([colour] * 40, random)
     assert {image.shape for image in shown} == {colour.shape}
     rising = [bool(image[0, 0, 0] < image[0, -1, 0]) for image in shown]
     assert 10 < sum(rising) < 30

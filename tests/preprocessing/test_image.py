@@ -1,4 +1,4 @@
-"""Image files to pixels: every kind of file, damaged ones, and those that would do harm."""
+"""Image preprocessing: all kinds of files, damaged files and decompression bombs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def indexed(**options: Any) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """The header of a PNG that promises far more than it holds."""
+    """A PNG whose header declares far more pixels than it contains."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -63,8 +63,8 @@ def preprocessor() -> ImagePreprocessor:
         (picture("L", (9, 9), 90), (90, 90, 90)),
         (picture("L", (9, 9), 90, "JPEG"), (90, 90, 90)),
         (picture("1", (9, 9), 1), (255, 255, 255)),
-        (picture("LA", (9, 9), (90, 0)), (255, 255, 255)),  # nothing but transparency, on white
-        (picture("RGBA", (9, 9), (0, 0, 0, 51)), (204, 204, 204)),  # a fifth of black
+        (picture("LA", (9, 9), (90, 0)), (255, 255, 255)),  # fully transparent, on white
+        (picture("RGBA", (9, 9), (0, 0, 0, 51)), (204, 204, 204)),  # 20 % black
         (picture("CMYK", (9, 9), (0, 0, 0, 0), "JPEG"), (255, 255, 255)),
         (picture("CMYK", (9, 9), (0, 255, 255, 0), "JPEG"), (254, 0, 0)),
         (picture("I;16", (9, 9), 257 * 40), (40, 40, 40)),
@@ -76,7 +76,7 @@ def preprocessor() -> ImagePreprocessor:
         (picture("RGB", (2200, 2200), (0, 200, 0)), (0, 200, 0)),
     ],
 )
-def test_whatever_a_file_holds(
+def test_color_modes_and_formats(
     preprocessor: ImagePreprocessor, file: bytes, colour: tuple[int, int, int]
 ) -> None:
     (pixels,) = preprocessor.encode([file])
@@ -85,12 +85,12 @@ def test_whatever_a_file_holds(
     assert np.abs(pixels.astype(int) - colour).max() <= 1
 
 
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_a_camera_held_sideways(turn: int) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
     corners = np.zeros((8, 12, 3), dtype=np.uint8)
     corners[:4, :6], corners[:4, 6:], corners[4:, :6] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     exif = Image.Exif()
-    exif[0x0112] = turn
+    exif[0x0112] = orientation
     file = encoded(Image.fromarray(corners), exif=exif)
     upright = ImageOps.exif_transpose(Image.open(BytesIO(file)))
     size = {"height": upright.height, "width": upright.width}
@@ -99,7 +99,7 @@ def test_a_camera_held_sideways(turn: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "middle"), [((40, 20), slice(10, 30)), ((20, 40), slice(10, 30))])
-def test_the_middle_is_cut_out(size: tuple[int, int], middle: slice) -> None:
+def test_center_crop(size: tuple[int, int], middle: slice) -> None:
     stripes = np.zeros((size[1], size[0], 3), dtype=np.uint8)
     stripes[(slice(None), middle) if size[0] > size[1] else middle] = 255
     preprocessor = ImagePreprocessor(height=20, width=20, shortest_edge=20)
@@ -109,11 +109,11 @@ def test_the_middle_is_cut_out(size: tuple[int, int], middle: slice) -> None:
 
 @pytest.mark.parametrize("file", ["BMP", "JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.98])
-def test_a_file_that_was_cut_off(preprocessor: ImagePreprocessor, file: str, share: float) -> None:
+def test_truncated_file(preprocessor: ImagePreprocessor, file: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), file)
     good = picture("RGB", (9, 9), (1, 2, 3))
-    with pytest.raises(RowError, match="^row 1 is a damaged or cut off image; give the") as caught:
+    with pytest.raises(RowError, match="^row 1 is a damaged or truncated image; give") as caught:
         preprocessor.encode([good, whole[: int(share * len(whole))]])
     assert caught.value.row == 1
 
@@ -126,24 +126,26 @@ def test_a_file_that_was_cut_off(preprocessor: ImagePreprocessor, file: str, sha
         b"my secret",
         b"%PDF-1.7\n",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would start Ghostscript
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would run Ghostscript
         picture("RGB", (9, 9), 0, "PPM"),
     ],
     ids=range(7),
 )
-def test_what_is_no_image(preprocessor: ImagePreprocessor, file: bytes) -> None:
-    with pytest.raises(RowError, match="^row 0 is no image of a known format; give one of JPEG,"):
+def test_unsupported_formats(preprocessor: ImagePreprocessor, file: bytes) -> None:
+    with pytest.raises(RowError, match="^row 0 is not an image of a supported format; use one of"):
         preprocessor.encode([file])
 
 
-def test_numbers_of_no_known_range(preprocessor: ImagePreprocessor) -> None:
-    with pytest.raises(RowError, match="^row 0 holds numbers of no known range; save it with 8"):
+def test_floating_point_pixels(preprocessor: ImagePreprocessor) -> None:
+    with pytest.raises(RowError, match="^row 0 has floating-point pixels; save it with 8"):
         preprocessor.encode([picture("F", (9, 9), 0.5, "TIFF")])
 
 
 @pytest.mark.parametrize("edge", [6001, 12_000, 60_000, 2**31 - 1])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_unopened(preprocessor: ImagePreprocessor, edge: int) -> None:
+def test_decompression_bomb_is_rejected_without_decoding(
+    preprocessor: ImagePreprocessor, edge: int
+) -> None:
     start = time.perf_counter()
     with pytest.raises(RowError, match="^row 0 has .* pixels; the limit is 36,000,000"):
         preprocessor.encode([bomb(edge, edge)])
@@ -151,7 +153,7 @@ def test_a_bomb_is_refused_unopened(preprocessor: ImagePreprocessor, edge: int) 
     assert edge * edge > MAX_PIXELS
 
 
-def test_pixels_become_numbers() -> None:
+def test_normalization() -> None:
     file = picture("RGB", (3, 3), (0, 51, 255))
     inputs = ImagePreprocessor(height=2, width=3)([file, file])
     assert list(inputs) == ["pixel_values"]
@@ -188,7 +190,7 @@ NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         ),
     ],
 )
-def test_the_settings_of_a_hugging_face_model(
+def test_settings_of_hugging_face_models(
     processor: dict[str, Any], geometry: tuple[int, int, int]
 ) -> None:
     settings = ImagePreprocessor.from_transformers({**processor, **NORMAL}).settings
@@ -209,7 +211,7 @@ def test_the_settings_of_a_hugging_face_model(
         {"size": {"longest_edge": 32}, **NORMAL},
     ],
 )
-def test_settings_that_are_not_known(processor: dict[str, Any]) -> None:
+def test_unsupported_settings(processor: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"^preprocessor_config.json: .*Give size as height and"):
         ImagePreprocessor.from_transformers(processor)
 
@@ -226,7 +228,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff", b'{"kind": "image", "height": 3}'])
-def test_a_broken_file(tmp_path: Path, content: bytes | None) -> None:
+def test_invalid_file(tmp_path: Path, content: bytes | None) -> None:
     folder = tmp_path / "a-variant"
     folder.mkdir()
     if content is not None:
@@ -235,7 +237,7 @@ def test_a_broken_file(tmp_path: Path, content: bytes | None) -> None:
         load_preprocessor(folder)
 
 
-def test_the_settings_are_plain_json(tmp_path: Path) -> None:
+def test_settings_are_plain_json(tmp_path: Path) -> None:
     ImagePreprocessor(height=4, width=6).save(tmp_path)
     settings = json.loads((tmp_path / "preprocessor.json").read_text(encoding="utf8"))
     assert settings["kind"] == "image"
@@ -245,13 +247,13 @@ def test_the_settings_are_plain_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edges", "size"), [([8], 32), ([33], 64), ([90, 100, 2000], 128), ([3000], 224), ([], 224)]
 )
-def test_the_size_at_which_to_look(edges: list[int], size: int) -> None:
+def test_typical_size(edges: list[int], size: int) -> None:
     assert typical_size([b"broken", *(picture("L", (edge, 5), 0) for edge in edges)]) == size
 
 
-def test_an_image_costs_its_patches() -> None:
+def test_token_count_is_the_number_of_patches() -> None:
     preprocessor = ImagePreprocessor(height=64, width=32)
     (pixels,) = preprocessor.encode([picture("L", (9, 9), 0)])
-    assert preprocessor.tokens(pixels) == 8
-    assert preprocessor.tokens(pixels[:4, :4]) == 1
-    assert [sample.shape for sample in preprocessor.samples()] == [(64, 32, 3)]
+    assert preprocessor.token_count(pixels) == 8
+    assert preprocessor.token_count(pixels[:4, :4]) == 1
+    assert [sample.shape for sample in preprocessor.warmup_rows()] == [(64, 32, 3)]

@@ -1,4 +1,4 @@
-"""Texts to arrays, with a vocabulary that one can count by hand."""
+"""Text preprocessing with a small vocabulary of six words."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def preprocessor(tokenizer: Tokenizer) -> TextPreprocessor:
         ("red", [BEGIN, RED, END]),
         ("green  red\n", [BEGIN, GREEN, RED, END]),
         ("green violet", [BEGIN, GREEN, UNKNOWN, END]),
-        ("red green red green", [BEGIN, RED, GREEN, RED, END]),  # 5 with the special ones
+        ("red green red green", [BEGIN, RED, GREEN, RED, END]),  # 5 with the special tokens
         ("red " * 100_000, [BEGIN, RED, RED, RED, END]),
-        ("red \ud800", [BEGIN, RED, UNKNOWN, END]),  # half of a surrogate pair, as JSON allows
+        ("red \ud800", [BEGIN, RED, UNKNOWN, END]),  # a lone surrogate, as JSON allows
         ("\udfff", [BEGIN, UNKNOWN, END]),
         ("😀", [BEGIN, UNKNOWN, END]),
     ],
@@ -51,7 +51,7 @@ def test_encode(preprocessor: TextPreprocessor, row: str, ids: list[int]) -> Non
     assert preprocessor.encode([row]) == [ids]
 
 
-def test_collate_pads_to_the_longest_row_only(preprocessor: TextPreprocessor) -> None:
+def test_collate_pads_to_the_longest_row(preprocessor: TextPreprocessor) -> None:
     inputs = preprocessor.collate([[BEGIN, END], [BEGIN, RED, GREEN, END], [BEGIN, RED, END]])
     assert list(inputs) == ["input_ids", "attention_mask"]
     assert inputs["input_ids"].tolist() == [[2, 3, 0, 0], [2, 4, 5, 3], [2, 4, 3, 0]]
@@ -59,18 +59,18 @@ def test_collate_pads_to_the_longest_row_only(preprocessor: TextPreprocessor) ->
     assert {array.dtype for array in inputs.values()} == {np.dtype(np.int64)}
 
 
-def test_padding_has_the_models_own_id(tokenizer: Tokenizer) -> None:
+def test_padding_id_of_the_model(tokenizer: Tokenizer) -> None:
     preprocessor = TextPreprocessor(tokenizer, max_length=5, pad_id=7)
     assert preprocessor.collate([[2, 4, 3], [2, 3]])["input_ids"].tolist() == [[2, 4, 3], [2, 3, 7]]
 
 
-def test_padding_that_the_tokenizer_brings_is_switched_off(tokenizer: Tokenizer) -> None:
+def test_padding_of_the_tokenizer_is_disabled(tokenizer: Tokenizer) -> None:
     tokenizer.enable_padding(length=12)
     preprocessor = TextPreprocessor(tokenizer, max_length=5, pad_id=PAD)
     assert preprocessor.encode(["red"]) == [[BEGIN, RED, END]]
 
 
-def test_a_call_does_both(preprocessor: TextPreprocessor) -> None:
+def test_call_encodes_and_collates(preprocessor: TextPreprocessor) -> None:
     inputs = preprocessor(["red", "green red"])
     assert inputs["input_ids"].tolist() == [[2, 4, 3, 0], [2, 5, 4, 3]]
 
@@ -91,7 +91,7 @@ def test_save_and_load(preprocessor: TextPreprocessor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", TextPreprocessor.files)
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff"])
-def test_a_broken_file(
+def test_invalid_file(
     preprocessor: TextPreprocessor, tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     folder = tmp_path / "a-variant"
@@ -105,25 +105,27 @@ def test_a_broken_file(
         TextPreprocessor.load(folder)
 
 
-def test_the_shorter_of_what_tokenizer_and_model_can_read(tiny_model: Path) -> None:
+def test_maximum_length_of_tokenizer_and_model(tiny_model: Path) -> None:
     tokenizer = load_classifier(str(tiny_model)).tokenizer
     assert TextPreprocessor.from_transformers(tokenizer, 512).max_length == 128
     shorter = TextPreprocessor.from_transformers(tokenizer, 64)
     assert shorter.max_length == 64
     assert len(shorter.encode(["card " * 500])[0]) == 64
-    assert len(tokenizer("card " * 500, truncation=False)["input_ids"]) == 502  # is left alone
+    assert (
+        len(tokenizer("card " * 500, truncation=False)["input_ids"]) == 502
+    )  # the tokenizer is not changed
 
 
-def test_ids_are_those_of_transformers(tiny_model: Path) -> None:
+def test_ids_equal_those_of_transformers(tiny_model: Path) -> None:
     classifier = load_classifier(str(tiny_model))
     rows = ["Where is my CARD?", "שלום", "", "zebra-crossing 😀"]
     inputs = classifier.preprocessor(rows)
-    theirs = classifier.tokenizer(rows, padding=True)
-    assert inputs["input_ids"].tolist() == theirs["input_ids"]
-    assert inputs["attention_mask"].tolist() == theirs["attention_mask"]
+    expected = classifier.tokenizer(rows, padding=True)
+    assert inputs["input_ids"].tolist() == expected["input_ids"]
+    assert inputs["attention_mask"].tolist() == expected["attention_mask"]
 
 
-def test_a_tokenizer_without_its_json() -> None:
+def test_slow_tokenizer() -> None:
     class Slow:
         name_or_path = "old/model"
         backend_tokenizer = None
@@ -132,7 +134,7 @@ def test_a_tokenizer_without_its_json() -> None:
         TextPreprocessor.from_transformers(Slow(), 512)
 
 
-def test_the_settings_are_plain_json(preprocessor: TextPreprocessor, tmp_path: Path) -> None:
+def test_settings_are_plain_json(preprocessor: TextPreprocessor, tmp_path: Path) -> None:
     preprocessor.save(tmp_path)
     settings = json.loads((tmp_path / "preprocessor.json").read_text(encoding="utf8"))
     assert settings == {

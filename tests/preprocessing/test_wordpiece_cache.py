@@ -1,4 +1,4 @@
-"""Remembered words give the ids of the tokenizer that they come from, whatever is asked."""
+"""The WordPiece cache returns the same ids as the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, Whitespace
 from tokenizers.processors import BertProcessing
 
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
-from mlflow_pt_deploy.preprocessing import wordpiece_cache as wordpiece
+from mlflow_pt_deploy.preprocessing import wordpiece_cache as module
 from mlflow_pt_deploy.preprocessing.wordpiece_cache import WordPieceCache
 
 ROWS = (
@@ -54,9 +54,9 @@ def _reference(tokenizer: Tokenizer, rows: list[str], max_length: int) -> list[l
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 16, 128])
-def test_the_ids_are_the_tokenizers(tokenizer: Tokenizer, max_length: int) -> None:
+def test_ids_equal_those_of_the_tokenizer(tokenizer: Tokenizer, max_length: int) -> None:
     preprocessor = TextPreprocessor(tokenizer, max_length=max_length, pad_id=0)
-    rows = [*ROWS, *ROWS]  # the second time from memory
+    rows = [*ROWS, *ROWS]  # the second time from the cache
     assert preprocessor.encode(rows) == _reference(tokenizer, rows, max_length)
     for row, ids in zip(ROWS, _reference(tokenizer, list(ROWS), max_length), strict=True):
         assert preprocessor.encode([row]) == [ids]
@@ -65,21 +65,21 @@ def test_the_ids_are_the_tokenizers(tokenizer: Tokenizer, max_length: int) -> No
 def test_random_rows(tokenizer: Tokenizer) -> None:
     draw = random.Random(0)
     plain = string.ascii_letters + string.digits + string.punctuation + "    "
-    signs = [*plain, *plain, *plain, "[PAD]", "[UNK]", "é", "\t", *"‘’“”–—…", "card", "refund"]
-    rows = ["".join(draw.choices(signs, k=draw.randint(0, 60))) for _ in range(3000)]
+    characters = [*plain, *plain, *plain, "[PAD]", "[UNK]", "é", "\t", *"‘’“”–—…", "card", "refund"]
+    rows = ["".join(draw.choices(characters, k=draw.randint(0, 60))) for _ in range(3000)]
     preprocessor = TextPreprocessor(tokenizer, max_length=40, pad_id=0)
     assert preprocessor.encode(rows) == _reference(tokenizer, rows, 40)
 
 
-def test_plain_rows_are_remembered_and_others_left_alone(tokenizer: Tokenizer) -> None:
-    memory = WordPieceCache(tokenizer, 128)
-    assert memory.encode("refund [NAME]") is not None
+def test_only_plain_text_is_encoded(tokenizer: Tokenizer) -> None:
+    cache = WordPieceCache(tokenizer, 128)
+    assert cache.encode("refund [NAME]") is not None
     for row in ("[MASK]", "[mask]", "é", "a\tb"):
-        assert memory.encode(row) is None
+        assert cache.encode(row) is None
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-def test_capitals(lowercase: bool) -> None:
+def test_upper_case(lowercase: bool) -> None:
     pieces = ("[UNK]", "[CLS]", "[SEP]", "red", "Red", "##s", "r", "##e", "##d")
     tokenizer = Tokenizer(WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(lowercase=lowercase)
@@ -87,32 +87,34 @@ def test_capitals(lowercase: bool) -> None:
     tokenizer.post_processor = BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     rows = ["Reds red RED", "reds"]
     expected = _reference(tokenizer, rows, 20)
-    assert WordPieceCache.suits(tokenizer)
+    assert WordPieceCache.supports(tokenizer)
     assert [WordPieceCache(tokenizer, 20).encode(row) for row in rows] == expected
 
 
-def test_an_added_word_is_found_anywhere(tokenizer: Tokenizer) -> None:
+def test_added_token(tokenizer: Tokenizer) -> None:
     tokenizer.add_tokens([AddedToken("refund now", normalized=True)])
     preprocessor = TextPreprocessor(tokenizer, max_length=20, pad_id=0)
     rows = ["please Refund Now", "refund it now"]
     assert preprocessor.encode(rows) == _reference(tokenizer, rows, 20)
 
 
-def test_other_tokenizers_are_left_alone() -> None:
+def test_unsupported_tokenizer() -> None:
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    assert not WordPieceCache.suits(tokenizer)
+    assert not WordPieceCache.supports(tokenizer)
 
 
-def test_the_memory_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wordpiece, "_MOST_WORDS", 3)
-    memory = WordPieceCache(tokenizer, 128)
+def test_size_of_the_cache_is_bounded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_WORDS", 3)
+    cache = WordPieceCache(tokenizer, 128)
     rows = ["card", "refund me", "my pin", "x" * 41, "x" * 41]
-    assert [memory.encode(row) for row in rows] == _reference(tokenizer, rows, 128)
-    assert len(memory._known) <= 3
-    assert "x" * 41 not in memory._known
+    assert [cache.encode(row) for row in rows] == _reference(tokenizer, rows, 128)
+    assert len(cache._ids) <= 3
+    assert "x" * 41 not in cache._ids
 
 
-def test_a_copy_works_alone(tokenizer: Tokenizer) -> None:
+def test_copy_of_a_preprocessor(tokenizer: Tokenizer) -> None:
     preprocessor = copy.deepcopy(TextPreprocessor(tokenizer, max_length=20, pad_id=0))
     assert preprocessor.encode(["my card"]) == _reference(tokenizer, ["my card"], 20)

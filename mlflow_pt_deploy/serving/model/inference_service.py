@@ -77,7 +77,7 @@ class InferenceService:
             loaded.predict,
             preprocessor.collate,
             options,
-            preprocessor.tokens,
+            preprocessor.token_count,
             pads_rows(loaded.predict),
         )
         self.runs_inline = self.fast_stage_runs_inline = False
@@ -85,6 +85,7 @@ class InferenceService:
         self._loop_cost = LoopIterationEstimator()
         self._finished: deque[tuple[PendingRequest, BatchRequest]] = deque()
         self._collecting = False
+        self._in_batcher = 0
 
     def warm_up(self) -> None:
         """Run a few shapes, so that the first requests are not slow.
@@ -94,7 +95,7 @@ class InferenceService:
             Exception: What the model raises.
         """
         preprocessor, predict = self.loaded.preprocessor, self.loaded.predict
-        samples = preprocessor.samples()
+        samples = preprocessor.warmup_rows()
         for sample in samples:
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
                 self.formatter.to_objects(self.batcher.submit([sample] * rows, bounded=False))
@@ -164,7 +165,8 @@ class InferenceService:
             remaining_s: Seconds until its deadline.
             in_flight: Requests being answered on this event loop.
         """
-        loop_wait_s = in_flight * self._loop_cost.request_s
+        # what the batcher holds waits for the model, not for the event loop
+        loop_wait_s = max(0, in_flight - self._in_batcher) * self._loop_cost.request_s
         return self.batcher.admission.rejection(remaining_s, loop_wait_s=loop_wait_s)
 
     def submit(
@@ -188,6 +190,7 @@ class InferenceService:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[str]] = loop.create_future()
         if not self._pending:
+            self._loop_cost.begin_iteration()
             loop.call_soon(self._flush)
         self._pending.append(PendingRequest(rows, encoded, top_k, context, future))
         return future
@@ -206,6 +209,8 @@ class InferenceService:
         if active:
             self._score(active)
         self._loop_cost.end_iteration(len(requests))
+        if self._pending:
+            self._loop_cost.begin_iteration()
 
     def _next_batch(self) -> list[PendingRequest]:
         count = rows = 0
@@ -286,6 +291,7 @@ class InferenceService:
         except Exception as error:
             self._fail(request, error)
             return
+        self._in_batcher += 1
         remaining_s = queued.remaining_s()
         if remaining_s is not None:
             request.timer = loop.call_later(remaining_s, self._expire, request)
@@ -306,6 +312,7 @@ class InferenceService:
         parts: list[Logits] = []
         while self._finished:
             request, done = self._finished.popleft()
+            self._in_batcher -= 1
             if request.timer is not None:
                 request.timer.cancel()
             if done.error is None:

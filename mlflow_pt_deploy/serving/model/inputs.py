@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mlflow_pt_deploy.data.columns import paired
+from mlflow_pt_deploy.data.columns import find_pair_columns
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.preprocessing import Row
 
@@ -72,7 +72,7 @@ def check_names(names: Iterable[object], column: str) -> None:
     Raises:
         RequestError: There is one; names those that a list of usual names knows.
     """
-    kind, found = paired(names)
+    kind, found = find_pair_columns(names)
     if found:
         columns = " and ".join(f"'{name}'" for name in found[:4])
         raise RequestError(
