@@ -23,6 +23,8 @@ LOOP_SHARE = 0.15
 
 _SAMPLES, _MIN_SAMPLES, _RANK = 5, 3, 1
 _MIN_REQUESTS = 16
+# Reading the headers before and sending the responses after take about as long again.
+_WHOLE = 2.0
 
 
 class LoopIterationEstimator:
@@ -35,17 +37,20 @@ class LoopIterationEstimator:
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=_SAMPLES)
-        self._last = 0.0
+        self._began = 0.0
         self.request_s = 0.0
 
+    def begin_iteration(self) -> None:
+        """Record that the first request of an iteration was parsed."""
+        self._began = time.perf_counter()
+
     def end_iteration(self, requests: int) -> None:
-        """Record that this many requests were handed on since the last call."""
-        now = time.perf_counter()
+        """Record that this many requests were computed or queued since `begin_iteration`."""
         if requests >= _MIN_REQUESTS:
-            self._samples.append((now - self._last) / requests)
+            seconds = time.perf_counter() - self._began
+            self._samples.append(_WHOLE * seconds / requests)
             if len(self._samples) >= _MIN_SAMPLES:
                 self.request_s = sorted(self._samples)[_RANK]
-        self._last = now
 
 
 class AdmissionController:

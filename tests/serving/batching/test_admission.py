@@ -102,31 +102,45 @@ def test_streams_halve_the_estimated_wait(streams: int, share: float) -> None:
 def test_the_cost_of_a_request_on_the_loop_is_estimated(clock: Clock) -> None:
     estimator = LoopIterationEstimator()
     for _ in range(4):
-        assert estimator.request_s == 0.0 or estimator.request_s == pytest.approx(REQUEST_S)
+        assert estimator.request_s == 0.0 or estimator.request_s == pytest.approx(2 * REQUEST_S)
+        estimator.begin_iteration()
         clock.now += 100 * REQUEST_S
         estimator.end_iteration(100)
-    assert estimator.request_s == pytest.approx(REQUEST_S)
+    assert estimator.request_s == pytest.approx(2 * REQUEST_S)
 
 
 def test_a_pause_of_the_machine_does_not_raise_the_estimate(clock: Clock) -> None:
     estimator = LoopIterationEstimator()
     for iteration in range(100):
+        estimator.begin_iteration()
         clock.now += 100 * REQUEST_S + (0.05 if iteration % 5 == 0 else 0.0)
         estimator.end_iteration(100)
-    assert estimator.request_s == pytest.approx(REQUEST_S)
+    assert estimator.request_s == pytest.approx(2 * REQUEST_S)
 
 
 def test_iterations_of_few_requests_are_not_sampled(clock: Clock) -> None:
     estimator = LoopIterationEstimator()
     for _ in range(100):
+        estimator.begin_iteration()
         clock.now += 0.01  # the loop mostly waits
         estimator.end_iteration(15)
     assert estimator.request_s == 0.0
 
 
+def test_idle_time_between_bursts_does_not_count(clock: Clock) -> None:
+    estimator = LoopIterationEstimator()
+    for _ in range(10):
+        clock.now += 5.0
+        estimator.begin_iteration()
+        clock.now += 100 * REQUEST_S
+        estimator.end_iteration(100)
+    assert estimator.request_s == pytest.approx(2 * REQUEST_S)
+
+
 def test_the_estimate_falls_again_after_load(clock: Clock) -> None:
     estimator = LoopIterationEstimator()
     for request_s in (1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 5e-5, 5e-5, 5e-5, 5e-5):
+        estimator.begin_iteration()
         clock.now += 100 * request_s
         estimator.end_iteration(100)
-    assert estimator.request_s == pytest.approx(5e-5)
+    assert estimator.request_s == pytest.approx(1e-4)
