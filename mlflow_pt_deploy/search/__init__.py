@@ -1,7 +1,7 @@
-"""The search for students: many tried, those that nothing beats kept.
+"""Multi-objective hyperparameter and architecture search for students, on Optuna.
 
-Two objectives, validation accuracy (up) and measured latency (down). Knows Optuna; does not know
-how a student is trained or measured, nor MLflow: the caller gives a function.
+Maximizes validation accuracy and minimizes measured latency. The caller gives the function that
+trains and measures a student.
 """
 
 from mlflow_pt_deploy.search.pareto import (

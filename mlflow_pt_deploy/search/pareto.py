@@ -1,7 +1,4 @@
-"""What a search found, those of it that nothing beats, and which of them to take.
-
-Pure: reads records and touches nothing.
-"""
+"""Results of a search, their Pareto front, and the selection of a trial."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from mlflow_pt_deploy.search.space import TrialParams
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a student was worth.
+    """Measured objectives of a trial.
 
     Attributes:
-        accuracy: Share of validation rows that it labels right.
-        latency_ms: Measured time of one row.
+        accuracy: Accuracy on validation, 0 to 1.
+        latency_ms: Measured latency of one row in milliseconds.
 
     Raises:
-        SearchError: A number is none, or out of range.
+        SearchError: A value is NaN or out of range.
     """
 
     accuracy: float
@@ -31,9 +28,9 @@ class Outcome:
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy <= 1:
-            raise SearchError(f"accuracy is {self.accuracy}; it is a share, from 0 to 1.")
+            raise SearchError(f"accuracy is {self.accuracy}; it must be from 0 to 1.")
         if not 0 < self.latency_ms < math.inf:
-            raise SearchError(f"latency_ms is {self.latency_ms}; it is a time above 0.")
+            raise SearchError(f"latency_ms is {self.latency_ms}; it must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,10 @@ class CompletedTrial:
     """A trial that was trained and measured.
 
     Attributes:
-        number: Unique in the study.
-        point: What was tried.
-        outcome: What it was worth.
-        curve: Epochs and the validation accuracy after each.
+        number: Trial number, unique in the study.
+        point: Parameters of the trial.
+        outcome: Measured accuracy and latency.
+        curve: Epochs, counted from 1, and the validation accuracy after each.
     """
 
     number: int
@@ -58,11 +55,12 @@ class FailedTrial:
     """A trial without an outcome.
 
     Attributes:
-        number: Unique in the study.
-        point: What was tried; None if its process died before it had one.
-        state: ``pruned`` (hopeless), ``failed`` (an error; not tried again), ``stopped`` (killed,
-            interrupted or out of time; tried again) or ``open`` (waiting, or running elsewhere).
-        reason: In words.
+        number: Trial number, unique in the study.
+        point: Parameters of the trial; None if its process died before they were sampled.
+        state: ``pruned`` (stopped early), ``failed`` (an error; not retried), ``stopped`` (killed,
+            interrupted or out of time; retried) or ``open`` (waiting, or running in another
+            process).
+        reason: Reason as text.
     """
 
     number: int
@@ -73,14 +71,14 @@ class FailedTrial:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """All trials of a study, those of other processes included, by their number."""
+    """All trials of a study, including those of other processes, ordered by number."""
 
     finished: tuple[CompletedTrial, ...]
     dropped: tuple[FailedTrial, ...]
 
     @property
     def front(self) -> tuple[CompletedTrial, ...]:
-        """Trials that no other beats, the fastest first."""
+        """The Pareto front, fastest first."""
         return tuple(self.finished[i] for i in pareto([t.outcome for t in self.finished]))
 
     @property
@@ -91,12 +89,12 @@ class StudyResult:
 
 @dataclass(frozen=True)
 class SelectedTrial:
-    """The trial to take.
+    """The selected trial.
 
     Attributes:
-        trial: One of the front.
-        meets: Whether it is as accurate as was asked for.
-        reason: One paragraph for a person who was not there.
+        trial: A trial of the Pareto front.
+        meets: Whether it reaches the required accuracy.
+        reason: Explanation as text.
     """
 
     trial: CompletedTrial
@@ -105,10 +103,10 @@ class SelectedTrial:
 
 
 def pareto(outcomes: Sequence[Outcome]) -> list[int]:
-    """Indices of the outcomes that no other dominates, the fastest first.
+    """Return the indices of the Pareto-optimal outcomes, fastest first.
 
-    One dominates another if it is at least as fast and as accurate, and better in one of the two.
-    So of equal outcomes all stay, and stand in their given order.
+    An outcome dominates another if it is at least as fast and as accurate, and better in one of the
+    two. Equal outcomes are all kept, in their given order.
     """
     order = sorted(
         range(len(outcomes)), key=lambda i: (outcomes[i].latency_ms, -outcomes[i].accuracy)
@@ -122,16 +120,16 @@ def pareto(outcomes: Sequence[Outcome]) -> list[int]:
 
 
 def choose_point(found: StudyResult, retain: float, reference: float) -> SelectedTrial:
-    """The fastest trial of the front that keeps the accuracy, or else the most accurate.
+    """Select the fastest trial that reaches the required accuracy, or else the most accurate.
 
     Args:
-        found: What `search` returned.
-        retain: Least share of `reference` to keep, 0 to 1.
+        found: Result of `search`.
+        retain: Share of `reference` that the trial must reach, 0 to 1.
         reference: Accuracy of the teacher on validation.
 
     Raises:
-        PolicyError: `retain` makes no sense.
-        SearchError: No trial finished; the message has the first failure.
+        PolicyError: `retain` is out of range.
+        SearchError: No trial finished; the message contains the first failure.
     """
     if not 0 <= retain <= 1:
         raise PolicyError(
@@ -139,36 +137,37 @@ def choose_point(found: StudyResult, retain: float, reference: float) -> Selecte
             "from 0 to 1, e.g. 0.99."
         )
     if not (front := found.front):
-        raise SearchError(_nothing(found))
-    least = retain * reference
-    asked = f"{least:.4f} ({retain:g} of the teacher's {reference:.4f})"
-    # equal up to rounding is equal, as in `policy`
-    kept = [trial for trial in front if trial.outcome.accuracy >= least - 1e-9]
-    chosen = kept[0] if kept else front[-1]
+        raise SearchError(_no_trial_message(found))
+    minimum = retain * reference
+    required = f"{minimum:.4f} ({retain:g} of the teacher's {reference:.4f})"
+    # tolerance for rounding, as in `selection.policy`
+    accurate = [trial for trial in front if trial.outcome.accuracy >= minimum - 1e-9]
+    chosen = accurate[0] if accurate else front[-1]
     outcome = chosen.outcome
     what = (
-        f"Trial {chosen.number}, {chosen.point}, answers in {outcome.latency_ms:.3g} ms with a "
-        f"validation accuracy of {outcome.accuracy:.4f}"
+        f"Trial {chosen.number}, {chosen.point}, has a latency of {outcome.latency_ms:.3g} ms and "
+        f"a validation accuracy of {outcome.accuracy:.4f}"
     )
-    if kept:
+    if accurate:
         reason = (
-            f"{what}: the fastest of {len(found.finished)} finished trials with {asked} or more."
+            f"{what}: the fastest of {len(found.finished)} finished trials with an accuracy of at "
+            f"least {required}."
         )
     else:
         reason = (
             f"{what}: the most accurate of {len(found.finished)} finished trials, none of which "
-            f"reaches {asked}. Search longer, widen the space, or lower retain."
+            f"reaches {required}. Search longer, widen the space, or lower retain."
         )
-    return SelectedTrial(chosen, bool(kept), reason)
+    return SelectedTrial(chosen, bool(accurate), reason)
 
 
-def _nothing(found: StudyResult) -> str:
+def _no_trial_message(found: StudyResult) -> str:
     counts = [
         f"{sum(trial.state == state for trial in found.dropped)} {state}"
         for state in ("failed", "pruned", "stopped", "open")
     ]
-    first = f" The first failure: {found.failed[0].reason}" if found.failed else ""
+    first = f" First failure: {found.failed[0].reason}" if found.failed else ""
     return (
-        f"no trial of the search finished ({', '.join(counts)}), so there is nothing to choose "
-        f"from.{first} Cure that, or give the search more time."
+        f"no trial of the search finished ({', '.join(counts)}).{first} Fix the failure, or give "
+        "the search more time."
     )

@@ -1,4 +1,4 @@
-"""A search on real SQLite files: what it finds, keeps to and refuses."""
+"""The search loop on real SQLite files: results, resuming, failures and database errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from tiny_search import SPACE, evaluate, fast_folder, numbers, points, worth
+from tiny.search import SPACE, evaluate, fast_folder, numbers, objective, points
 
 from mlflow_pt_deploy.errors import DataError, SearchError
 from mlflow_pt_deploy.search import (
@@ -36,16 +36,16 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def plan(folder: Path) -> StudyConfig:
+def config(folder: Path) -> StudyConfig:
     return StudyConfig("students", f"sqlite:///{folder}/study.db", trials=5, heartbeat_s=0.1)
 
 
-def test_a_search_finds_the_front_and_keeps_to_the_space(plan: StudyConfig) -> None:
-    seen: list[CompletedTrial | FailedTrial] = []
-    found = search(evaluate, SPACE, replace(plan, trials=20), on_trial=seen.append)
-    assert numbers(found) == [record.number for record in seen] == list(range(20))
+def test_search_finds_the_pareto_front_within_the_space(config: StudyConfig) -> None:
+    reported: list[CompletedTrial | FailedTrial] = []
+    found = search(evaluate, SPACE, replace(config, trials=20), on_trial=reported.append)
+    assert numbers(found) == [record.number for record in reported] == list(range(20))
     for trial in found.finished:
-        assert trial.outcome == worth(trial.point)
+        assert trial.outcome == objective(trial.point)
         assert len(trial.curve) == trial.point.epochs
         assert trial.curve[-1] == (trial.point.epochs, trial.outcome.accuracy)
     for point in points(found):
@@ -60,25 +60,25 @@ def test_a_search_finds_the_front_and_keeps_to_the_space(plan: StudyConfig) -> N
     assert any("is no slower" in trial.reason for trial in found.dropped)
 
 
-def test_the_seed_decides_and_a_resumed_search_repeats_nothing(
-    plan: StudyConfig, folder: Path
+def test_seed_determines_the_points_and_resuming_repeats_none(
+    config: StudyConfig, folder: Path
 ) -> None:
-    again = replace(plan, storage=f"sqlite:///{folder}/again.db")
-    other = replace(plan, storage=f"sqlite:///{folder}/other.db", seed=1)
-    whole = points(search(evaluate, SPACE, plan))
+    again = replace(config, storage=f"sqlite:///{folder}/again.db")
+    other = replace(config, storage=f"sqlite:///{folder}/other.db", seed=1)
+    whole = points(search(evaluate, SPACE, config))
     search(evaluate, SPACE, replace(again, trials=3))
     assert points(search(evaluate, SPACE, again)) == whole
     assert len(set(whole)) == 5
     assert not set(points(search(evaluate, SPACE, replace(other, trials=2)))) & set(whole)
 
 
-def test_a_search_that_has_its_trials_only_reads(plan: StudyConfig) -> None:
-    found = search(evaluate, SPACE, plan)
-    assert search(lambda point, report: pytest.fail("nothing is left"), SPACE, plan) == found
+def test_complete_study_is_only_read(config: StudyConfig) -> None:
+    found = search(evaluate, SPACE, config)
+    assert search(lambda point, report: pytest.fail("no trial is left"), SPACE, config) == found
 
 
-def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
-    plan: StudyConfig, caplog: pytest.LogCaptureFixture
+def test_failed_trials_are_recorded_and_the_search_continues(
+    config: StudyConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(point: TrialParams, report: Report) -> Outcome:
         if report.number == 1:
@@ -89,17 +89,17 @@ def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(
             report(1, float("nan"))
         return evaluate(point, report)
 
-    found = search(broken, SPACE, plan)
+    found = search(broken, SPACE, config)
     assert [(trial.number, trial.reason) for trial in found.failed] == [
         (1, "the training loss is not a number; try a lower --learning-rate."),
         (2, "ZeroDivisionError: oh"),
-        (3, "the accuracy after epoch 1 is nan, which is no share."),
+        (3, "the accuracy after epoch 1 is nan; it must be from 0 to 1."),
     ]
-    assert [trial.number for trial in found.finished] == [0, 4], "a failed one counts"
+    assert [trial.number for trial in found.finished] == [0, 4], "failed trials count"
     assert [record.message for record in caplog.records] == ["trial 2 of study students failed"]
 
 
-def test_time_is_kept_and_a_trial_cut_short_tried_again(plan: StudyConfig) -> None:
+def test_time_limit_stops_a_trial_which_is_retried(config: StudyConfig) -> None:
     def endless(point: TrialParams, report: Report) -> Outcome:
         if report.number == 0:
             return evaluate(point, report)
@@ -109,91 +109,91 @@ def test_time_is_kept_and_a_trial_cut_short_tried_again(plan: StudyConfig) -> No
         raise AssertionError
 
     started = time.monotonic()
-    found = search(endless, SPACE, replace(plan, seconds=1.0))
+    found = search(endless, SPACE, replace(config, seconds=1.0))
     assert 1.0 <= time.monotonic() - started < 3
-    late, waiting = found.dropped
-    assert (waiting.number, waiting.state, waiting.point) == (2, "open", late.point)
-    assert (late.number, late.state) == (1, "stopped")
-    assert late.reason.startswith("the time was over after epoch ")
-    found = search(evaluate, SPACE, plan)
+    stopped, waiting = found.dropped
+    assert (waiting.number, waiting.state, waiting.point) == (2, "open", stopped.point)
+    assert (stopped.number, stopped.state) == (1, "stopped")
+    assert stopped.reason.startswith("the time limit was reached after epoch ")
+    found = search(evaluate, SPACE, config)
     assert [trial.number for trial in found.finished] == [0, 2, 3, 4, 5]
-    assert found.finished[1].point == late.point
-    assert found.dropped[0].reason.endswith("; tried again as trial 2")
+    assert found.finished[1].point == stopped.point
+    assert found.dropped[0].reason.endswith("; retried as trial 2")
 
 
-def test_a_locked_file_is_waited_for_and_then_named(plan: StudyConfig, folder: Path) -> None:
-    search(evaluate, SPACE, replace(plan, trials=1))
+def test_locked_database_is_reported_after_wait_s(config: StudyConfig, folder: Path) -> None:
+    search(evaluate, SPACE, replace(config, trials=1))
     other = sqlite3.connect(folder / "study.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     started = time.monotonic()
     with pytest.raises(SearchError, match=r"study students in sqlite:.*locked.*Another process"):
-        search(evaluate, SPACE, replace(plan, wait_s=0.5))
-    assert 0.5 <= time.monotonic() - started < 4, "SQLite alone would wait for 5 s"
+        search(evaluate, SPACE, replace(config, wait_s=0.5))
+    assert 0.5 <= time.monotonic() - started < 4, "SQLite waits for 5 s by default"
     other.close()
-    assert len(search(evaluate, SPACE, plan).finished) == 5
+    assert len(search(evaluate, SPACE, config).finished) == 5
 
 
-def test_a_study_deleted_in_the_middle(plan: StudyConfig) -> None:
+def test_study_deleted_during_the_search(config: StudyConfig) -> None:
     def deleting(point: TrialParams, report: Report) -> Outcome:
         if report.number == 1:
-            optuna.delete_study(study_name=plan.study, storage=plan.storage)
+            optuna.delete_study(study_name=config.study, storage=config.storage)
         return evaluate(point, report)
 
-    with pytest.raises(SearchError, match="students in .* was deleted while it was searched"):
-        search(deleting, SPACE, plan)
+    with pytest.raises(SearchError, match="students in .* was deleted during the search"):
+        search(deleting, SPACE, config)
 
 
-def test_another_space_or_other_objectives_are_refused(plan: StudyConfig) -> None:
-    search(evaluate, SPACE, replace(plan, trials=1))
+def test_study_with_another_space_or_other_objectives(config: StudyConfig) -> None:
+    search(evaluate, SPACE, replace(config, trials=1))
     assert SPACE.transformer is not None
     other = Space(replace(SPACE.transformer, layers=(1, 6)), None)
     with pytest.raises(SearchError) as caught:
-        search(evaluate, other, plan)
-    assert "transformer.layers: [1, 4] in it, [1, 6] now" in str(caught.value)
-    assert "static: has been tried in it" in str(caught.value)
-    optuna.create_study(study_name="mine", storage=plan.storage, direction="minimize")
+        search(evaluate, other, config)
+    assert "transformer.layers: [1, 4] in the study, [1, 6] now" in str(caught.value)
+    assert "static: included in the study" in str(caught.value)
+    optuna.create_study(study_name="mine", storage=config.storage, direction="minimize")
     with pytest.raises(SearchError, match="study mine has other objectives"):
-        search(evaluate, SPACE, replace(plan, study="mine"))
+        search(evaluate, SPACE, replace(config, study="mine"))
 
 
-def test_mlflows_database_is_refused_and_left_alone(plan: StudyConfig, tracking: str) -> None:
+def test_mlflow_database_is_rejected_unchanged(config: StudyConfig, tracking: str) -> None:
     file = Path(tracking.removeprefix("sqlite:///"))
     before = file.read_bytes()
-    with pytest.raises(SearchError, match="database of something else, MLflow for example"):
-        search(evaluate, SPACE, replace(plan, storage=tracking))
+    with pytest.raises(SearchError, match="database of another application, e.g. MLflow"):
+        search(evaluate, SPACE, replace(config, storage=tracking))
     assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("storage", "message"),
     [
-        ("study.db", "no database address"),
-        ("sqlite:////nowhere/study.db", "students in sqlite:.*unable to open.*Check the address"),
+        ("study.db", "storage of study students is not a database URL"),
+        ("sqlite:////nowhere/study.db", "students in sqlite:.*unable to open.*Check the URL"),
         ("mysql://me:secret@host/studies", r"mysql://me:\*\*\*@host/studies needs a driver"),
     ],
 )
-def test_an_address_that_does_not_work(plan: StudyConfig, storage: str, message: str) -> None:
+def test_storage_that_cannot_be_used(config: StudyConfig, storage: str, message: str) -> None:
     with pytest.raises(SearchError, match=message) as caught:
-        search(evaluate, SPACE, replace(plan, storage=storage))
+        search(evaluate, SPACE, replace(config, storage=storage))
     assert "secret" not in str(caught.value)
 
 
-def test_a_plan_that_makes_no_sense(plan: StudyConfig) -> None:
+def test_invalid_config(config: StudyConfig) -> None:
     with pytest.raises(SearchError, match="trials of the search is 0; give at least 1"):
-        replace(plan, trials=0)
+        replace(config, trials=0)
 
 
-def test_optuna_is_quiet_and_left_as_it_was(
-    plan: StudyConfig, capfd: pytest.CaptureFixture[str]
+def test_optuna_logging_is_silenced_and_restored(
+    config: StudyConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("optuna")
     before = logger.level, logger.propagate, logger.handlers[:]
-    search(evaluate, SPACE, replace(plan, trials=2))
+    search(evaluate, SPACE, replace(config, trials=2))
     assert capfd.readouterr() == ("", "")
     assert (logger.level, logger.propagate, logger.handlers) == before
 
 
-def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
+def test_import_of_the_package_is_light() -> None:
     code = (
         "import sys; import mlflow_pt_deploy.search; "
         "sys.exit(any(name in sys.modules for name in ('optuna', 'sqlalchemy', 'torch', 'mlflow')))"

@@ -1,8 +1,8 @@
-"""Students whose worth is a formula, for the tests of the search.
+"""A synthetic objective for the search tests.
 
-A transformer of n layers is 0.9 - 0.3 / n accurate in n ms, a static student 0.55 in
-0.1 ms, less 0.2 for each factor of 10 between its learning rate and 1e-4. The accuracy grows in a
-straight line, from nine tenths of that.
+A transformer of n layers has accuracy 0.9 - 0.3 / n and latency n ms; a static student has accuracy
+0.55 and latency 0.1 ms. Each factor of 10 between the learning rate and 1e-4 costs 0.2 accuracy.
+The accuracy after each epoch grows linearly from nine tenths of the final value.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ SPACE = Space(
 )
 
 
-def worth(point: TrialParams) -> Outcome:
+def objective(point: TrialParams) -> Outcome:
     best = 0.9 - 0.3 / point.layers if point.layers else 0.55
     miss = 0.2 * abs(math.log10(point.learning_rate) + 4)
     return Outcome(best - miss, point.layers or 0.1)
 
 
 def evaluate(point: TrialParams, report: Report) -> Outcome:
-    outcome = worth(point)
+    outcome = objective(point)
     for epoch in range(1, point.epochs + 1):
         report(epoch, outcome.accuracy * (0.9 + 0.1 * epoch / point.epochs))
     return outcome
@@ -56,7 +56,7 @@ def evaluate(point: TrialParams, report: Report) -> Outcome:
 
 @contextmanager
 def fast_folder(tmp_path: Path) -> Iterator[Path]:
-    """In memory where possible: SQLite waits for the disk at each of its many small writes."""
+    """A folder in memory where possible, because SQLite writes often and waits for the disk."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path
@@ -65,9 +65,9 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def stored(plan: StudyConfig) -> optuna.Study:
-    """The study behind our back."""
-    return optuna.load_study(study_name=plan.study, storage=plan.storage)
+def stored(config: StudyConfig) -> optuna.Study:
+    """Load the study with plain Optuna."""
+    return optuna.load_study(study_name=config.study, storage=config.storage)
 
 
 def records(found: StudyResult) -> list[CompletedTrial | FailedTrial]:
@@ -87,8 +87,8 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from mlflow_pt_deploy.search import Plan, search
-from tiny_search import SPACE, evaluate
+from mlflow_pt_deploy.search import StudyConfig, search
+from tiny.search import SPACE, evaluate
 
 def slow(point, report):
     if report.number == {hang}:
@@ -97,18 +97,19 @@ def slow(point, report):
         time.sleep(600)
     return evaluate(point, report)
 
-search(slow, SPACE, Plan("students", {storage!r}, trials={trials}, heartbeat_s={heartbeat}))
+config = StudyConfig("students", {storage!r}, trials={trials}, heartbeat_s={heartbeat})
+search(slow, SPACE, config)
 """
 
 
-def start(plan: StudyConfig, marker: Path, *, hang: int = -1) -> subprocess.Popen[bytes]:
-    """Another process that searches; makes a file `marker` and hangs in trial `hang`."""
+def start(config: StudyConfig, marker: Path, *, hang: int = -1) -> subprocess.Popen[bytes]:
+    """Start a search in another process; in trial `hang` it creates the file `marker` and hangs."""
     script = SCRIPT.format(
-        tests=str(Path(__file__).parent),
+        tests=str(Path(__file__).parents[1]),
         hang=hang,
         marker=str(marker),
-        storage=plan.storage,
-        trials=plan.trials,
-        heartbeat=plan.heartbeat_s,
+        storage=config.storage,
+        trials=config.trials,
+        heartbeat=config.heartbeat_s,
     )
     return subprocess.Popen([sys.executable, "-c", script])
