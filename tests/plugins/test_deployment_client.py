@@ -1,4 +1,4 @@
-"""``mlflow deployments -t pt-deploy``, with real servers that outlive who started them."""
+"""``mlflow deployments -t pt-deploy`` with real servers, which outlive the starting process."""
 
 import configparser
 import json
@@ -22,17 +22,20 @@ from mlflow.exceptions import MlflowException
 from tiny.server import until
 from tiny.serving import save_tiny
 
+from mlflow_pt_deploy.model_config import ServingOptions
+from mlflow_pt_deploy.option_fields import option_specs
 from mlflow_pt_deploy.plugins import deployment_client as deployment
 from mlflow_pt_deploy.plugins import local_servers as servers
 from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient
+from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.paths import home
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Children find the tiny model; no server outlives its test."""
+    """Let child processes import the tiny model, and stop all servers after the test."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     yield
@@ -53,7 +56,7 @@ def tiny(tmp_path: Path) -> str:
 
 
 def mlflow(*words: str) -> str:
-    """What ``mlflow deployments ...`` prints."""
+    """Output of ``mlflow deployments ...``."""
     interface.plugin_store.register("pt-deploy", deployment.__name__)
     run = CliRunner().invoke(cli.commands, [*words[:1], "-t", "pt-deploy", *words[1:]])
     if run.exception:
@@ -66,25 +69,31 @@ def test_mlflow_finds_the_plugin() -> None:
     parser.read(ROOT / "setup.cfg")
     points = parser["options.entry_points"]["mlflow.deployments"]
     assert points.strip() == f"pt-deploy = {deployment.__name__}"
-    told = mlflow("help")
-    assert "max_batch_rows (32)" in told
-    assert "port (0)" in told
+    text = mlflow("help")
+    for spec in (*option_specs(ServingOptions), *option_specs(ServerSettings)):
+        if spec.name not in ("tls_cert", "tls_key", "max_models", "max_memory_mb"):
+            assert f"  {spec.name} (" in text
+            assert spec.help in " ".join(text.split())
+    assert "  port (0)\n" in text
+    assert "  poll_s (1.0)\n" in text
     assert isinstance(interface.get_deploy_client("pt-deploy"), PtDeployClient)
 
 
-def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient) -> None:
+def test_create_predict_update_and_delete(
+    tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient
+) -> None:
     code = (
         "import sys; from mlflow_pt_deploy.plugins.deployment_client import PtDeployClient\n"
         "config = dict(num_threads='1')\n"
         "PtDeployClient('pt-deploy').create_deployment('shop', sys.argv[1], config=config)"
     )
     subprocess.run([sys.executable, "-c", code, tiny], check=True)
-    with pytest.raises(MlflowException, match="there is a deployment shop already"):
+    with pytest.raises(MlflowException, match="deployment shop already exists"):
         client.create_deployment("shop", tiny)
     assert "shop" in mlflow("list")
-    told = mlflow("get", "--name", "shop")
-    assert "status: running" in told
-    assert "'num_threads': 1" in told
+    text = mlflow("get", "--name", "shop")
+    assert "status: running" in text
+    assert "'num_threads': 1" in text
     rows = tmp_path / "rows.json"
     pd.DataFrame({"text": ["red", "blue"]}).to_json(rows)
     answer = json.loads(mlflow("predict", "--name", "shop", "-I", str(rows)))
@@ -112,7 +121,7 @@ def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient
         assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
 
     pid = servers.read_state("shop").pid  # type: ignore[union-attr]
-    seen = _ask_while(
+    seen = _query_during(
         client,
         lambda: mlflow(
             "update",
@@ -141,19 +150,21 @@ def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient
 
     assert "shop is deleted" in mlflow("delete", "--name", "shop")
     assert not (home() / "deployments" / "shop").exists()
-    assert not servers._born(pid)  # dead; where nobody collects orphans, a zombie stays
+    assert not servers._start_time(pid)  # dead; a zombie may stay if init does not reap it
     for gone in (client.get_deployment, client.delete_deployment, client.predict):
-        with pytest.raises(MlflowException, match="there is no deployment 'shop'; there is: none"):
+        with pytest.raises(
+            MlflowException, match="deployment 'shop' does not exist; existing: none"
+        ):
             gone("shop")
 
 
-def _ask_while(client: PtDeployClient, work: Any) -> set[str]:
-    """Labels that clients got while `work` was done; none of them may fail."""
+def _query_during(client: PtDeployClient, work: Any) -> set[str]:
+    """Labels that clients received during `work`; no request may fail."""
     url, stop = client.get_deployment("shop")["url"], threading.Event()
     seen: set[str] = set()
     failed: list[str] = []
 
-    def ask() -> None:
+    def query() -> None:
         with requests.Session() as session:
             while not stop.is_set():
                 answer = session.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=10)
@@ -161,7 +172,7 @@ def _ask_while(client: PtDeployClient, work: Any) -> set[str]:
                     failed.append(answer.text)
                 seen.add(answer.json()["predictions"][0]["label"])
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=query) for _ in range(4)]
     for thread in threads:
         thread.start()
     try:
@@ -176,7 +187,7 @@ def _ask_while(client: PtDeployClient, work: Any) -> set[str]:
     return seen
 
 
-def test_a_server_that_died_is_told_and_started_again_and_tokens_guard_it(
+def test_a_dead_server_is_reported_and_restarted_with_its_tokens(
     tracking: str, tiny: str, client: PtDeployClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PT_DEPLOY_TOKEN", "score-score-score-score")
@@ -188,7 +199,7 @@ def test_a_server_that_died_is_told_and_started_again_and_tokens_guard_it(
     os.kill(first.pid, signal.SIGKILL)
     until(lambda: not first.alive)
     assert client.list_deployments()[0]["status"].startswith("dead")
-    until(lambda: _is_gone(client))  # its worker ends by itself
+    until(lambda: _is_gone(client))  # the orphaned worker exits
     again = client.update_deployment("shop")
     assert again["status"] == "running"
     assert again["pid"] != first.pid
@@ -208,7 +219,7 @@ def _is_gone(client: PtDeployClient) -> bool:
 
 
 def _check_tokens(client: PtDeployClient, url: str) -> None:
-    """Who has them is answered, who has none is not; on disk there are none."""
+    """Requests need a token; tokens are not written to disk."""
     assert client.predict("shop", ["red"])["predictions"][0]["label"] == "one"
     assert client.get_deployment("shop")["served"]["version"]
     answer = requests.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=5)
@@ -217,11 +228,11 @@ def _check_tokens(client: PtDeployClient, url: str) -> None:
     assert "score-score" not in text
 
 
-def test_what_cannot_be_created_leaves_nothing(
+def test_a_failed_creation_leaves_nothing(
     tracking: str, tmp_path: Path, client: PtDeployClient
 ) -> None:
     bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
-    with pytest.raises(MlflowException, match=r"the server ended; .*answers differently"):
+    with pytest.raises(MlflowException, match=r"the server exited; .*answers differently"):
         client.create_deployment("shop", bad)
     slow = str(save_tiny(tmp_path / "slow", load_s=60))
     with pytest.raises(MlflowException, match=r"not ready within 0.5 s \(ready_s\)"):
@@ -233,12 +244,13 @@ def test_what_cannot_be_created_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("shop", {"threads": "2"}, "there is no option threads; there is host"),
-        ("shop", {"port": "http"}, "port must be a int"),
-        ("shop", {"access_log": "1"}, "access_log must be a bool"),
+        ("shop", {"threads": "2"}, "there is no option threads; options are host"),
+        ("shop", {"port": "http"}, "port must be an integer, not 'http'"),
+        ("shop", {"access_log": "1"}, "access_log must be true or false, not '1'"),
+        ("shop", {"max_wait_ms": "soon"}, "max_wait_ms must be a number, not 'soon'"),
         ("shop", {"max_batch_rows": "0"}, "max_batch_rows must be a whole number of at least 1"),
-        ("../shop", {}, "cannot be a deployment's name"),
-        ("", {}, "cannot be a deployment's name"),
+        ("../shop", {}, "is not a valid deployment name"),
+        ("", {}, "is not a valid deployment name"),
     ],
 )
 def test_options_and_names_are_checked(
@@ -250,13 +262,13 @@ def test_options_and_names_are_checked(
         client.create_deployment(name, "models:/tiny@champion", flavor="sklearn")
 
 
-def test_run_local_says_what_is_wrong(tmp_path: Path) -> None:
+def test_run_local_reports_the_error(tmp_path: Path) -> None:
     bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
     with pytest.raises(MlflowException, match="it answers differently here"):
         mlflow("run-local", "--name", "shop", "-m", bad)
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path, client: PtDeployClient) -> None:
+def test_a_folder_without_a_model_is_rejected(tmp_path: Path, client: PtDeployClient) -> None:
     for folder, message in (
         (tmp_path / "none", r"none is not there\. Give a folder that MLflow saved"),
         (tmp_path, "is no MLflow model: it has no file MLmodel"),
