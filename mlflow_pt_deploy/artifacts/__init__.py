@@ -1,11 +1,11 @@
-"""Variants on disk: their format, and how they are written, checked and loaded.
+"""Variants on disk: format, writing, verification and loading.
 
 <name>/
-├── manifest.json        what this is, and the SHA-256 of every other file
-├── labels.json          names of the classes
-├── golden.json          a few rows and the logits that this artifact gave for them
-├── preprocessor.json, for texts tokenizer.json
-└── ...                  the runtime's own files
+├── manifest.json        name, runtime, options and the SHA-256 of every other file
+├── labels.json          class names, in the order of the logits
+├── golden.json          a few rows and the logits of this artifact for them
+├── preprocessor.json    for text also tokenizer.json
+└── ...                  files of the runtime
 """
 
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade

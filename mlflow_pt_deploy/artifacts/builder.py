@@ -1,7 +1,7 @@
-"""Export many variants, two child processes at a time; a crash costs a row, not the run.
+"""Export many variants in parallel child processes; a crash fails one variant, not the run.
 
-A child (`export`) exports one variant after the other, because starting it takes as long as an
-export.
+A child process (`export_worker`) exports several variants in sequence, because starting a process
+takes as long as an export.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What became of one variant.
+    """Outcome of the export of one variant.
 
     Attributes:
         name: ``<model>-<runtime>-<precision>``.
         model: First part of the name.
-        runtime: Second part.
-        precision: Third part.
-        folder: Where it is, or None where it could not be built.
-        reason: Why it could not.
-        seconds: Time the export took; 0 where an earlier one was found intact.
+        runtime: Second part of the name.
+        precision: Third part of the name.
+        folder: The variant's folder, or None if the export failed.
+        reason: Why the export failed; empty on success.
+        seconds: Duration of the export; 0 if an intact earlier export was reused.
     """
 
     name: str
@@ -66,46 +66,46 @@ def build(
     parallel: int = 2,
     progress: Callable[[BuildResult], None] | None = None,
 ) -> list[BuildResult]:
-    """Export every variant of every model that it suits.
+    """Export every supported variant of every model.
 
-    Variants that an interrupted run left intact in `target` are kept as they are.
+    Intact variants in `target`, left by an interrupted run, are reused.
 
     Args:
-        models: First part of the variants' names to a Hugging Face folder.
-        splits: Rows of `train` calibrate; rows of `validation` become the golden rows.
-        target: Folder to create the variants' folders in.
-        variants: What to build.
-        parallel: Child processes at a time.
-        progress: Called with each variant as it is done.
+        models: Maps the first part of the variant names to a Hugging Face folder.
+        splits: Rows of `train` are used for calibration, rows of `validation` as golden rows.
+        target: Folder in which the variant folders are created.
+        variants: Variants to build.
+        parallel: Maximum number of concurrent child processes.
+        progress: Callback for each finished variant.
 
     Returns:
-        One entry for each model and variant, in that order; failures carry their reason.
+        One result for each model and variant, in that order, failures included.
     """
     done: dict[str, BuildResult] = {}
-    report = progress or (lambda built: None)
+    report = progress or (lambda result: None)
 
-    def note(built: BuildResult) -> None:
-        done[built.name] = built
-        report(built)
+    def record(result: BuildResult) -> None:
+        done[result.name] = result
+        report(result)
 
-    asked = supported_pairs(models, variants)
-    wanted: list[tuple[str, Variant]] = []
-    for model, variant in asked:
-        if early := _without_building(variant, model, models[model], target):
-            note(early)
+    pairs = supported_pairs(models, variants)
+    to_build: list[tuple[str, Variant]] = []
+    for model, variant in pairs:
+        if known := _known_result(variant, model, models[model], target):
+            record(known)
         else:
-            wanted.append((model, variant))
-    if wanted:
-        tasks = deque(sorted(wanted, key=_slow_first))
-        job = {"target": str(target), **_rows(splits)}
-        _run_export_workers(tasks, models, target, job, min(parallel, len(wanted)), note)
-    return [done[variant.name(model)] for model, variant in asked]
+            to_build.append((model, variant))
+    if to_build:
+        tasks = deque(sorted(to_build, key=_slow_first))
+        job = {"target": str(target), **_job_rows(splits)}
+        _run_export_workers(tasks, models, target, job, min(parallel, len(to_build)), record)
+    return [done[variant.name(model)] for model, variant in pairs]
 
 
 def supported_pairs(
     models: Mapping[str, Path], variants: Sequence[Variant]
 ) -> list[tuple[str, Variant]]:
-    """Names of models with the variants that suit their kind, in the order given."""
+    """Return (model name, variant) pairs for which the variant supports the model type."""
     return [
         (model, variant)
         for model, folder in models.items()
@@ -115,7 +115,10 @@ def supported_pairs(
 
 
 def _model_type(folder: Path) -> str:
-    """The kind of a model; empty where the child that loads it will say what is wrong."""
+    """Return the model type, or an empty string if the config is unreadable.
+
+    In that case the export worker reports the error when it loads the model.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
         return str(config["model_type"])
@@ -123,49 +126,48 @@ def _model_type(folder: Path) -> str:
         return ""
 
 
-def _without_building(
-    variant: Variant, model: str, source: Path, target: Path
-) -> BuildResult | None:
+def _known_result(variant: Variant, model: str, source: Path, target: Path) -> BuildResult | None:
+    """Return the result of an unsupported or already exported variant, else None."""
     if reason := variant.unsupported() or skip_reason(variant, _model_type(source)):
-        return _built(variant, model, None, reason)
+        return _result(variant, model, None, reason)
     folder = target / variant.name(model)
     if folder.exists():
         try:
             verify(folder)
         except ArtifactError:
             return None
-        return _built(variant, model, folder)
+        return _result(variant, model, folder)
     return None
 
 
 def _slow_first(task: tuple[str, Variant]) -> tuple[bool, bool, str]:
-    """What compiles, then what calibrates, so that no child is left with a long one at the end."""
+    """Sort key: compiling variants first, then calibrating ones, to balance the child processes."""
     model, variant = task
     return not variant.compiles, not variant.precision.startswith("int8-static"), model
 
 
-def _rows(splits: Splits) -> dict[str, list[Any]]:
-    """As JSON: rows for tracing (mixed lengths), calibration and golden answers."""
+def _job_rows(splits: Splits) -> dict[str, list[Any]]:
+    """Return rows as JSON for tracing (mixed lengths), calibration and the golden check."""
     train = splits.train.rows
     by_length = sorted(range(len(train)), key=lambda row: len(train[row]))
     random = np.random.default_rng(0)
-    chosen = random.permutation(len(train))[:_CALIBRATION_ROWS]
+    picks = random.permutation(len(train))[:_CALIBRATION_ROWS]
     example = [train[by_length[int(share * (len(train) - 1))]] for share in (0.05, 0.5, 0.9)]
     rows = {
         "example": example,
-        "calibration": [train[i] for i in chosen],
+        "calibration": [train[i] for i in picks],
         "golden": golden_rows(splits),
     }
-    return {use: [row_to_json(row) for row in found] for use, found in rows.items()}
+    return {use: [row_to_json(row) for row in selected] for use, selected in rows.items()}
 
 
 def golden_rows(splits: Splits) -> list[Row]:
-    """A few rows of all lengths, whose answers are kept with each variant."""
+    """Select up to six validation rows of different lengths for the golden check."""
     rows = sorted(splits.validation.rows, key=len)
     return rows[:: max(1, len(rows) // 6)][:6]
 
 
-def _built(
+def _result(
     variant: Variant, model: str, folder: Path | None, reason: str = "", seconds: float = 0.0
 ) -> BuildResult:
     name = variant.name(model)
@@ -178,7 +180,7 @@ def _run_export_workers(
     target: Path,
     job: Mapping[str, Any],
     parallel: int,
-    note: Callable[[BuildResult], None],
+    record: Callable[[BuildResult], None],
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(parallel) as pool:
         path, threads = Path(scratch) / "job.json", max(1, usable_cores() // parallel)
@@ -187,42 +189,43 @@ def _run_export_workers(
             _Exporter(path, Path(scratch) / f"log{number}", threads) for number in range(parallel)
         ]
         try:
-            for done in [
-                pool.submit(one.work_off, tasks, models, target, note) for one in exporters
-            ]:
-                done.result()
+            futures = [
+                pool.submit(exporter.run, tasks, models, target, record) for exporter in exporters
+            ]
+            for future in futures:
+                future.result()
         except BaseException:
             tasks.clear()
-            for one in exporters:
-                one.kill()
+            for exporter in exporters:
+                exporter.kill()
             raise
 
 
 class _Exporter:
-    """A child process that exports one variant after the other; the next one replaces a dead one.
+    """Handle of an export worker process; a process that died is replaced for the next task.
 
     Args:
-        job: File with what all exports share.
-        log: File for what the child says besides its answers.
-        threads: Cores that it may use.
+        job: JSON file with the settings and rows that all exports share.
+        log: File for the standard error of the process.
+        threads: Number of OpenMP threads of the process.
     """
 
     def __init__(self, job: Path, log: Path, threads: int) -> None:
         self._command = child.command("artifacts.export_worker", str(job))
         self._log = log
-        # Two children with all cores each would wait for one another at every OpenMP barrier; and
-        # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
+        # Two processes with all cores each would stall at every OpenMP barrier. CI=true disables
+        # the usage statistics of OpenVINO and NNCF.
         self._environment = child.environment(OMP_NUM_THREADS=str(threads), CI="true")
         self._child: subprocess.Popen[str] | None = None
 
-    def work_off(
+    def run(
         self,
         tasks: deque[tuple[str, Variant]],
         models: Mapping[str, Path],
         target: Path,
-        note: Callable[[BuildResult], None],
+        record: Callable[[BuildResult], None],
     ) -> None:
-        """Take tasks until there are none left; each is noted, whatever happens."""
+        """Export tasks until the queue is empty; each result is recorded, also a failure."""
         try:
             while True:
                 try:
@@ -231,46 +234,46 @@ class _Exporter:
                     return
                 interrupt.check()
                 reason, seconds = self._export(model, models[model], variant)
-                interrupt.check()  # a child that was ended for that reason is no failure
+                interrupt.check()  # a process killed by an interrupt is not a failed export
                 folder = None if reason else target / variant.name(model)
-                note(_built(variant, model, folder, reason, seconds))
+                record(_result(variant, model, folder, reason, seconds))
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """End the child, whatever it is doing."""
+        """Terminate the process, if there is one."""
         running, self._child = self._child, None
         if running is not None:
             child.end(running)
 
     def _export(self, model: str, source: Path, variant: Variant) -> tuple[str, float]:
-        """Why it failed, empty if it did not, and the seconds it took."""
+        """Export one variant; return the reason of a failure (else empty) and the seconds."""
         running = self._child = self._child or self._start()
         assert running.stdin is not None and running.stdout is not None
         task = {"model": model, "source": str(source), "runtime": variant.runtime}
-        late = threading.Event()
+        timed_out = threading.Event()
 
-        def give_up() -> None:
-            late.set()
+        def abort() -> None:
+            timed_out.set()
             child.kill(running)
 
-        timer = threading.Timer(_TIMEOUT_S, give_up)
+        timer = threading.Timer(_TIMEOUT_S, abort)
         timer.start()
         try:
-            with suppress(OSError):  # it died: what it said last is read below
+            with suppress(OSError):  # the process died; its remaining output is read below
                 running.stdin.write(json.dumps({**task, "options": asdict(variant)}) + "\n")
                 running.stdin.flush()
             line = running.stdout.readline()
         finally:
             timer.cancel()
         if line.endswith("\n"):
-            answer = json.loads(line)
-            return answer["reason"], answer["seconds"]
+            outcome = json.loads(line)
+            return outcome["reason"], outcome["seconds"]
         code = running.wait()
         self.kill()
-        if late.is_set():
-            return f"the export was given up after {_TIMEOUT_S} s", 0.0
-        return _cause(code, self._log), 0.0
+        if timed_out.is_set():
+            return f"the export timed out after {_TIMEOUT_S} s", 0.0
+        return _describe_failure(code, self._log), 0.0
 
     def _start(self) -> subprocess.Popen[str]:
         with self._log.open("wb") as errors:
@@ -284,7 +287,7 @@ class _Exporter:
             )
 
 
-def _cause(code: int, log: Path) -> str:
-    how = describe_exit(code, "; the machine may have run out of memory")
+def _describe_failure(code: int, log: Path) -> str:
+    outcome = describe_exit(code, "; the machine may have run out of memory")
     last = log.read_text(encoding="utf8", errors="replace").strip().splitlines()[-1:]
-    return f"the export {how}: {last[0]}" if code > 0 and last else f"the export {how}"
+    return f"the export {outcome}: {last[0]}" if code > 0 and last else f"the export {outcome}"

@@ -1,4 +1,4 @@
-"""Joins two variants to a cascade."""
+"""Combine two variants into a cascade."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mlflow_pt_deploy.preprocessing import Row, load_preprocessor
 from mlflow_pt_deploy.runtimes.base import confidence
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, FAST, STRONG, Cascade
 
-# Golden rows keep away from the threshold: integer kernels of another processor must not send a
-# row to the other model.
-_CLEAR = 0.05
+# Golden rows keep this distance from the threshold, so that the integer kernels of another
+# processor do not route a row to the other model.
+_GOLDEN_MARGIN = 0.05
 
 
 def write_cascade(
@@ -29,19 +29,18 @@ def write_cascade(
     threshold: float,
     golden_rows: Sequence[Row],
 ) -> Manifest:
-    """Put two variants together into `target`, which appears complete or not at all.
+    """Combine two variants into `target`. The folder is created atomically.
 
     Args:
-        target: The folder to create; an older one of that name is replaced.
-        fast: Folder of the variant that is asked first.
-        strong: Folder of the one that answers where the first is not sure.
-        threshold: See `Cascade`.
-        golden_rows: Raw rows to keep answers of, as far as they are clear cases.
+        target: Folder to create; an existing one is replaced.
+        fast: Folder of the variant that predicts first.
+        strong: Folder of the variant for rows on which the fast one is not confident.
+        threshold: Confidence below which the strong variant predicts, see `Cascade`.
+        golden_rows: Raw rows for the golden check; rows close to the threshold are dropped.
 
     Raises:
-        VariantError: The two name their classes or read their rows differently, or they
-            answer with NaN.
-        OSError: The disk is full or not writable; nothing is left behind.
+        VariantError: Class names or preprocessing of the two differ, or logits are NaN.
+        OSError: The disk is full or not writable; partial output is removed.
     """
     first, second = verify(fast), verify(strong)
     shared = ("labels.json", *load_preprocessor(fast).files)
@@ -63,16 +62,16 @@ def write_cascade(
         shutil.copytree(strong, folder / STRONG)
         for part in shared:
             shutil.copyfile(fast / part, folder / part)
-        surest, strongest = (
+        fast_stage, strong_stage = (
             load_variant(stage, threads=1, allow_code=True, check_golden=False, verified=True)
             for stage in (fast, strong)
         )
-        sure = confidence(np.concatenate([surest.logits([row]) for row in golden_rows]))
-        clear = [
+        scores = confidence(np.concatenate([fast_stage.logits([row]) for row in golden_rows]))
+        rows = [
             row
-            for row, value in zip(golden_rows, sure.tolist(), strict=True)
-            if abs(value - threshold) > _CLEAR
+            for row, score in zip(golden_rows, scores.tolist(), strict=True)
+            if abs(score - threshold) > _GOLDEN_MARGIN
         ]
-        predict = cascade.combine([surest.predict, strongest.predict])
-        write_golden(folder, predict, surest.preprocessor, clear or list(golden_rows[:1]))
+        predict = cascade.combine([fast_stage.predict, strong_stage.predict])
+        write_golden(folder, predict, fast_stage.preprocessor, rows or list(golden_rows[:1]))
     return verify(target)

@@ -1,4 +1,5 @@
-"""The child process that exports variants, one after the other. Run by `build`, not by people:
+"""Worker process that exports variants in sequence. Started by `builder.build` as
+
 ``python -m mlflow_pt_deploy.artifacts.export_worker JOB.json``
 """
 
@@ -26,35 +27,35 @@ if TYPE_CHECKING:
 
 
 def main(path: Path) -> None:
-    """A task a line on stdin, its outcome a line on stdout, until stdin ends.
+    """Read one JSON task per line from stdin and write one JSON outcome per line to stdout.
 
     Args:
-        path: JSON file with what all exports share.
+        path: JSON file with the settings and rows that all exports share.
     """
     warnings.simplefilter("ignore")
     end_with_parent()
-    answers = _private_stdout()
+    outcomes = _private_stdout()
     job = json.loads(path.read_text(encoding="utf8"))
-    known: dict[str, _Source] = {}
+    loaded: dict[str, _Source] = {}
     for line in sys.stdin:
         task = json.loads(line)
         started = time.monotonic()
         reason = ""
         try:
-            if task["source"] not in known:  # only one stays in memory
-                known = {task["source"]: _Source.load(task["source"], job)}
-            _export(task, known[task["source"]], job)
+            if task["source"] not in loaded:  # keep only one model in memory
+                loaded = {task["source"]: _Source.load(task["source"], job)}
+            _export(task, loaded[task["source"]], job)
         except (PtDeployError, OSError) as error:
             reason = str(error)
-        except Exception as error:  # a runtime's own: one row fails, the others go on
+        except Exception as error:  # any error of a runtime fails this variant only
             reason = f"{type(error).__name__}: {root_cause(error)}"
         seconds = round(time.monotonic() - started, 3)
-        print(json.dumps({"reason": reason, "seconds": seconds}), file=answers, flush=True)
+        print(json.dumps({"reason": reason, "seconds": seconds}), file=outcomes, flush=True)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to export, and its inputs to trace, to calibrate and to check with."""
+    """A loaded model with its inputs for tracing, calibration and checks."""
 
     classifier: Classifier
     example: Inputs
@@ -91,10 +92,10 @@ def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) ->
 
 
 def _private_stdout() -> TextIO:
-    """The real stdout for answers alone; what libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf8")
+    """Return a stream on the real stdout; redirect the prints of libraries to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf8")
     os.dup2(2, 1)
-    return answers
+    return stream
 
 
 if __name__ == "__main__":

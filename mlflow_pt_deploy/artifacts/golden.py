@@ -1,4 +1,4 @@
-"""The golden rows: answers of the very artifact, kept to check it wherever it is loaded."""
+"""Golden check: compare logits with those stored at export, on every machine that loads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.artifacts.loading import LoadedVariant
 
 GOLDEN = "golden.json"
-# Largest |difference| to the golden logits, as a share of their largest magnitude. Integer kernels
-# round differently from one instruction set to the next; fp32 ones hardly do.
+# Maximum |difference| to the golden logits, relative to their largest magnitude. Integer kernels
+# round differently between instruction sets; fp32 kernels hardly do.
 _TOLERANCE = {
     "fp32": 1e-3,
     "bf16": 5e-2,
@@ -30,7 +30,7 @@ _TOLERANCE = {
 
 
 def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits]:
-    """The golden rows and their logits, float32 (rows, classes)."""
+    """Return the golden rows and their stored logits, float32 (rows, classes)."""
     column = loaded.preprocessor.column
     try:
         golden = read_json(folder / GOLDEN)
@@ -38,46 +38,46 @@ def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits
         expected = np.asarray(golden["logits"], dtype=np.float32)
         kind = str if column == "text" else bytes
         if not rows or not all(isinstance(row, kind) for row in rows):
-            raise ValueError(f"its rows are not {column}s")
+            raise ValueError(f"rows are not {column}s")
         if expected.ndim != 2 or len(expected) != len(rows):
-            raise ValueError("it has not one list of logits for each row")
+            raise ValueError("there must be one list of logits per row")
         if expected.shape[1] != len(loaded.labels):
             raise ValueError(
-                f"it has {expected.shape[1]} logits a row, and labels.json names "
+                f"it has {expected.shape[1]} logits per row, but labels.json has "
                 f"{len(loaded.labels)} classes"
             )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"{loaded.manifest.name}: {GOLDEN} cannot be used: {str(error)[:200]}. Export the "
+            f"{loaded.manifest.name}: {GOLDEN} is invalid: {str(error)[:200]}. Export the "
             "variant again."
         ) from error
     return rows, expected
 
 
 def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
-    """Compare a variant's answers to its golden rows with those that were kept.
+    """Compare the logits of the golden rows with the stored ones.
 
     Raises:
-        ArtifactError: They differ by more than rounding, or golden.json cannot be used.
+        ArtifactError: They differ by more than rounding, or golden.json is invalid.
     """
     rows, expected = _read_golden(loaded, folder)
     try:
         actual = np.concatenate([loaded.logits([row]) for row in rows])
-    except Exception as error:  # the runtime's own, where weights and tokenizer do not fit
+    except Exception as error:  # any error of the runtime, e.g. tokenizer does not fit
         raise ArtifactError(
-            f"{loaded.manifest.name} cannot answer its golden rows ({type(error).__name__}: "
+            f"{loaded.manifest.name} fails on its golden rows ({type(error).__name__}: "
             f"{root_cause(error)[:300]}). Export the variant again."
         ) from error
     if actual.shape != expected.shape:
         raise ArtifactError(
-            f"{loaded.manifest.name} answers with {actual.shape[-1]} logits a row, and labels.json "
-            f"names {len(loaded.labels)} classes. Export the variant again."
+            f"{loaded.manifest.name} returns {actual.shape[-1]} logits per row, but labels.json "
+            f"has {len(loaded.labels)} classes. Export the variant again."
         )
-    worst = float(np.abs(actual - expected).max())
+    error = float(np.abs(actual - expected).max())
     allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
-    if not (worst <= allowed and np.isfinite(expected).all()):  # also catches NaN
+    if not (error <= allowed and np.isfinite(expected).all()):  # also true for NaN
         raise ArtifactError(
-            f"{loaded.manifest.name} answers differently here than where it was exported: its "
-            f"logits are off by {worst:.3g}, allowed {allowed:.3g}. Run pt-deploy optimize on "
+            f"{loaded.manifest.name} gives other logits on this machine than at export: the "
+            f"difference is {error:.3g}, the tolerance {allowed:.3g}. Run pt-deploy optimize on "
             "this machine."
         )

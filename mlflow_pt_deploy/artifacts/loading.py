@@ -1,4 +1,4 @@
-"""Loads a variant's folder, after every digest was checked."""
+"""Load a variant folder after verifying every digest."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
 
 @dataclass(frozen=True)
 class LoadedVariant:
-    """A variant that is ready to answer.
+    """A variant in memory, ready for inference.
 
     Attributes:
-        manifest: What it is.
-        preprocessor: Raw rows to named arrays.
-        labels: Names of the classes, in the order of the logits.
-        predict: Named arrays to logits, float32 (batch, classes).
+        manifest: Name, runtime, options and file digests.
+        preprocessor: Converts raw rows to named arrays.
+        labels: Class names, in the order of the logits.
+        predict: Maps named arrays to logits, float32 (batch, classes).
     """
 
     manifest: Manifest
@@ -42,7 +42,7 @@ class LoadedVariant:
     predict: Predict
 
     def logits(self, rows: Sequence[Row]) -> Logits:
-        """Logits of raw rows, float32 (rows, classes), as one batch."""
+        """Compute the logits of raw rows as one batch, float32 (rows, classes)."""
         return self.predict(self.preprocessor(rows))
 
 
@@ -50,9 +50,9 @@ def verify(folder: Path) -> Manifest:
     """Check every file of a variant against its manifest.
 
     Raises:
-        ArtifactError: A file is missing, added or changed; names it.
+        ArtifactError: A file is missing, added or changed; the message names it.
     """
-    manifest = _complete(folder)
+    manifest = _read_complete_manifest(folder)
     for name, digest in manifest.files.items():
         if sha256(folder / name) != digest:
             raise ArtifactError(
@@ -62,13 +62,13 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def _complete(folder: Path) -> Manifest:
-    """The manifest of a folder that holds the files it names, and no others."""
+def _read_complete_manifest(folder: Path) -> Manifest:
+    """Read the manifest; check that the folder holds exactly the files that it lists."""
     manifest = read_manifest(folder)
     found = {name for name in list_files(folder) if name != MANIFEST}
-    if odd := sorted(found.symmetric_difference(manifest.files)):
+    if different := sorted(found.symmetric_difference(manifest.files)):
         raise ArtifactError(
-            f"{manifest.name}: {odd[0]} is missing or does not belong here. "
+            f"{manifest.name}: {different[0]} is missing or unexpected. "
             "The artifact is incomplete; download or export it again."
         )
     return manifest
@@ -83,25 +83,25 @@ def load_variant(
     check_golden: bool = True,
     verified: bool = False,
 ) -> LoadedVariant:
-    """Load a variant, after checking that it is whole, trusted and right for this machine.
+    """Load a variant after checking that it is complete, trusted and supported on this machine.
 
     Args:
-        folder: What `write_variant` wrote.
-        device: ``cpu``, or ``cuda`` where the runtime can.
-        threads: Threads one call may use; 0 takes every core this process may run on.
-        allow_code: Load formats that carry code. Say yes only to what you built yourself or whose
-            digest somebody vouched for.
-        check_golden: Compare the answers to the golden rows with those of the machine that
-            exported; the same integer file scores differently on different processors.
-        verified: The digests have been checked already, as part of a larger variant.
+        folder: Folder written by `write_variant`.
+        device: ``cpu``, or ``cuda`` if the runtime supports it.
+        threads: Threads per call; 0 uses all cores available to this process.
+        allow_code: Load formats that carry code. Allow only artifacts that you built yourself or
+            whose digest is trusted.
+        check_golden: Compare the logits of the golden rows with those stored at export; the same
+            integer kernels can give other results on another processor.
+        verified: The digests were verified before, as part of a cascade.
 
     Raises:
-        ArtifactError: Incomplete, changed, or it does not answer as it did.
-        UntrustedError: It carries code and `allow_code` is false.
+        ArtifactError: The folder is incomplete or changed, or the golden check fails.
+        UntrustedError: The variant carries code and `allow_code` is false.
         UnsupportedError: This machine lacks the instruction set or the device.
-        MissingExtraError: The runtime's library is not installed.
+        MissingExtraError: The library of the runtime is not installed.
     """
-    manifest = _complete(folder) if verified else verify(folder)
+    manifest = _read_complete_manifest(folder) if verified else verify(folder)
     if manifest.carries_code and not allow_code:
         raise UntrustedError(
             f"{manifest.name} ({manifest.runtime}) carries executable code. Load it from a "
@@ -113,14 +113,14 @@ def load_variant(
             f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
             "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
         )
-    loaded = _loaded(folder, manifest, device, threads or usable_cores())
+    loaded = _load_files(folder, manifest, device, threads or usable_cores())
     if check_golden:
         check_golden_rows(loaded, folder)
     return loaded
 
 
-def _loaded(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:
-    """Read the runtime's files; a library's own error becomes one of ours, with its cause."""
+def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:
+    """Load the files of the runtime; library errors become `ArtifactError` with the cause."""
     variant, labels = manifest.variant(), _read_labels(folder)
     if manifest.runtime == "eager":
         _check_shards(folder, manifest)
@@ -132,7 +132,7 @@ def _loaded(folder: Path, manifest: Manifest, device: str, threads: int) -> Load
             predict = variant.load(folder, device=device, threads=threads)
     except PtDeployError:
         raise
-    except Exception as error:  # each runtime has its own, most derived from Exception alone
+    except Exception as error:  # runtimes have no common base class for errors
         raise ArtifactError(
             f"{manifest.name}: {manifest.runtime} cannot load its files "
             f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
@@ -141,7 +141,7 @@ def _loaded(folder: Path, manifest: Manifest, device: str, threads: int) -> Load
 
 
 def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:
-    """The variants that a variant consists of; their digests were checked with its own."""
+    """Load the stages of a cascade; their digests were verified with the cascade."""
     return [
         load_variant(
             folder / stage,
@@ -165,7 +165,7 @@ def _read_labels(folder: Path) -> tuple[str, ...]:
 
 
 def _check_shards(folder: Path, manifest: Manifest) -> None:
-    """Weights in several files are read from this folder alone: an index may name any path."""
+    """Check that an index of sharded weights names only files of this variant."""
     for name in manifest.files:
         if not name.endswith(".index.json"):
             continue
@@ -175,6 +175,6 @@ def _check_shards(folder: Path, manifest: Manifest) -> None:
             isinstance(shard, str) and shard in manifest.files for shard in shards.values()
         ):
             raise ArtifactError(
-                f"{manifest.name}: {name} names files that do not belong to the variant. The "
+                f"{manifest.name}: {name} names files outside of the variant. The "
                 "artifact is damaged; download it or export the variant again."
             )

@@ -1,7 +1,7 @@
-"""What a variant's folder says of itself, read strictly: every key, every type, every path.
+"""The manifest of a variant: strict parsing and validation of every key, type and path.
 
-A manifest comes from outside with the rest of an artifact. Its runtime and its options decide
-which code of this package runs, so they are held to the table of variants.
+A manifest is untrusted input. Its runtime and options decide which code of this package runs, so
+they are validated against the table of variants.
 """
 
 from __future__ import annotations
@@ -27,25 +27,37 @@ LABELS = "labels.json"
 _MAX_BYTES = 4 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][\w.+@=,-]{0,254}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Files that a library of a runtime without code might still unpickle, import or link.
-_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
-_CODE_NAMES = ("pytorch_model", "training_args", "optimizer")
+# Files that a library might unpickle, import or link, even in a runtime without code.
+_CODE_SUFFIXES = (
+    ".py",
+    ".pyc",
+    ".pyd",
+    ".so",
+    ".dll",
+    ".dylib",
+    ".pkl",
+    ".pickle",
+    ".pt",
+    ".pth",
+    ".ckpt",
+)
+_CODE_PREFIXES = ("pytorch_model", "training_args", "optimizer")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a variant's folder says of itself.
+    """Description of a variant, as stored in its folder.
 
     Attributes:
         name: ``<model>-<runtime>-<precision>``.
         model: ``teacher``, ``student`` or ``model``.
         runtime: Key of `RUNTIMES`.
         precision: See `Variant.precision`.
-        options: The variant's own options, as given.
-        cpu_flags: Instruction sets without which the native files cannot run.
-        libraries: Versions that wrote the folder.
-        files: Relative path to SHA-256, for every file but the manifest.
-        digest: SHA-256 of the manifest itself; it stands for the whole folder.
+        options: Runtime-specific options of the variant.
+        cpu_flags: Instruction sets that the native files require.
+        libraries: Library versions at export.
+        files: Maps relative path to SHA-256, for every file except the manifest.
+        digest: SHA-256 of the manifest; identifies the content of the whole folder.
     """
 
     name: str
@@ -60,33 +72,33 @@ class Manifest:
 
     @property
     def carries_code(self) -> bool:
-        """Whether the native files hold a program, see `Variant.carries_code`."""
-        # A cascade says it of its stages; where that is a lie, its stages refuse to load.
+        """Whether the native files contain code, see `Variant.carries_code`."""
+        # A cascade declares this for its stages; each stage is checked again when it is loaded.
         return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """What must be installed to run it: its own runtime, or those of a cascade's stages."""
+        """Runtimes that must be installed: its own, or those of the stages of a cascade."""
         if self.runtime != Cascade.runtime:
             return (self.runtime,)
         return tuple(self.options[stage].split("-")[1] for stage in ("fast", "strong"))
 
     def variant(self) -> Variant:
-        """The variant that wrote the folder.
+        """Return the variant with the options of this manifest.
 
         Raises:
-            ArtifactError: There is no such variant, or an option is not one of its own.
+            ArtifactError: The precision or an option is unknown or invalid.
         """
         kind = RUNTIMES[self.runtime]
-        known = {variant.precision for variant in _EVERY if isinstance(variant, kind)}
+        known = {variant.precision for variant in _ALL_VARIANTS if isinstance(variant, kind)}
         if self.precision not in known:
-            raise _odd(self.name, f"precision {self.precision} is unknown for {self.runtime}")
+            raise _invalid(self.name, f"precision {self.precision} is unknown for {self.runtime}")
         defaults = {each.name: each.default for each in fields(kind) if each.name != "precision"}
         for key, value in self.options.items():
             if key not in defaults:
-                raise _odd(self.name, f"options.{key[:80]!r} is no option of {self.runtime}")
+                raise _invalid(self.name, f"{self.runtime} has no option {key[:80]!r}")
             if not _same_type(value, defaults[key]):
-                raise _odd(self.name, f"options.{key} is not a {type(defaults[key]).__name__}")
+                raise _invalid(self.name, f"options.{key} is not a {type(defaults[key]).__name__}")
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
         variant = kind(precision=self.precision, **options)
         if isinstance(variant, Cascade):
@@ -94,15 +106,15 @@ class Manifest:
         return variant
 
 
-_EVERY: tuple[Variant, ...] = (*VARIANTS, *STATIC_VARIANTS, *ON_REQUEST, Cascade())
+_ALL_VARIANTS: tuple[Variant, ...] = (*VARIANTS, *STATIC_VARIANTS, *ON_REQUEST, Cascade())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a variant's manifest; the files that it names are not verified yet.
+    """Read and validate the manifest of a variant; file digests are not verified here.
 
     Raises:
-        ArtifactError: There is none, it is not of a format this version reads, or something in it
-            is not what this package writes; names the key.
+        ArtifactError: The manifest is missing, of another format version, or invalid; the message
+            names the key.
     """
     try:
         text = read_regular(folder / MANIFEST, _MAX_BYTES)
@@ -111,10 +123,10 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except ArtifactError as error:
         missing = isinstance(error.__cause__, FileNotFoundError)
-        relation = " is not a variant: its" if missing else ":"
-        raise ArtifactError(f"{folder.name}{relation} {error}") from error
+        prefix = " is not a variant: its" if missing else ":"
+        raise ArtifactError(f"{folder.name}{prefix} {error}") from error
     if not isinstance(content, dict):
-        raise _odd(folder.name, "is not a table of keys")
+        raise _invalid(folder.name, "is not a JSON object")
     format_, runtime = content.pop("format", None), content.get("runtime")
     known = isinstance(runtime, str) and runtime in RUNTIMES
     if type(format_) is not int or format_ != FORMAT or not known:
@@ -128,44 +140,44 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check(name: str, content: dict[str, Any]) -> None:
-    """Hold a manifest's keys to their types; options are held to the variant when it is loaded."""
-    wanted = {each.name for each in fields(Manifest)} - {"digest"}
-    if odd := sorted(wanted.symmetric_difference(content)):
-        raise _odd(name, f"{odd[0][:80]!r} is missing or unknown")
+    """Validate keys and types; options are validated when the variant is loaded."""
+    expected = {each.name for each in fields(Manifest)} - {"digest"}
+    if different := sorted(expected.symmetric_difference(content)):
+        raise _invalid(name, f"{different[0][:80]!r} is missing or unknown")
     for key in ("name", "model", "runtime", "precision"):
         if not isinstance(content[key], str) or not _NAME.fullmatch(content[key]):
-            raise _odd(name, f"{key} is not a name")
+            raise _invalid(name, f"{key} is not a valid name")
     flags = content["cpu_flags"]
     if not isinstance(flags, list) or not all(_is_name(flag) for flag in flags):
-        raise _odd(name, "cpu_flags is not a list of names")
+        raise _invalid(name, "cpu_flags is not a list of names")
     for key in ("options", "libraries", "files"):
         if not isinstance(content[key], dict):
-            raise _odd(name, f"{key} is not a table")
-    versions = [*content["libraries"], *content["libraries"].values()]  # these go into the log
+            raise _invalid(name, f"{key} is not a JSON object")
+    versions = [*content["libraries"], *content["libraries"].values()]  # these are logged
     if not all(isinstance(v, str) and v.isprintable() and len(v) <= 255 for v in versions):
-        raise _odd(name, "libraries holds something other than versions")
+        raise _invalid(name, "libraries contains an invalid version")
     carries_code = RUNTIMES[content["runtime"]].carries_code
     for path, digest in content["files"].items():
         if not _is_inside(path):
-            raise _odd(name, f"files names {_shown(path)}, which is not a path below the folder")
+            raise _invalid(name, f"files: {_shown(path)} is not a path inside the folder")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise _odd(name, f"files has no SHA-256 for {_shown(path)}")
-        # A cascade's stages are read by themselves.
+            raise _invalid(name, f"files has no SHA-256 for {_shown(path)}")
+        # The stages of a cascade have manifests of their own.
         if not carries_code and "/" not in path and _may_carry_code(path):
-            raise _odd(name, f"files names {_shown(path)}, which {content['runtime']} never has")
+            raise _invalid(name, f"files: {content['runtime']} never writes {_shown(path)}")
 
 
 def _check_cascade(name: str, cascade: Cascade) -> None:
     if not 0 <= cascade.threshold <= 1:
-        raise _odd(name, "options.threshold is not between 0 and 1")
+        raise _invalid(name, "options.threshold is not between 0 and 1")
     for stage in (cascade.fast, cascade.strong):
         parts = stage.split("-")
         if len(parts) < 3 or parts[1] not in RUNTIMES or parts[1] == Cascade.runtime:
-            raise _odd(name, f"options names {_shown(stage)}, which is no variant")
+            raise _invalid(name, f"options contains {_shown(stage)}, which is not a variant name")
 
 
 def _same_type(value: object, default: object) -> bool:
-    """Whether a JSON value has the type of an option's default."""
+    """Whether a JSON value has the same type as the default of an option."""
     if isinstance(default, tuple):
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
     if isinstance(default, float):
@@ -181,14 +193,14 @@ def _is_name(value: object) -> bool:
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path is plain, relative and leads to a place below its folder."""
+    """Whether a path is printable, relative and inside its folder."""
     parts = path.split("/")
     plain = path.isprintable() and "\\" not in path and len(path) <= 1024
     return plain and path != MANIFEST and not {"", ".", ".."} & set(parts)
 
 
 def _may_carry_code(path: str) -> bool:
-    return path.lower().endswith(_CODE) or path.startswith(_CODE_NAMES)
+    return path.lower().endswith(_CODE_SUFFIXES) or path.startswith(_CODE_PREFIXES)
 
 
 def _no_constant(word: str) -> float:
@@ -198,7 +210,7 @@ def _no_constant(word: str) -> float:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("it has a key twice")
+        raise ValueError("it has a duplicate key")
     return found
 
 
@@ -206,7 +218,7 @@ def _shown(path: str) -> str:
     return ascii(path[:80])
 
 
-def _odd(name: str, problem: str) -> ArtifactError:
+def _invalid(name: str, problem: str) -> ArtifactError:
     return ArtifactError(
         f"{name}: {MANIFEST}: {problem}. The artifact is damaged; download it or export the "
         "variant again."

@@ -1,4 +1,4 @@
-"""Writes a variant's folder: to the side, checked, sealed with a manifest, then renamed."""
+"""Write a variant folder atomically: export to a temporary folder, check, seal, rename."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def write_variant(
     golden_rows: Sequence[Row],
     probes: Probes | None = None,
 ) -> Manifest:
-    """Export a variant, check it, and put it into `target`, which appears complete or not at all.
+    """Export and check a variant, then move it to `target`. The folder is created atomically.
 
     Args:
         variant: The runtime with its options.
         module: A `models.Classifier` in evaluation mode, on the CPU.
-        target: The folder to create; an older one of that name is replaced.
+        target: Folder to create; an existing one is replaced.
         model: First part of the variant's name.
         example: A batch for tracing, see `Variant.export`.
         calibration: Batches for static quantization.
-        golden_rows: Raw rows whose logits are kept to check the artifact wherever it is loaded.
-        probes: Of the module, if there are any yet; one serves for all of its variants.
+        golden_rows: Raw rows whose logits are stored for the golden check.
+        probes: Reference outputs of `module`, shared by all of its variants; None creates them.
 
     Raises:
-        VariantError: The runtime cannot express the model, or it answers otherwise than eager.
-        OSError: The disk is full or not writable; nothing is left behind.
+        VariantError: The runtime does not support the model, or its output differs from eager.
+        OSError: The disk is full or not writable; partial output is removed.
     """
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
@@ -63,7 +63,7 @@ def write_variant(
 
 @contextmanager
 def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
-    """A folder beside `target` to fill; sealed with a manifest and renamed when all went well."""
+    """Yield a temporary folder; on success add the manifest and rename it to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -81,10 +81,10 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
 def write_golden(
     folder: Path, predict: Predict, preprocessor: Preprocessor, rows: Sequence[Row]
 ) -> None:
-    """Keep a few rows and the logits that the files in `folder` give for them.
+    """Store golden rows and their logits in `folder`.
 
     Raises:
-        VariantError: One of the answers, alone or all in one batch, is NaN.
+        VariantError: A logit is NaN or infinite, for a single row or for all rows in one batch.
     """
     logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
     if not (np.isfinite(logits).all() and np.isfinite(predict(preprocessor(rows))).all()):
@@ -93,6 +93,7 @@ def write_golden(
 
 
 def _seal(folder: Path, variant: Variant, model: str) -> None:
+    """Write the manifest with the digest of every file."""
     options = asdict(variant)
     precision = options.pop("precision")
     content: dict[str, Any] = {

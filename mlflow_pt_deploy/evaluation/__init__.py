@@ -1,17 +1,15 @@
-"""How fast, how large and how right a variant is, measured on this machine.
+"""Measure speed, size and accuracy of variants on this machine.
 
-Knows variants' folders and data; does not know MLflow, nor who chooses what from the numbers.
+    result         one measurement with unit and samples; all measurements of one variant
+    statistics     percentiles, confidence intervals, macro-F1
+    chance         compare a classifier with a constant one
+    worker         process that loads one variant and runs it
+    worker_client  handle of a worker process
+    timing         interleaved rounds against the baseline
+    bench          `Bench` and `measure`, which combine all of the above
 
-    result      a number with its unit and evidence; all numbers of one variant
-    statistics  percentiles, intervals, macro-F1: pure functions
-    chance      whether a classifier is better than a constant one: pure too
-    worker      the fresh process that loads one variant and runs it
-    process     the handle on a worker
-    timing      interleaved rounds against the baseline
-    evaluate    the straight line through all of them: `Bench`, `measure`
-
-Names are loaded on first use: a worker imports this package too, and what it imports counts
-towards the memory and the start-up time of the variant that it measures.
+Names are loaded lazily: a worker process imports this package too, and every import counts
+towards the memory and the start-up time of the measured variant.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNITS", "Bench", "Measurement", "Result", "Worker", "measure"]
 
-_HOME = {
+_MODULES = {
     "UNITS": "result",
     "Bench": "bench",
     "Measurement": "result",
@@ -37,6 +35,6 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,7 +1,4 @@
-"""The straight line: every variant in a fresh process, timed, then asked about all rows.
-
-Knows what is measured and in which order; does not know who chooses from it, nor MLflow.
-"""
+"""Benchmark variants: load each in a fresh process, time it, then predict all rows."""
 
 from __future__ import annotations
 
@@ -24,24 +21,23 @@ from mlflow_pt_deploy.system.hardware import usable_cores
 
 _TIMED_ROWS = (16, 256)
 _BATCHED_ROWS = 4096
-_LATENCY_SHARE = 0.6  # of the time budget; throughput gets the rest
-_WARM_SHARE = 0.25  # of it, for meeting each timed row once
+_LATENCY_SHARE = 0.6  # of the time budget; the rest is for throughput
+_WARM_UP_SHARE = 0.25  # of the time budget, to run each timed row once
 
 
 class Bench:
-    """The baseline in a process of its own, warm, and variants measured against it.
+    """Measures variants against a baseline that stays warm in a process of its own.
 
-    A context manager. A baseline whose process died, for want of memory perhaps, is started again,
-    and the variant that was being measured is measured anew.
+    A context manager. If the baseline process dies, e.g. of memory, it is restarted and the
+    current variant is measured again.
 
     Args:
         baseline: Folder of the eager fp32 teacher.
-        splits: Rows to time (drawn from `validation`) and to answer (`validation`, `test`).
-        seconds: Timing budget for each variant; slow models exceed it, because a few rounds and
-            repeats are run in any case, and answering all rows comes on top.
+        splits: Rows to time (drawn from `validation`) and to predict (`validation`, `test`).
+        seconds: Timing budget per variant. Slow models exceed it, because a minimum of rounds and
+            repeats is always run. The prediction of all rows is not included.
         device: ``cpu`` or ``cuda``.
-        threads: Threads that one call of the baseline may use; 0 takes every core this process
-            may run on.
+        threads: Threads per call of the baseline; 0 uses all cores available to this process.
 
     Raises:
         VariantError: The baseline fails, or there are no rows.
@@ -64,11 +60,11 @@ class Bench:
         self.batched = sample_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
         self.worker = self._start_baseline()
         try:
-            given = _answers(self.worker, splits)
+            predictions = _predict_all(self.worker, splits)
         except BaseException:
             self.worker.close()
             raise
-        self.reference = {name: answers.labels for name, answers in given.items()}
+        self.reference = {name: each.labels for name, each in predictions.items()}
 
     def __enter__(self) -> Bench:
         return self
@@ -83,16 +79,16 @@ class Bench:
         threads: int = 0,
         progress: Callable[[Result], None] | None = None,
     ) -> list[Result]:
-        """Measure variants one after the other, nothing else running.
+        """Measure variants in sequence.
 
         Args:
-            folders: Variant name to its folder. The baseline may be among them: its `speedup` is
-                the noise floor and should come out at 1.
-            threads: Threads that one call may use; 0: as the baseline.
-            progress: Called with each result as it is there.
+            folders: Maps variant name to folder. May include the baseline: its `speedup` shows
+                the noise floor and should be close to 1.
+            threads: Threads per call; 0 uses the number of the baseline.
+            progress: Callback for each result.
 
         Returns:
-            A result for each, in order; one that failed says so in `reason`.
+            One result per variant, in order; `reason` is set if the variant failed.
 
         Raises:
             VariantError: The baseline itself cannot be measured.
@@ -114,7 +110,7 @@ class Bench:
         return results
 
     def failed(self, name: str, reason: str) -> Result:
-        """The row of a variant that cannot be measured."""
+        """Return the result of a variant that cannot be measured."""
         return self._blank(name, None, self._threads, reason)
 
     def _attempt(self, blank: Result, folder: Path) -> Result:
@@ -129,10 +125,10 @@ class Bench:
         except PtDeployError as error:
             raise VariantError(f"the baseline cannot be measured: {error}") from error
         try:
-            fewest, most = _TIMED_ROWS
+            min_rows, max_rows = _TIMED_ROWS
             rows = len(self.splits.validation)
-            row_s = warm_up(worker, sample_rows(fewest, rows))
-            count = min(max(round(_WARM_SHARE * self.seconds / row_s), fewest), most)
+            row_s = warm_up(worker, sample_rows(min_rows, rows))
+            count = min(max(round(_WARM_UP_SHARE * self.seconds / row_s), min_rows), max_rows)
             self.timed = sample_rows(count, rows)
             worker.time(self.timed)
         except BaseException:
@@ -169,13 +165,13 @@ def measure(
     """Measure variants against one of them, see `Bench`.
 
     Args:
-        folders: Variant name to its folder, the baseline among them.
+        folders: Maps variant name to folder, including the baseline.
         baseline: Name of the eager fp32 teacher.
-        splits: Where rows and targets come from.
-        seconds: Timing budget for each variant.
+        splits: Rows and targets.
+        seconds: Timing budget per variant.
         device: ``cpu`` or ``cuda``.
-        threads: Threads that one call may use; 0 takes every core this process may run on.
-        only: Names to measure; empty: all.
+        threads: Threads per call; 0 uses all cores available to this process.
+        only: Names of the variants to measure; empty means all.
 
     Raises:
         VariantError: The baseline is not among the folders, fails, or there are no rows.
@@ -185,9 +181,9 @@ def measure(
             f"the baseline {baseline} is not among the variants: {', '.join(folders) or 'none'}. "
             "Build it first; every comparison needs it."
         )
-    wanted = {name: path for name, path in folders.items() if not only or name in only}
+    selected = {name: path for name, path in folders.items() if not only or name in only}
     with Bench(folders[baseline], splits, seconds=seconds, device=device, threads=threads) as bench:
-        return bench.measure(wanted)
+        return bench.measure(selected)
 
 
 def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
@@ -200,25 +196,25 @@ def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
     return worker
 
 
-def _answers(worker: Worker, splits: Splits) -> dict[str, Predictions]:
-    middle = len(splits.validation)
+def _predict_all(worker: Worker, splits: Splits) -> dict[str, Predictions]:
+    boundary = len(splits.validation)
     return {
-        "validation": worker.predict(0, middle),
-        "test": worker.predict(middle, middle + len(splits.test)),
+        "validation": worker.predict(0, boundary),
+        "test": worker.predict(boundary, boundary + len(splits.test)),
     }
 
 
 def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
     with _start(folder, bench.splits, blank.device, blank.threads) as worker:
-        timing, answers = _timing(worker, bench), _answers(worker, bench.splits)
+        timing, predictions = _timing(worker, bench), _predict_all(worker, bench.splits)
         validation, labels = bench.splits.validation, bench.splits.labels
-        note = chance_note(validation.targets, answers["validation"].labels, labels)
+        note = chance_note(validation.targets, predictions["validation"].labels, labels)
         measurements = [
             *timing,
-            _plain("artifact_mb", _folder_bytes(folder) / 1e6),
-            _plain("load_s", worker.load_s),
-            *_quality(answers, bench),
-            _plain("peak_rss_mb", worker.memory() / 1e6),
+            _measurement("artifact_mb", _folder_bytes(folder) / 1e6),
+            _measurement("load_s", worker.load_s),
+            *_quality(predictions, bench),
+            _measurement("peak_rss_mb", worker.memory() / 1e6),
         ]
         return replace(
             blank,
@@ -239,25 +235,25 @@ def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
     )
     best = max(rates, key=lambda size: float(np.median(rates[size])))
     return [
-        _plain("latency_mean_ms", float(np.mean(rounds.samples_ms))),
+        _measurement("latency_mean_ms", float(np.mean(rounds.samples_ms))),
         Measurement("latency_p50_ms", p50, "ms", samples=rounds.samples_ms),
-        _plain("latency_p95_ms", p95),
-        _plain("latency_p99_ms", p99),
+        _measurement("latency_p95_ms", p95),
+        _measurement("latency_p99_ms", p99),
         Measurement("speedup", ratio, "x", low=low, high=high, samples=rounds.ratios),
         Measurement.from_samples("throughput_rows_per_s", rates[best], "rows/s"),
-        _plain("best_batch_rows", best),
+        _measurement("best_batch_rows", best),
     ]
 
 
-def _quality(answers: Mapping[str, Predictions], bench: Bench) -> list[Measurement]:
+def _quality(predictions: Mapping[str, Predictions], bench: Bench) -> list[Measurement]:
     found: list[Measurement] = []
-    for dataset, given in answers.items():
+    for dataset, (labels, confidence) in predictions.items():
         split: Split = getattr(bench.splits, dataset)
         if len(split):
-            found += _scores(dataset, split.targets, given.labels, bench.reference[dataset])
-            sure = tuple(round(value, 6) for value in given.confidence.tolist())
-            mean = float(given.confidence.mean())
-            found.append(Measurement("confidence", mean, "fraction", dataset, samples=sure))
+            found += _scores(dataset, split.targets, labels, bench.reference[dataset])
+            samples = tuple(round(value, 6) for value in confidence.tolist())
+            mean = float(confidence.mean())
+            found.append(Measurement("confidence", mean, "fraction", dataset, samples=samples))
     return found
 
 
@@ -267,18 +263,18 @@ def _scores(
     predicted: npt.NDArray[np.int64],
     reference: npt.NDArray[np.int64],
 ) -> list[Measurement]:
-    right = predicted == targets
-    drop, low, high = paired_drop(reference == targets, right)
-    evidence = tuple(map(float, right))
+    correct = predicted == targets
+    drop, low, high = paired_drop(reference == targets, correct)
+    samples = tuple(map(float, correct))
     return [
-        Measurement("accuracy", float(right.mean()), "fraction", dataset, samples=evidence),
-        _plain("macro_f1", macro_f1(targets, predicted), dataset),
-        _plain("agreement", float((predicted == reference).mean()), dataset),
+        Measurement("accuracy", float(correct.mean()), "fraction", dataset, samples=samples),
+        _measurement("macro_f1", macro_f1(targets, predicted), dataset),
+        _measurement("agreement", float((predicted == reference).mean()), dataset),
         Measurement("accuracy_drop", drop, "fraction", dataset, low, high),
     ]
 
 
-def _plain(name: str, value: float, dataset: str = "") -> Measurement:
+def _measurement(name: str, value: float, dataset: str = "") -> Measurement:
     return Measurement(name, float(value), UNITS[name], dataset)
 
 

@@ -1,7 +1,4 @@
-"""Whether a classifier has learned anything: compare it with one that gives every row one label.
-
-Pure functions over labels. Knows no model.
-"""
+"""Compare a classifier with a constant one that predicts the same label for every row."""
 
 from __future__ import annotations
 
@@ -16,27 +13,31 @@ from mlflow_pt_deploy.evaluation.statistics import paired_drop
 def chance_note(
     targets: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], labels: Sequence[str]
 ) -> str:
-    """In words, why a classifier is no better than always giving the most frequent label.
+    """Explain why a classifier is no better than always predicting the most frequent label.
 
     Args:
         targets: int64 (rows,), the true classes.
-        predicted: int64 (rows,), the classes answered.
-        labels: Names of the classes.
+        predicted: int64 (rows,), the predicted classes.
+        labels: Class names.
 
     Returns:
-        Empty where it is better by more than the 95 % interval of `paired_drop` and gives more
-        than one label, or is right on all rows.
+        Empty if the classifier is better by more than the 95 % interval of `paired_drop` and
+        predicts more than one label, or if all rows are correct.
     """
-    common = int(np.bincount(targets).argmax())
-    right, share = float(np.mean(predicted == targets)), float(np.mean(targets == common))
-    always = f"always answering {labels[common]!r} is right on {share:.1%}"
+    most_frequent = int(np.bincount(targets).argmax())
+    accuracy = float(np.mean(predicted == targets))
+    constant = float(np.mean(targets == most_frequent))
+    comparison = f"always predicting {labels[most_frequent]!r} is correct for {constant:.1%}"
     if len(labels) > 1 and len(np.unique(predicted)) == 1:
         return (
-            f"answers every validation row with {labels[int(predicted[0])]!r}: it is right on "
-            f"{right:.1%}; {always}"
+            f"predicts {labels[int(predicted[0])]!r} for every validation row: it is correct for "
+            f"{accuracy:.1%}; {comparison}"
         )
-    behind = paired_drop(targets == common, predicted == targets)
-    if behind.high < 0 or right == 1:
+    loss = paired_drop(targets == most_frequent, predicted == targets)
+    if loss.high < 0 or accuracy == 1:
         return ""
-    verdict = "at chance level" if behind.value >= 0 else "no better than chance beyond noise"
-    return f"is {verdict}: it is right on {right:.1%} of {len(targets)} validation rows; {always}"
+    verdict = "at chance level" if loss.value >= 0 else "no better than chance beyond noise"
+    return (
+        f"is {verdict}: it is correct for {accuracy:.1%} of {len(targets)} validation rows; "
+        f"{comparison}"
+    )

@@ -1,7 +1,4 @@
-"""A number with its unit and its evidence, and all the numbers of one variant.
-
-Knows names and units; does not know how a number came about, nor what it is good for.
-"""
+"""Data classes: one measurement with unit and samples, and all measurements of one variant."""
 
 from __future__ import annotations
 
@@ -35,16 +32,16 @@ UNITS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number, tied to what it was measured on.
+    """One metric value, optionally with a 95 % interval and raw samples.
 
     Attributes:
-        name: Metric, as in `UNITS`.
-        value: The number, in `unit`.
-        unit: Unit of `value`, `low`, `high` and mostly of `samples`.
-        dataset: ``validation`` or ``test``; empty where the number belongs to neither.
-        low: Lower end of the 95 % interval, where there is one.
-        high: Upper end of it.
-        samples: Raw evidence, e.g. the milliseconds of each row, or 0/1 for each row answered.
+        name: Metric, a key of `UNITS`.
+        value: Value in `unit`.
+        unit: Unit of `value`, `low`, `high` and usually of `samples`.
+        dataset: ``validation`` or ``test``; empty for metrics without a dataset.
+        low: Lower end of the 95 % interval, or None.
+        high: Upper end of the 95 % interval, or None.
+        samples: Raw samples, e.g. milliseconds per row, or 1 for each correct row and 0 else.
     """
 
     name: str
@@ -65,23 +62,23 @@ class Measurement:
         dataset: str = "",
         statistic: Callable[[Sequence[float]], float] = statistics.median,
     ) -> Measurement:
-        """Sum up raw samples by one statistic and keep them.
+        """Summarize raw samples by a statistic and keep them.
 
         Raises:
-            VariantError: There are no samples.
+            VariantError: `samples` is empty.
         """
         if not samples:
-            raise VariantError(f"{name} has no samples. Measure at least one before summing up.")
+            raise VariantError(f"{name} has no samples; at least one is needed.")
         raw = tuple(map(float, samples))
         return cls(name, float(statistic(raw)), unit, dataset, samples=raw)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values that `from_json` reads back."""
+        """Return JSON values for `from_json`."""
         return {**asdict(self), "samples": list(self.samples)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Measurement:
-        """Read what `to_json` gave.
+        """Create a measurement from the output of `to_json`.
 
         Raises:
             VariantError: A field is missing or unknown.
@@ -89,25 +86,25 @@ class Measurement:
         try:
             return cls(**{**document, "samples": tuple(document["samples"])})
         except (KeyError, TypeError) as error:
-            raise VariantError(f"not a measurement that to_json wrote: {error}") from error
+            raise VariantError(f"not the JSON of a measurement: {error}") from error
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known about one variant on this machine.
+    """All measurements of one variant on this machine.
 
     Attributes:
-        variant: Its name, ``<model>-<runtime>-<precision>``.
+        variant: Name, ``<model>-<runtime>-<precision>``.
         model: ``teacher``, ``student``, ...
-        runtime: What executes it.
+        runtime: Key of `runtimes.catalog.RUNTIMES`.
         precision: ``fp32``, ``int8-dynamic``, ...
-        device: Where it was measured, ``cpu`` or ``cuda``.
-        threads: Threads that one call could use.
-        folder: Where the artifact is; None where nothing was built.
-        reason: Why there is nothing (or not all) to report, in words; empty when all went well.
-        measurements: The numbers.
-        baseline: The variant that `speedup`, `accuracy_drop` and `agreement` compare with.
-        notes: What to know of the variant before trusting it, e.g. that it is at chance level.
+        device: ``cpu`` or ``cuda``.
+        threads: Threads per call.
+        folder: Folder of the artifact, or None if it was not built.
+        reason: Why the variant could not be built or measured; empty on success.
+        measurements: The measurements.
+        baseline: Variant that `speedup`, `accuracy_drop` and `agreement` compare with.
+        notes: Warnings about the variant, e.g. that it is at chance level.
     """
 
     variant: str
@@ -123,19 +120,19 @@ class Result:
     notes: tuple[str, ...] = ()
 
     def get(self, name: str, dataset: str = "") -> Measurement | None:
-        """The measurement of that name on that dataset, or None."""
+        """Return the measurement of a metric on a dataset, or None."""
         for each in self.measurements:
             if (each.name, each.dataset) == (name, dataset):
                 return each
         return None
 
     def value(self, name: str, dataset: str = "") -> float | None:
-        """The number of that name on that dataset, or None."""
+        """Return the value of a metric on a dataset, or None."""
         found = self.get(name, dataset)
         return None if found is None else found.value
 
     def metrics(self, dataset: str = "") -> dict[str, float]:
-        """Flat numbers of one dataset (or of none), ``_low`` and ``_high`` where there are."""
+        """Return metric values of a dataset by name, intervals as ``_low`` and ``_high``."""
         flat: dict[str, float] = {}
         for each in self.measurements:
             if each.dataset != dataset:
@@ -148,7 +145,7 @@ class Result:
         return flat
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values that `from_json` reads back."""
+        """Return JSON values for `from_json`."""
         return {
             **asdict(self),
             "folder": None if self.folder is None else str(self.folder),
@@ -158,7 +155,7 @@ class Result:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Result:
-        """Read what `to_json` gave.
+        """Create a result from the output of `to_json`.
 
         Raises:
             VariantError: A field is missing or unknown.
@@ -166,12 +163,12 @@ class Result:
         try:
             folder = document["folder"]
             measurements = tuple(map(Measurement.from_json, document["measurements"]))
-            notes = tuple(document.get("notes", ()))  # older documents have none
-            changed = {
+            notes = tuple(document.get("notes", ()))  # missing in older documents
+            parsed = {
                 "folder": folder and Path(folder),
                 "measurements": measurements,
                 "notes": notes,
             }
-            return cls(**{**document, **changed})
+            return cls(**{**document, **parsed})
         except (KeyError, TypeError) as error:
-            raise VariantError(f"not a result that to_json wrote: {error}") from error
+            raise VariantError(f"not the JSON of a result: {error}") from error

@@ -1,10 +1,10 @@
-"""A fresh process that loads one variant and runs it on request.
+"""Worker process that loads one variant and runs it on request.
 
     python -m mlflow_pt_deploy.evaluation.worker FOLDER --device cpu --threads 2
 
-One JSON request a line on standard input, one JSON reply a line on standard output. Imports
-nothing that the variant does not import itself, because that would count towards the variant's
-memory and start-up time. Knows no baseline and no statistics; its parent does.
+Reads one JSON request per line from standard input and writes one JSON reply per line to standard
+output. Imports only what the variant needs, because every import counts towards the measured
+memory and start-up time.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _PREDICT_ROWS = 32
 
 
 class Session:
-    """A loaded variant and the rows it is asked about.
+    """A loaded variant and the rows of the requests.
 
-    Each public method answers the request of its name with plain JSON values; times are in
-    nanoseconds and always run from the raw row to the label.
+    Each public method implements the request of its name and returns JSON values. Times are in
+    nanoseconds, measured from the raw row to the label.
     """
 
     def __init__(self, loaded: LoadedVariant) -> None:
@@ -43,7 +43,7 @@ class Session:
         self._rows: list[Row] = []
 
     def first(self, row: Any) -> dict[str, str]:
-        """Answer one row, and say what this is."""
+        """Predict one row; also return model, runtime and precision of the variant."""
         manifest = self._loaded.manifest
         return {
             "label": self._label(row_from_json(row)),
@@ -53,16 +53,16 @@ class Session:
         }
 
     def rows(self, rows: list[Any]) -> int:
-        """Keep the rows that later requests name by index."""
+        """Store the rows that later requests refer to by index; return their number."""
         self._rows = [row_from_json(row) for row in rows]
         gc.collect()
-        gc.freeze()  # whatever lives by now stays; later collections need not look at it
+        gc.freeze()  # exclude all current objects from later collections
         return len(rows)
 
     def time(self, indices: list[int], passes: int) -> list[int]:
-        """Answer rows one at a time, `passes` times over, and time each."""
+        """Predict rows one at a time, `passes` times; return the time of each."""
         rows = [self._rows[index] for index in indices]
-        # One untimed row: another process has had the cores and their caches in between.
+        # One untimed row first, because another process has used the CPU caches in between.
         self._label(rows[0])
         elapsed = []
         with _no_collection():
@@ -74,7 +74,7 @@ class Session:
         return elapsed
 
     def batch(self, indices: list[int], size: int) -> int:
-        """Answer rows in batches of `size`, and time all of it, reading and sorting included."""
+        """Predict rows in batches of `size`; return the total time, including preprocessing."""
         rows = [self._rows[index] for index in indices]
         with _no_collection():
             start = perf_counter_ns()
@@ -84,19 +84,19 @@ class Session:
             return perf_counter_ns() - start
 
     def predict(self, start: int, stop: int) -> list[tuple[int, float]]:
-        """Label's index and confidence for each row in [start, stop), in the order of the rows."""
+        """Return label index and confidence for each row in [start, stop), in row order."""
         rows = self._rows[start:stop]
-        answers: list[tuple[int, float]] = [(0, 0.0)] * len(rows)
+        results: list[tuple[int, float]] = [(0, 0.0)] * len(rows)
         for order, logits in self._sorted_batches(rows, _PREDICT_ROWS):
-            found = zip(logits.argmax(axis=1).tolist(), confidence(logits).tolist(), strict=True)
-            for position, answer in zip(order, found, strict=True):
-                answers[position] = answer
-        return answers
+            batch = zip(logits.argmax(axis=1).tolist(), confidence(logits).tolist(), strict=True)
+            for position, result in zip(order, batch, strict=True):
+                results[position] = result
+        return results
 
     def memory(self) -> int:
-        """Largest resident memory of this process so far, in bytes."""
+        """Return the peak resident memory of this process, in bytes."""
         try:
-            # Not getrusage: its ru_maxrss is inherited over exec, so a large parent would show.
+            # Not getrusage: ru_maxrss is inherited over exec and would include a large parent.
             status = Path("/proc/self/status").read_text(encoding="utf8")
             return next(
                 int(line.split()[1]) * 1024
@@ -115,14 +115,14 @@ class Session:
         return self._loaded.labels[int(logits[0].argmax())]
 
     def _sorted_batches(self, rows: Sequence[Row], size: int) -> Iterator[tuple[list[int], Logits]]:
-        """Positions and logits, batch by batch; rows of like length share one: less padding."""
+        """Yield row positions and logits per batch; rows are sorted by length to save padding."""
         preprocessor = self._loaded.preprocessor
         encoded = preprocessor.encode(rows)
         order = sorted(range(len(rows)), key=lambda position: len(encoded[position]))
         for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            logits = self._loaded.predict(preprocessor.collate([encoded[i] for i in chosen]))
-            yield chosen, logits
+            positions = order[start : start + size]
+            logits = self._loaded.predict(preprocessor.collate([encoded[i] for i in positions]))
+            yield positions, logits
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _serve(session: Session, requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until ``quit`` or the end of the input."""
+    """Handle requests until ``quit`` or the end of the input."""
     operations: dict[str, Callable[..., Any]] = {
         name: getattr(session, name)
         for name in ("first", "rows", "time", "batch", "predict", "memory")
@@ -149,12 +149,12 @@ def _serve(session: Session, requests: TextIO, replies: TextIO) -> None:
         _send(replies, _attempt(partial(operations[name], **request)))
 
 
-def _attempt(act: Callable[[], Any]) -> dict[str, Any]:
+def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
     try:
-        return {"answer": act()}
+        return {"answer": action()}
     except PtDeployError as error:
         return {"error": str(error), "kind": ""}
-    except Exception as error:  # whatever a runtime raises is the answer to this request
+    except Exception as error:  # errors of a runtime are reported, the worker continues
         return {"error": str(error), "kind": type(error).__name__}
 
 
@@ -170,13 +170,13 @@ def _load(folder: Path, device: str, threads: int) -> LoadedVariant:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Load the variant, then serve; 1 when it cannot be loaded."""
+    """Load the variant and handle requests; return 1 if it cannot be loaded."""
     parser = argparse.ArgumentParser(prog="python -m mlflow_pt_deploy.evaluation.worker")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args(arguments)
-    # Libraries print to descriptor 1, also from C: the protocol moves to a descriptor of its own.
+    # Libraries print to descriptor 1, also from C code, so replies use a descriptor of their own.
     replies = os.fdopen(os.dup(1), "w", encoding="utf8")
     os.dup2(2, 1)
     with replies:
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _send(replies, outcome)
             return 1
         _serve(Session(outcome["answer"]), sys.stdin, replies)
-    # All is said, and nothing is left to write: to take PyTorch apart would last most of a second.
+    # Skip interpreter shutdown, which takes most of a second with PyTorch. All output is flushed.
     os._exit(0)
 
 

@@ -1,8 +1,4 @@
-"""The handle on a worker: a variant that is loaded in a fresh process of its own.
-
-Knows how to start, ask and reap the process, and how to say in words why it died. Does not know
-what the answers mean.
-"""
+"""Client of a worker process: start it, send requests, explain failures and clean up."""
 
 from __future__ import annotations
 
@@ -27,35 +23,35 @@ from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import THREAD_VARIABLES
 
-_PREDICT_ROWS = 2048  # rows a request, so that the time limit does not depend on the data's size
+_PREDICT_ROWS = 2048  # rows per request, so that the time limit is independent of the data size
 _STDERR_BYTES = 4096
 _STDERR_LINES = 5
 _SHORT_ROW = 12  # characters
 
 
 class Predictions(NamedTuple):
-    """Labels, int64 (rows,), and the model's confidence in each, float32 (rows,)."""
+    """Predicted labels, int64 (rows,), and confidences, float32 (rows,)."""
 
     labels: npt.NDArray[np.int64]
     confidence: npt.NDArray[np.float32]
 
 
 class Worker:
-    """One variant in a fresh process; use it as a context manager, so that it is always reaped.
+    """One variant in a process of its own. Use as a context manager to end the process.
 
     Args:
-        folder: The variant's folder.
-        first_row: A raw row; the process has started when it has answered it.
+        folder: Folder of the variant.
+        first_row: A raw row; start-up ends with its prediction.
         device: ``cpu`` or ``cuda``.
-        threads: Threads that one call may use, 1 or more.
-        timeout_s: Longest wait for one answer, loading included.
+        threads: Threads per call, at least 1.
+        timeout_s: Maximum time for one reply, including loading.
 
     Attributes:
-        load_s: Seconds from the start of the process to its first label.
-        model, runtime, precision: From the variant's manifest.
+        load_s: Seconds from the start of the process to its first prediction.
+        model, runtime, precision: From the manifest of the variant.
 
     Raises:
-        VariantError: The variant cannot be loaded, or not in time.
+        VariantError: The variant cannot be loaded, or not within the timeout.
     """
 
     def __init__(
@@ -81,13 +77,13 @@ class Worker:
             env=child.environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
         )
         try:
-            facts = self._ask("first", row=row_to_json(first_row))
+            manifest = self._request("first", row=row_to_json(first_row))
         except BaseException:
             self.close()
             raise
         self.load_s = perf_counter() - start
-        self.model, self.runtime = str(facts["model"]), str(facts["runtime"])
-        self.precision = str(facts["precision"])
+        self.model, self.runtime = str(manifest["model"]), str(manifest["runtime"])
+        self.precision = str(manifest["precision"])
 
     def __enter__(self) -> Worker:
         return self
@@ -111,98 +107,99 @@ class Worker:
         return self._process.poll() is None
 
     def load_rows(self, rows: Sequence[Row]) -> None:
-        """Hand over the raw rows that later requests name by index."""
+        """Send the raw rows that later requests refer to by index."""
         self._private = _texts(rows)
-        self._ask("rows", rows=[row_to_json(row) for row in rows])
+        self._request("rows", rows=[row_to_json(row) for row in rows])
 
     def time(self, indices: Sequence[int], passes: int = 1) -> list[int]:
-        """Answer rows one at a time, `passes` times over; nanoseconds of each, in order."""
-        elapsed: list[int] = self._ask("time", indices=list(indices), passes=passes)
+        """Predict rows one at a time, `passes` times; return nanoseconds of each, in order."""
+        elapsed: list[int] = self._request("time", indices=list(indices), passes=passes)
         return elapsed
 
     def batch(self, indices: Sequence[int], size: int) -> int:
-        """Answer rows in length-sorted batches of `size`; nanoseconds for all of them."""
-        return int(self._ask("batch", indices=list(indices), size=size))
+        """Predict rows in length-sorted batches of `size`; return the total in nanoseconds."""
+        return int(self._request("batch", indices=list(indices), size=size))
 
     def predict(self, start: int, stop: int) -> Predictions:
-        """What the variant answers to each row in [start, stop)."""
-        found: list[tuple[int, float]] = []
+        """Predict each row in [start, stop)."""
+        results: list[tuple[int, float]] = []
         for first in range(start, stop, _PREDICT_ROWS):
-            found += self._ask("predict", start=first, stop=min(first + _PREDICT_ROWS, stop))
-        labels = np.asarray([label for label, _ in found], dtype=np.int64)
-        return Predictions(labels, np.asarray([sure for _, sure in found], dtype=np.float32))
+            results += self._request("predict", start=first, stop=min(first + _PREDICT_ROWS, stop))
+        labels = np.asarray([label for label, _ in results], dtype=np.int64)
+        confidence = np.asarray([value for _, value in results], dtype=np.float32)
+        return Predictions(labels, confidence)
 
     def memory(self) -> int:
-        """Largest resident memory of the process so far, in bytes."""
-        return int(self._ask("memory"))
+        """Return the peak resident memory of the process, in bytes."""
+        return int(self._request("memory"))
 
     def close(self) -> None:
-        """End the process and wait for it; closing twice is fine."""
+        """End the process and wait for it. Idempotent."""
         stdin = self._process.stdin
         assert stdin is not None
         with suppress(OSError):
-            stdin.close()  # the worker takes the end of its input for "quit"
+            stdin.close()  # the worker exits at the end of its input
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
         child.end(self._process)
         self._stderr.close()
 
-    def _ask(self, do: str, **arguments: Any) -> Any:
+    def _request(self, name: str, **arguments: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        # A killed worker ends both the write and the read below, so one clock guards the two.
-        expired = threading.Event()
-        clock = threading.Timer(self._timeout_s, self._expire, [expired])
-        clock.daemon = True
-        clock.start()
+        # Killing the worker ends both the write and the read below, so one timer covers both.
+        timed_out = threading.Event()
+        timer = threading.Timer(self._timeout_s, self._abort, [timed_out])
+        timer.daemon = True
+        timer.start()
         try:
-            with suppress(OSError):  # it died: what it said last, if anything, is still to be read
-                self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            with suppress(OSError):  # the worker died; its remaining output is read below
+                self._process.stdin.write(json.dumps({"do": name, **arguments}).encode() + b"\n")
                 self._process.stdin.flush()
             line = self._process.stdout.readline()
         finally:
-            clock.cancel()
+            timer.cancel()
         if not line.endswith(b"\n"):
-            interrupt.check()  # a worker that was ended for that reason is no failure
-            raise VariantError(self._death(do, timed_out=expired.is_set()))
+            interrupt.check()  # a worker killed by an interrupt is not a failed variant
+            raise VariantError(self._explain_exit(name, timed_out=timed_out.is_set()))
         reply = json.loads(line)
         if "error" in reply:
-            raise VariantError(f"{self.name}: {self._explain(**reply)}")
+            raise VariantError(f"{self.name}: {self._explain_error(**reply)}")
         return reply["answer"]
 
-    def _expire(self, expired: threading.Event) -> None:
-        expired.set()
+    def _abort(self, timed_out: threading.Event) -> None:
+        timed_out.set()
         child.kill(self._process)
 
-    def _death(self, do: str, *, timed_out: bool) -> str:
+    def _explain_exit(self, request: str, *, timed_out: bool) -> str:
         if timed_out:
             return (
-                f"{self.name}: no answer to '{do}' within {self._timeout_s:g} s, so its process "
-                "was ended. The variant hangs or is far too slow here; leave it out."
+                f"{self.name}: no reply to '{request}' within {self._timeout_s:g} s; its process "
+                "was killed. The variant hangs or is too slow on this machine; exclude it."
             )
-        killed = ", most likely because memory ran out; free some"
-        how = describe_exit(self._process.wait(), killed)
-        return f"{self.name}: its process {how}, at '{do}'.{self._last_words()}"
+        hint = ", probably out of memory; free some memory"
+        outcome = describe_exit(self._process.wait(), hint)
+        return f"{self.name}: its process {outcome}, during '{request}'.{self._last_output()}"
 
-    def _explain(self, error: str, kind: str) -> str:
-        # Our own errors have no kind: they never repeat a row.
+    def _explain_error(self, error: str, kind: str) -> str:
+        # Errors of this package have no kind and never contain a row.
         if not kind:
             return error
-        # Shortened last: a row that is cut would not be found.
-        kept = "\n".join(self._lines_without_rows(error))
-        return f"{kind}: {root_cause(VariantError(kept))}"
+        # Remove rows before shortening, because a truncated row would not be found.
+        redacted = "\n".join(self._lines_without_rows(error))
+        return f"{kind}: {root_cause(VariantError(redacted))}"
 
-    def _last_words(self) -> str:
+    def _last_output(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(self._stderr.tell() - _STDERR_BYTES, 0))
         lines = self._stderr.read().decode("utf8", "replace").strip().splitlines()
-        said = " | ".join(self._lines_without_rows("\n".join(lines[-_STDERR_LINES:])))
-        return f" It last said: {said}" if said else ""
+        output = " | ".join(self._lines_without_rows("\n".join(lines[-_STDERR_LINES:])))
+        return f" Last output: {output}" if output else ""
 
     def _lines_without_rows(self, text: str) -> list[str]:
-        """Lines that can be stored and shown: those that hold a user's row are left out.
+        """Split a library message into lines and redact those that contain a row of the data.
 
-        A library may cut a long row short, so its beginning counts; a short one may be any word,
-        so it counts where it is quoted.
+        Libraries may truncate long rows, so the first characters are matched. Short rows may be
+        common words, so they are matched only with quotation marks.
         """
         starts = {
             start
@@ -210,13 +207,13 @@ class Worker:
             for quoted in (repr(row), json.dumps(row), json.dumps(row, ensure_ascii=False))
             for start in ({quoted[1:25]} if len(row) >= _SHORT_ROW else {f"'{row}'", quoted})
         }
-        left_out = "(left out: repeats a row of the data)"
+        redacted = "(redacted: contains a row of the data)"
         return [
-            left_out if any(start in line for start in starts) else line.strip()
+            redacted if any(start in line for start in starts) else line.strip()
             for line in text.splitlines()
         ]
 
 
 def _texts(rows: Sequence[Row]) -> tuple[str, ...]:
-    """What a library might repeat; none writes the bytes of an image into a message."""
+    """Return the rows that could appear in a message of a library: texts, but not images."""
     return tuple(row for row in rows if isinstance(row, str))

@@ -1,4 +1,4 @@
-"""Many variants at once, in real child processes: what fails is a row with its reason."""
+"""Export of many variants in real child processes; a failure is a result with its reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
-from mlflow_pt_deploy.artifacts.builder import BuildResult, _cause, build
+from mlflow_pt_deploy.artifacts.builder import BuildResult, _describe_failure, build
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
@@ -21,7 +21,7 @@ from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 @dataclass(frozen=True)
 class Elsewhere(Eager):
-    """What only another machine can build."""
+    """A variant that this machine cannot build."""
 
     runtime = "elsewhere"
 
@@ -31,7 +31,7 @@ class Elsewhere(Eager):
 
 @pytest.fixture
 def broken_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children find onnx not installed, and an openvino that crashes."""
+    """In child processes onnx is not installed and openvino crashes on import."""
     folder = tmp_path / "libraries"
     folder.mkdir()
     (folder / "onnx.py").write_text("raise ModuleNotFoundError('No onnx', name='onnx')")
@@ -39,27 +39,27 @@ def broken_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
-def test_all_in_order_and_what_fails_is_a_row(
+def test_results_keep_the_order_and_include_failures(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, broken_libraries: None
 ) -> None:
     variants = (Elsewhere(), OpenVino("fp32"), OnnxRuntime("fp32"), Eager("fp32"))
-    said: list[BuildResult] = []
+    reported: list[BuildResult] = []
     target = tmp_path / "variants"
-    # One child at a time, so that another one must take the place of the one that crashed.
+    # One child process at a time, so that the crashed one must be replaced.
     built = build(
         {"teacher": tiny_model},
         tiny_splits,
         target,
         variants=variants,
         parallel=1,
-        progress=said.append,
+        progress=reported.append,
     )
     assert [row.name for row in built] == [variant.name("teacher") for variant in variants]
-    assert sorted(said, key=lambda row: row.name) == sorted(built, key=lambda row: row.name)
+    assert sorted(reported, key=lambda row: row.name) == sorted(built, key=lambda row: row.name)
     elsewhere, crashed, missing, eager = built
 
     assert elsewhere.reason == "skipped: this machine is not elsewhere"
-    assert said[0] == elsewhere  # known before any child has started
+    assert reported[0] == elsewhere  # known before any child process starts
     assert "the export was killed (SIGKILL); the machine may have run out of" in crashed.reason
     assert "onnx is not installed" in missing.reason
     assert "pip install 'mlflow-pt-deploy[onnx]'" in missing.reason
@@ -70,20 +70,20 @@ def test_all_in_order_and_what_fails_is_a_row(
     assert eager.reason == ""
     assert eager.seconds > 0
     assert eager.folder == target / "teacher-eager-fp32"
-    assert list(target.glob("[!.]*")) == [eager.folder]  # a dot: what a killed export leaves
+    assert list(target.glob("[!.]*")) == [eager.folder]  # names with a dot: left by a killed export
     loaded = load_variant(eager.folder, threads=1)
     assert loaded.labels[loaded.logits(["a refund"]).argmax()] == "refund"
 
 
-def test_a_child_that_ended_by_itself_is_quoted(tmp_path: Path) -> None:
+def test_the_last_line_of_a_failed_child_process_is_quoted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("Loading\nno space left\n")
-    assert _cause(3, log) == "the export ended with exit code 3: no space left"
+    assert _describe_failure(3, log) == "the export ended with exit code 3: no space left"
     log.write_text("")
-    assert _cause(3, log) == "the export ended with exit code 3"
+    assert _describe_failure(3, log) == "the export ended with exit code 3"
 
 
-def test_intact_exports_are_kept_and_others_built_anew(
+def test_intact_exports_are_reused_and_corrupted_ones_rebuilt(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, exported: Callable[[Variant], Path]
 ) -> None:
     variants = (Eager("fp32"), Eager("int8-dynamic"), TorchScript("fp32"))
@@ -93,33 +93,33 @@ def test_intact_exports_are_kept_and_others_built_anew(
     with (corrupted / "int8.safetensors").open("ab") as file:
         file.write(b"?")
     before = {path: path.stat().st_mtime_ns for path in (*kept.iterdir(), *code.iterdir())}
-    said: list[str] = []
+    reported: list[str] = []
     built = build(
         {"teacher": tiny_model},
         tiny_splits,
         tmp_path,
         variants=variants,
-        progress=lambda row: said.append(row.name),
+        progress=lambda row: reported.append(row.name),
     )
     assert [row.folder for row in built] == [kept, corrupted, code]
     assert [row.reason for row in built] == ["", "", ""]
     assert [row.seconds > 0 for row in built] == [False, True, False]
-    assert said == [kept.name, code.name, corrupted.name]  # those that are there come first
+    assert reported == [kept.name, code.name, corrupted.name]  # reused ones come first
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert verify(corrupted).name == "teacher-eager-int8-dynamic"
     assert load_variant(corrupted, threads=1).labels == ("card", "refund", "transfer")
 
 
-def test_where_everything_is_there_no_child_starts(
+def test_without_missing_variants_no_child_process_starts(
     tiny_splits: Splits, tmp_path: Path, eager_variant: Path
 ) -> None:
     shutil.copytree(eager_variant, tmp_path / "teacher-eager-fp32")
-    nowhere = tmp_path / "nowhere"  # a child would fail there
+    nowhere = tmp_path / "nowhere"  # a child process would fail on it
     (row,) = build({"teacher": nowhere}, tiny_splits, tmp_path, variants=[Eager()])
     assert row.folder == tmp_path / "teacher-eager-fp32"
 
 
-def test_a_model_that_is_not_there(tiny_splits: Splits, tmp_path: Path) -> None:
+def test_a_missing_model(tiny_splits: Splits, tmp_path: Path) -> None:
     variants = (Eager("fp32"), Eager("int8-dynamic"))
     built = build(
         {"teacher": tmp_path / "nowhere"}, tiny_splits, tmp_path / "variants", variants=variants
@@ -130,7 +130,7 @@ def test_a_model_that_is_not_there(tiny_splits: Splits, tmp_path: Path) -> None:
         assert "nowhere: no classifier can be loaded from there" in row.reason
 
 
-def test_a_child_that_hangs_is_given_up(
+def test_a_hanging_export_times_out(
     tiny_model: Path, tiny_splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "openvino.py").write_text("import time; time.sleep(600)")
@@ -140,4 +140,4 @@ def test_a_child_that_hangs_is_given_up(
         {"teacher": tiny_model}, tiny_splits, tmp_path / "variants", variants=[OpenVino()]
     )
     assert row.folder is None
-    assert row.reason == "the export was given up after 1 s"
+    assert row.reason == "the export timed out after 1 s"

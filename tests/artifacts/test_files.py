@@ -1,4 +1,4 @@
-"""Files of an artifact: regular ones only, read from a private copy, written for all to read."""
+"""Artifact files: regular files only, loaded from a private copy, written world-readable."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tiny.artifact import copy_saved, refused
+from tiny.artifact import copy_saved, expect_rejection
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.registry.addresses import ResolvedVersion, ModelSpec
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
@@ -49,7 +49,7 @@ def dangling(path: Path) -> None:
 
 
 def unix_socket(path: Path) -> None:
-    """A path of at most a hundred characters is possible; so it is bound from its folder."""
+    """Bind in the folder of the path, because a socket path has at most about 100 characters."""
     code = f"import socket; socket.socket(socket.AF_UNIX).bind({path.name!r})"
     subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
 
@@ -60,26 +60,28 @@ def linked_folder(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [fifo, outside, inside, dangling, unix_socket, linked_folder])
 @pytest.mark.parametrize("name", ["MLmodel", "variant/manifest.json", "variant/labels.json", "new"])
-def test_only_regular_files(saved: Path, make: Callable[[Path], None], name: str) -> None:
+def test_other_than_regular_files_are_rejected(
+    saved: Path, make: Callable[[Path], None], name: str
+) -> None:
     path = saved / name
     path.unlink(missing_ok=True)
     make(path)
     for call in (flavor.load_model, flavor._load_pyfunc):
         with pytest.raises(ArtifactError, match=f"{name} is not a regular file|MLmodel|no variant"):
             call(str(saved))
-    refused(saved, "is not a regular file")
+    expect_rejection(saved, "is not a regular file")
     if name.startswith("variant/"):
         with pytest.raises(ArtifactError, match="is not a regular file"):
             verify(saved / "variant")
 
 
-def test_folders_without_end(saved: Path) -> None:
+def test_deeply_nested_folders_are_rejected(saved: Path) -> None:
     (saved / "/".join("d" * 20)).mkdir(parents=True)
-    refused(saved, "more than 16 deep")
+    expect_rejection(saved, "more than 16 deep")
 
 
-def test_the_copy_that_was_checked_is_what_is_loaded(saved: Path) -> None:
-    """Changes of the folder after it was fetched do not reach what serves."""
+def test_the_checked_copy_is_the_one_that_is_loaded(saved: Path) -> None:
+    """Later changes of the source folder do not affect the served model."""
     version = load_version(ResolvedVersion(str(saved)), ModelSpec(str(saved)))
     before = version.pyfunc.loaded.logits(["my card"]).tolist()
     for path in (saved / "variant").iterdir():
@@ -89,7 +91,7 @@ def test_the_copy_that_was_checked_is_what_is_loaded(saved: Path) -> None:
 
 @contextmanager
 def without_privileges() -> Iterator[None]:
-    """As another user where the tests run as root, who may read everything."""
+    """Run as another user if the tests run as root, because root may read everything."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -101,11 +103,11 @@ def without_privileges() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", ["MLmodel", "variant/manifest.json", "variant/static.safetensors"])
-def test_a_file_that_may_not_be_read_is_named(name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own is private
+def test_an_unreadable_file_is_named(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folder is private
         Path(folder).chmod(0o755)
         saved = copy_saved(Path(folder))
-        flavor._load_pyfunc(str(saved))  # imports what it needs
+        flavor._load_pyfunc(str(saved))  # import everything that is needed
         (saved / name).chmod(0o600)
         os.chown(saved / name, os.geteuid(), -1)
         if os.geteuid():
@@ -119,7 +121,7 @@ VARIANTS = (Eager(), Eager("int8-dynamic"), TorchScript(), OnnxRuntime(), OpenVi
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name("t"))
-def test_everyone_may_read_what_is_written(
+def test_written_files_are_world_readable(
     exported: Callable[..., Path], tmp_path: Path, variant: Variant
 ) -> None:
     for kind in (variant.extra and ["openvino" if variant.runtime == "openvino" else "onnx"]) or []:

@@ -1,4 +1,4 @@
-"""A variant's folder: all of it or nothing, and nothing that changed is loaded."""
+"""A variant folder is written atomically, and a changed folder is not loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FILES = (
 
 @pytest.fixture
 def folder(eager_variant: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(eager_variant, tmp_path / NAME))
 
 
@@ -51,10 +51,10 @@ def edit_manifest(folder: Path, **changes: Any) -> None:
 
 @dataclass(frozen=True)
 class Constant(Variant):
-    """Three files' worth of a runtime: always the same logits."""
+    """A minimal runtime that always returns the same logits."""
 
     value: float = 1.0
-    runtime = "eager"  # the manifest must name a runtime of the table
+    runtime = "eager"  # the manifest must name a known runtime
 
     def export(self, module, example, calibration, folder: Path) -> None:
         (folder / "weights.txt").write_text(str(self.value))
@@ -72,28 +72,30 @@ class FullDisk(Constant):
 
 
 @dataclass(frozen=True)
-class Inexpressible(Constant):
+class Unsupported(Constant):
     def load(self, folder: Path, *, device: str, threads: int):
-        raise VariantError("the runtime knows no such operator")
+        raise VariantError("the runtime has no such operator")
 
 
-class Unsure(SimpleNamespace):
-    """All that `Constant` needs of a classifier."""
+class ConstantClassifier(SimpleNamespace):
+    """The part of a classifier that `Constant` needs."""
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.ones(len(ids), 2)
 
 
 @pytest.fixture
-def module(eager_variant: Path) -> Unsure:
-    return Unsure(preprocessor=TextPreprocessor.load(eager_variant), labels=("no", "yes"))
+def module(eager_variant: Path) -> ConstantClassifier:
+    return ConstantClassifier(
+        preprocessor=TextPreprocessor.load(eager_variant), labels=("no", "yes")
+    )
 
 
-def write(variant: Variant, module: Unsure, target: Path) -> None:
+def write(variant: Variant, module: ConstantClassifier, target: Path) -> None:
     write_variant(variant, module, target, model="teacher", example={}, golden_rows=["my card"])
 
 
-def test_the_manifest_says_what_it_is(eager_variant: Path) -> None:
+def test_the_manifest_describes_the_variant(eager_variant: Path) -> None:
     manifest = read_manifest(eager_variant)
     assert (manifest.name, manifest.model, manifest.runtime) == (NAME, "teacher", "eager")
     assert manifest.precision == "fp32"
@@ -111,7 +113,7 @@ def test_digests_are_sha256(eager_variant: Path) -> None:
     subprocess.run(["sha256sum", "--check"], input=lines, text=True, cwd=eager_variant, check=True)
 
 
-def test_an_untouched_folder_loads_from_anywhere(folder: Path) -> None:
+def test_a_moved_folder_loads(folder: Path) -> None:
     moved = folder.rename(folder.with_name("moved elsewhere"))
     loaded = load_variant(moved, threads=1)
     assert loaded.labels == ("card", "refund", "transfer")
@@ -119,7 +121,7 @@ def test_an_untouched_folder_loads_from_anywhere(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_byte(folder: Path, name: str) -> None:
+def test_a_flipped_byte_is_rejected(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
@@ -128,21 +130,21 @@ def test_one_flipped_byte(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file(folder: Path, name: str) -> None:
+def test_a_missing_file_is_rejected(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(ArtifactError, match=f"^{NAME}: {name} is missing or does not belong here"):
+    with pytest.raises(ArtifactError, match=f"^{NAME}: {name} is missing or unexpected"):
         load_variant(folder, threads=1)
 
 
 @pytest.mark.parametrize("name", ["modeling.py", "sub/pytorch_model.bin", ".hidden"])
-def test_an_added_file(folder: Path, name: str) -> None:
+def test_an_added_file_is_rejected(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).touch()
-    with pytest.raises(ArtifactError, match=f"^{NAME}: {name} is missing or does not belong here"):
+    with pytest.raises(ArtifactError, match=f"^{NAME}: {name} is missing or unexpected"):
         load_variant(folder, threads=1)
 
 
-def test_a_file_that_was_cut_off(folder: Path) -> None:
+def test_a_truncated_file_is_rejected(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="model.safetensors is not the file"):
@@ -153,13 +155,13 @@ def test_a_file_that_was_cut_off(folder: Path) -> None:
     "content",
     [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b'{"format": 1, "runtime": "eager"}'],
 )
-def test_an_unreadable_manifest(folder: Path, content: bytes) -> None:
+def test_an_unreadable_manifest_is_rejected(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=f"{NAME}.*[Ee]xport.* again"):
         load_variant(folder, threads=1)
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere is not a variant: its manifest.json is missi"):
         load_variant(tmp_path / "nowhere")
 
@@ -167,33 +169,33 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"format": 2}, {"format": None}, {"runtime": "tensorrt"}, {"runtime": None}]
 )
-def test_another_versions_format(folder: Path, changes: dict[str, Any]) -> None:
+def test_another_format_version_is_rejected(folder: Path, changes: dict[str, Any]) -> None:
     edit_manifest(folder, **changes)
     with pytest.raises(ArtifactError, match=r"written by another version .*reads format 1\)"):
         load_variant(folder, threads=1)
 
 
-def test_an_instruction_set_that_is_not_here(folder: Path) -> None:
+def test_a_missing_instruction_set(folder: Path) -> None:
     edit_manifest(folder, cpu_flags=["avx9000", "amx_int999"])
     with pytest.raises(UnsupportedError, match="a processor with amx_int999, avx9000, which"):
         load_variant(folder, threads=1)
 
 
-def test_a_device_that_is_not_here(exported: Callable[[Variant], Path]) -> None:
+def test_a_missing_device(exported: Callable[[Variant], Path]) -> None:
     with pytest.raises(UnsupportedError, match="eager-int8-dynamic runs on the CPU only"):
         load_variant(exported(Eager("int8-dynamic")), device="cuda", threads=1)
-    with pytest.raises(UnsupportedError, match=r"device=cuda:99: .*Give device=cpu, or see"):
+    with pytest.raises(UnsupportedError, match=r"device=cuda:99: .*Give device=cpu, or install"):
         load_variant(exported(Eager()), device="cuda:99", threads=1)
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_a_gpu_that_onnxruntime_would_only_warn_of(
+def test_a_missing_gpu_is_an_error_for_onnxruntime(
     exported: Callable[[Variant], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     folder = exported(OnnxRuntime())
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("there is one")
+        pytest.skip("onnxruntime has a CUDA provider")
     with pytest.raises(UnsupportedError, match="onnxruntime cannot use device=cuda; use device=c"):
         load_variant(folder, device="cuda", threads=1)
     known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -202,10 +204,10 @@ def test_a_gpu_that_onnxruntime_would_only_warn_of(
         load_variant(folder, device="cuda", threads=1)
 
 
-def test_a_gpu_is_given_pinned_inputs_and_computes_in_fp32(
+def test_a_gpu_gets_pinned_inputs_and_computes_in_fp32(
     exported: Callable[[Variant], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device that is no GPU, but is not called cpu either; the golden check compares."""
+    """Uses cpu:0, which the runtime treats as a device other than cpu; the golden check runs."""
     import torch
 
     pinned: list[torch.Tensor] = []
@@ -218,7 +220,7 @@ def test_a_gpu_is_given_pinned_inputs_and_computes_in_fp32(
 
 
 def reseal(folder: Path, golden: dict[str, Any]) -> None:
-    """Make the golden rows what somebody else's machine would have written."""
+    """Write golden.json with a correct digest."""
     import hashlib
 
     text = json.dumps(golden).encode()
@@ -228,30 +230,30 @@ def reseal(folder: Path, golden: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("off_by", [0.1, float("nan")])
-def test_golden_logits_that_differ(folder: Path, off_by: float) -> None:
+def test_different_golden_logits_are_rejected(folder: Path, off_by: float) -> None:
     golden = json.loads((folder / "golden.json").read_text(encoding="utf8"))
     golden["logits"][1][2] += off_by
     reseal(folder, golden)
-    with pytest.raises(ArtifactError, match="answers differently here .* off by (0.1|nan), allow"):
+    with pytest.raises(ArtifactError, match="gives other logits on this .* is (0.1|nan), the tol"):
         load_variant(folder, threads=1)
     assert load_variant(folder, threads=1, check_golden=False).manifest.name == NAME
 
 
-def test_golden_logits_that_differ_by_rounding(folder: Path) -> None:
+def test_golden_logits_may_differ_by_rounding(folder: Path) -> None:
     golden = json.loads((folder / "golden.json").read_text(encoding="utf8"))
-    golden["logits"][1][2] += 1e-4  # of logits that reach 5: allowed are 5e-3
+    golden["logits"][1][2] += 1e-4  # the tolerance is 5e-3, because logits reach 5
     reseal(folder, golden)
     load_variant(folder, threads=1)
 
 
-def test_code_needs_somebody_who_vouches(exported: Callable[[Variant], Path]) -> None:
+def test_code_must_be_allowed(exported: Callable[[Variant], Path]) -> None:
     folder = exported(TorchScript())
     with pytest.raises(UntrustedError, match=r"\(torchscript\) carries executable code.*ALLOW_COD"):
         load_variant(folder, threads=1)
     load_variant(folder, threads=1, allow_code=True)
 
 
-def test_a_changed_file_with_code_is_refused_whoever_vouches(
+def test_a_changed_file_with_code_is_rejected_even_if_code_is_allowed(
     exported: Callable[[Variant], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(exported(TorchScript()), tmp_path / "changed"))
@@ -261,10 +263,10 @@ def test_a_changed_file_with_code_is_refused_whoever_vouches(
         load_variant(folder, threads=1, allow_code=True)
 
 
-@pytest.mark.parametrize("variant", [FullDisk(), Inexpressible()])
+@pytest.mark.parametrize("variant", [FullDisk(), Unsupported()])
 @pytest.mark.parametrize("earlier", [False, True])
-def test_a_failed_export_leaves_nothing_behind(
-    variant: Variant, module: Unsure, tmp_path: Path, earlier: bool
+def test_a_failed_export_leaves_no_files(
+    variant: Variant, module: ConstantClassifier, tmp_path: Path, earlier: bool
 ) -> None:
     target = tmp_path / "variants" / "teacher-eager-fp32"
     if earlier:
@@ -272,11 +274,11 @@ def test_a_failed_export_leaves_nothing_behind(
     with pytest.raises((OSError, VariantError), match="No space left|no such operator"):
         write(variant, module, target)
     assert list(target.parent.iterdir()) == [target] * earlier
-    if earlier:  # and the one that was there is still whole
+    if earlier:  # the earlier export is still complete
         assert verify(target).name == target.name
 
 
-def test_an_export_replaces_the_one_before(module: Unsure, tmp_path: Path) -> None:
+def test_an_export_replaces_an_earlier_one(module: ConstantClassifier, tmp_path: Path) -> None:
     target = tmp_path / "teacher-eager-fp32"
     write(Constant(value=1.0), module, target)
     (target / "stray").touch()
@@ -289,7 +291,7 @@ def test_an_export_replaces_the_one_before(module: Unsure, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["teacher-eager-fp32"]
 
 
-def test_others_may_read_it(module: Unsure, tmp_path: Path) -> None:
+def test_the_folder_is_world_readable(module: ConstantClassifier, tmp_path: Path) -> None:
     target = tmp_path / "teacher-eager-fp32"
     write(Constant(), module, target)
     assert target.stat().st_mode & 0o777 == 0o755
@@ -312,7 +314,9 @@ write(Slow(), module, target)
 """
 
 
-def test_a_process_killed_in_an_export(eager_variant: Path, module: Unsure, tmp_path: Path) -> None:
+def test_a_process_killed_during_an_export(
+    eager_variant: Path, module: ConstantClassifier, tmp_path: Path
+) -> None:
     target = tmp_path / "teacher-eager-fp32"
     command = [sys.executable, "-c", KILLED, str(eager_variant), str(target)]
     with subprocess.Popen(
@@ -323,5 +327,5 @@ def test_a_process_killed_in_an_export(eager_variant: Path, module: Unsure, tmp_
         child.send_signal(signal.SIGKILL)
     assert child.returncode == -signal.SIGKILL
     assert not target.exists()
-    write(Constant(), module, target)  # what it left does not stand in the way
+    write(Constant(), module, target)  # leftovers of the killed process do not interfere
     assert verify(target).name == target.name

@@ -1,3 +1,5 @@
+"""Measurements and results: values, intervals and JSON."""
+
 from __future__ import annotations
 
 import json
@@ -33,25 +35,25 @@ RESULT = Result(
 )
 
 
-def test_a_measurement_sums_up_its_samples_and_keeps_them() -> None:
+def test_a_measurement_summarizes_and_keeps_its_samples() -> None:
     assert RESULT.get("latency_p50_ms") == Measurement("latency_p50_ms", 2, "ms", samples=(3, 1, 2))
     longest = Measurement.from_samples("load_s", [1, 4], "s", statistic=max)
     assert (longest.value, longest.samples) == (4, (1, 4))
 
 
-def test_no_samples_are_no_measurement() -> None:
+def test_a_measurement_needs_samples() -> None:
     with pytest.raises(VariantError, match="load_s has no samples"):
         Measurement.from_samples("load_s", [], "s")
 
 
-def test_a_number_is_found_by_name_and_dataset() -> None:
+def test_a_value_is_found_by_name_and_dataset() -> None:
     assert RESULT.value("accuracy", "validation") == 0.9
     assert RESULT.value("accuracy", "test") == 0.8
     assert RESULT.value("accuracy") is None
     assert RESULT.get("macro_f1", "test") is None
 
 
-def test_metrics_are_flat_and_carry_their_intervals() -> None:
+def test_metrics_are_flat_and_include_intervals() -> None:
     assert RESULT.metrics() == {
         "latency_p50_ms": 2,
         "speedup": 2,
@@ -69,30 +71,34 @@ def test_metrics_are_flat_and_carry_their_intervals() -> None:
 
 @pytest.mark.parametrize(
     "result",
-    [RESULT, replace(RESULT, folder=None, reason="no room"), replace(RESULT, notes=("at chance",))],
+    [
+        RESULT,
+        replace(RESULT, folder=None, reason="disk full"),
+        replace(RESULT, notes=("at chance",)),
+    ],
 )
-def test_a_result_survives_json(result: Result) -> None:
+def test_a_result_round_trips_through_json(result: Result) -> None:
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
-def test_a_result_of_before_there_were_notes_is_read() -> None:
+def test_an_older_result_without_notes_is_read() -> None:
     document = RESULT.to_json()
     del document["notes"]
     assert Result.from_json(document) == RESULT
 
 
 @pytest.mark.parametrize("document", [{}, {"folder": None, "measurements": [], "speed": 1}])
-def test_other_json_is_refused(document: dict[str, object]) -> None:
-    with pytest.raises(VariantError, match="not a result that to_json wrote"):
+def test_other_json_is_rejected(document: dict[str, object]) -> None:
+    with pytest.raises(VariantError, match="not the JSON of a result"):
         Result.from_json(document)
 
 
-def test_a_damaged_measurement_is_refused() -> None:
-    with pytest.raises(VariantError, match="not a measurement that to_json wrote: .*samples"):
+def test_a_damaged_measurement_is_rejected() -> None:
+    with pytest.raises(VariantError, match="not the JSON of a measurement: .*samples"):
         Measurement.from_json({"name": "speedup", "value": 1, "unit": "x"})
 
 
-def test_units_end_the_names_that_carry_one() -> None:
+def test_units_match_the_suffix_of_the_metric_name() -> None:
     for name, unit in UNITS.items():
         ending = re.search(r"_(ms|mb|s|rows|rows_per_s)$", name)
         if ending and not name.endswith("rows_per_s"):
@@ -100,7 +106,7 @@ def test_units_end_the_names_that_carry_one() -> None:
     assert UNITS["throughput_rows_per_s"] == "rows/s"
 
 
-def test_the_package_gives_exactly_its_public_names() -> None:
+def test_the_package_exports_exactly_its_public_names() -> None:
     assert package.__all__ == ["UNITS", "Bench", "Measurement", "Result", "Worker", "measure"]
     for name in package.__all__:
         assert getattr(package, name) is not None
@@ -108,10 +114,11 @@ def test_the_package_gives_exactly_its_public_names() -> None:
         _ = package.nothing
 
 
-def test_importing_it_all_brings_neither_mlflow_nor_a_runtime() -> None:
+def test_imports_load_neither_mlflow_nor_a_runtime() -> None:
     code = (
-        "import sys; from mlflow_pt_deploy.evaluation import measure; import mlflow_pt_deploy.selection.policy, "
-        "mlflow_pt_deploy.reporting.tables, mlflow_pt_deploy.system.hardware; "
+        "import sys; from mlflow_pt_deploy.evaluation import measure; "
+        "import mlflow_pt_deploy.selection.policy, mlflow_pt_deploy.reporting.tables; "
+        "import mlflow_pt_deploy.system.hardware; "
         "heavy = {'mlflow', 'torch', 'transformers', 'onnxruntime', 'openvino', 'matplotlib'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

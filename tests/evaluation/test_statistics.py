@@ -1,4 +1,4 @@
-"""Expectations are worked out by hand, in the comments."""
+"""Statistics; expected values are derived by hand in the comments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_percentile_interpolates_between_order_statistics() -> None:
     assert percentile([7], 99) == 7
 
 
-def test_speedup_is_the_median_round_and_a_hiccup_does_not_count() -> None:
+def test_speedup_is_the_median_and_ignores_an_outlier() -> None:
     speedup = paired_speedup([2.0, 2.1, 1.9, 2.0, 40.0, 2.05, 1.95])
     assert speedup.value == 2.0
     assert 1.9 <= speedup.low <= 2.0 <= speedup.high < 40
@@ -27,7 +27,7 @@ def test_the_interval_of_five_rounds_is_about_their_range() -> None:
     assert paired_speedup([1, 2, 3, 4, 5]) == (3, 1, 5)
 
 
-def test_equal_rounds_leave_no_doubt() -> None:
+def test_equal_rounds_give_an_empty_interval() -> None:
     assert paired_speedup([3.0] * 8) == (3, 3, 3)
 
 
@@ -41,8 +41,8 @@ def flags(*counts: tuple[bool, int]) -> np.ndarray:
     return np.concatenate([np.full(count, value) for value, count in counts])
 
 
-def test_drop_counts_the_rows_on_which_one_of_the_two_is_right() -> None:
-    # 100 rows: both right 80, lost 10, won 4, both wrong 6; value (10 - 4) / 100.
+def test_drop_counts_rows_on_which_exactly_one_is_correct() -> None:
+    # 100 rows: both correct 80, losses 10, gains 4, both wrong 6; value (10 - 4) / 100.
     # Agresti & Min: n = 102, net = 6, differing = 10.5 + 4.5 = 15;
     # centre 6 / 102 = 0.0588; half 1.96 * sqrt(15 - 36 / 102) / 102 = 0.0735.
     reference = flags((True, 90), (False, 10))
@@ -53,22 +53,22 @@ def test_drop_counts_the_rows_on_which_one_of_the_two_is_right() -> None:
     assert drop.high == pytest.approx(0.1324, abs=2e-4)
 
 
-def test_no_disagreement_is_not_certainty() -> None:
+def test_without_disagreement_the_interval_is_not_empty() -> None:
     # half = 1.96 * sqrt(0.5 + 0.5) / (98 + 2) = 0.0196
-    right = np.ones(98, dtype=bool)
-    assert paired_drop(right, right) == pytest.approx((0, -0.0196, 0.0196), abs=1e-4)
+    correct = np.ones(98, dtype=bool)
+    assert paired_drop(correct, correct) == pytest.approx((0, -0.0196, 0.0196), abs=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 50])
 @pytest.mark.parametrize("variant_right", [True, False])
-def test_extreme_drops_lie_in_their_interval_within_bounds(rows: int, variant_right: bool) -> None:
+def test_extreme_drops_lie_inside_their_bounded_interval(rows: int, variant_right: bool) -> None:
     variant = np.full(rows, variant_right)
     drop = paired_drop(~variant, variant)
     assert -1 <= drop.low <= drop.value <= drop.high <= 1
     assert drop.value == (-1 if variant_right else 1)
 
 
-def test_macro_f1_by_hand() -> None:
+def test_macro_f1_of_small_examples() -> None:
     targets = np.array([0, 0, 1, 1])
     # class 0: TP 2, no error -> 1; class 1: TP 1, FN 1 -> 2/3; class 2: TP 0, FP 1 -> 0
     predicted = np.array([0, 0, 1, 2])
@@ -78,7 +78,7 @@ def test_macro_f1_by_hand() -> None:
     assert macro_f1(targets, predicted) == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
-def test_a_class_that_nobody_saw_does_not_count() -> None:
+def test_macro_f1_ignores_an_absent_class() -> None:
     assert macro_f1(np.array([0, 5]), np.array([0, 5])) == 1
 
 

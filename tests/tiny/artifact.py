@@ -1,6 +1,6 @@
-"""A model that mlflow-pt-deploy 0.1.0 saved (a static student in NumPy, 45 KB), and copies of it.
+"""A model saved by mlflow-pt-deploy 0.1.0 (a static student in NumPy, 45 KB), and copies of it.
 
-It stays as it is: what was saved by an earlier version loads, is served and promoted today.
+The fixture never changes: models saved by an earlier version must load, serve and be promoted.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import pytest
 import yaml
 
 from mlflow_pt_deploy.errors import ArtifactError
-from mlflow_pt_deploy.registry.addresses import ResolvedVersion, ModelSpec
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.serving.model.loaded_model import load_version
 
 SAVED = Path(__file__).parents[1] / "fixtures" / "saved-by-0.1.0"
 
 
 def copy_saved(folder: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(SAVED, folder / "model"))
 
 
@@ -36,7 +36,7 @@ def edit_mlmodel(root: Path, change: Callable[[dict[str, Any]], object]) -> None
 
 
 def reseal(root: Path, **files: bytes) -> None:
-    """Replace files of the variant (``labels_json`` for labels.json), all digests made right."""
+    """Replace files of the variant (``labels_json`` for labels.json) and update all digests."""
     variant = root / "variant"
     for name, content in files.items():
         (variant / name.replace("_", ".")).write_bytes(content)
@@ -48,14 +48,14 @@ def reseal(root: Path, **files: bytes) -> None:
 
 
 def write_manifest(root: Path, content: bytes) -> None:
-    """Replace the manifest, and its digest in MLmodel."""
+    """Replace the manifest and its digest in MLmodel."""
     (root / "variant" / "manifest.json").write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     edit_mlmodel(root, lambda content: content["flavors"]["pt_deploy"].update(digest=digest))
 
 
-def refused(root: Path, match: str | None = None) -> str:
-    """What the server says of a model; in one sentence or two, and within five seconds."""
+def expect_rejection(root: Path, match: str | None = None) -> str:
+    """Return the error on loading the model: one short message, within five seconds."""
     start = time.monotonic()
     with pytest.raises(ArtifactError, match=match) as caught:
         load_version(ResolvedVersion(str(root)), ModelSpec(str(root)))
