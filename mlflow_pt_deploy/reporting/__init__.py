@@ -1,1 +1,1 @@
-"""reporting."""
+"""Present results: tables, Markdown, plots and warnings."""

@@ -1,6 +1,6 @@
-"""The pictures: accuracy against latency, one point a variant or one a trial of a search.
+"""Plot accuracy against latency, for variants or for the trials of a search.
 
-Pure presentation, like `report`, which re-exports `plot`; matplotlib is imported when drawing.
+Matplotlib is imported on first use.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ _MODEL_COLORS = {
 _OTHER_COLOR = "#777777"
 _CHOSEN_COLOR = "#2a9d4a"
 _MARKERS = "osD^vPX*<>"
-# Where a label may stand, in points right and above its point, the best place first; beside the
-# point itself runs the bar to p95.
-_PLACES = [
+# Candidate offsets of a label in points, best first; the bar to p95 runs beside the point itself.
+_LABEL_OFFSETS = [
     (side * (7 + abs(up) / 4), up)
     for up in (8, -8, 18, -18, 28, -28, 40, -40, 53, -53)
     for side in (1, -1)
@@ -36,7 +35,7 @@ _PLACES = [
 
 
 class _Point(NamedTuple):
-    """A variant on the canvas; accuracies in per cent, latencies in ms."""
+    """A variant in the plot; accuracies in percent, latencies in ms."""
 
     result: Result
     p50: float
@@ -59,21 +58,21 @@ def plot(
     dataset: str = "test",
     retain: float | None = None,
 ) -> None:
-    """Draw accuracy against median latency into a PNG file.
+    """Plot accuracy against median latency to a PNG file.
 
-    Vertical bars are the paired 95 % interval of the accuracy that a variant loses to the
-    baseline; horizontal ones reach from the median to the 95th percentile of the latency.
+    Vertical bars show the paired 95 % interval of the accuracy drop from the baseline; horizontal
+    bars reach from the median to the 95th percentile of the latency.
 
     Args:
-        results: From `measure`; those without both numbers are left out.
-        path: The PNG file to write.
-        choice: From `choose`; its variant gets a ring.
-        dataset: What the accuracy was measured on.
-        retain: Share of the baseline's accuracy that the policy asks for, drawn as a line.
+        results: From `measure`; results without latency or accuracy are skipped.
+        path: PNG file to write.
+        choice: From `choose`; the chosen variant is marked with a ring.
+        dataset: Dataset of the accuracy.
+        retain: Required fraction of the baseline's accuracy, drawn as a line.
     """
     from matplotlib.figure import Figure
 
-    # A figure of its own, not pyplot's: no global state, no display, nothing to close.
+    # Not pyplot, which has global state and needs a display.
     figure = Figure(figsize=(10.5, 6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     points = [point for each in results if (point := _point(each, dataset)) is not None]
@@ -88,7 +87,7 @@ def plot(
     chosen = [p for p in points if choice is not None and p.result.variant == choice.variant]
     keys += [_draw_ring(axes, point) for point in chosen]
     axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.draw_without_rendering()  # fixes the layout: where points are is known only then
+    figure.draw_without_rendering()  # computes the layout and with it the pixel positions
     figure.set_layout_engine("none")
     _draw_labels(axes, points)
     figure.savefig(path, format="png")
@@ -97,13 +96,13 @@ def plot(
 def plot_front(
     found: StudyResult, chosen: Sequence[CompletedTrial], path: Path, *, least: float
 ) -> None:
-    """Draw the finished trials of a search and their Pareto front into a PNG file.
+    """Plot the finished trials of a search and their Pareto front to a PNG file.
 
     Args:
         found: All trials of the study.
-        chosen: Those that were taken get a ring.
-        path: The PNG file to write.
-        least: Validation accuracy that was asked for, drawn as a line.
+        chosen: Selected trials, marked with a ring.
+        path: PNG file to write.
+        least: Required validation accuracy, drawn as a line.
     """
     from matplotlib.figure import Figure
 
@@ -112,15 +111,17 @@ def plot_front(
     for kind in sorted({trial.point.kind for trial in found.finished}):
         trials = [trial for trial in found.finished if trial.point.kind == kind]
         color = _MODEL_COLORS["static" if kind == "static" else "student"]
-        axes.plot(*_spots(trials), "o", color=color, ms=7, mec="white", label=kind)
-    axes.step(*_spots(found.front), where="post", color="#444444", lw=1, label="Pareto front")
-    axes.plot(*_spots(chosen), "o", ms=15, mfc="none", mec=_CHOSEN_COLOR, mew=2, label="taken")
+        axes.plot(*_coordinates(trials), "o", color=color, ms=7, mec="white", label=kind)
+    axes.step(*_coordinates(found.front), where="post", color="#444444", lw=1, label="Pareto front")
+    axes.plot(
+        *_coordinates(chosen), "o", ms=15, mfc="none", mec=_CHOSEN_COLOR, mew=2, label="selected"
+    )
     for trial in found.front:
         spot = (trial.outcome.latency_ms, 100 * trial.outcome.accuracy)
         axes.annotate(
             str(trial.number), spot, xytext=(6, -11), textcoords="offset points", fontsize=8
         )
-    axes.axhline(100 * least, color="#444444", ls="--", lw=1, label="asked for")
+    axes.axhline(100 * least, color="#444444", ls="--", lw=1, label="required")
     _draw_latency_axis(axes)
     axes.set_ylabel("validation accuracy in %")
     dropped = f", {len(found.dropped)} stopped or failed" if found.dropped else ""
@@ -130,8 +131,8 @@ def plot_front(
     figure.savefig(path, format="png")
 
 
-def _spots(trials: Sequence[CompletedTrial]) -> tuple[list[float], list[float]]:
-    """Latencies in ms and accuracies in per cent."""
+def _coordinates(trials: Sequence[CompletedTrial]) -> tuple[list[float], list[float]]:
+    """Return latencies in ms and accuracies in percent."""
     latencies = [trial.outcome.latency_ms for trial in trials]
     return latencies, [100 * trial.outcome.accuracy for trial in trials]
 
@@ -160,7 +161,7 @@ def _draw_latency_axis(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_xscale("log")
-    # 1-2-5 steps: the plain numbers that people compare latencies by
+    # Ticks in steps of 1-2-5
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -208,15 +209,15 @@ def _runtime_keys(markers: dict[str, str]) -> list[Artist]:
 
 
 def _draw_labels(axes: Axes, points: Sequence[_Point]) -> None:
-    """Write the precision beside each point, at the nearest place where it covers nothing.
+    """Write the precision beside each point, at the nearest offset without overlap.
 
-    Colour, marker and label together are the variant's name.
+    Colour, marker and label together identify the variant.
     """
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
-    pixels = axes.figure.dpi / 72  # a point
+    pixels = axes.figure.dpi / 72  # per point
     spots = [axes.transData.transform((point.p50, point.accuracy)) for point in points]
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in spots]
     for point, (x, y) in zip(points, spots, strict=True):
@@ -231,9 +232,9 @@ def _draw_labels(axes: Axes, points: Sequence[_Point]) -> None:
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": point.color, "alpha": 0.5, "lw": 0.6},
         )
-        # Text's own extent: an annotation's would contain its arrow
+        # The extent of the text only: that of an annotation includes its arrow
         size = Text.get_window_extent(label)
-        for right, up in _PLACES:
+        for right, up in _LABEL_OFFSETS:
             left = x + right * pixels - (0 if right > 0 else size.width)
             box = Bbox.from_bounds(left, y + up * pixels - size.height / 2, size.width, size.height)
             if not any(box.overlaps(other) for other in taken):

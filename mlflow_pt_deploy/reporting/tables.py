@@ -1,7 +1,4 @@
-"""Results as people read them: a table for the terminal, one for GitHub, and a picture.
-
-Pure presentation: measures nothing, decides nothing, knows no MLflow.
-"""
+"""Format results as tables for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ class _Column(NamedTuple):
 
 
 def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: str = "test") -> str:
-    """Aligned plain text, fastest first, at most about 140 columns wide.
+    """Format results as aligned plain text, fastest first, about 140 columns wide.
 
     Args:
         results: From `measure`.
-        choice: From `choose`; its variant is marked with ``*`` and its reason is put below.
-        dataset: What accuracy, drop and agreement were measured on.
+        choice: From `choose`; the variant is marked with ``*`` and the reason is added below.
+        dataset: Dataset of accuracy, drop and agreement.
     """
     chosen = choice.variant if choice else None
     header = ["", *(column.title for column in _columns(dataset))]
@@ -57,13 +54,13 @@ def markdown(
     dataset: str = "test",
     notes: Iterable[str] = (),
 ) -> str:
-    """The reason, then the same as a GitHub table, the chosen variant in bold.
+    """Format the reason and the results as a GitHub table, the chosen variant in bold.
 
     Args:
         results: From `measure`.
         choice: From `choose`.
-        dataset: What accuracy, drop and agreement were measured on.
-        notes: Lines to put below: the machine, the data, that it is synthetic, ...
+        dataset: Dataset of accuracy, drop and agreement.
+        notes: Lines to add below, e.g. the machine and the data.
     """
     columns = _columns(dataset)
     lines = [
@@ -76,34 +73,34 @@ def markdown(
         if choice is not None and each.variant == choice.variant:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
-    failed = [f"- `{r.variant}` is missing: {_whole(r.reason)}" for r in _failed(results)]
-    below = [*failed, *(f"- {_whole(note)}" for note in (*remarks(results), *notes))]
+    failed = [f"- `{r.variant}` is missing: {_one_line(r.reason)}" for r in _failed(results)]
+    below = [*failed, *(f"- {_one_line(note)}" for note in (*remarks(results), *notes))]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
 
 
 def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
-    """Aligned plain text: finished trials, the fastest first, then the others with the reason.
+    """Format finished trials as aligned plain text, fastest first, then failed ones with reason.
 
     Args:
         found: From `search`.
-        chosen: Those that were taken are marked with ``*``, the rest of the front with ``+``.
+        chosen: Selected trials, marked with ``*``; the rest of the front is marked with ``+``.
     """
     header, *rows = _trial_rows(found, chosen)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [_line(row, widths) for row in [header, *rows]]
     lines.insert(1, "-" * max(map(len, lines)))
     for trial in found.dropped:
-        words = f"trial {trial.number}: {trial.state}: {_shortened(trial.reason)}"
-        lines += textwrap.wrap(words, _WIDTH, initial_indent="! ", subsequent_indent="    ")
+        text = f"trial {trial.number}: {trial.state}: {_shortened(trial.reason)}"
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="! ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
 def trials_markdown(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
-    """The same as a GitHub table."""
+    """Format the trials as a GitHub table."""
     header, *rows = _trial_rows(found, chosen)
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
-    dropped = [f"- trial {t.number}: {t.state}: {_whole(t.reason)}" for t in found.dropped]
+    dropped = [f"- trial {t.number}: {t.state}: {_one_line(t.reason)}" for t in found.dropped]
     return "\n".join([*lines, *(["", *dropped] if dropped else [])]) + "\n"
 
 
@@ -111,11 +108,11 @@ _TRIAL_TITLES = ("", "trial", "ms", "accuracy", "epochs", "rate", "batch", "T", 
 
 
 def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[list[str]]:
-    taken, front = ({trial.number for trial in some} for some in (chosen, found.front))
+    selected, front = ({trial.number for trial in some} for some in (chosen, found.front))
     rows = [list(_TRIAL_TITLES)]
     for trial in sorted(found.finished, key=lambda each: each.outcome.latency_ms):
         point, outcome = trial.point, trial.outcome
-        mark = "*" if trial.number in taken else "+" if trial.number in front else ""
+        mark = "*" if trial.number in selected else "+" if trial.number in front else ""
         numbers = (
             f"{outcome.latency_ms:#.3g}",
             f"{outcome.accuracy:.4f}",
@@ -159,7 +156,7 @@ def _formatted(value: float | None, form: Callable[[float], str]) -> str:
 
 
 def _points(share: float) -> str:
-    # + 0.0 turns -0.0 into 0.0: nobody lost "-0.00" points
+    # + 0.0 turns -0.0 into 0.0
     return f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
@@ -183,16 +180,16 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _ranked(results: Sequence[Result]) -> list[Result]:
-    """Those that worked, the shortest median latency first."""
-    worked = [each for each in results if not each.reason]
-    return sorted(worked, key=lambda each: each.value("latency_p50_ms") or float("inf"))
+    """Return successful results, shortest median latency first."""
+    succeeded = [each for each in results if not each.reason]
+    return sorted(succeeded, key=lambda each: each.value("latency_p50_ms") or float("inf"))
 
 
 def _failed(results: Sequence[Result]) -> list[Result]:
     return [each for each in results if each.reason]
 
 
-def _whole(reason: str) -> str:
+def _one_line(reason: str) -> str:
     return " ".join(reason.split())
 
 

@@ -1,1 +1,1 @@
-"""selection."""
+"""Select a variant by limits and objective; plan cascades of two variants."""

@@ -1,3 +1,5 @@
+"""Tables, Markdown and the plot of results."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -81,7 +83,7 @@ def test_failed_variants_come_last_with_a_shortened_reason() -> None:
     assert len(" ".join(below)) < 500
 
 
-def test_no_loss_is_not_shown_as_a_negative_zero() -> None:
+def test_zero_loss_has_no_negative_sign() -> None:
     drop = Measurement("accuracy_drop", -0.0, "fraction", "test", -0.00001, 0.01)
     assert "+0.00 [+0.00, +1.00]" in table([replace(TEACHER, measurements=(drop,))])
 
@@ -97,7 +99,7 @@ def test_another_dataset_is_named_in_the_header() -> None:
     assert "0.8500" in text
 
 
-def test_nothing_measured_is_still_a_table() -> None:
+def test_an_empty_table() -> None:
     assert table([]).splitlines()[0].split()[0] == "variant"
     assert markdown([]).startswith("| variant |")
 
@@ -113,12 +115,12 @@ def test_markdown_is_a_github_table_with_the_chosen_in_bold() -> None:
     assert lines[8] == "- Synthetic data."
 
 
-def test_a_reason_cannot_break_the_table() -> None:
+def test_line_breaks_in_a_reason_are_removed() -> None:
     text = markdown([replace(BROKEN, reason="first\n| second | <b>")])
     assert text.splitlines()[-1] == "- `teacher-openvino-bf16` is missing: first | second | <b>"
 
 
-def test_in_markdown_a_reason_is_whole() -> None:
+def test_in_markdown_a_reason_is_not_shortened() -> None:
     text = markdown([replace(BROKEN, reason="no such file " * 100 + "at all")])
     assert (
         text.splitlines()[-1]
@@ -126,24 +128,24 @@ def test_in_markdown_a_reason_is_whole() -> None:
     )
 
 
-def test_what_to_know_before_trusting_the_results_is_below_them() -> None:
-    noted = replace(TEACHER, notes=("is at chance level: it is right on 33.0% of 90 rows",))
-    remark = f"{BASELINE} is at chance level: it is right on 33.0% of 90 rows."
+def test_remarks_are_below_the_results() -> None:
+    noted = replace(TEACHER, notes=("is at chance level: it is correct for 33.0% of 90 rows",))
+    remark = f"{BASELINE} is at chance level: it is correct for 33.0% of 90 rows."
     assert table([noted, STUDENT]).splitlines()[-1] == f"~ {remark}"
     assert markdown([noted, STUDENT]).splitlines()[-1] == f"- {remark}"
 
 
 @pytest.mark.parametrize("results", [[TEACHER], []])
-def test_the_plot_is_a_png_whatever_there_is(results: list[Result], tmp_path: Path) -> None:
+def test_the_plot_is_a_png_also_without_results(results: list[Result], tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     plot(results, path, CHOICE, retain=0.99)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5_000
 
 
-def test_the_chosen_one_is_ringed(tmp_path: Path) -> None:
+def test_the_chosen_variant_has_a_ring(tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     plot(ALL, tmp_path / "plot.png", CHOICE, retain=0.99)
     pixels = imread(tmp_path / "plot.png")
-    assert (pixels[..., 1] > pixels[..., 0] + 0.3).sum() > 50  # green: nothing else is
+    assert (pixels[..., 1] > pixels[..., 0] + 0.3).sum() > 50  # only the ring is green

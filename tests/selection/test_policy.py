@@ -1,4 +1,4 @@
-"""Results by hand; the baseline has 0.900 on validation, so retain=0.99 asks for 0.891."""
+"""Made results; the baseline has a validation accuracy of 0.900, so retain=0.99 means 0.891."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ BROKEN = Result(
 ALL = [TEACHER, BROKEN, FUSED, CRUDE, SMALL]
 
 
-def test_the_fastest_that_keeps_the_accuracy_is_chosen_and_every_other_explained() -> None:
+def test_the_fastest_within_the_limits_is_chosen_and_the_others_are_explained() -> None:
     choice = choose(ALL, Policy())
     assert choice.variant == SMALL.variant
     assert choice.reason == (
-        "student-openvino-int8 answers a row in 1 ms (median), the best among the variants that "
-        "keep to the limits. One row at a time it is 10x as fast as teacher-eager-fp32 (95 % "
-        "interval 9 to 11). Its validation accuracy is 0.8950 where the baseline has 0.9000; at "
-        "least 0.8910 was asked for (retain=0.99)."
+        "student-openvino-int8 takes 1 ms per row (median), the best among the variants within "
+        "the limits. For single rows it is 10x as fast as teacher-eager-fp32 (95 % interval 9 to "
+        "11). Its validation accuracy is 0.8950, that of the baseline 0.9000; the minimum is "
+        "0.8910 (retain=0.99)."
     )
     assert choice.considered == (
         (TEACHER.variant, "kept: meets the limits, but another is better"),
@@ -73,8 +73,8 @@ def test_the_fastest_that_keeps_the_accuracy_is_chosen_and_every_other_explained
     )
 
 
-def test_the_test_set_decides_nothing() -> None:
-    def spoiled(each: Result, value: float) -> Result:
+def test_the_test_set_does_not_influence_the_choice() -> None:
+    def with_test_value(each: Result, value: float) -> Result:
         return replace(
             each,
             measurements=tuple(
@@ -90,8 +90,8 @@ def test_the_test_set_decides_nothing() -> None:
 
     for policy in (Policy(), Policy(objective="throughput"), Policy(retain=1, max_artifact_mb=1)):
         expected = choose(ALL, policy)
-        turned = [spoiled(each, at / 10) for at, each in enumerate(ALL)]
-        assert choose(turned, policy) == expected
+        changed = [with_test_value(each, at / 10) for at, each in enumerate(ALL)]
+        assert choose(changed, policy) == expected
         assert choose([without_test(each) for each in ALL], policy) == expected
 
 
@@ -111,7 +111,7 @@ def test_retain_is_relative_and_includes_its_limit() -> None:
         (Policy(max_peak_rss_mb=400), "peak memory 500 MB is over 400 MB (max_peak_rss_mb)"),
     ],
 )
-def test_each_limit_excludes_and_names_itself(policy: Policy, excluded: str) -> None:
+def test_each_limit_excludes_and_is_named(policy: Policy, excluded: str) -> None:
     choice = choose([SMALL], policy)
     assert choice.variant is None
     assert choice.considered == ((SMALL.variant, f"excluded: {excluded}"),)
@@ -126,21 +126,21 @@ def test_a_tie_within_noise_goes_to_the_more_accurate() -> None:
     assert choice.considered[1] == (SMALL.variant, "kept: tied with the best, but not preferred")
 
 
-def test_then_to_the_smaller_and_then_to_the_name() -> None:
+def test_further_ties_go_to_the_smaller_and_then_by_name() -> None:
     same = {"p50": 1.0, "speedup": (10.0, 9.0, 11.0)}
     large, small = result("student-a-fp32", mb=9, **same), result("student-b-fp32", mb=8, **same)
     other = result("student-c-fp32", mb=8, **same)
     assert choose([large, other, small], Policy()).variant == "student-b-fp32"
 
 
-def test_throughput_is_another_objective() -> None:
+def test_throughput_as_objective() -> None:
     wide = result("student-onnx-int8", p50=2, speedup=(5, 4, 6), accuracy=0.895, rows_per_s=2000)
     choice = choose([*ALL, wide], Policy(objective="throughput"))
     assert choice.variant == wide.variant
-    assert choice.reason.startswith("student-onnx-int8 answers 2,000 rows/s, the best")
+    assert choice.reason.startswith("student-onnx-int8 processes 2,000 rows/s, the best")
 
 
-def test_it_says_when_nothing_helped() -> None:
+def test_the_reason_says_if_no_variant_is_faster() -> None:
     slower = result("teacher-torchscript-fp32", p50=11, speedup=(0.9, 0.85, 0.94))
     choice = choose([TEACHER, slower], Policy())
     assert choice.variant == BASELINE
@@ -156,16 +156,16 @@ def test_faster_only_within_noise_is_not_faster() -> None:
     assert "Nothing within" in choose([lucky], Policy()).reason
 
 
-def test_nothing_more_throughput_than_the_baseline_is_said_too() -> None:
+def test_the_reason_says_if_no_variant_has_more_throughput() -> None:
     same = result("teacher-eager-bf16", p50=5, speedup=(2, 1.9, 2.1), rows_per_s=99)
     assert "Nothing within" in choose([TEACHER, same], Policy(objective="throughput")).reason
 
 
-def test_where_nothing_fits_the_nearest_are_named_first() -> None:
+def test_without_a_choice_the_nearest_variants_are_named() -> None:
     choice = choose(ALL, Policy(retain=1, max_artifact_mb=80))
     assert choice.variant is None
     assert choice.reason == (
-        "None of the 4 measured variants keeps to the limits. Nearest: "
+        "None of the 4 measured variants is within the limits. Nearest: "
         "student-openvino-int8: validation accuracy 0.8950 is under 0.9000 (retain=1); "
         "student-numpy-fp32: validation accuracy 0.8500 is under 0.9000 (retain=1); "
         "teacher-eager-fp32: artifact size 90 MB is over 80 MB (max_artifact_mb). "
@@ -180,7 +180,7 @@ def test_without_a_measured_variant_there_is_no_choice(results: list[Result]) ->
     assert choice.reason.startswith("No variant was measured successfully")
 
 
-def test_a_variant_without_all_its_numbers_is_passed_over() -> None:
+def test_a_variant_with_missing_measurements_is_skipped() -> None:
     partial = replace(SMALL, measurements=SMALL.measurements[1:-4])
     choice = choose([TEACHER, partial], Policy())
     assert choice.variant == BASELINE
@@ -193,7 +193,7 @@ def test_a_variant_without_all_its_numbers_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"retain": 99}, r"retain is 99; give the share .* from 0 to 1"),
+        ({"retain": 99}, r"retain is 99; give the fraction .* from 0 to 1"),
         ({"retain": float("nan")}, "retain is nan"),
         ({"retain": True}, "retain is True"),
         ({"max_latency_p95_ms": 0}, "max_latency_p95_ms is 0; give a number above 0"),
@@ -202,19 +202,19 @@ def test_a_variant_without_all_its_numbers_is_passed_over() -> None:
         ({"objective": "size"}, "objective is 'size'; give 'latency' or 'throughput'"),
     ],
 )
-def test_limits_that_make_no_sense_name_the_field(fields: dict, message: str) -> None:
+def test_invalid_limits_name_the_field(fields: dict, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         Policy(**fields)
 
 
-def test_finalists_keep_to_the_limits_and_the_best_come_first() -> None:
+def test_finalists_are_within_the_limits_best_first() -> None:
     assert finalists(ALL, Policy()) == [SMALL.variant, FUSED.variant]
     assert len(finalists(ALL, Policy(), count=9)) == 3
     assert finalists(ALL, Policy(), count=1) == [SMALL.variant]
     assert finalists([BROKEN], Policy()) == []
 
 
-def test_what_is_no_slower_beyond_noise() -> None:
+def test_not_slower_beyond_noise() -> None:
     def like_small(speedup: float, rows_per_s: float) -> Result:
         return result(
             SMALL.variant, p50=1, speedup=(speedup, speedup, speedup), rows_per_s=rows_per_s
@@ -222,31 +222,34 @@ def test_what_is_no_slower_beyond_noise() -> None:
 
     assert not_slower_than(like_small(9.0, 900), SMALL)  # within the interval
     assert not not_slower_than(like_small(8.9, 900), SMALL)
-    assert not not_slower_than(like_small(20, 899), SMALL)  # faster alone, slower in batches
+    assert not not_slower_than(
+        like_small(20, 899), SMALL
+    )  # faster for single rows, slower in batches
     assert not not_slower_than(BROKEN, SMALL)
 
 
-def test_the_reason_says_how_it_does_best() -> None:
+def test_the_reason_names_threads_and_batch_size() -> None:
     best = Measurement("best_batch_rows", 32, "rows")
     alone = replace(SMALL, threads=1, measurements=(*SMALL.measurements, best))
     reason = choose([TEACHER, alone], Policy()).reason
-    assert "It does best with one thread and batches of 32 rows." in reason
+    assert "It performs best with one thread and batches of 32 rows." in reason
 
 
-ALIKE = "is at chance level: it is right on 33.0% of 90 validation rows"
+AT_CHANCE = "is at chance level: it is correct for 33.0% of 90 validation rows"
 
 
-def test_what_is_wrong_with_the_chosen_comes_first() -> None:
-    noted = replace(SMALL, notes=(ALIKE,))
+def test_notes_of_the_chosen_variant_come_first() -> None:
+    noted = replace(SMALL, notes=(AT_CHANCE,))
     choice = choose([TEACHER, FUSED, noted], Policy())
     assert choice.variant == SMALL.variant
-    assert choice.reason.startswith(f"Warning: {SMALL.variant} {ALIKE}. {SMALL.variant} answers")
+    assert choice.reason.startswith(f"Warning: {SMALL.variant} {AT_CHANCE}. {SMALL.variant} takes")
 
 
-def test_what_is_wrong_with_the_baseline_is_said_too() -> None:
-    noted = replace(TEACHER, notes=(ALIKE,))
-    assert choose([noted, SMALL], Policy()).reason.startswith(f"Warning: {BASELINE} {ALIKE}. ")
+def test_notes_of_the_baseline_are_included() -> None:
+    noted = replace(TEACHER, notes=(AT_CHANCE,))
+    assert choose([noted, SMALL], Policy()).reason.startswith(f"Warning: {BASELINE} {AT_CHANCE}. ")
     assert choose([noted], Policy()).reason.count("chance level") == 1
     assert (
-        "Warning" not in choose([TEACHER, replace(FUSED, notes=(ALIKE,)), SMALL], Policy()).reason
+        "Warning"
+        not in choose([TEACHER, replace(FUSED, notes=(AT_CHANCE,)), SMALL], Policy()).reason
     )
