@@ -1,8 +1,9 @@
-"""MLflow's SQLite database: created whole or not at all, and what is wrong with it in words.
+"""Create the SQLite database of MLflow atomically, and check an existing one.
 
-MLflow creates a database in place by tens of migrations. A second process that opens it meanwhile
-breaks it, and one that is killed meanwhile leaves a file that MLflow can never open again. So it is
-created aside, and linked to its place: only one process can, and the others use what is there.
+MLflow creates a database in place with tens of migrations. A second process that opens it during
+the migrations breaks it, and a killed process leaves a file that MLflow cannot open. Therefore the
+database is created in a temporary folder and then linked to its path, which only one process can
+do; the others use the result.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from mlflow.store.db import utils
 from mlflow_pt_deploy.errors import TrackingError
 from mlflow_pt_deploy.system import interrupt
 
-_STANDS_STILL_S = 10.0
+_STALLED_S = 10.0
 
 
 def prepare(uri: str) -> None:
-    """Create the SQLite file of a tracking or registry URI, or wait until another process has.
+    """Create the SQLite file of a tracking or registry URI, or wait for another process to do so.
 
     Args:
-        uri: Of any store; what is no SQLite file is left alone.
+        uri: URI of any store; other stores than SQLite files are ignored.
 
     Raises:
-        TrackingError: It cannot be created, is half made, or belongs to something else.
+        TrackingError: The file cannot be created, is incomplete, or is not an MLflow database.
     """
-    path = _file(uri)
+    path = _sqlite_file(uri)
     if path is None:
         return
     if not path.exists():
@@ -48,7 +49,7 @@ def prepare(uri: str) -> None:
     _wait_until_ready(path)
 
 
-def _file(uri: str) -> Path | None:
+def _sqlite_file(uri: str) -> Path | None:
     if not uri.startswith("sqlite"):
         return None
     name = sqlalchemy.make_url(uri).database or ""
@@ -57,68 +58,72 @@ def _file(uri: str) -> Path | None:
 
 
 def _create(path: Path) -> None:
-    """An empty database with MLflow's tables, unless another process is quicker."""
+    """Create an empty database with the tables of MLflow, unless another process was faster."""
     if not os.access(path.parent, os.W_OK):
-        path.open("xb").close()  # for the system's own reason
+        path.open("xb").close()  # raises the error of the operating system
         path.unlink()
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        aside, whole = Path(folder, "aside.db"), Path(folder, "whole.db")
-        MlflowClient(tracking_uri=f"sqlite:///{aside}").search_experiments(max_results=1)
-        # MLflow keeps its connections to the first file, so the second one is linked.
-        with closing(sqlite3.connect(aside)) as made, closing(sqlite3.connect(whole)) as copy:
-            made.backup(copy)
+        migrated, copy = Path(folder, "migrated.db"), Path(folder, "copy.db")
+        MlflowClient(tracking_uri=f"sqlite:///{migrated}").search_experiments(max_results=1)
+        # MLflow keeps connections to the first file open, so a copy is linked.
+        with closing(sqlite3.connect(migrated)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
         with suppress(FileExistsError):
-            os.link(whole, path)
+            os.link(copy, path)
 
 
 def _wait_until_ready(path: Path) -> None:
-    """Return once the tables are MLflow's current ones, or may only need `mlflow db upgrade`."""
+    """Wait until the schema is current, or is an older one that needs `mlflow db upgrade`."""
     head = utils._get_latest_schema_revision()
-    seen, since, said = _Schema.read(path), time.monotonic(), False
-    while not seen.settled(head):
-        if time.monotonic() - since > _STANDS_STILL_S:
+    schema, changed_at, announced = _Schema.read(path), time.monotonic(), False
+    while not schema.is_ready(head):
+        if time.monotonic() - changed_at > _STALLED_S:
             raise TrackingError(
-                f"MLflow's database {path} is half made: the process that prepared it was killed. "
-                "It holds no runs; delete it and give the same command again. Nothing was trained."
+                f"MLflow's database {path} is incomplete: the process that created it was killed. "
+                "It contains no runs; delete it and run the command again. Nothing was trained."
             )
-        if not said:
-            print(f"another process prepares {path.name}; waiting", file=sys.stderr, flush=True)
-            said = True
+        if not announced:
+            print(f"waiting: another process creates {path.name}", file=sys.stderr, flush=True)
+            announced = True
         interrupt.check()
         time.sleep(0.1)
-        now = _Schema.read(path)
-        if (now.version, now.tables) != (seen.version, seen.tables):
-            seen, since = now, time.monotonic()
+        current = _Schema.read(path)
+        if (current.version, current.tables) != (schema.version, schema.tables):
+            schema, changed_at = current, time.monotonic()
 
 
 class _Schema:
-    """What is in a database.
+    """Schema of a database.
 
     Attributes:
-        version: Of MLflow's tables; empty: none, or it is locked.
-        tables: Their names.
-        runs: Whether there are any.
+        version: Schema revision of MLflow; empty if there is none or the database is locked.
+        tables: Names of the tables.
+        has_runs: Whether there are runs.
     """
 
-    def __init__(self, version: str, tables: frozenset[str], runs: bool) -> None:
-        self.version, self.tables, self.runs = version, tables, runs
+    def __init__(self, version: str, tables: frozenset[str], has_runs: bool) -> None:
+        self.version, self.tables, self.has_runs = version, tables, has_runs
 
     @classmethod
     def read(cls, path: Path) -> _Schema:
-        """Look without changing anything.
+        """Read the schema without changing the file.
 
         Raises:
-            TrackingError: It is no SQLite database, or cannot be read.
+            TrackingError: The file is not an SQLite database of MLflow, or cannot be read.
         """
         try:
-            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as found:
-                rows = found.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            with closing(
+                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            ) as database:
+                rows = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
                 tables = frozenset(name for (name,) in rows)
-                versions, runs = [], False
+                versions, has_runs = [], False
                 if "alembic_version" in tables:
-                    versions = found.execute("SELECT version_num FROM alembic_version").fetchall()
+                    versions = database.execute(
+                        "SELECT version_num FROM alembic_version"
+                    ).fetchall()
                 if "runs" in tables:
-                    runs = bool(found.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
+                    has_runs = bool(database.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 return cls("", frozenset(), False)
@@ -128,11 +133,11 @@ class _Schema:
             ) from error
         if tables - {"alembic_version"} and "experiments" not in tables:
             raise TrackingError(
-                f"{path} is the database of something else than MLflow. Set MLFLOW_TRACKING_URI to "
-                "a file of its own. Nothing was trained."
+                f"{path} is not a database of MLflow. Set MLFLOW_TRACKING_URI to another file. "
+                "Nothing was trained."
             )
-        return cls(versions[0][0] if versions else "", tables, runs)
+        return cls(versions[0][0] if versions else "", tables, has_runs)
 
-    def settled(self, head: str) -> bool:
-        """Whether no other process is making these tables."""
-        return self.version == head or self.runs or not self.tables
+    def is_ready(self, head: str) -> bool:
+        """Whether no other process is creating the tables."""
+        return self.version == head or self.has_runs or not self.tables

@@ -1,4 +1,4 @@
-"""Whether MLflow's tracking server can be reached, before hours are spent on results for it."""
+"""Check that the MLflow tracking server is reachable before work starts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from mlflow_pt_deploy.system.unexpected_errors import one_line
 
 
 def check_tracking() -> None:
-    """Make sure that results can be written, before hours are spent on them.
+    """Check that the tracking server and the registry are usable, with short timeouts.
 
     Raises:
-        TrackingError: The tracking server does not answer; names it and the cure.
+        TrackingError: The tracking server does not answer; the message names it and the remedy.
     """
     uri = mlflow.get_tracking_uri()
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in short}
-    os.environ.update(short)
+    timeouts = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in timeouts}
+    os.environ.update(timeouts)
     try:
         for store in dict.fromkeys((uri, mlflow.get_registry_uri())):
             database.prepare(store)
         MlflowClient().search_experiments(max_results=1)
-    except ModuleNotFoundError as error:  # a database's driver
+    except ModuleNotFoundError as error:  # the driver of a database
         raise TrackingError(
             f"the MLflow tracking server {redact_uri(uri)} needs the Python package "
             f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
         ) from error
     except TrackingError:
         raise
-    except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
-        raise _refused(uri, error) from error
+    except Exception as error:  # of requests, SQLAlchemy or MLflow, depending on the scheme
+        raise _explain(uri, error) from error
     finally:
         for name, value in before.items():
             if value is None:
@@ -44,21 +44,21 @@ def check_tracking() -> None:
 
 
 def redact_uri(uri: str) -> str:
-    """The address of a tracking store without user and password; a file has none."""
+    """Return the address of a tracking store without user and password."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.startswith(("sqlite", "file")):
         return uri
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def _refused(uri: str, error: Exception) -> TrackingError:
+def _explain(uri: str, error: Exception) -> TrackingError:
     if uri.startswith(("http:", "https:")):
         return TrackingError(
             f"the MLflow tracking server {redact_uri(uri)} does not answer "
             f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
         )
-    said = one_line(error).replace(uri, redact_uri(uri))
+    reason = one_line(error).replace(uri, redact_uri(uri))
     return TrackingError(
-        f"MLflow's store {redact_uri(uri)} cannot be used ({said}). Check it, or set "
+        f"MLflow's store {redact_uri(uri)} cannot be used ({reason}). Check it, or set "
         "MLFLOW_TRACKING_URI; nothing was trained."
     )

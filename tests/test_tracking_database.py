@@ -1,4 +1,4 @@
-"""MLflow's SQLite file: whole or not there, whoever comes first and whoever is killed."""
+"""The SQLite file of MLflow is created atomically, also by concurrent and killed processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlflow_pt_deploy import tracking_database as database
 from mlflow_pt_deploy.errors import TrackingError
 from mlflow_pt_deploy.tracking_database import prepare
 
-FIRST_TOUCH = """
+FIRST_RUN = """
 import mlflow
 from mlflow_pt_deploy.tracking_server import check_tracking
 from mlflow_pt_deploy.tracking import stage_run
@@ -31,10 +31,10 @@ def tables(path: Path) -> dict[str, str]:
         return dict(rows.fetchall())
 
 
-def test_two_commands_at_once_make_one_database(tmp_path: Path) -> None:
+def test_two_concurrent_commands_create_one_database(tmp_path: Path) -> None:
     database_file = tmp_path / "mlflow.db"
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{database_file}"}
-    command = [sys.executable, "-c", FIRST_TOUCH]
+    command = [sys.executable, "-c", FIRST_RUN]
     both = [
         subprocess.Popen(
             command,
@@ -46,37 +46,37 @@ def test_two_commands_at_once_make_one_database(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    output = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
     with closing(sqlite3.connect(database_file)) as found:
         runs = {run for (run,) in found.execute("SELECT run_uuid FROM runs")}
-    assert runs == {out.strip() for out, _ in said}
+    assert runs == {out.strip() for out, _ in output}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db"]
 
 
-def test_a_half_made_database_is_named_and_a_used_one_left_to_mlflow(
+def test_an_incomplete_database_is_an_error_and_a_used_one_is_left_to_mlflow(
     tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(database, "_STANDS_STILL_S", 0.3)
+    monkeypatch.setattr(database, "_STALLED_S", 0.3)
     path = Path(tracking.removeprefix("sqlite:///"))
     with closing(sqlite3.connect(path)) as found:
         found.execute("UPDATE alembic_version SET version_num = 'ff01da956556'")
         found.commit()
-    with pytest.raises(TrackingError, match=r"mlflow\.db is half made: .* delete it and give"):
+    with pytest.raises(TrackingError, match=r"mlflow\.db is incomplete: .* delete it and run"):
         prepare(tracking)
-    assert capsys.readouterr().err == "another process prepares mlflow.db; waiting\n"
+    assert capsys.readouterr().err == "waiting: another process creates mlflow.db\n"
     with closing(sqlite3.connect(path)) as found:
         found.execute("INSERT INTO runs (run_uuid, experiment_id) VALUES ('1', 0)")
         found.commit()
-    prepare(tracking)  # MLflow says what to do with an old one
+    prepare(tracking)  # MLflow explains how to upgrade an old one
 
 
-def test_what_is_no_database_of_mlflows_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_of_mlflow_is_named(tmp_path: Path) -> None:
     other, text = tmp_path / "other.db", tmp_path / "text.db"
     with closing(sqlite3.connect(other)) as found:
         found.execute("CREATE TABLE studies (study_id INTEGER)")
     text.write_text("not a database, " * 100)
-    with pytest.raises(TrackingError, match=r"other\.db is the database of something else"):
+    with pytest.raises(TrackingError, match=r"other\.db is not a database of MLflow"):
         prepare(f"sqlite:///{other}")
     with pytest.raises(TrackingError, match=r"text\.db cannot be read: file is not a database"):
         prepare(f"sqlite:///{text}")

@@ -73,11 +73,11 @@ def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
             f"{loaded.manifest.name} returns {actual.shape[-1]} logits per row, but labels.json "
             f"has {len(loaded.labels)} classes. Export the variant again."
         )
-    error = float(np.abs(actual - expected).max())
+    difference = float(np.abs(actual - expected).max())
     allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
-    if not (error <= allowed and np.isfinite(expected).all()):  # also true for NaN
+    if not (difference <= allowed and np.isfinite(expected).all()):  # also true for NaN
         raise ArtifactError(
             f"{loaded.manifest.name} gives other logits on this machine than at export: the "
-            f"difference is {error:.3g}, the tolerance {allowed:.3g}. Run pt-deploy optimize on "
-            "this machine."
+            f"difference is {difference:.3g}, the tolerance {allowed:.3g}. Run pt-deploy optimize "
+            "on this machine."
         )

@@ -1,1 +1,1 @@
-"""registry."""
+"""Models in MLflow: addresses, verified copies, the MLmodel file and promotion."""

@@ -1,7 +1,7 @@
-"""What is to be served, and what its address means at this moment.
+"""Resolve model URIs to registered versions.
 
-The registry is asked each time and nothing is remembered, so that every gesture counts: an alias
-moved, a version copied, a stage set. Knows nothing of loading or of HTTP.
+Every call queries the registry and nothing is cached, so that a moved alias, a copied version or a
+changed stage takes effect at the next poll.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
 from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
-_LONGEST_REASON = 1000
+_MAX_REASON = 1000
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What somebody wants served.
+    """A model to serve and its serving options.
 
     Attributes:
         uri: ``models:/NAME@champion``, ``models:/NAME/3``, ``runs:/...`` or a folder.
-        model_config: Serving options; checked by name.
+        model_config: Serving options; names and types are validated.
     """
 
     uri: str
@@ -37,10 +37,10 @@ class ModelSpec:
 
 
 def registry_variables() -> dict[str, str]:
-    """Environment variables by which a child talks to the registry that this process talks to.
+    """Return environment variables that give a child process the registry of this process.
 
-    A program that calls us may have set it in Python; where MLflow is not loaded nobody has, and
-    the environment already says which it is.
+    The calling program may have set the URIs in Python. If MLflow is not imported, the environment
+    is already correct.
     """
     mlflow = sys.modules.get("mlflow")
     if mlflow is None:
@@ -53,12 +53,12 @@ def registry_variables() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ResolvedVersion:
-    """One version, which never becomes another.
+    """An immutable model version.
 
     Attributes:
-        uri: What MLflow loads.
-        name: The registered model, or None where the registry does not know the model.
-        version: Its version there.
+        uri: URI that MLflow loads.
+        name: Name of the registered model, or None if the model is not registered.
+        version: Version number, or None if the model is not registered.
     """
 
     uri: str
@@ -67,36 +67,40 @@ class ResolvedVersion:
 
 
 class ServedVersion(NamedTuple):
-    """What answers somewhere: what was asked for there, and the version that it became."""
+    """The version that a server serves, and the specification it was resolved from."""
 
     spec: ModelSpec
     version: ResolvedVersion
 
 
 SpecProvider = Callable[[], ModelSpec]
-"""Asked at every look; a file's content may change, a word on the command line does not."""
+"""Returns the current specification; called at every poll, because a file may change."""
 
 
-def source(word: str, model_config: Mapping[str, Any] | None = None) -> SpecProvider:
-    """Where a target comes from: an MLflow URI, or ``@FILE``.
+def source(argument: str, model_config: Mapping[str, Any] | None = None) -> SpecProvider:
+    """Create the provider for a command line argument: an MLflow URI or ``@FILE``.
 
-    The file is JSON, ``{"uri": "models:/NAME/3", "model_config": {"num_threads": 2}}``, and is read
-    again at every look; replace it by renaming, never by writing into it.
+    The file contains JSON, ``{"uri": "models:/NAME/3", "model_config": {"num_threads": 2}}``. It
+    is read at every poll. Replace it by renaming another file, so that it is never half written.
+
+    Args:
+        argument: An MLflow URI, a folder, or ``@FILE``.
+        model_config: Serving options for a URI; ignored for a file.
 
     Raises:
-        ServingError: A serving option is wrong; names it.
+        ServingError: A serving option is invalid; the message names it.
     """
-    if word.startswith("@"):
-        return lambda: _read(Path(word[1:]))
-    target = ModelSpec(word, dict(model_config or {}))
-    return lambda: target
+    if argument.startswith("@"):
+        return lambda: _read_spec(Path(argument[1:]))
+    spec = ModelSpec(argument, dict(model_config or {}))
+    return lambda: spec
 
 
 def resolve(uri: str) -> ResolvedVersion:
-    """The version that `uri` names now.
+    """Return the version that `uri` refers to now.
 
     Raises:
-        MlflowException: The registry does not answer, or knows no such model, version or alias.
+        MlflowException: The registry is not reachable, or has no such model, version or alias.
     """
     if not uri.startswith("models:"):
         return ResolvedVersion(uri)
@@ -104,43 +108,43 @@ def resolve(uri: str) -> ResolvedVersion:
     from mlflow.store.artifact.utils.models import get_model_name_and_version
 
     found = get_model_name_and_version(MlflowClient(), uri)
-    if len(found) == 1:  # models:/m-ID, a logged model that nobody registered
+    if len(found) == 1:  # models:/m-ID, a logged model that is not registered
         return ResolvedVersion(uri)
     name, version = found
     return ResolvedVersion(f"models:/{name}/{version}", name, str(version))
 
 
-def version_tags(address: ResolvedVersion) -> dict[str, str]:
-    """What a promotion wrote on the version: its digest, its latency, ...; empty if unregistered.
+def version_tags(resolved: ResolvedVersion) -> dict[str, str]:
+    """Return the registry tags of the version, e.g. digest and latency; empty if unregistered.
 
     Raises:
-        MlflowException: The registry does not answer.
+        MlflowException: The registry is not reachable.
     """
-    if address.name is None or address.version is None:
+    if resolved.name is None or resolved.version is None:
         return {}
     from mlflow import MlflowClient
 
-    return dict(MlflowClient().get_model_version(address.name, address.version).tags)
+    return dict(MlflowClient().get_model_version(resolved.name, resolved.version).tags)
 
 
-def in_words(error: Exception) -> PtDeployError:
-    """An error of fetching or opening a model as one of ours, with MLflow's whole reason."""
+def explain_load_error(error: Exception) -> PtDeployError:
+    """Convert an error on fetching or opening a model to a `PtDeployError` with MLflow's reason."""
     if isinstance(error, PtDeployError):
         return error
-    # On one line: MLflow gives its reasons after the first one.
+    # Join all lines: MLflow gives the cause after the first line.
     text = str(error).partition("\nTraceback")[0] or type(error).__name__
-    reason = " ".join(text.replace("#", " ").split())[:_LONGEST_REASON].rstrip(" .")
+    reason = " ".join(text.replace("#", " ").split())[:_MAX_REASON].rstrip(" .")
     return TrackingError(
-        f"the model cannot be fetched or opened: {reason}. Look at its address, and at "
+        f"the model cannot be fetched or opened: {reason}. Check its address and "
         "MLFLOW_TRACKING_URI."
     )
 
 
-def _read(path: Path) -> ModelSpec:
+def _read_spec(path: Path) -> ModelSpec:
     try:
         return ModelSpec(**json.loads(path.read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError) as error:
         raise ServingError(
-            f"{path.name} cannot be read as a target; write "
+            f"{path.name} is not a valid model file; write "
             '{"uri": "models:/NAME@champion", "model_config": {}}'
         ) from error

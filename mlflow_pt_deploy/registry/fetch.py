@@ -1,8 +1,7 @@
-"""Private, checked copies of models: the one way by which a model comes in from MLflow.
+"""Fetch models from MLflow as private, verified copies.
 
-A model is copied first and checked then, and the copy is what is loaded, so that a writer of the
-artifact store cannot change it in between. Knows MLflow's stores; does not know what a model is
-loaded for.
+A model is copied first, then verified, and loaded from the copy, so that it cannot be changed in
+the artifact store between verification and loading.
 """
 
 from __future__ import annotations
@@ -34,50 +33,51 @@ ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"
 
 @dataclass(frozen=True)
 class Fetched:
-    """A private copy of a model: checked, nothing of it loaded.
+    """A private copy of a model: verified, not loaded.
 
     Attributes:
-        root: The copy.
+        root: Folder of the copy.
         mlmodel: Its MLmodel file.
-        tags: What the registry says of the version; empty if it is not registered.
+        tags: Registry tags of the version; empty if it is not registered.
     """
 
     root: Path
     mlmodel: MLmodel
     tags: Mapping[str, str]
 
-    def options(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
-        """All serving options; code is allowed by the operator or by the promotion alone.
+    def options(self, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return all serving options. Only the operator or a promotion can allow code.
 
         Args:
-            given: The operator's ``model_config``.
+            model_config: Options of the operator.
 
         Raises:
-            ServingError: One of them is wrong.
+            ServingError: An option is invalid.
             UntrustedError: The artifact allows its own code.
         """
-        config = self.mlmodel.operator_config(given)
+        config = self.mlmodel.operator_config(model_config)
         config["allow_code"] = bool(config.get("allow_code")) or environment_allows_code()
         self.mlmodel.check_claim(config["allow_code"])
-        config["allow_code"] |= DIGEST_TAG in self.tags  # `fetch` has compared it
+        config["allow_code"] |= DIGEST_TAG in self.tags  # `fetch` has verified the digest
         return config
 
-    def load(self, given: Mapping[str, Any] | None) -> PyFuncModel:
-        """Load the copy as MLflow would, with the operator's ``model_config``.
+    def load(self, model_config: Mapping[str, Any] | None) -> PyFuncModel:
+        """Load the copy as MLflow would, with the options of the operator.
 
         Raises:
-            PtDeployError: It is damaged, carries code that is not allowed, or cannot run here.
+            PtDeployError: The model is damaged, contains code that is not allowed, or is not
+                supported on this machine.
         """
-        return self.mlmodel.load(self.root, self.options(given))
+        return self.mlmodel.load(self.root, self.options(model_config))
 
 
 def environment_allows_code() -> bool:
-    """Whether the operator allows code by the environment variable."""
+    """Whether ``PT_DEPLOY_ALLOW_CODE`` allows code."""
     return os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
 
 
 def inference_config_allows_code() -> bool:
-    """Whether the operator allows code by MLflow's environment variable."""
+    """Whether ``MLFLOW_PYFUNC_INFERENCE_CONFIG`` allows code."""
     try:
         config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
     except ValueError:
@@ -85,52 +85,52 @@ def inference_config_allows_code() -> bool:
     return isinstance(config, dict) and config.get("allow_code") is True
 
 
-def fetch(address: ResolvedVersion, folder: Path) -> Fetched:
-    """Copy a version into a private folder and check it, its promotion's digest included.
+def fetch(resolved: ResolvedVersion, folder: Path) -> Fetched:
+    """Copy a version into a private folder and verify it against the digest of its promotion.
 
     Args:
-        address: What to fetch.
+        resolved: The version to fetch.
         folder: An empty folder that only this user can write to.
 
     Raises:
-        ModelError: It is no model of ours.
-        ArtifactError: It holds other than regular files, asks for code, or is not what was
-            promoted.
-        MlflowException: MLflow cannot find or fetch it.
+        ModelError: The model does not have the `pt_deploy` flavor.
+        ArtifactError: The model contains special files, asks for code, or differs from the
+            promoted content.
+        MlflowException: MLflow cannot find or fetch the model.
     """
-    root = _copied(address.uri, folder)
+    root = _copy(resolved.uri, folder)
     list_files(root)
-    mlmodel, tags = read_mlmodel(root), version_tags(address)
+    mlmodel, tags = read_mlmodel(root), version_tags(resolved)
     if promoted := tags.get(DIGEST_TAG):
         check_digest(root, promoted, DIGEST_TAG)
     return Fetched(root, mlmodel, tags)
 
 
 def fetch_mlmodel(uri: str, folder: Path) -> MLmodel:
-    """Fetch and check the MLmodel file of a model, and nothing else of it.
+    """Fetch and check only the MLmodel file of a model.
 
     Raises:
         As `fetch`.
     """
-    return read_mlmodel(_copied(uri, folder, FILE).parent)
+    return read_mlmodel(_copy(uri, folder, FILE).parent)
 
 
 def fetch_digest(uri: str, folder: Path) -> str:
-    """The digest that a promotion of a model writes down, from the files in the store.
+    """Return the digest for the promotion of a model, from the files in the artifact store.
 
     Raises:
-        As `fetch`; also UntrustedError where the artifact allows its own code.
+        As `fetch`; also UntrustedError if the artifact allows its own code.
     """
-    root = _copied(uri, folder, FILE).parent
+    root = _copy(uri, folder, FILE).parent
     read_mlmodel(root).check_claim(allowed=False)
     target = root / MANIFEST
     target.parent.mkdir(exist_ok=True)
-    _copied(uri, folder, MANIFEST).replace(target)
+    _copy(uri, folder, MANIFEST).replace(target)
     return digest(root)
 
 
-def _copied(uri: str, folder: Path, part: str = "") -> Path:
-    """A model's folder, or one file of it, copied below `folder`; not checked yet."""
+def _copy(uri: str, folder: Path, part: str = "") -> Path:
+    """Copy a model folder, or one file of it, into `folder` without verification."""
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -138,19 +138,19 @@ def _copied(uri: str, folder: Path, part: str = "") -> Path:
     from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
     from mlflow.tracking.artifact_utils import _get_root_uri_and_artifact_path
 
-    root_uri, place = _get_root_uri_and_artifact_path(uri)
-    place = "/".join(filter(None, (place, part)))
+    root_uri, path = _get_root_uri_and_artifact_path(uri)
+    path = "/".join(filter(None, (path, part)))
     repository = get_artifact_repository(root_uri)
-    if not isinstance(repository, RunsArtifactRepository):  # a run's models are stored elsewhere
+    if not isinstance(repository, RunsArtifactRepository):  # models of a run are stored elsewhere
         repository = getattr(repository, "repo", repository)
     if not isinstance(repository, LocalArtifactRepository):
-        return Path(repository.download_artifacts(place, str(folder)))
+        return Path(repository.download_artifacts(path, str(folder)))
     # MLflow's own copy follows links and opens devices.
-    source = Path(repository.artifact_dir, place)
+    source = Path(repository.artifact_dir, path)
     if not source.exists():
-        raise MlflowException(f"there is no {source}.", error_code=RESOURCE_DOES_NOT_EXIST)
+        raise MlflowException(f"{source} does not exist.", error_code=RESOURCE_DOES_NOT_EXIST)
     if source.is_dir():
-        source = source.resolve()  # the operator may name a link; what is in it may not be one
+        source = source.resolve()  # the folder itself may be a link, its content may not
         copy_files(source, folder / source.name)
         return folder / source.name
     with open_regular(source) as file, (folder / source.name).open("wb") as copy:

@@ -1,6 +1,6 @@
-"""The registry: a version, an alias, and a reason that a person can read in the UI.
+"""Promote a logged model: register a version, describe it and move the alias `champion`.
 
-Only acts; who is promoted is decided elsewhere (`policy`).
+Which variant to promote is decided in `selection.policy`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PREVIOUS = "previous"
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion changed.
+    """Result of a promotion.
 
     Attributes:
-        name: The registered model.
-        version: The version that is `champion` now.
-        previous: The version that was, or None where there was none or it is the same.
+        name: Name of the registered model.
+        version: The new `champion` version.
+        previous: The former `champion` version, or None if there was none or it is the same.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Promotion:
 
     @property
     def uri(self) -> str:
-        """What to serve."""
+        """URI of the champion."""
         return f"models:/{self.name}@{CHAMPION}"
 
 
@@ -48,43 +48,43 @@ def promote(
 ) -> Promotion:
     """Register a logged model and move the alias `champion` to it.
 
-    The old champion keeps the alias `previous`. A model that is registered already under this
-    name is not registered twice.
+    The former champion gets the alias `previous`. If the logged model is already registered under
+    this name, its version is reused.
 
     Args:
         model_uri: ``models:/m-...`` of a logged pt_deploy model.
-        name: Name of the registered model; created if it is new.
-        reason: Why, in words; becomes the version's description.
-        tags: More facts for the version, e.g. its latency.
+        name: Name of the registered model; created if it does not exist.
+        reason: Why the model is promoted; stored as the description of the version.
+        tags: Additional tags of the version, e.g. its latency.
 
     Raises:
-        TrackingError: The registry refused, or the model is not one of ours.
-        ArtifactError: Its MLmodel asks for code, or is damaged.
+        TrackingError: The registry rejects the request, or the model lacks the `pt_deploy` flavor.
+        ArtifactError: The MLmodel file asks for code, or is damaged.
     """
     client = MlflowClient()
     try:
         digest = _digest(model_uri)
-        version = _registered(client, model_uri, name)
+        version = _registered_version(client, model_uri, name)
         if version is None:
             version = str(mlflow.register_model(model_uri, name).version)
         client.update_model_version(name, version, reason)
         for key, value in {DIGEST_TAG: digest, **(tags or {})}.items():
             client.set_model_version_tag(name, version, key, value)
-        before = champion(name)
-        previous = before if before != version else None
+        current = champion(name)
+        previous = current if current != version else None
         if previous is not None:
             client.set_registered_model_alias(name, PREVIOUS, previous)
         client.set_registered_model_alias(name, CHAMPION, version)
     except MlflowException as error:
         raise TrackingError(
-            f"{name} was not promoted: {error.message} The alias {CHAMPION} is where it was, or "
-            "see the registry; run pt-deploy promote again."
+            f"{name} was not promoted: {error.message} Check the alias {CHAMPION} in the registry "
+            "and run pt-deploy promote again."
         ) from error
     return Promotion(name, version, previous)
 
 
 def champion(name: str) -> str | None:
-    """The version that the alias `champion` names, or None."""
+    """Return the version with the alias `champion`, or None."""
     try:
         return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
     except MlflowException:
@@ -92,16 +92,17 @@ def champion(name: str) -> str | None:
 
 
 def _digest(model_uri: str) -> str:
-    """The digest of what lies in the artifact store, not of what the MLmodel says of itself."""
+    """Compute the digest from the files in the artifact store."""
     with tempfile.TemporaryDirectory(prefix="pt-deploy-promote-") as folder:
         try:
             return fetch_digest(model_uri, Path(folder))
         except ModelError as error:
             raise TrackingError(
-                f"{model_uri} has no {FLAVOR_NAME} flavor. Promote what pt-deploy optimize logged."
+                f"{model_uri} has no {FLAVOR_NAME} flavor. Promote a model logged by pt-deploy "
+                "optimize."
             ) from error
 
 
-def _registered(client: MlflowClient, model_uri: str, name: str) -> str | None:
+def _registered_version(client: MlflowClient, model_uri: str, name: str) -> str | None:
     versions = client.search_model_versions(f"name = '{name}'")
     return next((str(v.version) for v in versions if v.source == model_uri), None)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_pt_deploy.registry.addresses import in_words
+from mlflow_pt_deploy.registry.addresses import explain_load_error
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 from mlflow_pt_deploy.system.cpu_allocation import Share
@@ -140,7 +140,7 @@ class _StatePublisher:
 
     def failed(self, error: Exception) -> None:
         """Record that a model cannot be opened."""
-        self._states.write({"failed": str(in_words(error))})
+        self._states.write({"failed": str(explain_load_error(error))})
         self.ready.set()
 
     def publish(self) -> None:

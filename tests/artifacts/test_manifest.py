@@ -47,16 +47,16 @@ def manifest_of(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("key", [*KEYS, "files"])
 def test_each_key_with_each_invalid_value(saved: Path, key: str) -> None:
-    whole = manifest_of(saved)
+    manifest = manifest_of(saved)
     for value in INVALID:
         if (key, value) in [("options", {}), ("cpu_flags", []), ("libraries", {})]:
             continue  # valid
         if key == "libraries" and value and isinstance(value, dict) and "a" not in value:
             continue  # names of libraries are not validated
-        write_manifest(saved, json.dumps(whole | {key: value}).encode())
+        write_manifest(saved, json.dumps(manifest | {key: value}).encode())
         expect_rejection(saved)
-    del whole[key]
-    write_manifest(saved, json.dumps(whole).encode())
+    del manifest[key]
+    write_manifest(saved, json.dumps(manifest).encode())
     expect_rejection(saved)
 
 
@@ -77,9 +77,9 @@ def test_each_key_with_each_invalid_value(saved: Path, key: str) -> None:
     ],
 )
 def test_invalid_paths(saved: Path, path: str) -> None:
-    whole = manifest_of(saved)
-    whole["files"][path] = "0" * 64
-    write_manifest(saved, json.dumps(whole).encode())
+    manifest = manifest_of(saved)
+    manifest["files"][path] = "0" * 64
+    write_manifest(saved, json.dumps(manifest).encode())
     expect_rejection(saved, "is not a path inside the folder")
 
 

@@ -1,4 +1,4 @@
-"""MLflow's own tools on our models, called as MLflow's documentation calls them."""
+"""Tools of MLflow with pt_deploy models, called as in the documentation of MLflow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny.serving import save_tiny, tiny_variant
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter, Predictions
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
-# MLflow 3.17 calls pandas 3 in ways that pandas 4 will not have.
+# MLflow 3.17 uses features of pandas 3 that pandas 4 removes.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 FRAME = pd.DataFrame(
@@ -43,21 +43,21 @@ def test_evaluate_a_classifier(tracking: str, uri: str, more: dict[str, Any]) ->
     assert {"per_class_metrics", "confusion_matrix"} <= done.artifacts.keys()
 
 
-def test_evaluate_with_a_metric_of_ones_own(tracking: str, uri: str) -> None:
-    def right(predictions: Any, targets: Any) -> float:
+def test_evaluate_with_a_custom_metric(tracking: str, uri: str) -> None:
+    def correct(predictions: Any, targets: Any) -> float:
         return float((predictions == targets).mean())
 
-    metric = make_metric(eval_fn=right, greater_is_better=True, name="right")
+    metric = make_metric(eval_fn=correct, greater_is_better=True, name="correct")
     rows = np.array([[text] for text in FRAME["text"]], dtype=object)
     targets = np.array(FRAME["y"].tolist(), dtype=object)
     done = mlflow.models.evaluate(
         uri, rows, targets=targets, model_type="classifier", extra_metrics=[metric]
     )
-    assert done.metrics["right"] == done.metrics["accuracy_score"] == 0.75
+    assert done.metrics["correct"] == done.metrics["accuracy_score"] == 0.75
     by_name = mlflow.models.evaluate(
         uri, FRAME, targets="y", predictions="label", extra_metrics=[metric]
     )
-    assert by_name.metrics["right"] == 0.75
+    assert by_name.metrics["correct"] == 0.75
 
 
 @pytest.mark.filterwarnings("ignore:Hint. Inferred schema contains integer:UserWarning")
@@ -69,7 +69,7 @@ def test_evaluate_on_labels_that_pandas_reads_as_numbers(
     tracking: str, uri: str, names: tuple[str, ...], targets: list[Any]
 ) -> None:
     model = mlflow.pyfunc.load_model(uri)
-    model._model_impl.labels = PredictionFormatter(names)
+    model._model_impl.service.formatter = PredictionFormatter(names)
     frame = pd.DataFrame({"text": ["red", "green", "blue", "green"], "y": targets})
     done = mlflow.models.evaluate(
         model,
@@ -82,12 +82,12 @@ def test_evaluate_on_labels_that_pandas_reads_as_numbers(
 
 
 def test_predictions_are_a_list_of_dicts_and_an_array_of_labels() -> None:
-    answers = PtDeployPyFunc(tiny_variant()).predict(["red", "blue"])  # type: ignore[arg-type]
+    predictions = PtDeployPyFunc(tiny_variant()).predict(["red", "blue"])  # type: ignore[arg-type]
     expected = [{"label": "red", "score": 0.576117}, {"label": "blue", "score": 0.576117}]
-    assert isinstance(answers, Predictions) and answers == expected
-    assert json.loads(json.dumps(answers)) == expected
-    assert pd.DataFrame(answers).to_dict("records") == expected
-    again = copy.deepcopy(answers)
+    assert isinstance(predictions, Predictions) and predictions == expected
+    assert json.loads(json.dumps(predictions)) == expected
+    assert pd.DataFrame(predictions).to_dict("records") == expected
+    again = copy.deepcopy(predictions)
     assert again == expected and np.asarray(again).tolist() == ["red", "blue"]
     assert PtDeployPyFunc(tiny_variant()).predict(["red"], {"top_k": 2})[0][0] == expected[0]  # type: ignore[arg-type]
 
@@ -103,9 +103,11 @@ def test_predictions_are_a_list_of_dicts_and_an_array_of_labels() -> None:
         (("false", "0"), ["false", "0"]),
     ],
 )
-def test_the_array_holds_what_pandas_reads(names: tuple[str, str], values: list[Any]) -> None:
-    answers = PredictionFormatter(names).as_predictions([{"label": name} for name in names])
-    assert np.array(answers).tolist() == values
+def test_the_array_has_the_types_that_pandas_reads(
+    names: tuple[str, str], values: list[Any]
+) -> None:
+    predictions = PredictionFormatter(names).as_predictions([{"label": name} for name in names])
+    assert np.array(predictions).tolist() == values
 
 
 @pytest.mark.parametrize(
@@ -124,12 +126,12 @@ def test_predict_with_mlflow_models(uri: str, tmp_path: Path, data: Any, media: 
     mlflow.models.predict(
         uri, input_data=data, content_type=media, env_manager="local", output_path=str(output)
     )
-    answers = json.loads(output.read_text())["predictions"]
-    assert [answer["label"] for answer in answers] == ["red", "blue", "green", "red"]
+    predictions = json.loads(output.read_text())["predictions"]
+    assert [prediction["label"] for prediction in predictions] == ["red", "blue", "green", "red"]
 
 
 @pytest.mark.parametrize("text", ["123", "NA"])
-def test_a_csv_that_mlflow_guesses_is_refused_in_words(uri: str, text: str) -> None:
+def test_a_csv_with_guessed_types_is_rejected(uri: str, text: str) -> None:
     with pytest.raises(MlflowException, match="was taken for a number or a gap.*or send JSON"):
         mlflow.models.predict(
             uri, input_data=f"text\n{text}\n", content_type="csv", env_manager="local"

@@ -32,7 +32,7 @@ def test_throughput_is_measured_at_each_batch_size(worker: Worker) -> None:
     rates = throughput(worker, [0, 1, 2, 3] * 40, row_s=0.3e-3, seconds=0.1)
     assert sorted(rates) == [8, 32, 128]
     assert all(rate > 100 for found in rates.values() for rate in found)
-    # One pass of 128 rows would take longer than the whole budget.
+    # One pass of 128 rows would take longer than the budget.
     assert sorted(throughput(worker, [0, 1, 2, 3] * 40, row_s=1e-3, seconds=0.1)) == [8, 32]
 
 

@@ -1,4 +1,4 @@
-"""Nothing that an MLmodel says of itself runs code or lifts a restriction."""
+"""An MLmodel file can neither run code nor lift a restriction."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tiny.server import running
 from tiny.artifact import SAVED, copy_saved, edit_mlmodel
+from tiny.server import running
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import read_manifest
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion, ModelSpec, resolve, source
+from mlflow_pt_deploy.registry.addresses import (
+    DIGEST_TAG,
+    ModelSpec,
+    ResolvedVersion,
+    resolve,
+    source,
+)
 from mlflow_pt_deploy.registry.mlmodel import MAX_BYTES
 from mlflow_pt_deploy.registry.promotion import promote
 from mlflow_pt_deploy.serving.app import Application
@@ -55,7 +61,7 @@ def at_top(**keys: object) -> Edit:
     return lambda content: content.update(keys)
 
 
-REFUSED: dict[str, tuple[Edit, str]] = {
+REJECTED: dict[str, tuple[Edit, str]] = {
     "another loader": (in_pyfunc(loader_module="os"), "loader_module is os instead of"),
     "a loader that is a list": (in_pyfunc(loader_module=["mlflow_pt_deploy.flavor"]), "loader_mod"),
     "a submodule": (in_pyfunc(loader_module="mlflow_pt_deploy.flavor.x"), "loader_module"),
@@ -69,39 +75,42 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "a python version": (in_pyfunc(python_version=["3.11"]), "python_version"),
     "options": (in_pyfunc(config={"threads": 2}), "model_config has no threads"),
     "an option's type": (in_pyfunc(config={"num_threads": "many"}), "num_threads must be"),
-    "options of numbers": (in_pyfunc(config={1: 2}), "config is not a table"),
-    "options in a list": (in_pyfunc(config=["allow_code"]), "config is not a table"),
+    "options of numbers": (in_pyfunc(config={1: 2}), "config is not a mapping"),
+    "options in a list": (in_pyfunc(config=["allow_code"]), "config is not a mapping"),
     "another flavor": (in_flavors(sklearn={"code": "code"}), "flavors.sklearn"),
     "no python_function": (lambda c: c["flavors"].pop("python_function"), "python_function is mis"),
     "our flavor's code": (in_flavor(code="code"), "pt_deploy.code"),
     "our flavor's folder": (in_flavor(data="../other"), "pt_deploy.data is ../other instead"),
-    "our flavor's digest": (in_flavor(digest=["0"]), "pt_deploy.digest is not a text"),
-    "our flavor as a text": (in_flavors(pt_deploy="yes"), "flavors.pt_deploy is not a table"),
+    "our flavor's digest": (in_flavor(digest=["0"]), "pt_deploy.digest is not a string"),
+    "our flavor as a text": (in_flavors(pt_deploy="yes"), "flavors.pt_deploy is not a mapping"),
     "onnx code": (in_flavors(onnx={"data": "variant/model.onnx", "code": "code"}), "onnx.code"),
     "onnx elsewhere": (in_flavors(onnx={"data": "../model.onnx"}), "onnx.data"),
     "onnx in a list": (in_flavors(onnx=["code"]), "flavors.onnx"),
     "flavors in a list": (at_top(flavors=["python_function"]), "flavors is missing"),
     "no flavors": (at_top(flavors={}), "flavors is missing"),
-    "a key of nobody": (at_top(hook="os.system"), "hook is not written by pt-deploy"),
+    "an unknown key": (at_top(hook="os.system"), "hook is not written by pt-deploy"),
     "a signature": (at_top(signature={"inputs": "["}), "signature cannot be read"),
     "a signature's type": (at_top(signature=7), "signature cannot be read"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_we_never_write_is_refused(saved: Path, case: str) -> None:
-    edit, message = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_unexpected_content_is_rejected(saved: Path, case: str) -> None:
+    edit, message = REJECTED[case]
     edit_mlmodel(saved, edit)
     with pytest.raises(ArtifactError, match=message):
         load(saved)
-    if "signature" in case:  # which only a server needs
+    if "signature" in case:  # only a server reads it
         return
-    for call in (flavor.load_model, flavor._load_pyfunc):  # the latter after MLflow has obeyed it
+    for call in (
+        flavor.load_model,
+        flavor._load_pyfunc,
+    ):  # MLflow calls the latter after executing the file
         with pytest.raises(ArtifactError, match=message):
             call(str(saved))
 
 
-def test_keys_that_ask_for_nothing_are_let_through(saved: Path) -> None:
+def test_keys_without_effect_are_accepted(saved: Path) -> None:
     edit_mlmodel(saved, in_pyfunc(code=None, streamable=False))
     edit_mlmodel(saved, at_top(metadata={"code": ["of", "conduct"]}, prompts=None, later=None))
     assert load(saved).name == "student-numpy-fp32"
@@ -134,9 +143,9 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "not a table"),
+        (b"", "not a YAML mapping"),
         (b"\xff\xfe\x00", "not readable YAML"),
-        (b"[1, 2]", "not a table"),
+        (b"[1, 2]", "not a YAML mapping"),
         (b"a: !!python/object/apply:os.system ['true']", "not readable YAML"),
         (b"[" * 5000, "not readable YAML"),
         (b"{a: " * 5000, "not readable YAML"),
@@ -150,7 +159,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
         (MERGES.encode(), r"merge key \(<<\)"),
     ],
 )
-def test_odd_files_end_in_words_and_soon(saved: Path, text: bytes, message: str) -> None:
+def test_invalid_files_are_rejected_quickly(saved: Path, text: bytes, message: str) -> None:
     (saved / "MLmodel").write_bytes(text)
     start = time.monotonic()
     with pytest.raises(ArtifactError, match=message) as caught:
@@ -159,7 +168,7 @@ def test_odd_files_end_in_words_and_soon(saved: Path, text: bytes, message: str)
     assert len(str(caught.value)) < 500
 
 
-def test_nesting_that_multiplies_is_never_walked(saved: Path) -> None:
+def test_multiplying_aliases_are_not_expanded(saved: Path) -> None:
     path = saved / "MLmodel"
     path.write_text(
         path.read_text() + "metadata:\n" + "".join(f"  {x}\n" for x in BOMB.split("\n"))
@@ -170,15 +179,15 @@ def test_nesting_that_multiplies_is_never_walked(saved: Path) -> None:
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no MLmodel file in it"):
+    with pytest.raises(ModelError, match="it has no MLmodel file"):
         load(tmp_path)
-    with pytest.raises(MlflowException, match=r"there is no .*nowhere\."):
+    with pytest.raises(MlflowException, match=r"nowhere does not exist\."):
         load(tmp_path / "nowhere")
 
 
-def test_another_flavors_model(saved: Path) -> None:
+def test_a_model_of_another_flavor(saved: Path) -> None:
     edit_mlmodel(saved, lambda content: content["flavors"].pop("pt_deploy"))
-    with pytest.raises(ModelError, match="not of the pt_deploy flavor"):
+    with pytest.raises(ModelError, match="does not have the pt_deploy flavor"):
         load(saved)
 
 
@@ -186,10 +195,12 @@ def test_an_artifact_cannot_allow_its_own_code(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit_mlmodel(saved, in_pyfunc(config={"allow_code": True}))
-    with pytest.raises(UntrustedError, match="only the operator can say so, with -C allow_code"):
+    with pytest.raises(
+        UntrustedError, match="only the operator can allow code, with -C allow_code"
+    ):
         load(saved)
     for call in (flavor.load_model, mlflow.pyfunc.load_model):
-        with pytest.raises(UntrustedError, match="MLmodel says allow_code: true of itself"):
+        with pytest.raises(UntrustedError, match="MLmodel file sets allow_code: true"):
             call(str(saved))
     assert load(saved, allow_code=True)
     monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps({"allow_code": True}))
@@ -209,7 +220,7 @@ def test_allow_code_is_not_logged_with_a_model(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_options_of_the_artifact_and_of_the_operator(
+def test_options_of_the_operator_override_those_of_the_artifact(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edit_mlmodel(saved, in_pyfunc(config={"max_batch_rows": 4, "queue_rows": 8}))
@@ -224,11 +235,11 @@ def logged() -> str:
 
 
 def in_store(uri: str) -> Path:
-    """Where the artifact store keeps a logged model."""
+    """Return the folder of a logged model in the artifact store."""
     return Path(mlflow.get_logged_model(uri.removeprefix("models:/")).artifact_location)
 
 
-def test_a_promotions_digest_covers_mlmodel_by_every_address(tracking: str) -> None:
+def test_the_digest_of_a_promotion_covers_mlmodel_for_every_address(tracking: str) -> None:
     uri = logged()
     promotion = promote(uri, "shop", "the first")
     client = MlflowClient()
@@ -242,15 +253,15 @@ def test_a_promotions_digest_covers_mlmodel_by_every_address(tracking: str) -> N
     assert flavor.load_model(promotion.uri).logits(["my card"]).shape == (1, 3)
     path = in_store(uri) / "MLmodel"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
         load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
         flavor.load_model(promotion.uri)
-    assert promote(uri, "shop", "looked at once more").version == "1"
+    assert promote(uri, "shop", "promoted again").version == "1"
     load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
 
 
-def test_a_digest_of_the_old_form_is_checked_and_mlmodel_held(tracking: str) -> None:
+def test_a_digest_of_the_old_form_is_verified_and_mlmodel_validated(tracking: str) -> None:
     uri = logged()
     promotion = promote(uri, "shop", "long ago")
     old = read_manifest(SAVED / "variant").digest
@@ -262,38 +273,38 @@ def test_a_digest_of_the_old_form_is_checked_and_mlmodel_held(tracking: str) -> 
         load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
     edit_mlmodel(in_store(uri), in_pyfunc(loader_module="mlflow_pt_deploy.flavor"))
     client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, "0" * 64)
-    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
         load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
 
 
-def test_only_what_may_be_served_is_promoted(tracking: str) -> None:
+def test_only_a_servable_model_is_promoted(tracking: str) -> None:
     uri = logged()
     edit_mlmodel(in_store(uri), in_pyfunc(config={"allow_code": True}))
-    with pytest.raises(UntrustedError, match="allow_code: true of itself"):
+    with pytest.raises(UntrustedError, match="sets allow_code: true"):
         promote(uri, "shop", "by mistake")
     edit_mlmodel(in_store(uri), in_pyfunc(config={}, code="code"))
     with pytest.raises(ArtifactError, match="code is not written"):
         promote(uri, "shop", "by mistake")
 
 
-def test_a_model_that_changed_since_it_was_logged(saved: Path) -> None:
+def test_a_model_changed_after_logging(saved: Path) -> None:
     path = saved / "variant" / "manifest.json"
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ArtifactError, match=r"manifest.json is not the one that was logged"):
         load(saved)
 
 
-def test_what_an_earlier_version_saved_is_served_by_the_server() -> None:
+def test_a_model_saved_by_an_earlier_version_is_served() -> None:
     served = ServedModel("saved", source(str(SAVED)))
     served.open()
     with running(Application({"saved": served})) as url:
         body = {"inputs": ["my card", "i want a refund"]}
-        answer = requests.post(f"{url}/invocations", json=body, timeout=10)
-    assert [row["label"] for row in answer.json()["predictions"]] == ["card", "refund"]
+        response = requests.post(f"{url}/invocations", json=body, timeout=10)
+    assert [row["label"] for row in response.json()["predictions"]] == ["card", "refund"]
 
 
-def test_what_an_earlier_version_saved_is_loaded_as_it_was() -> None:
+def test_a_model_saved_by_an_earlier_version_is_loaded() -> None:
     rows = json.loads((SAVED / "variant" / "golden.json").read_text())["rows"]
-    answers = load(SAVED).pyfunc.predict(rows)
-    assert answers == mlflow.pyfunc.load_model(str(SAVED)).predict(rows)
-    assert {answer["label"] for answer in answers} <= {"card", "refund", "transfer"}
+    predictions = load(SAVED).pyfunc.predict(rows)
+    assert predictions == mlflow.pyfunc.load_model(str(SAVED)).predict(rows)
+    assert {prediction["label"] for prediction in predictions} <= {"card", "refund", "transfer"}

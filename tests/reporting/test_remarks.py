@@ -65,7 +65,7 @@ def test_without_a_baseline_result_nothing_is_compared() -> None:
 
 
 def test_many_remarks_are_abbreviated() -> None:
-    odd = [result(f"student-{name}-fp32", 1, (2, 1.9, 2.1), ("is bad",)) for name in "abcde"]
-    first, second = remarks([TEACHER, *odd])
+    others = [result(f"student-{name}-fp32", 1, (2, 1.9, 2.1), ("is bad",)) for name in "abcde"]
+    first, second = remarks([TEACHER, *others])
     assert first == "student-a-fp32 (and 4 more of student) is bad."
     assert "student-c-fp32 10x, interleaved 2x and 2 more. Trust" in second

@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.registry.addresses import in_words
+from mlflow_pt_deploy.registry.addresses import explain_load_error
 from mlflow_pt_deploy.serving.model_names import name_models
 
 
@@ -39,10 +39,10 @@ def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("models:/none@champion", "Registered Model with name=none not found. Look at its addr"),
-        ("models:/shop@champion", "Registered model alias champion not found. Look at its addr"),
-        ("models:/shop/9", "Model Version (name=shop, version=9) not found. Look"),
-        ("file:///no/such", "there is no /no/such. Look"),
+        ("models:/none@champion", "Registered Model with name=none not found. Check its addr"),
+        ("models:/shop@champion", "Registered model alias champion not found. Check its addr"),
+        ("models:/shop/9", "Model Version (name=shop, version=9) not found. Check"),
+        ("file:///no/such", "/no/such does not exist. Check"),
     ],
 )
 def test_a_model_unknown_to_the_registry(tracking: str, uri: str, reason: str) -> None:
@@ -50,12 +50,12 @@ def test_a_model_unknown_to_the_registry(tracking: str, uri: str, reason: str) -
     (model,) = name_models([uri]).values()
     with pytest.raises(MlflowException) as info:
         model.open()
-    message = str(in_words(info.value))
+    message = str(explain_load_error(info.value))
     assert message.startswith("the model cannot be fetched or opened: ")
     assert reason in message
 
 
 def test_the_whole_reason_is_on_one_line() -> None:
     error = MlflowException("These failed:\n\n  ## a ##\nno such file\nTraceback (most")
-    assert "opened: These failed: a no such file. Look at" in str(in_words(error))
-    assert "opened: KeyError. Look" in str(in_words(KeyError()))
+    assert "opened: These failed: a no such file. Check its" in str(explain_load_error(error))
+    assert "opened: KeyError. Check" in str(explain_load_error(KeyError()))

@@ -59,8 +59,8 @@ class LoadedModel:
         inner = model._model_impl
         if not isinstance(inner, PtDeployPyFunc):
             raise ModelError(
-                "this model is not of the pt_deploy flavor. Serve it with mlflow models serve, or "
-                "build one with pt-deploy optimize."
+                "the model does not have the pt_deploy flavor. Serve it with mlflow models serve, "
+                "or build one with pt-deploy optimize."
             )
         self.pyfunc = inner
         self.resolved = resolved
