@@ -1,4 +1,7 @@
-"""ASGI 3 (https://asgi.readthedocs.io) to `Application`: for uvicorn, for tests, for embedding."""
+"""ASGI 3 adapter of `Application`: for uvicorn, for tests, for embedding.
+
+Specification: https://asgi.readthedocs.io
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class AsgiAdapter:
         self._application = application
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request, or follow the server's lifespan."""
+        """Answer one request, or handle the server's lifespan events."""
         if scope["type"] == "lifespan":
             await self._follow_lifespan(receive, send)
         if scope["type"] != "http":

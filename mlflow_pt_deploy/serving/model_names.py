@@ -1,4 +1,4 @@
-"""Words of the command line to served models: ``URI``, ``NAME=URI``, ``@FILE``."""
+"""Parses model arguments of the command line: ``URI``, ``NAME=URI``, ``@FILE``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ def name_models(
     metrics: Metrics | None = None,
     served: Mapping[str, Any] | None = None,
 ) -> dict[str, ServedModel]:
-    """A served model for each word, under the name it has or is given.
+    """Create a served model for each argument.
 
     Args:
-        words: Of the command line.
+        words: Model arguments.
         model_config: Serving options of all models.
         metrics: Counts swaps and rejections.
-        served: What was served before under these names, see `WorkerStates.served`.
+        served: Versions that were served under these names before, see `WorkerStates.served`.
+
+    Returns:
+        Models by name: the given one, else the registered model's or the last part of the path.
 
     Raises:
-        ServingError: No models, two of one name, or a wrong option.
+        ServingError: There is no model, two have the same name, or an option is invalid.
     """
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
@@ -55,20 +58,20 @@ def name_models(
 
 
 def _name(uri: str) -> str:
-    """The registered model's name, or the last part of a path, as a part of a URL."""
+    """The registered model's name, or the last part of a path, with URL-safe characters."""
     registered = re.fullmatch(r"models:/+([^/@]+)(?:[/@].*)?", uri)
     name = registered[1] if registered else uri.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]", "-", name.removeprefix("@")) or "model"
 
 
 def check_folder(word: str) -> None:
-    """See whether a model that is given as a folder is there; addresses are MLflow's business.
+    """Check that a model given as a folder exists; URIs with a scheme are not checked.
 
     Args:
-        word: As for `serve`.
+        word: Model argument, see `serve`.
 
     Raises:
-        ServingError: It is not there, or not a model that MLflow saved.
+        ServingError: The folder does not exist, or MLflow did not save it.
     """
     named = _NAMED.fullmatch(word)
     uri = named[2] if named else word

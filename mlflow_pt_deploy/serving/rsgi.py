@@ -1,4 +1,4 @@
-"""granian's RSGI to `Application`.
+"""RSGI adapter of `Application`, for granian.
 
 Specification: https://github.com/emmett-framework/granian/blob/master/docs/spec/RSGI.md
 """

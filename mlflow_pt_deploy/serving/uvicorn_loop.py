@@ -1,9 +1,9 @@
-"""More threads for MLflow's own server.
+"""Event loop with more threads, for MLflow's own server.
 
     UVICORN_LOOP=mlflow_pt_deploy.serving.uvicorn_loop:new_loop mlflow models serve -m MODEL
 
-It answers each request in a thread of asyncio's pool, which has four more than there are cores:
-requests beyond those never meet in the batcher. Uvicorn takes this loop by its environment.
+MLflow's server runs each request on a thread of asyncio's default pool. That pool has four threads
+more than there are cores, so few requests would share a batch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 THREADS = 64
 SWITCH_S = 0.5e-3
-"""Python lets a busy thread go on for 5 ms while others wait; a model then waits ten times as long
-for its turn as it computes."""
+"""Seconds that a busy thread may hold the interpreter. Python's default is 5 ms, about ten times
+the time that a small model computes."""
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """The loop that uvicorn would take, with `THREADS` threads and turns of `SWITCH_S` seconds."""
+    """Create uvicorn's default loop with `THREADS` threads, and set `SWITCH_S`."""
     from uvicorn.loops.auto import auto_loop_factory
 
     sys.setswitchinterval(SWITCH_S)

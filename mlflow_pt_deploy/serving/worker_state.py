@@ -2,13 +2,13 @@
 
     RUN_DIR/
     ├── worker-<index>.lock    held (flock) by the worker with this index; free once it has died
-    ├── worker-<index>.json    what it serves, whether it is ready, why it failed
+    ├── worker-<index>.json    its state: versions, readiness, failure
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
     ├── draining               exists once readiness is off
     └── stopping               exists once the port is being closed
 
-Files are written aside and renamed, so a reader never sees half of one.
+Files are written under another name and renamed, so a reader never sees an incomplete one.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _PREFIX = "pt-deploy-run-"
 
 
 class WorkerStates:
-    """The workers of a server, seen from one of its processes.
+    """State files of a server's workers.
 
     Args:
         folder: The run directory.
         count: Workers of the server.
 
     Attributes:
-        index: Number of the worker that this process is; None in the main process.
+        index: Index of this worker; None in the main process.
     """
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -91,9 +91,9 @@ class WorkerStates:
     def write(self, state: Mapping[str, Any]) -> None:
         """Publish this worker's state."""
         path = self.folder / f"worker-{self.index}.json"
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps({"pid": os.getpid(), **state}), encoding="utf8")
-        os.replace(aside, path)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"pid": os.getpid(), **state}), encoding="utf8")
+        os.replace(temporary, path)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""
@@ -114,7 +114,7 @@ class WorkerStates:
         return len(states) == self.count and all(state.get("ready") for state in states.values())
 
     def served(self) -> dict[str, Any]:
-        """What any worker serves or served last, by model name; for a worker that restarts."""
+        """The last served version of each model, in any worker; for a worker that restarts."""
         found: dict[str, Any] = {}
         for index in range(self.count):
             path = self.folder / f"worker-{index}.json"
@@ -123,7 +123,7 @@ class WorkerStates:
         return found
 
     def of_model(self, name: str) -> list[dict[str, Any]]:
-        """What each running worker serves under a model's name."""
+        """State of one model in each running worker."""
         return [
             {"replica": index, "pid": state["pid"], **state.get("models", {}).get(name, {})}
             for index, state in sorted(self.read().items())
@@ -139,7 +139,7 @@ class WorkerStates:
 
 
 def new_run_folder() -> Path:
-    """A run directory; those of servers that were killed are removed."""
+    """Create a run directory, and remove those of servers that were killed."""
     root = Path(tempfile.gettempdir())
     for old in root.glob(f"{_PREFIX}*"):
         pid = old.name.removeprefix(_PREFIX).partition("-")[0]

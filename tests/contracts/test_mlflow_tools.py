@@ -132,7 +132,7 @@ def test_predict_with_mlflow_models(uri: str, tmp_path: Path, data: Any, media: 
 
 @pytest.mark.parametrize("text", ["123", "NA"])
 def test_a_csv_with_guessed_types_is_rejected(uri: str, text: str) -> None:
-    with pytest.raises(MlflowException, match="was taken for a number or a gap.*or send JSON"):
+    with pytest.raises(MlflowException, match="was read with type inference.*or send JSON"):
         mlflow.models.predict(
             uri, input_data=f"text\n{text}\n", content_type="csv", env_manager="local"
         )

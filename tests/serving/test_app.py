@@ -1,12 +1,9 @@
 """The application behind any ASGI server, beside MLflow's own scoring server."""
 
-import asyncio
 import json
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import mlflow
@@ -20,7 +17,6 @@ from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
-from mlflow_pt_deploy.serving.http.request import Request
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
@@ -319,45 +315,3 @@ def test_a_refused_body_that_does_not_arrive_is_not_waited_for(
     with Client(ours) as client:
         client.send(request(b"x" * 5000, JSON_HEAD.replace(b"/invocations", b"/nothing"))[:-3])
         assert client.read().status == 404
-
-
-class WholeBody:
-    """A request body that has arrived."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body = body
-
-    async def read(self) -> bytes:
-        return self._body
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        yield self._body
-
-    async def disconnected(self) -> None:
-        await asyncio.Event().wait()
-
-
-def test_the_common_request_takes_few_calls_of_ours(model: PyFuncModel) -> None:
-    """Counts calls of this package's functions for one short text, scored inline."""
-    served = ServedModel("tiny", source("tiny"))
-    served.current = LoadedModel(model, ResolvedVersion("tiny"))
-    served.current.pyfunc.service.runs_inline = True
-    application = Application({"tiny": served}, metrics=PrometheusMetrics())
-    body = b'{"inputs": ["red green"]}'
-    headers = {"content-type": "application/json", "content-length": str(len(body))}
-    names: list[str] = []
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_globals.get("__name__", "").startswith("mlflow_pt_deploy."):
-            names.append(frame.f_code.co_qualname)
-
-    async def respond() -> None:
-        for measured in (False, True):
-            common = Request("POST", "/invocations", headers, WholeBody(body))
-            sys.setprofile(count if measured else None)
-            response = await application.respond(common)
-            sys.setprofile(None)
-            assert response.status == 200
-
-    asyncio.run(respond())
-    assert 20 < len(names) <= 80, names

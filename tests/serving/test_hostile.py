@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -349,50 +346,3 @@ def test_openapi_describes_what_is_answered(server: Served) -> None:
                 else:
                     assert answer.status_code == 405, path
                 assert answer.status_code < 500 or answer.status_code == 501
-
-
-NGINX = """
-{user}
-daemon off; worker_processes 2; pid {folder}/pid; error_log {folder}/error.log;
-events {{ worker_connections 256; }}
-http {{
-  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  client_max_body_size 8m;
-  upstream models {{ server {upstream}; server {upstream}; }}
-  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://models; }} }}
-}}
-"""
-
-
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
-def test_behind_nginx_refusals_arrive_and_harm_no_other(server: Served, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    upstream = server.url.removeprefix("http://")
-    user = "" if os.getuid() else "user root;"  # else its workers cannot read the folder
-    text = NGINX.format(user=user, folder=tmp_path, upstream=upstream, port=port)
-    (tmp_path / "nginx.conf").write_text(text)
-    command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
-    url = f"http://127.0.0.1:{port}"
-
-    def is_up() -> bool:
-        with suppress(requests.ConnectionError):
-            return requests.get(f"{url}/livez", timeout=5).status_code == 200
-        return False
-
-    with subprocess.Popen(command) as process:
-        try:
-            until(is_up)
-            with behaved(url), ThreadPoolExecutor(8) as pool:
-
-                def ask(headers: dict[str, str]) -> int:
-                    answer = requests.post(
-                        f"{url}/invocations", MEGABYTE, headers=headers, timeout=30
-                    )
-                    return answer.status_code
-
-                assert set(pool.map(ask, [{}] * 24)) == {401}
-                assert set(pool.map(ask, [BEARER] * 10)) == {413}
-        finally:
-            process.terminate()

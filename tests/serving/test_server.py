@@ -3,7 +3,6 @@
 import re
 import signal
 import socket
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def test_a_first_model_that_cannot_serve_ends_the_server(tmp_path: Path) -> None
     [
         (["--host", "0.0.0.0"], "0.0.0.0 can be reached from other machines"),
         (["-C", "threads=2"], "model_config has no threads"),
-        (["-C", "num_threads"], "num_threads is no option; write it as KEY=VALUE"),
+        (["-C", "num_threads"], "num_threads is not an option; write it as KEY=VALUE"),
         (["--tls-cert", "cert.pem"], "belong together"),
         (["--port", "99999"], "port is 99999; give 1 to 65535, or 0 for any free one"),
         (["--port", "-1", "--replicas", "2"], "port is -1; give 1 to 65535"),

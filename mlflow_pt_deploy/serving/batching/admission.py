@@ -1,7 +1,7 @@
 """Admission control: rejects requests that would miss their deadline, before they cost anything.
 
-The one place that rejects. It is asked when a request's headers are read, before its body is
-parsed, and again when its rows enter the queue.
+The only place that rejects requests because of load. It is called when the headers of a request
+are read, before its body is parsed, and again when its rows enter the queue.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ QUEUE_SHARE = 1 / 3
 """Share of the remaining time that a request may wait in the queue. The batch that is running and
 its own batch take about as long again."""
 STREAM_QUEUE_SHARE = 1 / 4
-"""The same where batches run side by side, each of similar lengths: a request of a rare length
-waits longer than most."""
+"""The same for concurrent batches of similar lengths: a request of a rare length waits longer than
+most."""
 LOOP_SHARE = 0.15
 """Share of the remaining time that requests ahead of it may take on the event loop."""
 
@@ -76,7 +76,7 @@ class AdmissionController:
     def rejection(
         self, remaining_s: float | None, *, rows: int = 0, loop_wait_s: float = 0.0
     ) -> str:
-        """Why a request is rejected; empty if it is admitted.
+        """Reason to reject a request; empty if it is admitted.
 
         Args:
             remaining_s: Seconds until its deadline; None: no deadline.

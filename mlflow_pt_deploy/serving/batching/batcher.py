@@ -35,8 +35,8 @@ OnDone = Callable[[BatchRequest], None]
 _STREAM_ROWS = 16
 
 _NO_THREAD = (
-    "server overloaded: the system gives no thread to compute on; retry later. If this lasts, "
-    "raise the limit of threads (ulimit -u, or the container's)"
+    "server overloaded: no thread can be started; retry later. If this lasts, raise the limit of "
+    "threads (ulimit -u, or the container's)"
 )
 
 
@@ -56,7 +56,7 @@ class Batcher:
         pads: Whether rows are padded to the longest in the batch.
 
     Attributes:
-        executor: The model and its latency estimates.
+        executor: Runs the model and estimates its latency.
         concurrency: Running batches; one at a time unless `enable_streams` was called.
         admission: Decides which requests may enter.
     """
@@ -119,7 +119,7 @@ class Batcher:
 
         Args:
             rows: Encoded rows, e.g. token ids, unpadded.
-            dedup_keys: What makes rows equal, one a row; None: all rows differ.
+            dedup_keys: Deduplication key of each row; None: all rows differ.
             bounded: False for batch scoring: no limit of the queue and no default deadline.
             context: Deadline of the client, and whether it is still connected.
 
@@ -129,7 +129,7 @@ class Batcher:
         Raises:
             OverloadedError: The queue is full, or the deadline would be missed.
             DeadlineError: The deadline passed.
-            Exception: What the model raised on one of these rows.
+            Exception: An error of the model for one of these rows.
         """
         request = BatchRequest(rows, dedup_keys, self.limits, bounded, context)
         request.notifier = event = threading.Event()
@@ -158,12 +158,12 @@ class Batcher:
 
         Args:
             rows, dedup_keys, context: See `submit`. A queued request is dropped after its deadline,
-                a running one is not: the caller has to watch the clock.
+                a running one is not: the caller has to set a timer.
             on_done: Called once with the request when it is done, on another thread and with the
                 batcher locked: it must be short and must not call back.
 
         Raises:
-            OverloadedError: See `submit`; or the system gives no thread.
+            OverloadedError: See `submit`; or no thread can be started.
         """
         request = BatchRequest(rows, dedup_keys, self.limits, True, context)
         request.notifier = _CallbackNotifier(request, on_done)
@@ -187,7 +187,7 @@ class Batcher:
             See `submit`; None if the model is busy or the rows do not fit one batch.
 
         Raises:
-            Exception: What the model raised on any of the rows.
+            Exception: An error of the model for any of the rows.
         """
         budget = self.executor.padding_budget
         shape = self.executor.shape(rows)
@@ -200,9 +200,9 @@ class Batcher:
         try:
             keys = dedup_keys or range(len(rows))
             distinct = dict(zip(keys, rows, strict=True))
-            logits = self.executor.run(list(distinct.values()))
             if len(distinct) == len(rows):
-                return logits
+                return self.executor.run(rows, shape=shape)
+            logits = self.executor.run(list(distinct.values()))
             order = {key: index for index, key in enumerate(distinct)}
             return logits[[order[key] for key in keys]]
         finally:
@@ -220,7 +220,7 @@ class Batcher:
         return queued / self.concurrency.streams
 
     def _enqueue(self, request: BatchRequest, bounded: bool) -> bool:
-        """Admit and queue a request; True if the caller must see to it that it is computed."""
+        """Admit and queue a request; True if the caller must run the next batches."""
         if not request.rows:
             raise ServingError("a request without rows cannot be computed; send at least one")
         lengths = self.executor.lengths(request.rows)

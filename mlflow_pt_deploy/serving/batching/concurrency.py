@@ -1,4 +1,4 @@
-"""How many batches run at a time, and the threads they run on."""
+"""Limits concurrent batches and owns the threads they run on."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class ConcurrencyLimiter:
         """Run `work` on a worker thread, on a stream that the caller acquired.
 
         Args:
-            work: Releases the stream at its end, or hands it on.
+            work: Releases the stream at its end, or passes it on.
 
         Returns:
-            False if the system has no thread to give, e.g. because of a container's limit.
+            False if no thread can be started, e.g. because of a container's limit.
         """
         if self._threads is None:
             self._threads = ThreadPoolExecutor(self.streams, thread_name_prefix="batcher")

@@ -1,4 +1,4 @@
-"""Calls of the model: latency estimates, and isolation of rows that fail."""
+"""Runs the model: estimates its latency and isolates failing rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_PADDING = 64
 
 
 class ModelExecutor:
-    """Runs the model and learns what its calls cost.
+    """Runs the model and estimates the latency of its calls.
 
     Args:
         predict: The model.
@@ -86,15 +86,21 @@ class ModelExecutor:
         lengths = self.lengths(rows)
         return BatchShape(len(rows), max(lengths), sum(lengths))
 
-    def run(self, rows: Sequence[Encoded], sole: bool = True) -> Logits:
-        """One call of the model: float32 (rows, classes).
+    def run(
+        self, rows: Sequence[Encoded], sole: bool = True, shape: BatchShape | None = None
+    ) -> Logits:
+        """Call the model once.
 
         Args:
             rows: Encoded rows.
             sole: Whether no other call is running, so that this one may use all threads.
+            shape: Shape of the rows, if it is known.
+
+        Returns:
+            float32 (rows, classes).
 
         Raises:
-            Exception: What the model raised.
+            Exception: An error of the model.
         """
         single = None if sole and len(rows) == 1 else self._predict_single
         predict = single or self._predict
@@ -104,7 +110,7 @@ class ModelExecutor:
             logits = predict(self._collate(rows))
         finally:
             del self._started[thread]
-        self._learn(self.shape(rows), predict, time.perf_counter() - start)
+        self._learn(shape or self.shape(rows), predict, time.perf_counter() - start)
         if len(logits) != len(rows):
             raise ServingError(f"the model returned {len(logits)} rows for {len(rows)}")
         return logits
@@ -116,7 +122,7 @@ class ModelExecutor:
 
         Args:
             rows: Rows with their deduplication keys.
-            results: Filled in.
+            results: Gets the result of each row.
             sole: See `run`.
         """
         try:

@@ -94,8 +94,8 @@ class BatchRequest:
 
     Args:
         rows: Encoded rows.
-        dedup_keys: What makes rows equal, one a row; None: all rows differ.
-        limits: Default deadline.
+        dedup_keys: Deduplication key of each row; None: all rows differ.
+        limits: Sets the default deadline.
         bounded: Whether the default deadline applies.
         context: Deadline of the client, and whether it is still connected.
     """
@@ -126,7 +126,7 @@ class BatchRequest:
         return self.error is not None or not self.missing
 
     def is_abandoned(self, now: float) -> bool:
-        """Whether its result is useless: client gone or deadline passed, by `time.monotonic`."""
+        """Whether its result is not needed: the client is gone or the deadline passed by `now`."""
         return self.context.disconnected or (self.expires_at is not None and self.expires_at <= now)
 
     @property
@@ -135,7 +135,7 @@ class BatchRequest:
         return sum(chunk.shape.rows for chunk in self.chunks)
 
     def set_row_result(self, index: int, result: Logits | Exception) -> None:
-        """Store a row's logits, float32 (classes,), or why there are none."""
+        """Store a row's logits, float32 (classes,), or its error."""
         if isinstance(result, Exception):
             self.error = self.error or result
         else:
@@ -150,7 +150,7 @@ class BatchRequest:
         """Logits of all rows, float32 (rows, classes).
 
         Raises:
-            Exception: What failed.
+            Exception: The first error of a row.
         """
         if self.error is not None:
             raise self.error
@@ -165,11 +165,11 @@ def split_into_chunks(
     padding_budget: float | None,
     max_rows: int,
 ) -> list[RowChunk]:
-    """Chunks of rows of similar length, each within the limits, the longest last.
+    """Split rows into chunks of similar length, each within the limits, the longest last.
 
     Args:
         lengths: Tokens of each row.
-        indices: The rows to split.
+        indices: Indices of the rows to split.
         limits, padding_budget, max_rows: See `BatchShape.fits`.
     """
     if len(indices) == 1:  # the common request

@@ -1,4 +1,4 @@
-"""The queue of requests, and which rows form the next batch.
+"""Queue of requests; selects the rows of the next batch.
 
 Not thread-safe: the batcher holds its lock.
 """
@@ -16,7 +16,7 @@ Batch = dict[Hashable, list[RowRef]]
 
 
 class RequestQueue:
-    """Requests in order of arrival; one with many rows stays until its last chunk is taken.
+    """Requests in order of arrival; a request stays until its last chunk is taken.
 
     Attributes:
         rows: Queued rows.
@@ -87,7 +87,7 @@ class RequestQueue:
                     continue
                 wider = shape.plus(request.chunks[-1].shape)
                 if not wider.fits(limits, padding_budget, max_rows):
-                    break  # most likely the other requests of this length do not fit either
+                    break  # the other requests of this length most likely do not fit either
                 taken.append(request)
                 shape = wider
         return taken

@@ -1,1 +1,1 @@
-"""http."""
+"""HTTP: requests, responses, MLflow's scoring protocol, tokens."""

@@ -1,7 +1,7 @@
-"""Who may score, and who may look behind: bearer tokens, compared in constant time.
+"""Bearer tokens for scoring and for the admin pages, compared in constant time.
 
-Knows no routes. Tokens come from the environment or from files, never from the command line,
-where every user of the machine could read them.
+Tokens come from environment variables or files. They are not command line options, because every
+user of the machine can read those.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from mlflow_pt_deploy.errors import ServingError
 
 SCORE_ENV, ADMIN_ENV = "PT_DEPLOY_TOKEN", "PT_DEPLOY_ADMIN_TOKEN"
-_LEAST = 16
+_MIN_CHARS = 16
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,8 +23,8 @@ class TokenAuth:
     """The tokens of a server.
 
     Attributes:
-        scoring: Any of them may score; none: everybody may.
-        admin: Any of them may read ``/metrics`` and ``/model``; none: whoever may score.
+        scoring: Tokens for scoring; if there are none, requests need no token.
+        admin: Tokens for ``/metrics`` and ``/model``; if there are none, the scoring tokens.
     """
 
     scoring: tuple[bytes, ...] = ()
@@ -35,13 +35,14 @@ class TokenAuth:
         return not self.scoring or _holds(authorization, self.scoring)
 
     def can_read_admin(self, authorization: str | None) -> bool:
-        """Whether it may read what is for those who run the server."""
+        """Whether a request with this ``Authorization`` header may read the admin pages."""
         return _holds(authorization, self.admin) if self.admin else self.can_score(authorization)
 
 
 def auth_from_environment() -> TokenAuth:
-    """Tokens in ``PT_DEPLOY_TOKEN`` and ``PT_DEPLOY_ADMIN_TOKEN``, or in files named by the same
-    names with ``_FILE``; a file may hold several, one a line, so that they can be exchanged.
+    """Read ``PT_DEPLOY_TOKEN`` and ``PT_DEPLOY_ADMIN_TOKEN``, or the files in the variables
+    ``PT_DEPLOY_TOKEN_FILE`` and ``PT_DEPLOY_ADMIN_TOKEN_FILE``. A file may hold several tokens, one
+    per line, so that tokens can be rotated.
 
     Raises:
         ServingError: A file cannot be read, or a token is shorter than 16 characters.
@@ -49,23 +50,23 @@ def auth_from_environment() -> TokenAuth:
     return TokenAuth(_tokens(SCORE_ENV), _tokens(ADMIN_ENV))
 
 
-def require_auth_unless_loopback(host: str, guard: TokenAuth, insecure: bool) -> None:
-    """Refuse to let a whole network score without a token.
+def require_auth_unless_loopback(host: str, auth: TokenAuth, insecure: bool) -> None:
+    """Refuse to listen beyond this machine without a token.
 
     Raises:
-        ServingError: `host` is not this machine only, and nobody said that this is meant.
+        ServingError: `host` is not a loopback address, there is no token, and `insecure` is False.
     """
-    if insecure or guard.scoring or is_loopback(host):
+    if insecure or auth.scoring or is_loopback(host):
         return
     raise ServingError(
-        f"{host} can be reached from other machines and {SCORE_ENV} is not set, so anybody there "
-        f"could score. Set {SCORE_ENV} or {SCORE_ENV}_FILE; or listen on 127.0.0.1 behind a proxy "
-        "that knows its callers; or say --insecure where the network itself is closed."
+        f"{host} can be reached from other machines and {SCORE_ENV} is not set. Set {SCORE_ENV} or "
+        f"{SCORE_ENV}_FILE, listen on 127.0.0.1 behind a proxy that authenticates clients, or give "
+        "--insecure if the network is closed."
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Whether `host` can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -84,9 +85,10 @@ def _tokens(name: str) -> tuple[bytes, ...]:
         if not text.strip():
             raise ServingError(f"{name}_FILE is empty; write a token into it")
     tokens = tuple(line.strip().encode() for line in text.splitlines() if line.strip())
-    if any(len(token) < _LEAST for token in tokens):
+    if any(len(token) < _MIN_CHARS for token in tokens):
         raise ServingError(
-            f"{name}: a token has fewer than {_LEAST} characters; make one: openssl rand -hex 32"
+            f"{name}: a token has fewer than {_MIN_CHARS} characters; make one: "
+            "openssl rand -hex 32"
         )
     return tokens
 
@@ -95,5 +97,7 @@ def _holds(authorization: str | None, tokens: tuple[bytes, ...]) -> bool:
     scheme, _, given = (authorization or "").encode("latin1", "replace").partition(b" ")
     if scheme.lower() != b"bearer":
         return False
-    # every token is compared, so that time does not tell which one came close
-    return sum(hmac.compare_digest(given.strip(), token) for token in tokens) > 0
+    token, found = given.strip(), False
+    for known in tokens:  # all of them, so that the time does not depend on which one matches
+        found |= hmac.compare_digest(token, known)
+    return found

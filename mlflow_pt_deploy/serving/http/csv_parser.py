@@ -1,4 +1,4 @@
-"""CSV bodies: the column that the model reads, each cell as it stands there, without pandas."""
+"""Reads one column of a CSV body as text, without pandas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mlflow_pt_deploy.serving.model.inputs import check_names
 
 
 def parse_csv(body: bytes, column: str, max_rows: int) -> list[str]:
-    """The cells of a column as they stand in the file; nothing is taken for a number or a gap.
+    """Read the cells of a column as text; no cell is converted to a number or to null.
 
     Args:
         body: UTF-8, with a header line.
@@ -19,28 +19,32 @@ def parse_csv(body: bytes, column: str, max_rows: int) -> list[str]:
         max_rows: Most rows.
 
     Raises:
-        RequestError: The column is missing, a line does not fit the header, or too many rows.
+        RequestError: The column is missing, a line does not match the header, or there are too many
+            rows.
     """
-    csv.field_size_limit(sys.maxsize)  # of the whole process; the body's length is limited
+    csv.field_size_limit(sys.maxsize)  # applies to the process; the body size is limited already
     try:
         reader = csv.reader(StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
-        lines = (line for line in reader if line)  # an empty line is no row; an empty text is ""
-        header = next(lines, [])
+        lines = (line for line in reader if line)  # skips empty lines; an empty text is ""
+        header = next(lines, None)
+        if header is None:
+            return []
         check_names(header, column)
         if column not in header:
             raise RequestError(
                 f"the column '{column}' is missing; write the names of the columns into the first "
                 "line, with commas between"
             )
-        place = header.index(column)
+        index = header.index(column)
         cells = []
         for line in lines:
             if len(line) != len(header):
+                cells_of_line = f"{len(line)} cell{'s' if len(line) > 1 else ''}"
                 raise RequestError(
-                    f"line {reader.line_num} of the CSV has {len(line)} cells and its header "
+                    f"line {reader.line_num} of the CSV has {cells_of_line} and its header "
                     f'{len(header)}; put texts with commas or quotes in double quotes ("...")'
                 )
-            cells.append(line[place])
+            cells.append(line[index])
             if len(cells) > max_rows:
                 raise RequestError(
                     f"the CSV has more than {max_rows} rows, the most in one request (queue_rows). "

@@ -1,4 +1,4 @@
-"""Request deadlines: the client's header and the server's default, whichever is earlier."""
+"""Request deadlines: the earlier of the client's header and the server's default."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ DEADLINE_HEADER = "x-deadline-ms"
 
 
 class Deadline:
-    """When a request is given up.
+    """Time limit of a request.
 
     Attributes:
-        expires_at: By `time.monotonic`, seconds; None: never.
+        expires_at: Time by `time.monotonic`, seconds; None: no limit.
     """
 
     __slots__ = ("expires_at",)
@@ -25,8 +25,8 @@ class Deadline:
         """Deadline of a request that arrives now.
 
         Args:
-            header: Milliseconds that the client waits; anything but digits is ignored.
-            default_ms: The server's own limit; 0: none.
+            header: Milliseconds that the client waits; ignored unless it consists of digits.
+            default_ms: The server's default; 0: none.
         """
         seconds = _seconds(header, default_ms)
         return cls(None if seconds is None else time.monotonic() + seconds)

@@ -1,8 +1,8 @@
-"""The JSON bodies of MLflow's scoring protocol, without pandas and without MLflow.
+"""JSON bodies of MLflow's scoring protocol, parsed without pandas and without MLflow.
 
 Formats: ``inputs``, ``instances``, ``dataframe_split``, ``dataframe_records``; see
 https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally. Only the column that the model
-reads is kept, so a table costs no more than its rows.
+reads is kept.
 """
 
 from __future__ import annotations
@@ -12,27 +12,28 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import RequestError
-from mlflow_pt_deploy.serving.model.inputs import check_names, column_place
+from mlflow_pt_deploy.serving.model.inputs import check_names, column_index
 
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
 
 
 class ParsedBody(NamedTuple):
-    """Data in a shape that `inputs.read_rows` takes, and the parameters."""
+    """Data for `inputs.parse_rows`, and the parameters."""
 
     data: Any
     params: Mapping[str, Any] | None
 
 
 def parse_json(body: bytes, column: str) -> ParsedBody:
-    """Read a JSON body.
+    """Parse a JSON body.
 
     Args:
         body: UTF-8.
         column: The column that the model reads, ``text`` or ``image``.
 
     Raises:
-        RequestError: It is not one of the formats; names the field, never repeats the content.
+        RequestError: The body is not one of the formats. The message names the field and does not
+            repeat the content.
     """
     try:
         request = json.loads(body.decode())  # of bytes, json would guess the encoding first
@@ -44,8 +45,9 @@ def parse_json(body: bytes, column: str) -> ParsedBody:
     params = request.get("params")
     if params is not None and not isinstance(params, dict):
         raise RequestError("'params' must be an object")
-    # A second text beside the rows would be dropped as silently as one among them.
-    check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
+    # a second text beside the rows is an error too: it would be ignored without a message
+    if len(request) > 1:
+        check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
     data = request[given[0]]
     if given[0] == "dataframe_split":
         data = _split_column(data, column)
@@ -58,6 +60,8 @@ def _split_column(table: Any, column: str) -> list[Any]:
     """The rows of one column of ``{"columns": [...], "data": [[...], ...]}``."""
     names: Any = table.get("columns") if isinstance(table, dict) else None
     rows: Any = table.get("data") if isinstance(table, dict) else None
+    if names is None and rows and _is_list_of(rows, list):
+        names = list(range(len(rows[0])))  # as pandas names columns
     if not _is_list_of(names, str | int) or not _is_list_of(rows, list):
         raise RequestError(
             "'dataframe_split' must be an object with 'columns', a list of names, and 'data', a "
@@ -67,8 +71,8 @@ def _split_column(table: Any, column: str) -> list[Any]:
         raise RequestError("'dataframe_split': every row of 'data' needs one value per column")
     if not names:
         return []
-    place = column_place(names, column)
-    return [row[place] for row in rows]
+    index = column_index(names, column)
+    return [row[index] for row in rows]
 
 
 def _is_list_of(value: Any, kind: Any) -> bool:

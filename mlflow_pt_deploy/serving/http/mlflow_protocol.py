@@ -13,7 +13,7 @@ from mlflow_pt_deploy.serving.http.parquet_reader import ParquetReader
 from mlflow_pt_deploy.serving.http.request import Headers
 from mlflow_pt_deploy.serving.http.response import RETRY_AFTER, Response
 from mlflow_pt_deploy.serving.model.errors import scoring_error
-from mlflow_pt_deploy.serving.model.inputs import read_rows
+from mlflow_pt_deploy.serving.model.inputs import parse_rows
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.model.inference_service import InferenceService
@@ -23,18 +23,18 @@ JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.par
 PARQUET_READER = ParquetReader()
 
 MAX_TEXT_CHARS = 100_000
-"""Characters of one text; tokenizing takes time in proportion, also where the model reads 128."""
+"""Longest text. Tokenizing takes time in proportion, even if the model truncates to 128 tokens."""
 
 MAX_INLINE_BYTES = 16 * 2**10
-"""Longer bodies are parsed and encoded on a thread, so that the event loop does not wait."""
+"""Longer bodies are parsed and encoded on a thread, so that they do not block the event loop."""
 
 
 class UnsupportedMediaError(RequestError):
-    """The body's content type or encoding is not one of MLflow's protocol."""
+    """The content type or encoding is not part of MLflow's protocol."""
 
 
 class ScoringInput(NamedTuple):
-    """Rows of a request; `encoded` only where that was done already."""
+    """Rows of a request; `encoded` is None until they are encoded."""
 
     rows: list[Row]
     top_k: int
@@ -42,7 +42,7 @@ class ScoringInput(NamedTuple):
 
 
 def media_type(headers: Headers) -> str:
-    """The media type of a request's body.
+    """The media type of a request body.
 
     Raises:
         UnsupportedMediaError: It is not one of MLflow's, not UTF-8, or compressed.
@@ -59,12 +59,14 @@ def media_type(headers: Headers) -> str:
             f"'Content-Type' must be {JSON}, {CSV} or {PARQUET}, and the text UTF-8"
         )
     if (headers.get("content-encoding") or "identity").lower() != "identity":
-        raise UnsupportedMediaError("'Content-Encoding' is not supported; send the body as it is")
+        raise UnsupportedMediaError(
+            "'Content-Encoding' is not supported; send the body uncompressed"
+        )
     return media
 
 
 def is_small(service: InferenceService, body: bytes, media: str) -> bool:
-    """Whether parsing and encoding are fast enough for the event loop."""
+    """Whether parsing and encoding are fast enough to run on the event loop."""
     return (
         media == JSON
         and len(body) <= MAX_INLINE_BYTES
@@ -73,31 +75,31 @@ def is_small(service: InferenceService, body: bytes, media: str) -> bool:
 
 
 def parse(service: InferenceService, body: bytes, media: str) -> ScoringInput:
-    """Rows and parameters of a body.
+    """Parse a body into rows and parameters.
 
     Raises:
-        RequestError: Names the field and the row, never the content.
+        RequestError: The body is wrong. The message names the field and the row, not the content.
     """
     data, params = _parse(service, body, media)
-    rows = read_rows(data, service.loaded.preprocessor.column)
-    most = service.options.queue_rows
-    if len(rows) > most:
+    rows = parse_rows(data, service.loaded.preprocessor.column)
+    max_rows = service.options.queue_rows
+    if len(rows) > max_rows:
         column = service.loaded.preprocessor.column
         raise RequestError(
-            f"'{column}' has {len(rows)} rows; one request may have {most} (queue_rows). "
+            f"'{column}' has {len(rows)} rows; one request may have {max_rows} (queue_rows). "
             "Send several smaller requests."
         )
     for number, row in enumerate(rows):
         if isinstance(row, str) and len(row) > MAX_TEXT_CHARS:
             raise RequestError(
                 f"'{service.loaded.preprocessor.column}' row {number} has {len(row)} characters; "
-                f"a text may have {MAX_TEXT_CHARS}. Send its beginning."
+                f"a text may have {MAX_TEXT_CHARS}. Shorten it."
             )
     return ScoringInput(rows, service.formatter.top_k(params))
 
 
 def parse_and_encode(service: InferenceService, body: bytes, media: str) -> ScoringInput:
-    """The same, with the rows encoded; for a thread.
+    """`parse`, then encode the rows; runs on a thread.
 
     Raises:
         RequestError: See `parse`.
@@ -107,7 +109,7 @@ def parse_and_encode(service: InferenceService, body: bytes, media: str) -> Scor
 
 
 def error_to_response(error: Exception, model_version: str) -> Response:
-    """Any error as a response, with the right status and nothing of the caller's data."""
+    """Convert any error to a response without client data."""
     known = scoring_error(error)
     unsupported = isinstance(error, UnsupportedMediaError)
     status = 415 if unsupported else known.status

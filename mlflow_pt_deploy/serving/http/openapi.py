@@ -1,6 +1,6 @@
-"""What the server says of itself in OpenAPI 3.1, for people, clients and fuzzers.
+"""The OpenAPI 3.1 document of the server.
 
-Written by hand and held to the truth by a test that sends what it describes. Knows no sockets.
+Written by hand; a test sends requests to every path and compares the responses with it.
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _ERRORS = {
-    400: "The request is wrong; names the field, never repeats its content",
-    401: "A token is missing or wrong",
+    400: "The request is invalid; the message names the field without its content",
+    401: "The token is missing or wrong",
     404: "There is no such path",
-    405: "The path takes another method",
-    408: "The body did not come in time",
+    405: "The method is not allowed for this path",
+    408: "The body did not arrive in time",
     413: "The body is too long",
-    415: "The content type is not one of MLflow's protocol",
-    429: "No room; try again later",
+    415: "The content type or encoding is not part of MLflow's protocol",
+    429: "The server is overloaded; retry later",
     500: "The model failed on this request",
-    503: "The model is loading, for the first time or because it was unloaded to make room for "
-    "others (ask again after Retry-After), or there are too many connections",
-    504: "Not answered within the deadline",
+    503: "The model is loading, for the first time or after an eviction; retry after Retry-After",
+    504: "The deadline passed",
 }
 _SCORING = (400, 401, 405, 408, 413, 415, 429, 500, 503, 504)
-_LOOKING = (401, 405, 501)
+_ADMIN = (401, 405, 501)
 _PROBES = {
-    "/ping": "Ready? An empty line",
-    "/health": "Ready? An empty line",
+    "/ping": "Readiness, as an empty line",
+    "/health": "Readiness, as an empty line",
     "/version": "MLflow's version",
-    "/livez": "The process answers, and no model hangs",
-    "/readyz": "All models in every replica are loaded, checked and warm, or unloaded for room",
+    "/livez": "Liveness: the process answers and no model hangs",
+    "/readyz": "Readiness: in every replica all models are loaded and warm, or evicted",
     "/openapi.json": "This document",
 }
 
@@ -39,12 +38,12 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
 
     Args:
         models: Names of its models.
-        column: What the first model's rows are called; None while it is loading.
+        column: Input column of the first model; None while it is loading.
     """
     from mlflow_pt_deploy._version import __version__
 
     names = list(models)
-    looks = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
+    admin = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
     scoring = ["/invocations", *(f"/models/{name}/invocations" for name in names)]
     probes = {path: {"get": _read(about, (405, 503))} for path, about in _PROBES.items()}
     return {
@@ -53,7 +52,7 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
         "paths": {
             **{path: {"post": _score()} for path in scoring},
             **probes,
-            **{path: {"get": _read("For those who run the server", _LOOKING)} for path in looks},
+            **{path: {"get": _read("Admin page", _ADMIN)} for path in admin},
         },
         "components": {
             "schemas": _schemas(column or "text"),
@@ -70,9 +69,9 @@ def _score() -> dict[str, Any]:
         "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
     }
     good = {
-        "description": "An answer for each row, in order",
+        "description": "One prediction per row, in order",
         "headers": {"X-Model-Version": {"schema": {"type": "string"}}},
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answers"}}},
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Predictions"}}},
     }
     return {
         "summary": "Score rows",
@@ -81,7 +80,7 @@ def _score() -> dict[str, Any]:
             {
                 "name": "X-Deadline-Ms",
                 "in": "header",
-                "description": "How long the client waits; what is no number is ignored",
+                "description": "Milliseconds that the client waits; ignored if not a number",
                 "schema": {"type": "string"},
             }
         ],
@@ -103,7 +102,7 @@ def _failures(statuses: Iterable[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for status in statuses:
         about = _ERRORS.get(status, "Needs an extra that is not installed")
-        # A server that is full or loading answers some paths in plain words.
+        # probes answer 503 with a status instead of an error
         found[str(status)] = {"description": about} | ({} if status == 503 else {"content": error})
     return found
 
@@ -140,7 +139,7 @@ def _schemas(column: str) -> dict[str, Any]:
                 for name, form in forms.items()
             ]
         },
-        "Answers": {
+        "Predictions": {
             "type": "object",
             "properties": {"predictions": _rows({"oneOf": [label, _rows(label)]})},
             "required": ["predictions"],

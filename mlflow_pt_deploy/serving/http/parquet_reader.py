@@ -1,7 +1,7 @@
 """Reads Parquet bodies in a child process with a memory limit.
 
-A few kilobytes of Parquet can unpack to gigabytes in one call of Arrow, and a damaged file can end
-the process that reads it. Here either costs a child process, and the request is answered with 400.
+A few kilobytes of Parquet can unpack to gigabytes in one call of Arrow, and a damaged file can
+crash the process that reads it. Here that ends a child process, and the response is 400.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.serving.model.inputs import check_names
 
 MEMORY_BYTES = 128 * 2**20
-"""What reading one file may take, beyond what Arrow takes by itself."""
+"""Memory limit for reading one file, in addition to what Arrow itself needs."""
 TIMEOUT_S = 20.0
-# A child that hangs is left alone and ended by the system after so many seconds of its CPU time.
+# A child that hangs is abandoned; the kernel kills it after this much CPU time, in seconds.
 _MAX_CPU_S, _MAX_TASKS = 120, 500
 
 
 class ParquetReader:
-    """A child process that starts with the first Parquet request."""
+    """Owns the child process, which starts with the first Parquet request."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
 
     def read(self, body: bytes, column: str, max_rows: int) -> list[Any]:
-        """The values of a column; blocks until they are read.
+        """Read the values of a column; blocks until they are read.
 
         Args:
             body: A Parquet file.
@@ -71,7 +71,7 @@ _TOO_LARGE = "the Parquet file is damaged or unpacks to too much; send several s
 
 
 def _limit_process() -> None:
-    """Runs in the child: `MEMORY_BYTES` beyond what Arrow takes, `_MAX_CPU_S` of CPU time."""
+    """Limit memory and CPU time of the child; runs in it."""
     import os
     import resource
 
@@ -88,7 +88,7 @@ def _limit_process() -> None:
 
 
 def _read(body: bytes, column: str, max_rows: int) -> list[Any]:
-    """Runs in the child."""
+    """Read a column; runs in the child."""
     from pyarrow import ArrowMemoryError, types
     from pyarrow.parquet import ParquetFile
 

@@ -1,8 +1,8 @@
-"""A request as the application sees it, whichever HTTP server received it.
+"""A request as the application sees it, independent of the HTTP server.
 
-The adapters (`rsgi`, `asgi`) implement `Body`. A body is read within limits of size and time. Of a
-rejected request the body is read and dropped first: a proxy such as nginx takes a response that
-comes before the end of the request for a failure of the server, and stops using it.
+The adapters (`rsgi`, `asgi`) implement `Body`. A body is read within limits of size and time. The
+body of a rejected request is read and dropped first: a proxy such as nginx treats a response that
+comes before the end of the request as a failure of the server, and stops using it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 MAX_BODY_BYTES = 4 * 2**20
 BODY_TIMEOUT_S = 30.0
-"""Time for the whole body to arrive."""
+"""Most seconds for the whole body to arrive."""
 DISCARD_BYTES, DISCARD_TIMEOUT_S = 16 * 2**20, 5.0
-"""How much of a rejected request's body is read before the response, and for how long."""
+"""Most bytes of a rejected request's body that are read before the response, most seconds."""
 
 
 class Headers(Protocol):
@@ -25,20 +25,20 @@ class Headers(Protocol):
 
 
 class Body(Protocol):
-    """The rest of a request, still to be received."""
+    """The body of a request, which may still have to be received."""
 
     async def read(self) -> bytes:
-        """All of a body whose length is known."""
+        """Read a body whose length is known."""
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """The body part by part."""
+        """Read the body part by part."""
 
     async def disconnected(self) -> None:
         """Return when the client closes the connection."""
 
 
 class BodyTooLongError(Exception):
-    """The body has more bytes than allowed."""
+    """The body is longer than the limit."""
 
 
 class DisconnectedError(Exception):
@@ -52,10 +52,10 @@ class Request:
         method: In capital letters.
         path: Decoded, without the query string.
         headers: By lower-case name.
-        body: Where the body comes from.
+        body: The body.
 
     Attributes:
-        received_at: `time.perf_counter` when the application got it, seconds.
+        received_at: Time of arrival by `time.perf_counter`, seconds.
     """
 
     __slots__ = ("_body", "_rest", "headers", "method", "path", "received_at")
@@ -70,18 +70,18 @@ class Request:
 
     @property
     def content_length(self) -> int | None:
-        """Announced length of the body in bytes; None: not announced (chunked)."""
+        """Length of the body in bytes from the header; None if there is none (chunked)."""
         length = self.headers.get("content-length")
         if length is None:
             return None if self.headers.get("transfer-encoding") else 0
         return int(length) if length.isdigit() and len(length) < 16 else None
 
     async def read(self, limit: int) -> bytes:
-        """The whole body.
+        """Read the whole body.
 
         Raises:
             BodyTooLongError: It has more than `limit` bytes.
-            DisconnectedError: The client left.
+            DisconnectedError: The client closed the connection.
             TimeoutError: It did not arrive within `BODY_TIMEOUT_S`.
         """
         import asyncio
@@ -123,6 +123,6 @@ class Request:
         await self._body.disconnected()
 
     def _chunks(self) -> AsyncIterator[bytes]:
-        """The parts that were not read yet; granian gives them once."""
+        """The parts that are not read yet; granian provides one iterator per request."""
         self._rest = self._rest or self._body.chunks()
         return self._rest

@@ -1,4 +1,4 @@
-"""Request ids: the client's ``X-Request-Id`` if it is a plain one, else a new one."""
+"""Request ids: the client's ``X-Request-Id`` if it is well-formed, otherwise a new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIds:
-    """Ids that are unique across workers and restarts: a random prefix and a counter."""
+    """Generates ids that are unique across workers and restarts: random prefix and counter."""
 
     def __init__(self) -> None:
         self._prefix = secrets.token_hex(4)

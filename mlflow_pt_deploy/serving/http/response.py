@@ -11,7 +11,7 @@ RETRY_AFTER: Header = ("retry-after", "1")
 
 
 class Response(NamedTuple):
-    """What is sent back for a request.
+    """A response.
 
     Attributes:
         status: HTTP status.
@@ -42,4 +42,4 @@ def json_response(content: object, status: int = 200) -> Response:
 
 
 CLIENT_DISCONNECTED = error_response(499, "CANCELLED", "the client disconnected")
-"""Counted and logged, never received."""
+"""For metrics and log only: the client is gone."""

@@ -1,1 +1,1 @@
-"""lifecycle."""
+"""Versions of a model over time: hot swap, registry polls, model cache."""

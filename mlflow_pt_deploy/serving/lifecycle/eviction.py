@@ -1,4 +1,4 @@
-"""The memory budget of loaded models, and which model is evicted first: pure functions."""
+"""Memory budget of loaded models, and the choice of the model to evict; pure functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 from mlflow_pt_deploy.errors import ServingError
 
 MIN_RESIDENCY_S = 5.0
-"""Two models that are requested in turns would otherwise do nothing but evict each other."""
+"""Seconds that a model stays in memory at least. Otherwise two models that are requested
+alternately would evict each other all the time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class MemoryBudget:
                 raise ServingError(f"{name} is {getattr(self, name)}; give 0 (no limit) or more")
 
     def excess(self, models: int, resident_mb: float = 0.0) -> str:
-        """Why this many loaded models exceed the budget; empty if they do not."""
+        """Reason why this many loaded models exceed the budget; empty if they do not."""
         if self.max_models and models > self.max_models:
             return f"max_models is {self.max_models}"
         if self.max_memory_mb and models > 1 and resident_mb > self.max_memory_mb:
@@ -43,10 +44,10 @@ class CacheEntry(NamedTuple):
     """A model in memory; times in seconds of one clock.
 
     Attributes:
-        name: The model's.
-        used_at: Last request.
-        loaded_at: When it was loaded.
-        load_s: How long that took.
+        name: Name of the model.
+        used_at: Time of the last request.
+        loaded_at: Time of the load.
+        load_s: Duration of the load.
     """
 
     name: str
@@ -55,7 +56,7 @@ class CacheEntry(NamedTuple):
     load_s: float = 0.0
 
     def may_be_evicted(self, now: float) -> bool:
-        """Whether it has been in memory for `MIN_RESIDENCY_S`, and as long as it took to load."""
+        """Whether it has been in memory for `MIN_RESIDENCY_S` and for at least its load time."""
         return now >= self.loaded_at + max(MIN_RESIDENCY_S, self.load_s)
 
 

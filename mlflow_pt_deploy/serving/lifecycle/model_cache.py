@@ -23,9 +23,9 @@ class ModelCache:
     """Keeps models within a memory budget.
 
     Args:
-        models: All models of the server, the most important first.
+        models: All models of the server; the first are loaded first.
         budget: The limits.
-        resident: The process's resident memory in MB; called only if that is limited.
+        resident: Returns the process's resident memory in MB; called only if that is limited.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class ModelCache:
         self._evicted: Callable[[], object] = lambda: None
 
     def open(self) -> None:
-        """Load models in order while the budget allows; the others must at least exist.
+        """Load models in order while the budget allows; check that the others exist.
 
         Raises:
-            PtDeployError: One cannot serve.
-            MlflowException: One cannot be found or fetched.
+            PtDeployError: A model cannot serve.
+            MlflowException: A model cannot be found or fetched.
         """
         full = ""
         for model in self._models.values():
@@ -57,10 +57,10 @@ class ModelCache:
                 model.unload(full)
 
     def reconcile(self) -> bool:
-        """Load what was requested, the oldest request first, and evict what is over budget.
+        """Load requested models, the oldest request first, and evict while over budget.
 
         Returns:
-            Whether something is left to do for which it is too early.
+            Whether to call this again soon, because a model has to stay loaded for now.
         """
         waiting = False
         for model in sorted(self._models.values(), key=lambda model: model.requested_at):
@@ -70,17 +70,17 @@ class ModelCache:
         return self._evict_over_budget() or waiting
 
     def _make_room(self) -> bool:
-        """Evict until one more model fits; whether it does."""
+        """Evict until one more model fits; returns whether it does."""
         while reason := self._budget.excess(len(self._loaded()) + 1):
             if not self._evict(reason):
                 return False
         return True
 
     def _evict_over_budget(self) -> bool:
-        """Evict one model if memory is over budget; whether to check again soon."""
+        """Evict one model if memory is over budget; returns whether to check again soon."""
         if not self._over_budget():
             return False
-        if self._evicted() is None:  # else it still answers requests and holds its memory
+        if self._evicted() is None:  # otherwise it still answers requests and holds its memory
             trim()
             if reason := self._over_budget():
                 self._evict(reason)

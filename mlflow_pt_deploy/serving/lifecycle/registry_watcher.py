@@ -1,4 +1,4 @@
-"""Opens the models, then polls the registry for each of them, on threads of its own."""
+"""Loads the models, then polls the registry for new versions of each, on its own threads."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.system.process_memory import freeze_gc
 
-# While a model waits for memory it is checked this often.
+# Seconds between checks while a model waits for memory.
 _RECHECK_S = 0.1
 
 
 class RegistryWatcher(threading.Thread):
-    """Opens all models, then polls each of them; one that stalls does not hold up the others.
+    """Opens all models, then polls each of them on its own thread.
 
-    A daemon: it may hang in a registry that does not answer, and must not keep the server alive.
+    A daemon thread: a registry that does not answer must not keep the process alive.
 
     Args:
         models: All models of the server.
-        poll_s: Seconds between polls, give or take a fifth so that many servers do not poll at
-            once; 0: never.
+        poll_s: Seconds between polls, varied by 20 % so that many servers do not poll together; 0:
+            never.
         budget: Limits of models in memory.
-        on_opened: Called when all models are loaded, or known where memory is short.
-        on_failed: Called with the error when one cannot be opened; the thread then ends.
+        on_opened: Called when all models are loaded, or left unloaded within the budget.
+        on_failed: Called with the error if a model cannot be opened; the thread then ends.
         on_polled: Called after each poll of a model.
     """
 
@@ -57,7 +57,7 @@ class RegistryWatcher(threading.Thread):
             model.wake = self._woken.set
 
     def run(self) -> None:
-        """What the thread does."""
+        """Load the models, then poll until `stop`."""
         try:
             self._cache.open()
         except Exception as error:
@@ -77,7 +77,7 @@ class RegistryWatcher(threading.Thread):
                 self._woken.clear()
 
     def stop(self) -> None:
-        """Poll no more; does not wait for a poll under way."""
+        """Stop polling; does not wait for a running poll."""
         self._stopped.set()
         self._woken.set()
         self._polls.shutdown(wait=False, cancel_futures=True)

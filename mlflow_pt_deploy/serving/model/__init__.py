@@ -1,1 +1,1 @@
-"""model."""
+"""A loaded model: inputs, outputs, pyfunc, inference service."""

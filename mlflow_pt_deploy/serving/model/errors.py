@@ -1,4 +1,4 @@
-"""Errors of scoring as MLflow's, with HTTP status and code."""
+"""Converts scoring errors to MLflow errors with HTTP status and code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _logger = logging.getLogger(__name__)
 
 
 class ScoringError(MlflowException):
-    """An MLflow error whose body stays as it was written.
+    """An MLflow error whose HTTP body holds the message only.
 
-    MLflow's scoring server puts the caller's data in front of every message; of this error it sends
-    the message alone.
+    MLflow's scoring server prefixes the message of other errors with the request's data.
     """
 
     def __init__(self, message: str, code: str = "INTERNAL_ERROR") -> None:
@@ -36,7 +35,7 @@ class ScoringError(MlflowException):
 
 
 def scoring_error(error: Exception) -> ScoringError:
-    """Any error as MLflow's, with the right code and nothing of the caller's data."""
+    """Convert any error to MLflow's, with its code and without client data."""
     if isinstance(error, ScoringError):
         return error
     codes = {

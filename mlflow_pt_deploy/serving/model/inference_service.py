@@ -1,9 +1,9 @@
-"""Scores rows with one loaded model, for every door: the HTTP application and MLflow's pyfunc.
+"""Scores rows with one loaded model, for the HTTP application and for MLflow's pyfunc.
 
-On an event loop, requests that arrive in one iteration form one batch. If the model is faster than
-a thread hand-over the batch runs inline on the loop; a cascade's fast stage may run inline and only
-rows that it is unsure of go on; everything else goes to the micro-batcher. The loop never waits for
-a model or a lock.
+Requests that arrive in one event loop iteration form one batch. If the model is faster than a
+thread hand-off, the batch runs inline on the event loop. The fast stage of a cascade may also run
+inline; only requests that it is unsure of go on. All other requests go to the micro-batcher. The
+event loop never waits for a thread.
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.artifacts import LoadedVariant
     from mlflow_pt_deploy.model_config import ServingOptions
 
-# Handing rows to a thread and the results back takes about 0.2 ms of two cores, more if the threads
-# have to be woken.
+# A thread hand-off takes about 0.2 ms of two cores, more if the threads have to be woken.
 INLINE_THRESHOLD_S = 0.5e-3
-# The event loop answers nothing else while a model runs on it.
+# The event loop is blocked while a model runs on it.
 MAX_INLINE_ROWS = 256
 
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request on the event loop; `future` gets its predictions as JSON, one text a row."""
+    """A request on the event loop; `future` gets its predictions as JSON, one string per row."""
 
     rows: Sequence[Row]
     encoded: Sequence[Encoded] | None
@@ -62,10 +61,9 @@ class InferenceService:
 
     Attributes:
         batcher: Runs the model.
-        formatter: Logits to predictions.
-        runs_inline: Whether a row is faster than a thread hand-over; known after `warm_up`.
+        formatter: Converts logits to predictions.
+        runs_inline: Whether a row is faster than a thread hand-off; set by `warm_up`.
         fast_stage_runs_inline: The same for the fast stage of a cascade.
-        pending: Requests on the event loop that are not queued in the batcher.
     """
 
     def __init__(self, loaded: LoadedVariant, options: ServingOptions) -> None:
@@ -88,11 +86,11 @@ class InferenceService:
         self._in_batcher = 0
 
     def warm_up(self) -> None:
-        """Run a few shapes, so that the first requests are not slow.
+        """Run a few input shapes, so that the first requests are not slow.
 
         Raises:
             ServingError: A prediction holds NaN or infinity.
-            Exception: What the model raises.
+            Exception: An error of the model.
         """
         preprocessor, predict = self.loaded.preprocessor, self.loaded.predict
         samples = preprocessor.warmup_rows()
@@ -116,10 +114,10 @@ class InferenceService:
             self.fast_stage_runs_inline = stage_s < INLINE_THRESHOLD_S
 
     def encode(self, rows: Sequence[Row], first: int = 0) -> list[Encoded]:
-        """Raw rows to the preprocessor's form; `first` is the number of the first in its request.
+        """Encode raw rows; `first` is the index of the first one in its request.
 
         Raises:
-            RequestError: A row cannot be read; names it.
+            RequestError: A row cannot be read; the message has its index.
         """
         try:
             return list(self.loaded.preprocessor.encode(rows))
@@ -142,7 +140,7 @@ class InferenceService:
             context: See `Batcher.submit`.
 
         Returns:
-            Logits of slices of the rows, in order: float32 (rows, classes) each.
+            Logits of consecutive slices of the rows: float32 (rows, classes) each.
 
         Raises:
             RequestError: A row cannot be read.
@@ -159,7 +157,7 @@ class InferenceService:
         return found
 
     def rejection(self, remaining_s: float | None, in_flight: int = 0) -> str:
-        """Why a request that arrives now is rejected before its body is parsed; empty: it is not.
+        """Reason to reject a request before its body is parsed; empty if it is admitted.
 
         Args:
             remaining_s: Seconds until its deadline.
@@ -180,12 +178,12 @@ class InferenceService:
 
         Args:
             rows: Raw rows.
-            top_k: Labels a row.
+            top_k: Labels per row.
             context: Deadline, and whether the client is still connected.
-            encoded: What `encode` made of them, if it was called already.
+            encoded: The encoded rows, if `encode` was called already.
 
         Returns:
-            Predictions as JSON, one text a row. It fails with what `Batcher.submit` raises.
+            Predictions as JSON, one string per row; or an error, see `Batcher.submit`.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[str]] = loop.create_future()
@@ -196,7 +194,7 @@ class InferenceService:
         return future
 
     def _flush(self) -> None:
-        """Score what arrived in this event loop iteration, at most `MAX_INLINE_ROWS` rows."""
+        """Score the requests of this event loop iteration, at most `MAX_INLINE_ROWS` rows."""
         requests = self._next_batch()
         now = time.monotonic()
         active = []
@@ -244,13 +242,13 @@ class InferenceService:
                 if logits is not None:
                     self._respond(requests, logits)
                     return
-        except Exception:  # the batcher finds out which row it was
+        except Exception:  # the batcher isolates the failing row
             requests = [request for request in requests if not request.future.done()]
         for request in requests:
             self._queue(request)
 
     def _should_run_inline(self, rows: int) -> bool:
-        """Whether scoring on the event loop costs less than a thread hand-over."""
+        """Whether scoring on the event loop costs less than a thread hand-off."""
         if self.batcher.concurrency.busy or self.options.max_wait_ms or rows > MAX_INLINE_ROWS:
             return False
         return self.runs_inline or 0 < rows * self.batcher.estimated_row_s < INLINE_THRESHOLD_S
@@ -258,7 +256,7 @@ class InferenceService:
     def _run_fast_stage(
         self, requests: Sequence[PendingRequest], encoded: Sequence[Encoded]
     ) -> list[PendingRequest]:
-        """Answer what a cascade's fast stage is sure of; returns the other requests."""
+        """Answer requests that a cascade's fast stage is sure of; returns the other requests."""
         stages = self.loaded.predict
         assert isinstance(stages, CascadePredictor)
         logits, unsure = stages.run_fast_stage(self.loaded.preprocessor.collate(encoded))
@@ -279,7 +277,7 @@ class InferenceService:
         return others
 
     def _queue(self, request: PendingRequest) -> None:
-        """Hand a request to the micro-batcher."""
+        """Pass a request to the micro-batcher."""
         loop = asyncio.get_running_loop()
         try:
             queued = self.batcher.submit_nowait(
@@ -299,7 +297,7 @@ class InferenceService:
     def _on_batch_done(
         self, loop: asyncio.AbstractEventLoop, request: PendingRequest, done: BatchRequest
     ) -> None:
-        """Runs on a thread of the batcher: wakes the event loop once for all finished requests."""
+        """Wake the event loop once for all finished requests; runs on a thread of the batcher."""
         self._finished.append((request, done))
         if not self._collecting:
             self._collecting = True

@@ -1,7 +1,7 @@
-"""Rows of a request, out of every shape in which MLflow hands data over.
+"""Parses the rows of a request from every type in which MLflow passes data.
 
-A message names the field and the row, never the content: that is the user's data. What an image
-file holds, the preprocessor says.
+Error messages name the field and the row, not the content. Image files are decoded later, by the
+preprocessor.
 """
 
 from __future__ import annotations
@@ -17,37 +17,40 @@ from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.preprocessing import Row
 
 EXAMPLES = {"text": "some text", "image": "'$(base64 -w0 FILE)'"}
-"""A row as a shell puts it between single quotes into the body of a request."""
+"""Example rows for a request body within single quotes of a shell."""
 
-_WANTED = {
+_EXPECTED = {
     "text": "every row must be a text",
     "image": "every row must be an image file's bytes, or their base64",
 }
-# MLflow, Spark and MLflow's evaluators name the column of a bare list so.
+# names that MLflow, Spark and MLflow's evaluators give to the column of a plain list
 _UNNAMED = (0, "0", "feature_1")
 _PAIRS = "pairs are not supported"
-# MLflow's own tools read CSV with pandas, which takes 123, TRUE and NA for something else.
-_GUESSED = (
-    ". Where a CSV was read, its text was taken for a number or a gap: read it with dtype=str and "
-    "keep_default_na=False, or send JSON"
+# MLflow's tools read CSV with pandas, which converts 123, TRUE and NA.
+_CONVERTED = (
+    ". If the rows come from a CSV file, it was read with type inference: read it with dtype=str "
+    "and keep_default_na=False, or send JSON"
 )
 _FILE = (str, bytes, bytearray, memoryview)
 
 
-def read_rows(data: object, column: str) -> list[Row]:
-    """Rows from one row, a list, Series, array, dict or table.
+def parse_rows(data: object, column: str) -> list[Row]:
+    """Parse rows from one row, a list, Series, array, dict or table.
 
-    A row is a text or, for models of images, a file's bytes or their base64, which is what
-    MLflow's protocol makes of the type `binary`. Columns of other names are ignored, as MLflow does
-    with columns that a signature does not name, unless they are a second text or image of the row.
+    A row is a text or, for image models, the bytes of a file or their base64, which MLflow's
+    protocol uses for the type `binary`. Other columns are ignored, as MLflow ignores columns that a
+    signature does not name, unless they hold a second text or image of the row.
 
     Args:
-        data: What MLflow was given.
+        data: Data that MLflow passes to `predict`.
         column: ``text`` or ``image``.
 
     Raises:
-        RequestError: No rows, no such column, several texts a row, a null or something else.
+        RequestError: There are no rows, the column is missing, a row has several texts, is null or
+            has another type.
     """
+    if column == "text" and type(data) is list and set(map(type, data)) == {str}:
+        return data  # the common request
     if hasattr(data, "to_pandas"):  # Arrow, polars, datasets
         data = data.to_pandas()
     rows = _column(data, column)
@@ -55,28 +58,29 @@ def read_rows(data: object, column: str) -> list[Row]:
         raise RequestError(f"'{column}' is empty; send at least one row")
     for number, row in enumerate(rows):
         if not isinstance(row, str if column == "text" else _FILE):
-            cause = _GUESSED if column == "text" and hasattr(data, "columns") else ""
-            raise RequestError(f"'{column}' row {number} is {_kind(row)}; {_WANTED[column]}{cause}")
+            cause = _CONVERTED if column == "text" and hasattr(data, "columns") else ""
+            expected = _EXPECTED[column]
+            raise RequestError(f"'{column}' row {number} is {_type_name(row)}; {expected}{cause}")
     if column == "text":
         return rows
-    return [_file(row, number) for number, row in enumerate(rows)]
+    return [_file_bytes(row, number) for number, row in enumerate(rows)]
 
 
 def check_names(names: Iterable[object], column: str) -> None:
-    """Refuse columns that hold a second text or image of each row.
+    """Reject columns that hold a second text or image of each row.
 
     Args:
-        names: Of a table's columns, or of a record's fields.
-        column: The one that the model reads.
+        names: Columns of a table, or fields of a record.
+        column: Name of the column that the model reads.
 
     Raises:
-        RequestError: There is one; names those that a list of usual names knows.
+        RequestError: There is such a column, by a list of common names.
     """
     kind, found = find_pair_columns(names)
     if found:
         columns = " and ".join(f"'{name}'" for name in found[:4])
         raise RequestError(
-            f"{columns} are several {kind}s a row; the model reads one '{column}' and {_PAIRS}"
+            f"{columns} are several {kind}s per row; the model reads one '{column}' and {_PAIRS}"
         )
 
 
@@ -90,7 +94,7 @@ def _column(data: Any, column: str) -> list[Any]:
     elif hasattr(data, "columns"):  # pandas, without importing it
         data = _table_column(data, column)
     if hasattr(data, "tolist") and not isinstance(data, _FILE):
-        data = _listed(_flat(data, column), column)
+        data = _to_list(_flat(data, column), column)
     if isinstance(data, Sequence) and not isinstance(data, _FILE):
         records = [row for row in data if isinstance(row, Mapping)]
         if records:
@@ -99,24 +103,24 @@ def _column(data: Any, column: str) -> list[Any]:
     return [data]
 
 
-def _file(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
-    """An image file's bytes, from themselves or from base64."""
+def _file_bytes(row: str | bytes | bytearray | memoryview, number: int) -> bytes:
+    """The bytes of an image file, given as bytes or base64."""
     if not isinstance(row, str):
         return bytes(row)
     try:
-        # What browsers write in front of it, "data:image/png;base64,", may stay, and line breaks.
+        # a data URL's prefix, "data:image/png;base64,", and line breaks are allowed
         return base64.b64decode("".join(row.rpartition(",")[2].split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(
-            f"'image' row {number} is a text that is not base64; {_WANTED['image']}"
+            f"'image' row {number} is a text that is not base64; {_EXPECTED['image']}"
         ) from error
 
 
-def column_place(names: Sequence[object], column: str) -> int:
-    """Where the column that the model reads stands among a table's columns.
+def column_index(names: Sequence[object], column: str) -> int:
+    """Index of the column that the model reads among a table's columns.
 
     Raises:
-        RequestError: It is missing, stands there twice, or there is a second text or image.
+        RequestError: It is missing or ambiguous, or there is a second text or image.
     """
     check_names(names, column)
     if column in names:
@@ -133,11 +137,11 @@ def column_place(names: Sequence[object], column: str) -> int:
 
 def _table_column(table: Any, column: str) -> Any:
     names = list(table.columns)
-    return table.iloc[:, column_place(names, column)] if names else []
+    return table.iloc[:, column_index(names, column)] if names else []
 
 
 def _flat(array: Any, column: str) -> Any:
-    """(rows, 1) as (rows,); anything flat unchanged."""
+    """Reshape (rows, 1) to (rows,); a flat array stays as it is."""
     if array.ndim == 2 and array.shape[1] == 1:
         return array[:, 0]
     if array.ndim > 1:
@@ -147,11 +151,11 @@ def _flat(array: Any, column: str) -> Any:
     return array
 
 
-def _listed(array: Any, column: str) -> Any:
-    """A flat array's values as Python's own."""
+def _to_list(array: Any, column: str) -> Any:
+    """Convert a flat array to Python values."""
     try:
         return array.tolist()
-    except Exception as error:  # Arrow's: what a Parquet file calls texts is looked at only now
+    except Exception as error:  # Arrow validates the texts of a Parquet file only here
         raise RequestError(f"'{column}' cannot be read; texts must be UTF-8") from error
 
 
@@ -166,12 +170,12 @@ def _cell(row: Any, column: str) -> Any:
     return row
 
 
-def _kind(value: object) -> str:
-    """What a value is, in words that do not repeat it."""
+def _type_name(value: object) -> str:
+    """Type of a value for an error message, without its content."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: pandas' null
         return "null"
     if isinstance(value, (bool, int, float)):
-        return "a number or a truth value"
+        return "a number or a boolean"
     if isinstance(value, list | tuple) and len(value) > 1 and isinstance(value[0], str):
         return f"a list of {len(value)} ({_PAIRS})"
     names = {"list": "a list", "tuple": "a list", "dict": "an object"}

@@ -1,7 +1,4 @@
-"""One version of a model in memory: loaded, checked, warmed up, and described.
-
-Does not know when it is loaded, nor what becomes of the version before it.
-"""
+"""One version of a model in memory: loaded, checked and warmed up, with its status."""
 
 from __future__ import annotations
 
@@ -33,17 +30,17 @@ _LOGGED = ("accuracy", "latency_p50_ms", "speedup")
 
 
 class LoadedModel:
-    """A model that is ready to answer.
+    """A model version that is ready to serve.
 
     Args:
         model: A pyfunc of the `pt_deploy` flavor.
-        resolved: Where it came from.
-        spec: What was asked for.
-        tags: What the registry says of it.
+        resolved: The version, resolved from a URI.
+        spec: The specification it was loaded for.
+        tags: Its tags in the registry.
 
     Attributes:
-        label: Its number in the registry, else the first 12 digits of its digest.
-        seconds: How long the last answers took.
+        label: Version number in the registry, or the first 12 digits of the digest.
+        seconds: Durations of the last responses.
 
     Raises:
         ModelError: The model is of another flavor.
@@ -77,22 +74,22 @@ class LoadedModel:
         return self.pyfunc.loaded.manifest.name
 
     def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
-        """Whether this is what is wanted."""
+        """Whether this is the version and configuration given."""
         return self.resolved == resolved and self.spec.model_config == spec.model_config
 
     def compare_libraries(self) -> None:
-        """Say in the log which libraries are not those that the model was exported with."""
+        """Log libraries whose versions differ from those that the model was exported with."""
         then, here = self.pyfunc.loaded.manifest.libraries, library_versions()
-        odd = [
+        different = [
             f"{name} {then[name]} (here {here[name]})"
             for name in sorted(then.keys() & here.keys())
             if then[name] != here[name]
         ]
-        if odd:
-            _logger.warning("%s was exported with %s", self.name, ", ".join(odd))
+        if different:
+            _logger.warning("%s was exported with %s", self.name, ", ".join(different))
 
     def status(self) -> dict[str, Any]:
-        """What ``/model`` says of it; times in milliseconds."""
+        """Its part of ``/model``; times in milliseconds."""
         manifest = self.pyfunc.loaded.manifest
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
@@ -106,14 +103,14 @@ class LoadedModel:
 
 
 def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
-    """Load a version, check it and warm it up; on every failure nothing stays behind.
+    """Load a version, check it and warm it up; an error leaves no files.
 
-    The MLmodel and the digest of the promotion are checked before anything is loaded, the digests
-    of the files and the golden rows by the flavor.
+    The MLmodel file and the digest of the promotion are checked before the model is loaded; the
+    flavor checks the digests of the files and the golden rows.
 
     Raises:
-        PtDeployError: The model is damaged, answers otherwise than where it was exported, is not
-            vouched for, or cannot run here.
+        PtDeployError: The model is damaged, its predictions differ from those at export, its digest
+            is not trusted, or it cannot run here.
         MlflowException: It cannot be fetched.
     """
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
@@ -131,7 +128,7 @@ def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
 
 
 def _numbers(tags: dict[str, str]) -> dict[str, float]:
-    """Logged metrics among a version's tags; a tag that is no number is left out."""
+    """Logged metrics among a version's tags; tags that are not numbers are left out."""
     found = {}
     for key in _LOGGED:
         with suppress(KeyError, ValueError):
@@ -140,18 +137,18 @@ def _numbers(tags: dict[str, str]) -> dict[str, float]:
 
 
 def check_exists(resolved: ResolvedVersion) -> None:
-    """Read and check a version's MLmodel file, and nothing else of it.
+    """Fetch and check the MLmodel file of a version, without its other files.
 
     Raises:
-        PtDeployError: It is damaged or asks for code.
-        MlflowException: There is none.
+        PtDeployError: It is damaged or needs code.
+        MlflowException: It does not exist.
     """
     with tempfile.TemporaryDirectory(prefix="pt-deploy-serve-") as folder:
         fetch_mlmodel(resolved.uri, Path(folder))
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Current time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

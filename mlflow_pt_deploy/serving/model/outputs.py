@@ -1,4 +1,4 @@
-"""Logits to predictions: labels with their probabilities, as objects or as JSON."""
+"""Converts logits to predictions: labels with probabilities, as objects or as JSON."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mlflow_pt_deploy.runtimes.base import Logits
 
 
 class Predictions(list[Any]):
-    """The answers to rows, a ``{"label", "score"}`` each; as an array, the labels alone.
+    """A list of ``{"label", "score"}``, one per row, that converts to an array of labels.
 
-    MLflow's evaluators of classifiers turn what `predict` returns into an array and compare it with
-    the column of targets. Everything else sees a list of dicts.
+    MLflow's evaluators of classifiers convert the result of `predict` to an array and compare it
+    with the column of targets. Other code sees a list of dicts.
 
     Args:
-        answers: One a row.
-        values: What stands for each label in an array.
+        predictions: One per row.
+        values: Value of each label in an array.
     """
 
-    def __init__(self, answers: Iterable[Any], values: Mapping[str, Any]) -> None:
-        super().__init__(answers)
+    def __init__(self, predictions: Iterable[Any], values: Mapping[str, Any]) -> None:
+        super().__init__(predictions)
         self._values = values
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
         """The labels, shape (rows,)."""
-        return np.array([self._values[answer["label"]] for answer in self], dtype=dtype)
+        return np.array([self._values[each["label"]] for each in self], dtype=dtype)
 
 
 def _as_pandas_reads(names: Sequence[str]) -> Sequence[Any]:
-    """Whole numbers or truth values for labels that are nothing else, as in a table read anew."""
+    """Integers or booleans if all labels are such, as pandas reads them from a CSV file."""
     words = {"true": True, "false": False}
     if all(name.removeprefix("-").isdecimal() and str(int(name)) == name for name in names):
         return [int(name) for name in names]
@@ -58,10 +58,10 @@ class PredictionFormatter:
         self._starts = [f'{{"label": {json.dumps(name)}, "score": ' for name in names]
 
     def top_k(self, params: Mapping[str, Any] | None) -> int:
-        """Labels per row that a request asks for; 1 by default.
+        """Labels per row that a request wants; 1 by default.
 
         Raises:
-            RequestError: Not a whole number of classes.
+            RequestError: It is not a number of classes.
         """
         wanted = (params or {}).get("top_k")
         if wanted is None:
@@ -77,11 +77,11 @@ class PredictionFormatter:
 
         Args:
             logits: float32 (rows, classes).
-            top_k: How many a row.
+            top_k: Labels per row.
 
         Returns:
-            A ``{"label", "score"}`` per row; with `top_k` above 1 a list of them per row, the best
-            first.
+            A ``{"label", "score"}`` per row; with `top_k` above 1 a list of them per row, in
+            descending order.
 
         Raises:
             ServingError: The logits hold NaN or infinity.
@@ -97,12 +97,12 @@ class PredictionFormatter:
             for row, order in zip(scores, best.tolist(), strict=True)
         ]
 
-    def as_predictions(self, answers: Iterable[Any]) -> Predictions:
-        """Answers with one label each as what MLflow's evaluators understand too."""
-        return Predictions(answers, self._values)
+    def as_predictions(self, objects: Iterable[Any]) -> Predictions:
+        """Wrap objects with one label each for MLflow's evaluators."""
+        return Predictions(objects, self._values)
 
     def to_json(self, logits: Logits) -> list[str]:
-        """The best prediction of each row as JSON, without building objects.
+        """The best prediction of each row as JSON, built without objects.
 
         Raises:
             ServingError: See `to_objects`.

@@ -1,4 +1,4 @@
-"""What a model meets before its first callers do, so that they do not pay for it."""
+"""Warm-up: runs a model on common shapes before the first requests."""
 
 from __future__ import annotations
 
@@ -11,54 +11,55 @@ from statistics import median
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict
 
 FEW = (1, 2, 3, 4)
-"""Rows of small batches."""
+"""Row counts of small batches."""
 
-_SHORT = 32
-_MOST_S = 1.0
-# Of how many shapes it is seen whether a new one costs more, and how much more.
+_MAX_LENGTH = 32
+_MAX_S = 1.0
+# The first shapes are timed twice. Warm-up ends if their first runs took less than this ratio of
+# their second runs.
 _PROBES = 8
-_DEAR = 1.3
+_SLOW_RATIO = 1.3
 
 
-def warm_up_shapes(models: Sequence[Predict], batch: Inputs, most_s: float = _MOST_S) -> int:
-    """Have models meet small batches of short texts, the smallest first.
+def warm_up_shapes(models: Sequence[Predict], batch: Inputs, max_s: float = _MAX_S) -> int:
+    """Run models on small batches of short texts, the smallest first.
 
-    Some runtimes prepare themselves for each shape anew, which takes as long as one to three such
-    batches; those that do not are left alone after the first few.
+    Some runtimes prepare themselves for each new shape, which takes as long as one to three
+    batches. For other runtimes this stops after the first few shapes.
 
     Args:
-        models: What predicts; of a cascade both, since the strong one may not be asked otherwise.
-        batch: Named arrays of as many rows as `FEW` goes up to, axis 1 their length.
-        most_s: Seconds after which no other shape is begun.
+        models: The models; for a cascade both stages.
+        batch: Named arrays (max(FEW), length).
+        max_s: Seconds after which no other shape is begun.
 
     Returns:
-        How many shapes were met.
+        Number of shapes that were run.
     """
-    until = time.monotonic() + most_s
+    until = time.monotonic() + max_s
     first_s: list[float] = []
     again_s: list[float] = []
-    met = 0
-    for rows, length in product(FEW, range(1, _SHORT + 1)):
+    count = 0
+    for rows, length in product(FEW, range(1, _MAX_LENGTH + 1)):
         if time.monotonic() > until or (
-            met == _PROBES and median(first_s) < _DEAR * median(again_s)
+            count == _PROBES and median(first_s) < _SLOW_RATIO * median(again_s)
         ):
             break
         inputs = {name: array[:rows, :length] for name, array in batch.items()}
-        ask = partial(_ask, models, inputs)
-        took_s = _seconds(ask)
-        if met < _PROBES:
+        run = partial(_run, models, inputs)
+        took_s = _seconds(run)
+        if count < _PROBES:
             first_s.append(took_s)
-            again_s.append(_seconds(ask))
-        met += 1
-    return met
+            again_s.append(_seconds(run))
+        count += 1
+    return count
 
 
 def fastest_s(act: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls."""
+    """Seconds of the fastest of five calls."""
     return min(_seconds(act) for _ in range(5))
 
 
-def _ask(models: Sequence[Predict], inputs: Inputs) -> None:
+def _run(models: Sequence[Predict], inputs: Inputs) -> None:
     for model in models:
         model(inputs)
 

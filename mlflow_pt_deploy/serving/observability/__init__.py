@@ -1,1 +1,1 @@
-"""observability."""
+"""Metrics, traces, access log and server log."""

@@ -1,4 +1,4 @@
-"""A log line for each response, without anything that a client wrote except its request id."""
+"""Access log: a line per response; the only client data in it is the request id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of metrics, and one that records nothing."""
+"""Metrics interface; the base class records nothing."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """Called on every event that `prometheus` counts; records nothing."""
+    """Observer of events that `prometheus` counts; this one does nothing."""
 
     content_type = "application/json"
 
     def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
-        """A request for model `name` was answered by version `label` (empty: by none)."""
+        """Record a response for model `name` from version `label` (empty: none)."""
 
     def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
-        """A version was activated after `seconds` of preparation."""
+        """Record that a version was activated after `seconds` of preparation."""
 
     def version_unloaded(self, name: str) -> None:
-        """A model was evicted from memory."""
+        """Record that a model was evicted from memory."""
 
     def version_rejected(self, name: str) -> None:
-        """A version was rejected."""
+        """Record that a version was rejected."""
 
     def registry_reachable(self, name: str, answers: bool) -> None:
-        """The registry began or ceased to answer."""
+        """Record whether the registry answers."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
-        """`value` is sampled for model `name`'s ``queue_rows``, ``in_flight`` or ``loaded``."""
+        """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
 
     def sample(self) -> None:
         """Sample all gauges."""
 
     def expose(self) -> bytes | None:
-        """All series in Prometheus' text format; None: there are none."""
+        """All series in Prometheus' text format; None if nothing is recorded."""
         return None

@@ -1,7 +1,7 @@
 """Metrics in Prometheus format, by model and version, with the official client library.
 
-With several workers the client's multiprocess mode adds them up: `PROMETHEUS_MULTIPROC_DIR` must be
-set before this module is imported.
+The client's multiprocess mode adds up all workers: `PROMETHEUS_MULTIPROC_DIR` must be set before
+this module is imported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _VERSION = ("model", "version")
 _STATUSES = ("200", "400", "401", "413", "429", "500", "503", "504")
 
 MAX_VERSIONS = 20
-"""Versions of a model that have series of their own in one process; later ones share ``other``."""
+"""Versions of a model with their own series in one process; later ones share ``other``."""
 
 
 class PrometheusMetrics(Metrics):
-    """Counters and histograms in a registry of their own, so that several servers do not mix."""
+    """Counters, histograms and gauges in a private registry, so that several servers do not mix."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -143,7 +143,7 @@ class PrometheusMetrics(Metrics):
         self._samplers.append((self._sampled[kind].labels(name), value))
 
     def forget_process(self, pid: int) -> None:
-        """Drop the gauges of a worker that died; its counters stay in the sums."""
+        """Drop the gauges of a worker that died; its counters stay."""
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def sample(self) -> None:
@@ -169,7 +169,7 @@ class PrometheusMetrics(Metrics):
         return before is not None
 
     def _version(self, name: str, label: str) -> str:
-        """A version's label value; bounded, so that a long-lived server keeps few series."""
+        """Label value of a version; the number of different values is bounded."""
         known = self._versions.setdefault(name, set())
         if label not in known and len(known) >= MAX_VERSIONS:
             return "other"

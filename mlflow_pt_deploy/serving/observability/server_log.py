@@ -1,4 +1,4 @@
-"""The server's log on standard error: one shape, as text for people or as JSON.
+"""Server log on standard error: one format, as text or as JSON.
 
 2026-11-27T22:44:03+00:00 INFO replica=0 shop: version 4 was activated
 {"time": "...", "level": "INFO", "replica": 0, "message": "..."}
@@ -16,16 +16,16 @@ from typing import Any
 
 TEXT, JSON = "text", "json"
 
-# A stranger can cause a message by each request: of one message so many are written a minute.
+# Lines per message template and minute. Any client can cause a message with each request.
 _MAX_PER_MINUTE = 60
 
 
 class Formatter(logging.Formatter):
-    """One shape for all lines.
+    """Formats all lines alike.
 
     Args:
         style: `TEXT` or `JSON`.
-        replica: Number of this worker; None in the main process.
+        replica: Index of this worker; None in the main process and if there is one worker.
     """
 
     def __init__(self, style: str, replica: int | None = None) -> None:
@@ -53,7 +53,7 @@ class Formatter(logging.Formatter):
 
 
 class RateLimit(logging.Filter):
-    """Lets `_MAX_PER_MINUTE` records of one message template through a minute."""
+    """Passes `_MAX_PER_MINUTE` records per message template and minute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def configure_log(style: str = TEXT, replica: int | None = None) -> logging.Hand
     """
     logger = logging.getLogger("mlflow_pt_deploy")
     for handler in list(logger.handlers):
-        if isinstance(handler.formatter, Formatter):  # the main process's, inherited by a fork
+        if isinstance(handler.formatter, Formatter):  # of the main process, inherited by a fork
             logger.removeHandler(handler)
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(style, replica))
@@ -91,7 +91,7 @@ def configure_log(style: str = TEXT, replica: int | None = None) -> logging.Hand
 
 
 def log_granian() -> None:
-    """Give granian's messages the shape of ours; it sets up handlers of its own first."""
+    """Send granian's messages to our handlers; call it after granian set up its own."""
     granian = logging.getLogger("_granian")
     granian.handlers = list(logging.getLogger("mlflow_pt_deploy").handlers)
     granian.propagate = not granian.handlers

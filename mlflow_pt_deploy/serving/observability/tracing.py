@@ -1,6 +1,6 @@
-"""OpenTelemetry spans, one a scoring request, sent where OpenTelemetry's environment variables say.
+"""OpenTelemetry spans, one per scoring request, with status and version but no content.
 
-Knows the answer's status and who gave it, nothing of its content.
+OpenTelemetry's environment variables set the collector.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
 
 class RequestTracer:
-    """Tells a collector of each answer, some of them at a time, from a thread of its own.
+    """Exports a span for each response, in batches on its own thread.
 
     Args:
-        exporter: Sends spans to it.
+        exporter: Sends spans to the collector.
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
@@ -34,7 +34,7 @@ class RequestTracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         name = os.environ.get("OTEL_SERVICE_NAME", "pt-deploy")
-        # its own, not the process's: MLflow's tracing has that
+        # a private provider: MLflow's tracing uses the global one
         self._provider = TracerProvider(resource=Resource.create({"service.name": name}))
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("mlflow_pt_deploy")
@@ -44,15 +44,15 @@ class RequestTracer:
     def response_sent(
         self, model: str, label: str, route: str, result: Response, seconds: float, parent: str
     ) -> None:
-        """A request to score was answered.
+        """Record the response to a scoring request.
 
         Args:
-            model: The slot's name.
-            label: The version's, empty where none answered.
-            route: The path.
-            result: The answer.
-            seconds: How long it took, until now.
-            parent: The request's header ``traceparent``, empty without.
+            model: Name of the model.
+            label: Label of the version; empty if none computed it.
+            route: Path of the request.
+            result: The response.
+            seconds: Duration of the request, until now.
+            parent: The request's ``traceparent`` header; empty if there is none.
         """
         from opentelemetry.trace import Status, StatusCode
 
@@ -77,15 +77,15 @@ class RequestTracer:
         span.end(end)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         self._provider.shutdown()
 
 
 def tracer_from_environment() -> RequestTracer | None:
-    """RequestTracer, where one of `ENDPOINTS` is set.
+    """Create a tracer if one of `ENDPOINTS` is set.
 
     Raises:
-        MissingExtraError: It is, and the exporter is not installed.
+        MissingExtraError: One is set, and the exporter is not installed.
     """
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return None

@@ -178,7 +178,7 @@ def test_without_a_thread_a_request_is_rejected_and_the_next_is_not(
 ) -> None:
     batcher, done = new_batcher(model), Done()
     for _ in range(2):
-        with pytest.raises(OverloadedError, match="gives no thread to compute on"):
+        with pytest.raises(OverloadedError, match="no thread can be started"):
             batcher.submit_nowait([[1]], done)
     assert not (batcher.concurrency.busy or batcher.queued_rows)
     no_threads.undo()

@@ -32,18 +32,18 @@ class ShapeModel:
 
 def test_small_batches_of_short_texts_are_warmed_up() -> None:
     model = ShapeModel(0.002, 0)
-    assert warm_up_shapes([model], BATCH, most_s=20) == 128
+    assert warm_up_shapes([model], BATCH, max_s=20) == 128
     assert {(rows, length) for rows in range(1, 5) for length in range(1, 33)} == {*model.shapes}
 
 
 def test_few_shapes_are_computed_where_a_new_one_costs_nothing() -> None:
     model = ShapeModel(0.02, 0.02)
-    assert warm_up_shapes([model], BATCH, most_s=20) == 8
+    assert warm_up_shapes([model], BATCH, max_s=20) == 8
 
 
 def test_warm_up_of_a_slow_model_is_limited_in_time() -> None:
     model = ShapeModel(0.05, 0)
-    assert warm_up_shapes([model], BATCH, most_s=0.1) <= 3
+    assert warm_up_shapes([model], BATCH, max_s=0.1) <= 3
 
 
 @pytest.mark.parametrize("sure", [0.0, 2.0])

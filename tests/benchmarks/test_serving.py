@@ -17,7 +17,7 @@ from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import batch
 import rates
 import servers
@@ -134,7 +134,7 @@ def test_a_batch_job_tells_what_a_row_costs_and_the_server_is_held_against_it(
 
 def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: Path) -> None:
     folder = Path(servers.__file__).parent / "handlers"
-    handlers = {path.name for path in folder.glob("*.py")} - {"score.py", "front.py"}
+    handlers = {path.name for path in folder.glob("*.py")} - {"score.py", "http_server.py"}
     assert handlers == set(servers.HANDLERS.values())
     model, teacher = save_tiny(tmp_path / "tiny"), tmp_path / "teacher"
     pythons = {"LitServe": None, "TorchServe": "other/python"}
@@ -153,7 +153,7 @@ def test_each_handler_is_asked_with_our_artifact_and_with_the_teacher(tmp_path: 
 def test_a_server_is_awaited_at_its_own_path_and_ends_with_the_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the tiny model's code
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the tiny model's code
     model, log = save_tiny(tmp_path / "tiny"), tmp_path / "log"
     command = servers.commands(str(model), tmp_path)[servers.PT_DEPLOY]
     with servers.running(command, log, "/models/tiny/invocations") as run:

@@ -1,6 +1,7 @@
-"""What a request may hold at each door: our server, MLflow's own, and Python."""
+"""Rows of a request in every format: our server, MLflow's own server, and Python."""
 
 import json
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
-from mlflow_pt_deploy.serving.short import read_short
+from tiny.server import running
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.registry.addresses import Address
-from mlflow_pt_deploy.serving.batching.request import Caller
-from mlflow_pt_deploy.serving.http.mlflow_protocol import Answer, answer, parse_csv
-from mlflow_pt_deploy.serving.model.loaded_model import Version
+from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
+from mlflow_pt_deploy.serving.app import Application
+from mlflow_pt_deploy.serving.http.csv_parser import parse_csv
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
 JSON, CSV, PARQUET = scoring_server.CONTENT_TYPES[1], "text/csv", "application/vnd.apache.parquet"
 SECRET = "zanzibar"
@@ -37,14 +40,23 @@ def encoded(body: Any) -> bytes:
 
 
 def stock(model: PyFuncModel, body: Any, media: str) -> Any:
-    """What ``mlflow models serve`` answers to one body."""
+    """The response of ``mlflow models serve``."""
     schema = model.metadata.get_input_schema()
     return json.loads(scoring_server.invocations(encoded(body), media, model, schema).response)
 
 
-def ours(model: PyFuncModel, body: Any, media: str) -> Answer:
-    """What ``pt-deploy serve`` answers to it."""
-    return answer(Version(model, Address("tiny")), encoded(body), media, Caller())
+@pytest.fixture(scope="module")
+def url(model: PyFuncModel) -> Iterator[str]:
+    served = ServedModel("tiny", source("tiny"))
+    served.current = LoadedModel(model, ResolvedVersion("tiny"))
+    with running(Application({"tiny": served})) as found:
+        yield found
+
+
+def ours(url: str, body: Any, media: str) -> requests.Response:
+    """The response of the application."""
+    headers = {"Content-Type": media}
+    return requests.post(f"{url}/invocations", encoded(body), headers=headers, timeout=30)
 
 
 def labels(answers: Any) -> list[str]:
@@ -65,16 +77,16 @@ PAIRED = [
     (
         {"dataframe_split": {"columns": ["premise", "hypothesis"], "data": [["red", SECRET]]}},
         JSON,
-        "'premise' and 'hypothesis' are several texts a row",
+        "'premise' and 'hypothesis' are several texts per row",
     ),
     ({"dataframe_split": {"data": [["red", SECRET]]}}, JSON, "2 columns without the name 'text'"),
     ({"dataframe_records": [{"text": "red", "textPair": SECRET}]}, JSON, "'text' and 'textPair'"),
     ({"inputs": [["red", SECRET]]}, JSON, "pairs are not supported"),
-    (f"text,text2\nred,{SECRET}\n", CSV, "'text' and 'text2' are several texts a row"),
+    (f"text,text2\nred,{SECRET}\n", CSV, "'text' and 'text2' are several texts per row"),
     (f"question,text\nred,{SECRET}\n", CSV, "'question' and 'text' are several"),
     (parquet(text=["red"], text_pair=[SECRET]), PARQUET, "'text' and 'text_pair' are several"),
 ]
-"""Requests with two texts a row, and what names them."""
+"""Requests with two texts a row, and the error for each."""
 
 
 @pytest.mark.parametrize(("body", "media", "message"), PAIRED)
@@ -84,26 +96,25 @@ def test_two_texts_a_row_are_refused(
     with pytest.raises(MlflowException) as info:
         stock(model, body, media)
     assert info.value.get_http_status_code() == 400
-    told = info.value.serialize_as_json()
-    assert message in told and "pairs are not supported" in told
-    assert SECRET not in told
+    error = info.value.serialize_as_json()
+    assert message in error and "pairs are not supported" in error
+    assert SECRET not in error
 
 
 BESIDE = [
     ({"inputs": ["red"], "text_pair": [SECRET]}, JSON, "'text' and 'text_pair' are several"),
     ({"inputs": ["red"], "params": {"hypothesis": SECRET}}, JSON, "'text' and 'hypothesis' are"),
 ]
-"""MLflow's own server drops these before any model sees them."""
+"""MLflow's own server drops these before the model gets them."""
 
 
 @pytest.mark.parametrize(("body", "media", "message"), PAIRED + BESIDE)
-def test_our_server_refuses_pairs_too(
-    model: PyFuncModel, body: Any, media: str, message: str
-) -> None:
-    told = ours(model, body, media)
-    assert told.status == 400
-    assert message.encode() in told.body and b"pairs are not supported" in told.body
-    assert SECRET.encode() not in told.body
+def test_our_server_refuses_pairs_too(url: str, body: Any, media: str, message: str) -> None:
+    response = ours(url, body, media)
+    assert response.status_code == 400
+    error = response.json()["message"]
+    assert message in error and "pairs are not supported" in error
+    assert SECRET not in response.text
 
 
 @pytest.mark.parametrize(
@@ -153,18 +164,18 @@ WORDS = ["123", "001", "TRUE", "None", "NA", "null", "n/a", "inf", "1e5", "2020-
 
 
 @pytest.mark.parametrize("rows", [[word] for word in WORDS] + [[*WORDS, "shoe"]], ids=str)
-def test_a_text_of_a_csv_is_what_stands_there(model: PyFuncModel, rows: list[str]) -> None:
+def test_a_csv_cell_is_read_as_text(url: str, rows: list[str]) -> None:
     body = "id,text\n" + "".join(f'1,"{row}"\n' for row in rows)
-    assert parse_csv(body.encode(), "text") == {"text": rows}
+    assert parse_csv(body.encode(), "text", 99) == rows
     plain = "\ufefftext\r\n\r\n" + "".join(f"{row}\r\n" for row in rows if "," not in row)
     expected = [row for row in rows if "," not in row]
-    assert parse_csv(plain.encode(), "text") == {"text": expected}
-    assert ours(model, body, CSV).status == 200
+    assert parse_csv(plain.encode(), "text", 99) == expected
+    assert ours(url, body, CSV).status_code == 200
 
 
-def test_an_empty_text_of_a_csv_is_a_row(model: PyFuncModel) -> None:
-    assert parse_csv(b'text\n""\nred\n\n', "text") == {"text": ["", "red"]}
-    assert len(json.loads(ours(model, 'text\n""\nred\n', CSV).body)["predictions"]) == 2
+def test_an_empty_text_of_a_csv_is_a_row(url: str) -> None:
+    assert parse_csv(b'text\n""\nred\n\n', "text", 99) == ["", "red"]
+    assert len(ours(url, 'text\n""\nred\n', CSV).json()["predictions"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -177,18 +188,15 @@ def test_an_empty_text_of_a_csv_is_a_row(model: PyFuncModel) -> None:
         ("", "'text' is empty"),
     ],
 )
-def test_a_csv_that_does_not_fit(model: PyFuncModel, body: str, message: str) -> None:
-    told = ours(model, body, CSV)
-    assert told.status == 400
-    assert message in json.loads(told.body)["message"]
+def test_a_csv_that_does_not_fit(url: str, body: str, message: str) -> None:
+    response = ours(url, body, CSV)
+    assert response.status_code == 400
+    assert message in response.json()["message"]
 
 
 @pytest.mark.parametrize("row", ["123", "TRUE", "NA", "1e5"])
-def test_mlflows_own_server_guesses_and_is_told_so(model: PyFuncModel, row: str) -> None:
-    with pytest.raises(MlflowException, match="its text was taken for a number or a gap"):
+def test_mlflows_own_server_infers_types_and_the_error_says_so(
+    model: PyFuncModel, row: str
+) -> None:
+    with pytest.raises(MlflowException, match="it was read with type inference"):
         stock(model, f"text\n{row}\n", CSV)
-
-
-def test_a_second_text_among_the_params_goes_the_long_way() -> None:
-    assert read_short(b'{"inputs": ["red"], "params": {"text_pair": "x"}}', 3) is None
-    assert read_short(b'{"inputs": ["red"], "params": {"top_k": 2}}', 3) == (["red"], 2)

@@ -1,6 +1,6 @@
-"""One trivial application behind an HTTP front: 60 bytes that never change, whatever is asked.
+"""A trivial application behind an HTTP server: answers every request with 60 constant bytes.
 
-python front.py "granian, RSGI" --port 8000
+python http_server.py "granian, RSGI" --port 8000
 """
 
 import argparse
@@ -19,7 +19,7 @@ async def app(
     receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
     send: Callable[[MutableMapping[str, Any]], Awaitable[None]],
 ) -> None:
-    """The application in ASGI."""
+    """The application as ASGI."""
     if scope["type"] != "http":
         return
     body, more = b"", True
@@ -31,37 +31,37 @@ async def app(
 
 
 async def rsgi(scope: Any, protocol: Any) -> None:
-    """The application in granian's own protocol."""
+    """The application as RSGI."""
     await protocol()
     protocol.response_bytes(200, RSGI_HEADERS, ANSWER)
 
 
 def uvicorn_c(port: int) -> None:
-    """The parser in C and libuv's loop."""
+    """uvicorn with httptools and uvloop."""
     import uvicorn
 
     uvicorn.run(app, host=HOST, port=port, loop="uvloop", http="httptools", **QUIET)
 
 
 def uvicorn_python(port: int) -> None:
-    """Both in Python."""
+    """uvicorn in pure Python."""
     import uvicorn
 
     uvicorn.run(app, host=HOST, port=port, loop="asyncio", http="h11", **QUIET)
 
 
 def granian_asgi(port: int) -> None:
-    """Hyper, in Rust, with ASGI."""
-    _granian("front:app", port, "asginl")
+    """granian with ASGI."""
+    _granian("http_server:app", port, "asginl")
 
 
 def granian_rsgi(port: int) -> None:
-    """The same without ASGI."""
-    _granian("front:rsgi", port, "rsgi")
+    """granian with RSGI."""
+    _granian("http_server:rsgi", port, "rsgi")
 
 
 def hypercorn_h11(port: int) -> None:
-    """h11 once more."""
+    """hypercorn with h11 and uvloop."""
     import uvloop
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
@@ -88,7 +88,7 @@ def _granian(target: str, port: int, interface: str) -> None:
     ).serve()
 
 
-FRONTS: dict[str, Callable[[int], None]] = {
+SERVERS: dict[str, Callable[[int], None]] = {
     "uvicorn, uvloop and httptools": uvicorn_c,
     "uvicorn, asyncio and h11": uvicorn_python,
     "granian, ASGI": granian_asgi,
@@ -99,7 +99,7 @@ FRONTS: dict[str, Callable[[int], None]] = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("front", choices=FRONTS)
+    parser.add_argument("server", choices=SERVERS)
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    FRONTS[options.front](options.port)
+    SERVERS[options.server](options.port)
