@@ -60,8 +60,8 @@ LONGEST = (
     "test_notebooks.py",
     "test_lifecycle.py",
     "test_search_stage.py",
-    "test_variant_quantized.py",
-    "test_variant_contract.py",
+    "test_int8.py",
+    "test_contract.py",
 )
 
 

@@ -90,7 +90,7 @@ def _required_ids(
     needed |= {index for piece, index in vocabulary.items() if len(piece.removeprefix(prefix)) == 1}
     needed |= set(_config_ids(classifier.network.config).values()) & set(vocabulary.values())
     backend = copy.deepcopy(classifier.tokenizer.backend_tokenizer)
-    backend.no_truncation()  # the classifier truncates by itself
+    backend.no_truncation()  # its limit may be lower than the classifier's
     for row, ids in zip(rows, encoded, strict=True):
         if unknown in ids:
             needed.update(_abandoned_prefixes(backend, row, unknown))

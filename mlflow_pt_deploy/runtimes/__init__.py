@@ -1,1 +1,1 @@
-"""runtimes."""
+"""Runtimes: one `Variant` class per runtime that exports and loads a model."""

@@ -1,4 +1,4 @@
-"""AOTInductor: the exported graph compiled by g++ into a library, no Python between kernels."""
+"""AOTInductor: the exported graph, compiled ahead of time into a native library."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.preprocessing import Axis
 
 _FILE = "model.pt2"
-# Inductor compiles with -march=native, so the library may use all of these that the host has.
+# Inductor compiles with -march=native: the library may use any of these flags that the host has.
 _COMPILED_FOR = frozenset({"avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"}) | VNNI_FLAGS
 
 
 @dataclass(frozen=True)
 class AOTInductor(Variant):
-    """``torch.export`` with free batch and length, then Inductor's ahead-of-time package.
+    """``torch.export`` with dynamic batch and length, compiled to an AOTInductor package.
 
-    ``int8-static`` calibrates activations on rows of `train` between the two (torchao's
-    post-training quantization of exported graphs, as its x86 quantizer places it): linear layers
-    only, weights per channel.
+    ``int8-static`` quantizes the exported graph with torchao's x86 post-training quantization,
+    calibrated on rows of `train`: linear layers only, weights per channel.
 
     Attributes:
-        device: ``cpu`` or ``cuda``: what the package is compiled for. It runs nowhere else.
+        device: ``cpu`` or ``cuda``: the device that the package is compiled for and runs on.
     """
 
     device: str = "cpu"
@@ -77,15 +76,15 @@ class AOTInductor(Variant):
 
         static = self.precision == "int8-static"
         if static:
-            _need_torchao()
+            _require_torchao()
             check_calibration(calibration)
         source = in_precision(copy.deepcopy(module), self.precision).to(self.device)
         axes = module.preprocessor.axes
         try:
             with torch.no_grad():
-                program = _traced(source, example, axes, self.device)
+                program = _export_graph(source, example, axes, self.device)
                 if static:
-                    program = _traced(_calibrate(program, calibration), example, axes)
+                    program = _export_graph(_calibrate(program, calibration), example, axes)
                 aoti_compile_and_package(
                     program,
                     package_path=str(folder / _FILE),
@@ -93,7 +92,7 @@ class AOTInductor(Variant):
                 )
         except VariantError:
             raise
-        except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
+        except Exception as error:  # torch.export and Inductor raise many unrelated types
             raise VariantError(
                 f"AOTInductor: {type(error).__name__}: {root_cause(error)}"
             ) from error
@@ -112,48 +111,45 @@ class AOTInductor(Variant):
 
 
 def load_package(folder: Path, device: str) -> Callable[..., torch.Tensor]:
-    """The compiled function of an exported folder: tensors on `device` to logits.
+    """Load the compiled function of an exported folder; it maps tensors on `device` to logits.
 
-    On a GPU it may be captured into a CUDA graph.
+    On a GPU it can be captured into a CUDA graph.
     """
     import torch
 
     with torch.inference_mode():
-        return _loaded(str(folder / _FILE), torch.device(device))
+        return _load_function(str(folder / _FILE), torch.device(device))
 
 
 def _compile_options(static: bool) -> dict[str, Any]:
     from torch._inductor import config
 
-    # Only constant weights are stored as int8; else int8 is computed in fp32.
+    # Int8 kernels need constant weights; otherwise weights are dequantized to fp32.
     options: dict[str, Any] = {"freezing": static}
     if hasattr(config.aot_inductor, "precompile_headers"):
-        # Two headers of 7 s each, which save a package 2 s: few runs build as many.
+        # Precompiling two headers takes 14 s and saves 2 s per package.
         options["aot_inductor.precompile_headers"] = False
     return options
 
 
-def _loaded(path: str, device: torch.device) -> Callable[..., torch.Tensor]:
-    """The package's function.
-
-    `aoti_load_package` imports the whole compiler before it comes to this loader: 2 s of a start.
-    """
+def _load_function(path: str, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Load the package directly; `aoti_load_package` first imports the compiler, for 2 s."""
     import torch
 
-    # Without the runtime's own locks, whose events a CUDA graph cannot capture.
-    alone = device.type == "cuda"
+    # On a GPU without the runtime's locks, whose events a CUDA graph cannot capture.
+    single_threaded = device.type == "cuda"
     index = -1 if device.index is None else device.index
     try:
-        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", alone, 1, index)
-    except (AttributeError, TypeError):  # it is not public; another PyTorch may have changed it
+        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", single_threaded, 1, index)
+    except (AttributeError, TypeError):  # private API that may change
         from torch._inductor import aoti_load_package
 
         package: Callable[..., torch.Tensor] = aoti_load_package(
-            path, run_single_threaded=alone, device_index=index
+            path, run_single_threaded=single_threaded, device_index=index
         )
         return package
 
-    lock = threading.Lock() if alone else nullcontext()
+    lock = threading.Lock() if single_threaded else nullcontext()
 
     def call(*tensors: torch.Tensor) -> torch.Tensor:
         with lock:
@@ -163,7 +159,7 @@ def _loaded(path: str, device: torch.device) -> Callable[..., torch.Tensor]:
     return call
 
 
-def _need_torchao() -> None:
+def _require_torchao() -> None:
     try:
         import torchao  # noqa: F401
     except ImportError as error:
@@ -174,8 +170,8 @@ def _no_cuda(precision: str) -> str | None:
     import torch
 
     if precision.startswith("int8"):
-        return "skipped: AOTInductor's int8 packages are for the CPU"
-    return None if torch.cuda.is_available() else "skipped: PyTorch sees no CUDA device here"
+        return "skipped: AOTInductor int8 packages support the CPU only"
+    return None if torch.cuda.is_available() else "skipped: PyTorch finds no CUDA device"
 
 
 def _tensors(batch: Inputs, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -184,29 +180,29 @@ def _tensors(batch: Inputs, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     return tuple(torch.from_numpy(array).to(device) for array in batch.values())
 
 
-def _traced(
+def _export_graph(
     module: torch.nn.Module,
     example: Inputs,
     axes: Mapping[str, Mapping[int, Axis]],
     device: str = "cpu",
 ) -> Any:
-    """The module's graph, the axes of its inputs left free within their bounds."""
+    """Export the module's graph with dynamic input axes within their bounds."""
     import torch
 
-    named = {axis for free in axes.values() for axis in free.values()}
-    free = {axis: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in named}
-    shapes = {name: {at: free[axis] for at, axis in axes[name].items()} for name in example}
+    named = {axis for dynamic in axes.values() for axis in dynamic.values()}
+    dims = {axis: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in named}
+    shapes = {name: {dim: dims[axis] for dim, axis in axes[name].items()} for name in example}
     return torch.export.export(module, _tensors(example, device), dynamic_shapes=shapes)
 
 
 def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:
-    """Put quantization between the graph's operators, ranges taken from real rows."""
+    """Quantize the graph, with activation ranges from the calibration rows."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     config = x86.get_default_x86_inductor_quantization_config()
     if int8_saturates():
-        # Its own way out takes the bit from the activations, which costs more accuracy.
+        # By default the quantizer reduces the activations to 7 bits, which costs more accuracy.
         config = replace(config, weight=replace(config.weight, quant_min=-64, quant_max=63))
     quantizer = x86.X86InductorQuantizer().set_global(config)
     prepared = prepare_pt2e(program.module(), quantizer)
@@ -218,7 +214,7 @@ def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:
 
 
 def _check_int8(quantized: Any) -> None:
-    """Count linear layers and convolutions whose weights are dequantized from int8."""
+    """Check that most linear layers and convolutions have int8 weights."""
     weights = [
         str(node.args[1].target)
         for node in quantized.graph.nodes

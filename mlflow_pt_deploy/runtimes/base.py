@@ -1,7 +1,4 @@
-"""The one interface that every runtime implements.
-
-Knows nothing of training, of measuring or of MLflow.
-"""
+"""Interface of the runtimes: `Variant` exports a model and loads it as a `Predict` callable."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ Inputs = Mapping[str, npt.NDArray[Any]]
 
 Logits = npt.NDArray[np.float32]
 Predict = Callable[[Inputs], Logits]
-"""Named inputs, batch first, to logits: float32 (batch, classes)."""
+"""Maps named inputs, batch first, to logits, float32 (batch, classes)."""
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni"})
@@ -33,23 +30,23 @@ MIN_CALIBRATION_ROWS = 16
 
 
 def pads_rows(predict: Predict) -> bool:
-    """Whether a row costs more beside a longer one; what knows better has an attribute `pads`."""
+    """Whether the rows of a batch are padded to its longest row; a predictor may set `pads`."""
     return bool(getattr(predict, "pads", True))
 
 
-def tokens_computed(predict: Predict, otherwise: int) -> int:
-    """Tokens of its last batch, padding included; what knows has an attribute `tokens`."""
+def tokens_computed(predict: Predict, default: int) -> int:
+    """Tokens of the last batch with padding; `default` for a predictor without `tokens`."""
     tokens = getattr(predict, "tokens", None)
-    return otherwise if tokens is None else int(tokens)
+    return default if tokens is None else int(tokens)
 
 
 def streams_of(predict: Predict) -> tuple[Predict, int]:
-    """What computes a batch with one thread, and how many may at once; see `Streams`."""
+    """Single-threaded predictor and the number of concurrent calls it supports, see `Streams`."""
     return getattr(predict, "single", predict), int(getattr(predict, "threads", 1))
 
 
 def no_native_bf16() -> str | None:
-    """Why bf16 is pointless on this processor, or None where it is not."""
+    """Reason to skip bf16 on this CPU, or None if it has bf16 instructions."""
     if cpu_flags() & BF16_FLAGS:
         return None
     return "skipped: this processor has no bf16 instructions (avx512_bf16 or amx_bf16)"
@@ -57,12 +54,12 @@ def no_native_bf16() -> str | None:
 
 def confidence(logits: Logits) -> npt.NDArray[np.float32]:
     """Largest softmax probability of each row, float32 (batch,)."""
-    sure: npt.NDArray[np.float32] = 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
-    return sure
+    largest: npt.NDArray[np.float32] = 1 / np.exp(logits - logits.max(1, keepdims=True)).sum(1)
+    return largest
 
 
 def int8_saturates() -> bool:
-    """Whether sums of 8-bit products overflow on this processor, where 7-bit weights do not.
+    """Whether 8-bit weights overflow on this CPU, so that 7-bit weights are needed.
 
     Without VNNI two products of uint8 and int8 are added in 16 bits.
     """
@@ -70,10 +67,10 @@ def int8_saturates() -> bool:
 
 
 def check_calibration(calibration: Sequence[Inputs]) -> None:
-    """Refuse to fix the ranges of activations on a handful of rows.
+    """Check that there are enough calibration rows.
 
     Raises:
-        VariantError: There are fewer than `MIN_CALIBRATION_ROWS`.
+        VariantError: There are fewer than `MIN_CALIBRATION_ROWS` rows.
     """
     rows = sum(len(array) for batch in calibration for array in list(batch.values())[:1])
     if rows < MIN_CALIBRATION_ROWS:
@@ -85,20 +82,19 @@ def check_calibration(calibration: Sequence[Inputs]) -> None:
 
 @dataclass(frozen=True)
 class Variant(ABC):
-    """A way to run a model: a runtime with its options.
+    """A runtime with its options.
 
-    A subclass is a frozen dataclass of its own options; the object is its own record and is
-    written into the manifest as it is.
+    A subclass is a frozen dataclass of its options, which are written to the manifest.
 
     Attributes:
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
-            ``int8-accuracy`` (calibrated, and held to the fp32 model's answers).
-        runtime: What executes the model; the middle part of the variant's name.
-        extra: The extra of this distribution that the runtime needs, if any.
-        compiles: True where an export takes a compiler's time; such exports begin first.
-        stages: Folders of the variants that it consists of, if it does; see `combine`.
-        carries_code: True where the file holds a program and not only weights and a graph of
-            known operators; such a file is loaded only when somebody vouches for its digest.
+            ``int8-accuracy`` (calibrated with accuracy control against the fp32 model).
+        runtime: Name of the runtime; the middle part of the variant's name.
+        extra: Extra of this distribution that the runtime needs, if any.
+        compiles: True if the export runs a compiler; such exports are started first.
+        stages: Subfolders of the variants that this one combines, see `combine`.
+        carries_code: True if the file contains executable code, not only weights and a graph of
+            known operators. Such a file is loaded only if its digest is trusted.
     """
 
     precision: str = "fp32"
@@ -114,31 +110,31 @@ class Variant(ABC):
         return f"{model}-{self.runtime}-{self.precision}"
 
     def unsupported(self) -> str | None:
-        """Why this machine should not build the variant, or None where it can.
+        """Reason why this machine does not build the variant, or None if it does.
 
         A missing library is not reported here: `export` and `load` raise `MissingExtraError`.
         """
         return no_native_bf16() if self.precision == "bf16" else None
 
     def required_cpu_flags(self) -> frozenset[str]:
-        """Instruction sets that the exported files cannot run without."""
+        """CPU flags that the exported files require."""
         return frozenset()
 
     def export_device(self) -> str:
-        """Device that the exported files are made for and checked on."""
+        """Device that the exported files are built for and checked on."""
         return "cpu"
 
     @abstractmethod
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
     ) -> None:
-        """Write the native files into an existing, empty folder.
+        """Export the model into an existing, empty folder.
 
         Args:
             module: The model in eager fp32, in evaluation mode, on the CPU.
-            example: A batch of more than one row, texts of mixed lengths, for tracing.
+            example: Batch for tracing, with more than one row and texts of different lengths.
             calibration: Batches of one row from `train`, for static quantization.
-            folder: Where to write; the caller moves it into place when all is there.
+            folder: Output folder; the caller moves it to its final place.
 
         Raises:
             MissingExtraError: The runtime's library is not installed.
@@ -147,23 +143,23 @@ class Variant(ABC):
 
     @abstractmethod
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
-        """Read what `export` wrote.
+        """Load an exported folder.
 
         Args:
-            folder: The variant's folder, digests already verified.
-            device: ``cpu``, or ``cuda`` where the runtime can.
-            threads: Threads that one call may use.
+            folder: The variant's folder, with verified digests.
+            device: ``cpu``, or ``cuda`` if the runtime supports it.
+            threads: Maximum number of threads per call.
 
         Raises:
             MissingExtraError: The runtime's library is not installed.
-            UnsupportedError: The runtime cannot use the device.
+            UnsupportedError: The runtime does not support the device.
         """
 
     @property
     def allows_code(self) -> bool:
-        """Whether its stages may carry code; what allows it has the same digest."""
+        """Whether the stages may carry code; the digest of this variant covers them."""
         return False
 
     def combine(self, predictors: Sequence[Predict]) -> Predict:
-        """One predictor of those of its `stages`, in order."""
+        """Combine the predictors of the `stages`, in their order."""
         raise NotImplementedError(f"{self.runtime} has no stages")

@@ -1,7 +1,7 @@
-"""A fast model that answers where it is sure, and a stronger one for the rest.
+"""Cascade: a fast model, and a strong model for the rows of which the fast one is not confident.
 
-Both are variants of their own, kept whole in the folders ``fast`` and ``strong``. Confidence is the
-largest softmax probability (Hendrycks & Gimpel 2017; as a cascade: Wang et al. 2022).
+Both are complete variants in the subfolders ``fast`` and ``strong``. Confidence is the largest
+softmax probability (Hendrycks & Gimpel 2017; as a cascade: Wang et al. 2022).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 CASCADE = "cascade"
-"""First part of a cascade's name, where other variants have their model's."""
+"""First part of a cascade's name, in place of a model's name."""
 
 FAST, STRONG = "fast", "strong"
-"""Folders of the two stages."""
+"""Subfolders of the two stages."""
 
 
 @dataclass(frozen=True)
 class Cascade(Variant):
-    """Two variants and the confidence below which the second one answers.
+    """Two variants and the confidence threshold between them.
 
     Attributes:
-        threshold: Rows of which the fast model is less sure go to the strong one, 0 to 1.
+        threshold: Rows with a lower confidence of the fast model go to the strong one, 0 to 1.
         fast, strong: Names of the two variants.
-        flags: Instruction sets that either needs.
-        trusted: True where either carries code.
+        flags: CPU flags that either variant requires.
+        trusted: True if either variant carries code.
     """
 
     precision: str = "mixed"
@@ -69,10 +69,10 @@ class Cascade(Variant):
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
     ) -> None:
-        raise VariantError("a cascade is made of two exported variants; use write_cascade.")
+        raise VariantError("a cascade is written from two exported variants; use write_cascade.")
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
-        raise VariantError("a cascade is loaded stage by stage; use load_variant.")
+        raise VariantError("a cascade is loaded by its stages; use load_variant.")
 
     def combine(self, predictors: Sequence[Predict]) -> Predict:
         fast, strong = predictors
@@ -83,11 +83,11 @@ class CascadePredictor:
     """A loaded cascade.
 
     Args:
-        fast, strong: What the two variants predict.
+        fast, strong: Predictors of the two variants.
         threshold: See `Cascade`.
 
     Attributes:
-        pads: Whether one of them does.
+        pads: Whether either predictor pads rows.
     """
 
     def __init__(self, fast: Predict, strong: Predict, threshold: float) -> None:
@@ -96,26 +96,26 @@ class CascadePredictor:
 
     @property
     def models(self) -> tuple[Predict, Predict]:
-        """The fast one and the strong one."""
+        """The fast and the strong predictor."""
         return self._fast, self._strong
 
     def __call__(self, inputs: Inputs) -> Logits:
         logits, unsure = self.run_fast_stage(inputs)
         if unsure.any():
-            logits[unsure] = self._strong(_shortened({n: a[unsure] for n, a in inputs.items()}))
+            logits[unsure] = self._strong(_trim_padding({n: a[unsure] for n, a in inputs.items()}))
         return logits
 
     def run_fast_stage(self, inputs: Inputs) -> tuple[Logits, npt.NDArray[np.bool_]]:
-        """What the fast model says, and of which rows it is not sure enough.
+        """Return the fast model's logits and which rows are below the threshold, bool (batch,).
 
-        May be called while another thread computes.
+        Safe to call while another thread runs the cascade.
         """
         logits = self._fast(inputs)
         return logits, confidence(logits) < self._threshold
 
 
-def _shortened(inputs: Inputs) -> Inputs:
-    """The same without the padding that all rows share; images have none."""
+def _trim_padding(inputs: Inputs) -> Inputs:
+    """Remove the padding columns that all rows share; images have none."""
     if "attention_mask" not in inputs:
         return inputs
     longest = int(inputs["attention_mask"].sum(1).max())

@@ -1,4 +1,4 @@
-"""Every runtime, and every variant: built by default or on request. One is added by one line."""
+"""Catalog of all runtimes and of the variants that are built by default or on request."""
 
 from __future__ import annotations
 
@@ -34,69 +34,69 @@ VARIANTS: tuple[Variant, ...] = (
     OpenVino("int8-static"),
 )
 
-# Slow to build, slower than a neighbour in VARIANTS wherever they were measured, or for a GPU.
+# Slow to build, slower than a similar one in VARIANTS in all measurements, or for a GPU.
 ON_REQUEST: tuple[Variant, ...] = (
     Eager("fp16"),
     AOTInductor("int8-static"),
     OpenVino("int8-accuracy"),
 )
-# A static student computes so little that a runtime's own cost decides.
+# For a static student the overhead of the runtime dominates.
 STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
 
-# Of a network of convolutions these would quantize the last layer alone.
+# These quantize linear layers only; a convolutional network has one.
 _LINEAR_ONLY = {variant for variant in VARIANTS if variant.precision == "int8-dynamic"} | {
     AOTInductor("int8-static")
 }
 
 
 def select(names: str) -> tuple[Variant, ...]:
-    """The variants that a user asked for, and eager fp32, which all are compared with.
+    """Return the requested variants, and eager fp32 as the baseline.
 
     Args:
         names: Runtimes or runtimes with a precision, separated by commas, e.g.
-            ``onnxruntime,openvino-fp32``, and ``cascade``; empty for all but `ON_REQUEST`. What is
-            there needs its precision: ``openvino`` does not build ``openvino-int8-accuracy``.
+            ``onnxruntime,openvino-fp32``, and ``cascade``; empty selects all but `ON_REQUEST`.
+            Those need their precision: ``openvino`` does not select ``openvino-int8-accuracy``.
 
     Raises:
-        VariantError: A name is not in the table.
+        VariantError: A name is not in the catalog.
     """
-    every = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
+    regular = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = {Cascade.runtime} | {v.runtime for v in every}
-    known |= {_short(v) for v in (*every, *ON_REQUEST)}
+    known = {Cascade.runtime} | {v.runtime for v in regular}
+    known |= {_short_name(v) for v in (*regular, *ON_REQUEST)}
     if unknown := sorted(wanted - known):
         raise VariantError(
-            f"variants: there is no {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
+            f"variants: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
         )
     default = (
         variant
-        for variant in every
-        if not wanted or wanted & {variant.runtime, _short(variant)} or variant == VARIANTS[0]
+        for variant in regular
+        if not wanted or wanted & {variant.runtime, _short_name(variant)} or variant == VARIANTS[0]
     )
-    return (*default, *(variant for variant in ON_REQUEST if _short(variant) in wanted))
+    return (*default, *(variant for variant in ON_REQUEST if _short_name(variant) in wanted))
 
 
 def wants_cascades(names: str) -> bool:
-    """Whether a user who asked for `names` (see `select`) wants cascades of them too."""
+    """Whether `names` (see `select`) include cascades."""
     return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
 
 
 def supports(variant: Variant, model_type: str) -> bool:
-    """Whether a variant is built for models of a kind (`model_type` of their config.json)."""
+    """Whether a variant supports a model type (`model_type` in config.json)."""
     if model_type == STATIC:
         return variant in STATIC_VARIANTS
     return not isinstance(variant, NumPy)
 
 
 def skip_reason(variant: Variant, model_type: str) -> str:
-    """Why a variant of such a model would gain nothing; empty where it may gain."""
+    """Reason why a variant has no benefit for a model type, or an empty string."""
     if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
         return (
-            f"skipped: {_short(variant)} quantizes linear layers, and all but the last of this "
-            "network are convolutions; int8-static of ONNX Runtime and OpenVINO quantize these"
+            f"skipped: {_short_name(variant)} quantizes linear layers only, and all layers but the "
+            "last are convolutions; int8-static of ONNX Runtime and OpenVINO quantizes convolutions"
         )
     return ""
 
 
-def _short(variant: Variant) -> str:
+def _short_name(variant: Variant) -> str:
     return f"{variant.runtime}-{variant.precision}"

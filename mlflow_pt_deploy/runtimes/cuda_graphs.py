@@ -1,11 +1,11 @@
-"""CUDA graphs over a few shapes: one launch per batch instead of one per kernel.
+"""CUDA graphs for a few shapes: one launch per batch instead of one per kernel.
 
-A small model's batch takes a GPU less time than Python takes to launch its kernels. A graph is
-captured once per bucket, which is a shape (rows, length), and replayed with new contents. A batch
-is padded to the smallest bucket that holds it. Copies to and from pinned host memory are part of
+For a small model Python needs more time to launch the kernels than the GPU to run them. A graph is
+captured once per bucket, a shape (rows, length), and replayed with new contents. A batch is padded
+to the smallest bucket that holds it. Copies to and from pinned host memory are part of
 the graph. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 
-On the CPU the same code runs the module directly, so that it can be tested without a GPU.
+On the CPU the same code runs the module directly, for tests without a GPU.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 LENGTHS = (16, 32, 64, 128, 256, 512)
-# Below this many tokens a batch takes about as long as an empty one: one launch beats less padding.
+# Batches below this size take about as long as an empty one: they are not split by length.
 _SPLIT_TOKENS = 4096
-# Calls before a capture: libraries allocate workspaces and choose kernels in the first ones.
-_WARM_UP = 2
+# Calls before a capture, in which libraries allocate workspaces and select kernels.
+_WARM_UP_CALLS = 2
 _MASK = "attention_mask"
 
 
 class Part(NamedTuple):
-    """Rows of a batch that one bucket computes, and the bucket's shape."""
+    """Rows of a batch for one bucket: their indices and the bucket's shape."""
 
-    places: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int64]
     rows: int
     length: int
 
 
-class Captured:
-    """One graph with static buffers: arrays in, logits out.
+class CapturedGraph:
+    """One captured graph with static input and output buffers.
 
-    Not safe for concurrent use: its buffers hold one batch at a time.
+    Not safe for concurrent use: the buffers hold one batch at a time.
 
     Args:
         module: Takes one tensor per input on `device`; returns logits (rows, classes).
-        example: Arrays of the bucket's shape, whose contents the module can compute.
-        device: ``cuda``, ``cuda:1``, ...; on ``cpu`` nothing is captured.
+        example: Valid input arrays of the bucket's shape.
+        device: ``cuda``, ``cuda:1``, ...; on ``cpu`` no graph is captured.
         pool: Memory pool shared by graphs that never run at the same time.
 
     Attributes:
-        inputs: Arrays over the pinned input buffers; write here, then call `launch`.
+        inputs: Views of the pinned input buffers; write here, then call `launch`.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Captured:
         self._device = torch.device(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         with torch.inference_mode():
-            self._hosts = [self._host(torch.from_numpy(array)) for array in example.values()]
+            self._hosts = [self._host_buffer(torch.from_numpy(array)) for array in example.values()]
             self._tensors = [torch.empty_like(host, device=device) for host in self._hosts]
             self.inputs = {
                 name: host.numpy() for name, host in zip(example, self._hosts, strict=True)
@@ -73,10 +73,10 @@ class Captured:
                 with torch.cuda.device(self._device):
                     self._capture(pool)
             else:
-                self._answer = torch.empty_like(self._logits())
+                self._output = torch.empty_like(self._logits())
 
     def launch(self) -> None:
-        """Start the computation of what is in `inputs`."""
+        """Start the computation of the contents of `inputs`."""
         import torch
 
         if self._graph is not None:
@@ -86,14 +86,14 @@ class Captured:
                 self._step()
 
     def logits(self) -> Logits:
-        """Wait for the computation; the array is overwritten by the next launch."""
+        """Wait for the result; the next launch overwrites the array."""
         import torch
 
         if self._graph is not None:
             torch.cuda.current_stream(self._device).synchronize()
-        return np.asarray(self._answer.numpy(), dtype=np.float32)
+        return np.asarray(self._output.numpy(), dtype=np.float32)
 
-    def _host(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _host_buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda":
             return tensor.clone()
         return tensor.pin_memory()
@@ -104,7 +104,7 @@ class Captured:
         return self._module(*self._tensors).float()
 
     def _step(self) -> None:
-        self._answer.copy_(self._logits(), non_blocking=True)
+        self._output.copy_(self._logits(), non_blocking=True)
 
     def _capture(self, pool: Any) -> None:
         import torch
@@ -112,13 +112,13 @@ class Captured:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
+            for _ in range(_WARM_UP_CALLS):
                 logits = self._logits()
-            self._answer = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
+            self._output = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
             self._step()
         stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, e.g. those that serve the previous model.
+        # Other threads may allocate during the capture, e.g. to serve the previous model.
         with torch.cuda.graph(
             self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         ):
@@ -126,18 +126,18 @@ class Captured:
 
 
 class CudaGraphs:
-    """A `Predict` that replays one graph per bucket. Safe to call from several threads.
+    """A `Predict` that replays one graph per bucket; safe for concurrent calls.
 
-    A batch of many tokens is first split by length, so that a short row is not padded to the
-    longest one. Buckets are captured when they are first needed, or by `warm_up`.
+    A batch of many tokens is first split by length, so that short rows are not padded to the
+    longest one. Buckets are captured on first use, or by `warm_up`.
 
     Args:
-        module: See `Captured`.
+        module: See `CapturedGraph`.
         example: Any batch; its rows fill the unused rows of a bucket.
-        device: See `Captured`.
-        rows: Bucket sizes, ascending; larger batches are cut.
-        lengths: Bucket lengths (axis 1 of every input), ascending; the last one is the longest
-            input of the model. Empty if axis 1 is fixed, as for images.
+        device: See `CapturedGraph`.
+        rows: Bucket sizes, ascending; larger batches are split.
+        lengths: Bucket lengths (axis 1 of every input), ascending; the last one is the maximum
+            length of the model. Empty if axis 1 is fixed, as for images.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class CudaGraphs:
         self._device = device
         self._rows = tuple(rows)
         self._lengths = tuple(lengths)
-        self._captured: dict[tuple[int, int], Captured] = {}
+        self._graphs: dict[tuple[int, int], CapturedGraph] = {}
         self._pool: Any = None
         self._lock = threading.Lock()
 
@@ -163,71 +163,72 @@ class CudaGraphs:
             return self._predict(inputs)
 
     def warm_up(self, shapes: Sequence[tuple[int, int]] = ()) -> None:
-        """Capture buckets ahead of the first request.
+        """Capture buckets before the first request.
 
         Args:
-            shapes: Pairs of rows and length; empty: every bucket.
+            shapes: Pairs of rows and length; empty captures every bucket.
         """
-        every = [(rows, length) for rows in self._rows for length in self._lengths or (0,)]
+        all_shapes = [(rows, length) for rows in self._rows for length in self._lengths or (0,)]
         with self._lock:
-            # The largest first: smaller graphs then fit into the memory that it left in the pool.
-            for rows, length in sorted(shapes or every, reverse=True):
+            # Largest first: smaller graphs then reuse its memory from the pool.
+            for rows, length in sorted(shapes or all_shapes, reverse=True):
                 self._bucket(rows, length)
 
     def parts(self, inputs: Inputs) -> list[Part]:
-        """Cut a batch into parts, each with the smallest bucket that holds it."""
+        """Split a batch into parts, each with the smallest bucket that holds it."""
         size = len(next(iter(inputs.values())))
-        places = np.arange(size)
+        indices = np.arange(size)
         if not self._lengths:
-            return list(self._cut(places, 0))
+            return list(self._split(indices, 0))
         longest = next(iter(inputs.values())).shape[1]
-        whole = _least(self._lengths, longest)
-        if _MASK not in inputs or size * whole <= _SPLIT_TOKENS:
-            return list(self._cut(places, whole))
+        length = _smallest_bucket(self._lengths, longest)
+        if _MASK not in inputs or size * length <= _SPLIT_TOKENS:
+            return list(self._split(indices, length))
         lengths = inputs[_MASK].shape[1] - np.argmax(inputs[_MASK][:, ::-1] != 0, axis=1)
         buckets = np.searchsorted(self._lengths, lengths)
         return [
             part
             for bucket in np.unique(buckets)
-            for part in self._cut(places[buckets == bucket], self._lengths[bucket])
+            for part in self._split(indices[buckets == bucket], self._lengths[bucket])
         ]
 
-    def _cut(self, places: npt.NDArray[np.int64], length: int) -> list[Part]:
-        most = self._rows[-1]
-        chunks = [places[start : start + most] for start in range(0, len(places), most)]
-        return [Part(chunk, _least(self._rows, len(chunk)), length) for chunk in chunks]
+    def _split(self, indices: npt.NDArray[np.int64], length: int) -> list[Part]:
+        size = self._rows[-1]
+        chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
+        return [Part(chunk, _smallest_bucket(self._rows, len(chunk)), length) for chunk in chunks]
 
     def _predict(self, inputs: Inputs) -> Logits:
-        flying: dict[Captured, Part] = {}
-        answers: list[tuple[Part, Logits]] = []
+        in_flight: dict[CapturedGraph, Part] = {}
+        results: list[tuple[Part, Logits]] = []
 
-        def collect(bucket: Captured) -> None:
-            part = flying.pop(bucket)
-            answers.append((part, bucket.logits()[: len(part.places)].copy()))
+        def collect(bucket: CapturedGraph) -> None:
+            part = in_flight.pop(bucket)
+            results.append((part, bucket.logits()[: len(part.indices)].copy()))
 
         for part in self.parts(inputs):
             bucket = self._bucket(part.rows, part.length)
-            if bucket in flying:  # its buffers are in use
+            if bucket in in_flight:  # its buffers are in use
                 collect(bucket)
             _fill(bucket.inputs, inputs, part)
             bucket.launch()
-            flying[bucket] = part
-        for bucket in list(flying):
+            in_flight[bucket] = part
+        for bucket in list(in_flight):
             collect(bucket)
         size = len(next(iter(inputs.values())))
-        logits = np.empty((size, answers[0][1].shape[1]), dtype=np.float32)
-        for part, answer in answers:
-            logits[part.places] = answer
+        logits = np.empty((size, results[0][1].shape[1]), dtype=np.float32)
+        for part, result in results:
+            logits[part.indices] = result
         return logits
 
-    def _bucket(self, rows: int, length: int) -> Captured:
-        found = self._captured.get((rows, length))
-        if found is None:
-            found = Captured(self._module, self._filler(rows, length), self._device, self._shared())
-            self._captured[rows, length] = found
-        return found
+    def _bucket(self, rows: int, length: int) -> CapturedGraph:
+        graph = self._graphs.get((rows, length))
+        if graph is None:
+            example = self._filler(rows, length)
+            graph = CapturedGraph(self._module, example, self._device, self._shared_pool())
+            self._graphs[rows, length] = graph
+        return graph
 
-    def _shared(self) -> Any:
+    def _shared_pool(self) -> Any:
         import torch
 
         if self._pool is None and torch.device(self._device).type == "cuda":
@@ -235,7 +236,7 @@ class CudaGraphs:
         return self._pool
 
     def _filler(self, rows: int, length: int) -> dict[str, npt.NDArray[Any]]:
-        """Valid rows of a bucket's shape: unused rows must not compute NaN or trap."""
+        """Valid rows of a bucket's shape, so that unused rows compute no NaN."""
         filler = {}
         for name, array in self._example.items():
             shape = (rows, length, *array.shape[2:]) if length else (rows, *array.shape[1:])
@@ -244,16 +245,16 @@ class CudaGraphs:
         return filler
 
 
-def _least(sizes: Sequence[int], wanted: int) -> int:
-    """The smallest size that holds what is wanted, or the largest size."""
-    return sizes[min(bisect_left(sizes, wanted), len(sizes) - 1)]
+def _smallest_bucket(sizes: Sequence[int], required: int) -> int:
+    """Smallest size that is at least `required`, or the largest size."""
+    return sizes[min(bisect_left(sizes, required), len(sizes) - 1)]
 
 
 def _fill(buffers: Inputs, inputs: Inputs, part: Part) -> None:
     """Write a part's rows, padded with zeros, into a bucket's buffers."""
-    rows = len(part.places)
+    rows = len(part.indices)
     for name, buffer in buffers.items():
-        array = inputs[name][part.places]
+        array = inputs[name][part.indices]
         if part.length:
             width = min(array.shape[1], part.length)
             buffer[:rows, :width] = array[:, :width]

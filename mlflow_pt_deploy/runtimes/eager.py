@@ -1,4 +1,4 @@
-"""PyTorch as it is, from safetensors: the baseline, and its 16-bit and dynamic int8 forms."""
+"""Eager PyTorch from safetensors: the fp32 baseline, 16-bit precisions and dynamic int8."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _INT8 = "int8.safetensors"
 class Eager(Variant):
     """Eager PyTorch.
 
-    ``int8-dynamic`` stores each linear layer's int8 weight with its scale, so that nothing is
-    pickled and the file is as small as the weights (Jacob et al. 2018, per tensor, symmetric).
+    ``int8-dynamic`` stores the int8 weight and the scale of each linear layer in safetensors,
+    without pickle (Jacob et al. 2018, per tensor, symmetric).
     """
 
     runtime: ClassVar[str] = "eager"
@@ -71,31 +71,31 @@ def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def torch_predict(module: Any, device: str) -> Predict:
-    """Wrap anything that is called with the inputs as tensors and returns logits.
+    """Wrap a callable that maps input tensors to logits.
 
-    On a GPU inputs go by way of pinned memory, and fp32 is fp32 in the whole process: PyTorch's
-    default for convolutions is TF32, whose ten bits of mantissa would fail the golden check.
+    On a GPU inputs are copied through pinned memory, and TF32 is disabled for the whole process:
+    it is PyTorch's default for convolutions, and its 10-bit mantissa would fail the golden check.
     """
     import torch
 
     if device != "cpu":
         torch.backends.cudnn.allow_tf32 = False
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
+    def to_device(tensor: torch.Tensor) -> torch.Tensor:
         if device == "cpu":
             return tensor
         return tensor.pin_memory().to(device, non_blocking=True)
 
     def predict(inputs: Inputs) -> Logits:
         with torch.inference_mode():
-            logits = module(*(moved(torch.from_numpy(array)) for array in inputs.values()))
+            logits = module(*(to_device(torch.from_numpy(array)) for array in inputs.values()))
         return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
     return predict
 
 
 def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:
-    """Linear layers to dynamic int8, on a copy."""
+    """Return a copy with dynamic int8 linear layers."""
     import warnings
 
     import torch
@@ -109,21 +109,21 @@ def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def check_int8_linears(quantized: torch.nn.Module) -> None:
-    """Refuse what `quantize_linears` left mostly as it was.
+    """Check that `quantize_linears` quantized most weight matrices.
 
     Raises:
         VariantError: Most matrices belong to other layers, such as convolutions or GPT-2's Conv1D.
     """
     import torch
 
-    became = len(_int8_linears(quantized))
+    quantized_count = len(_int8_linears(quantized))
     others = sum(
         isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
         and weight.dim() > 1
         and not isinstance(layer, torch.nn.Embedding)
         for layer in quantized.modules()
     )
-    check_int8(became, became + others)
+    check_int8(quantized_count, quantized_count + others)
 
 
 def _save_int8(module: torch.nn.Module, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Compare an exported variant with eager fp32 where exports break: other shapes and padding.
+"""Compare an exported variant with eager fp32 for other shapes and for padding.
 
-An export is traced on one example. A length or a batch size that became a constant there shows
-only with other rows, and an attention window that holds nothing but padding only in a batch of
-unequal rows. Knows arrays; does not know which runtime computes them.
+An export is traced on one example. A length or a batch size that became a constant is detected only
+with other rows, and an attention window that contains only padding occurs only in a batch of
+different lengths.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 
 class Tolerance(NamedTuple):
-    """Largest errors of a logit, as shares of eager's largest one; a row's mean is left out.
+    """Maximum errors of a logit, relative to eager's largest logit; a row's mean is subtracted.
 
     Attributes:
         eager: Difference to eager fp32.
-        company: What that difference changes by when the row shares a batch with others.
+        batch: Change of that difference when the row shares a batch with others.
     """
 
     eager: float
-    company: float
+    batch: float
 
 
-# fp32 differs by rounding, at most 1e-5 of thirty architectures. What a lower precision costs is
-# judged by its accuracy on validation; a broken export is off by as much as the logits themselves.
-# Dynamic int8 has one scale for a whole batch's activations, so there a row's answer depends on
-# the other rows by design; everywhere else it changes by rounding.
+# fp32 differs by rounding only, at most 1e-5 for thirty architectures. The accuracy of a lower
+# precision is measured on validation; the error of a broken export is as large as the logits.
+# Dynamic int8 has one activation scale per batch, so a row depends on the other rows by design; in
+# all other precisions it changes by rounding only.
 TOLERANCE = {
     "fp32": Tolerance(1e-3, 1e-3),
     "bf16": Tolerance(0.3, 0.1),
@@ -45,178 +45,182 @@ TOLERANCE = {
     "int8-static": Tolerance(0.6, 0.1),
     "int8-accuracy": Tolerance(0.6, 0.1),
 }
-_LONGEST = 640  # tokens; a longer row would take seconds
-_WINDOW = 137  # tokens; more than the usual window of local attention (128), and odd
-_STEPS = (1, 3, 5, 8, 11)  # tokens that short rows have more than the shortest
+_MAX_TOKENS = 640  # a longer row would take seconds
+_WINDOW = 137  # tokens; odd, and more than the usual window of local attention (128)
+_EXTRA_TOKENS = (1, 3, 5, 8, 11)  # lengths of short rows, minus that of the shortest
 _REAL_ROWS = 5
-_SHORT = 64  # tokens; longer rows are not computed once more by themselves
+_MAX_SINGLE_TOKENS = 64  # longer rows are computed in a batch only
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """A batch to try.
+    """A batch to compare.
 
     Attributes:
-        places: Which of all rows it consists of.
+        rows: Indices of its rows among all rows.
         inputs: Named arrays, batch first.
-        expected: What eager fp32 answers, float32 (batch, classes).
+        expected: Centered logits of eager fp32, float32 (batch, classes).
     """
 
-    places: tuple[int, ...]
+    rows: tuple[int, ...]
     inputs: Inputs
     expected: Logits
 
 
 class Probes:
-    """Batches on which exports break, with eager fp32's answers.
+    """Batches that reveal broken exports, with the logits of eager fp32.
 
-    Few tokens in all: checking a model of MiniLM's size takes well under a second with one thread.
-    Batches that the model itself cannot compute are left out.
+    Checking a model of MiniLM's size takes less than a second with one thread. Batches that the
+    model itself cannot compute are skipped.
 
     Args:
         module: The model in eager fp32, in evaluation mode, on the CPU.
         rows: A few raw rows of the data.
 
     Raises:
-        VariantError: The model itself answers no batch, or one with NaN.
+        VariantError: The model fails on every batch, or returns NaN.
     """
 
     def __init__(self, module: Classifier, rows: Sequence[Row]) -> None:
-        batches = (_of_texts if module.preprocessor.column == "text" else _of_images)(
+        batches = (_text_batches if module.preprocessor.column == "text" else _image_batches)(
             module.preprocessor, rows
         )
         self._probes: list[_Probe] = []
         failed = ""
-        for places, encoded in batches:
+        for indices, encoded in batches:
             inputs = module.preprocessor.collate(encoded)
             try:
-                expected = _eager(module, inputs)
-            except Exception as error:  # whatever a network's own code raises
-                failed = f"the model itself fails on {_words(inputs)}: {root_cause(error)}"
+                expected = _eager_logits(module, inputs)
+            except Exception as error:  # a network's code may raise any type
+                failed = f"the model itself fails on {_describe(inputs)}: {root_cause(error)}"
                 continue
             if not np.isfinite(expected).all():
-                raise VariantError(f"the model itself answers {_words(inputs)} with NaN.")
-            self._probes.append(_Probe(places, inputs, _centred(expected)))
+                raise VariantError(f"the model itself returns NaN for {_describe(inputs)}.")
+            self._probes.append(_Probe(indices, inputs, _centered(expected)))
         if not self._probes:
             raise VariantError(failed)
         largest = max(float(np.abs(probe.expected).max()) for probe in self._probes)
         self._scale = max(largest, 1e-6)
 
     def check(self, predict: Predict, precision: str) -> None:
-        """Compare a loaded variant's answers.
+        """Compare the logits of a loaded variant with eager fp32.
 
         Args:
-            predict: What the variant loads. Its batches are computed in one call, padding
-                included, also where `Streams` would take them apart.
+            predict: The loaded predictor. Each batch is computed in one padded call, also by
+                `Streams`.
             precision: Selects the tolerance.
 
         Raises:
-            VariantError: It fails, gives NaN, or differs by more than `TOLERANCE`.
+            VariantError: The predictor fails, returns NaN, or exceeds `TOLERANCE`.
         """
         predict, _ = streams_of(predict)
         allowed = TOLERANCE[precision]
-        alone: dict[int, tuple[Logits, Logits]] = {}
+        single: dict[int, tuple[Logits, Logits]] = {}
         for probe in self._probes:
             error = self._error(predict, probe)
-            _refuse_over(allowed.eager, float(np.abs(error).max()), "are off by", probe)
-            if len(probe.places) == 1:
-                alone[probe.places[0]] = error[0], probe.expected[0]
+            _check_limit(allowed.eager, float(np.abs(error).max()), "differ by", probe)
+            if len(probe.rows) == 1:
+                single[probe.rows[0]] = error[0], probe.expected[0]
                 continue
-            for row, place in enumerate(probe.places):
-                if place in alone:
-                    before, expected = alone[place]
-                    # Eager's own change counts in favour: some networks look at padding.
-                    own = np.abs(probe.expected[row] - expected).max() / self._scale
-                    change = float(np.abs(error[row] - before).max() - own)
-                    _refuse_over(allowed.company, change, "change beside other rows by", probe)
+            for position, row in enumerate(probe.rows):
+                if row in single:
+                    before, expected = single[row]
+                    # Subtract eager's own change: some networks depend on padding.
+                    own = np.abs(probe.expected[position] - expected).max() / self._scale
+                    change = float(np.abs(error[position] - before).max() - own)
+                    _check_limit(allowed.batch, change, "change in a batch by", probe)
 
     def _error(self, predict: Predict, probe: _Probe) -> Logits:
-        """Difference to eager, as a share of the largest logit, float32 (batch, classes)."""
-        batch = _words(probe.inputs)
+        """Difference to eager relative to the largest logit, float32 (batch, classes)."""
+        batch = _describe(probe.inputs)
         try:
             actual = predict(probe.inputs)
-        except Exception as error:  # whatever the runtime raises
-            raise VariantError(f"it fails on {batch}: {root_cause(error)}") from error
+        except Exception as error:  # a runtime may raise any type
+            raise VariantError(f"the variant fails on {batch}: {root_cause(error)}") from error
         if actual.shape != probe.expected.shape:
             raise VariantError(
-                f"answers differ from eager: for {batch} the logits' shape is {actual.shape} "
-                f"instead of {probe.expected.shape}."
+                f"the logits differ from eager: for {batch} their shape is {actual.shape} instead "
+                f"of {probe.expected.shape}."
             )
         if not np.isfinite(actual).all():
-            raise VariantError(f"answers differ from eager: NaN for {batch}.")
-        off: Logits = (_centred(actual) - probe.expected) / self._scale
-        return off
+            raise VariantError(f"the logits differ from eager: NaN for {batch}.")
+        difference: Logits = (_centered(actual) - probe.expected) / self._scale
+        return difference
 
 
-def _refuse_over(allowed: float, found: float, words: str, probe: _Probe) -> None:
-    if found > allowed:
+def _check_limit(limit: float, value: float, words: str, probe: _Probe) -> None:
+    if value > limit:
         raise VariantError(
-            f"answers differ from eager: for {_words(probe.inputs)} logits {words} {found:.1%} of "
-            f"the largest, allowed is {allowed:.1%}."
+            f"the logits differ from eager: for {_describe(probe.inputs)} they {words} {value:.1%} "
+            f"of the largest logit, the limit is {limit:.1%}."
         )
 
 
-def check_int8(became: int, of: int, *, least: float = 0.5) -> None:
-    """Refuse to call a model int8 that is not.
+def check_int8(quantized: int, total: int, *, min_share: float = 0.5) -> None:
+    """Check that enough weight matrices are int8.
 
     Args:
-        became: Matrices of weights that are stored and multiplied as int8.
-        of: All of them, each as often as it is used; embeddings are not multiplied.
-        least: Smallest share that may carry the name.
+        quantized: Number of weight matrices that are stored and multiplied as int8.
+        total: Number of weight matrices, counted once per use, without embeddings.
+        min_share: Minimum share of int8 matrices.
 
     Raises:
-        VariantError: Too few of them became int8, or none.
+        VariantError: Too few matrices, or none, are int8.
     """
-    if not became or became < least * of:
+    if not quantized or quantized < min_share * total:
         raise VariantError(
-            f"{became} of {of} weight matrices became int8, so this would hardly be an int8 "
-            "model. Use fp32, or int8 of another runtime."
+            f"only {quantized} of {total} weight matrices are int8 after quantization. Use fp32, "
+            "or int8 of another runtime."
         )
 
 
 _Batches = list[tuple[tuple[int, ...], list[Any]]]
 
 
-def _of_texts(preprocessor: Any, rows: Sequence[Any]) -> _Batches:
-    """Short rows and real ones alone, then together; the shortest one beside long ones."""
-    real = [_cut(ids, _SHORT) for ids in preprocessor.encode(rows[:_REAL_ROWS]) if len(ids)]
+def _text_batches(preprocessor: Any, rows: Sequence[Any]) -> _Batches:
+    """Short and real rows one by one, then in batches; the shortest row with long ones."""
+    real = [
+        _truncate(ids, _MAX_SINGLE_TOKENS)
+        for ids in preprocessor.encode(rows[:_REAL_ROWS])
+        if len(ids)
+    ]
     shortest = min(filter(len, preprocessor.encode(["", "a"])), key=len)
     text = " ".join([*rows, "a"])
-    longest = preprocessor.encode([f"{text} " * (1 + _LONGEST // len(text.split()))])[0]
-    short = [shortest, *(_cut(longest, len(shortest) + step) for step in _STEPS)]
-    long = [_cut(longest, size) for size in (_WINDOW, _LONGEST)]
-    found, ends = [*short, *real, *long], (len(short), len(short) + len(real))
-    together = [range(ends[0]), range(*ends), (0, ends[1]), (0, ends[1] + 1)]
+    longest = preprocessor.encode([f"{text} " * (1 + _MAX_TOKENS // len(text.split()))])[0]
+    short = [shortest, *(_truncate(longest, len(shortest) + step) for step in _EXTRA_TOKENS)]
+    long = [_truncate(longest, size) for size in (_WINDOW, _MAX_TOKENS)]
+    encoded, ends = [*short, *real, *long], (len(short), len(short) + len(real))
+    groups = [range(ends[0]), range(*ends), (0, ends[1]), (0, ends[1] + 1)]
     if len(long[0]) == len(long[1]):
-        del together[-1]
-    batches = [(place,) for place in range(ends[1])] + [tuple(each) for each in together if each]
-    return [(batch, [found[place] for place in batch]) for batch in batches]
+        del groups[-1]
+    batches = [(row,) for row in range(ends[1])] + [tuple(group) for group in groups if group]
+    return [(batch, [encoded[row] for row in batch]) for batch in batches]
 
 
-def _cut(ids: Sequence[int], size: int) -> list[int]:
-    """The beginning of a row; its last token, mostly a special one, stays the last."""
+def _truncate(ids: Sequence[int], size: int) -> list[int]:
+    """Truncate a row and keep its last token, which is usually a special token."""
     return [*ids[: size - 1], ids[-1]] if len(ids) > size else list(ids)
 
 
-def _of_images(preprocessor: Any, rows: Sequence[Any]) -> _Batches:
-    found = preprocessor.encode(rows[:_REAL_ROWS])
-    sizes = sorted({1, min(2, len(found)), len(found)})
-    return [(tuple(range(size)), list(found[:size])) for size in sizes]
+def _image_batches(preprocessor: Any, rows: Sequence[Any]) -> _Batches:
+    encoded = preprocessor.encode(rows[:_REAL_ROWS])
+    sizes = sorted({1, min(2, len(encoded)), len(encoded)})
+    return [(tuple(range(size)), list(encoded[:size])) for size in sizes]
 
 
-def _eager(module: Any, inputs: Inputs) -> Logits:
+def _eager_logits(module: Any, inputs: Inputs) -> Logits:
     from mlflow_pt_deploy.runtimes.eager import torch_predict
 
     return torch_predict(module, "cpu")(inputs)
 
 
-def _centred(logits: Logits) -> Logits:
-    centred: Logits = logits - logits.mean(1, keepdims=True)
-    return centred
+def _centered(logits: Logits) -> Logits:
+    centered: Logits = logits - logits.mean(1, keepdims=True)
+    return centered
 
 
-def _words(inputs: Inputs) -> str:
-    """A batch, for a person, e.g. ``rows of 2 and 137 tokens in one batch``."""
+def _describe(inputs: Inputs) -> str:
+    """Describe a batch for messages, e.g. ``rows of 2 and 137 tokens in one batch``."""
     if "attention_mask" not in inputs:
         size = len(next(iter(inputs.values())))
         return "one image" if size == 1 else f"a batch of {size} images"

@@ -1,24 +1,22 @@
-"""A linear latency model of calls, fitted online: seconds = overhead + per_item x size."""
+"""Online linear latency model of calls: seconds = overhead + per_item * size."""
 
 from __future__ import annotations
 
 import math
 
-# Weight that is left of older calls after each new one, and the least squared coefficient of
-# variation of sizes from which a slope can be told.
-_DECAY = 0.95
-_MIN_VARIATION = 0.01
+_DECAY = 0.95  # weight of older calls after each new one
+_MIN_VARIATION = 0.01  # squared coefficient of variation of sizes needed to fit a slope
 
 
 class LatencyModel:
-    """Least squares over recent calls, older ones forgotten exponentially.
+    """Least squares fit over recent calls with exponential decay.
 
-    Calls of one size say nothing about the slope: the last known proportion is kept. Before there
-    is any, everything counts as overhead, so that no request is rejected on a guess.
+    If all calls have the same size, the last known ratio of overhead to per-item time is kept.
+    Before the first fit all time counts as overhead, so that no request is rejected on a guess.
 
     Attributes:
-        overhead_s: Seconds of a call, whatever its size.
-        per_item_s: Seconds of each row or token.
+        overhead_s: Constant seconds per call.
+        per_item_s: Seconds per row or token.
     """
 
     def __init__(self) -> None:
@@ -26,7 +24,7 @@ class LatencyModel:
         self._calls = self._sizes = self._squares = self._seconds = self._products = 0.0
 
     def observe(self, size: int, seconds: float) -> None:
-        """Add a call."""
+        """Add a call of `size` items that took `seconds`."""
         self._calls = _DECAY * self._calls + 1
         self._sizes = _DECAY * self._sizes + size
         self._squares = _DECAY * self._squares + size * size
@@ -46,5 +44,5 @@ class LatencyModel:
             self.overhead_s = self._seconds / self._calls
 
     def predict_s(self, size: int, max_size: int) -> float:
-        """Estimated seconds for `size` items, at most `max_size` a call."""
+        """Estimate the seconds for `size` items in calls of at most `max_size` items."""
         return math.ceil(size / max_size) * self.overhead_s + size * self.per_item_s

@@ -1,7 +1,7 @@
-"""NumPy alone, for static students: a server that needs neither PyTorch nor another runtime.
+"""NumPy runtime for static students; serving needs neither PyTorch nor another runtime.
 
-A static student is a sum of embeddings and two small matrix products; calling a framework would
-cost more than computing it.
+A static student is a sum of embeddings and two small matrix products. The overhead of a framework
+would exceed the computation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 
-_FEW_ROWS = 12  # up to here setting up a sparse matrix costs more than it saves
+_MAX_DENSE_ROWS = 12  # up to this size creating a sparse matrix costs more than it saves
 _WEIGHTS = "static.safetensors"
 _SHAPE = "static.json"
 
@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class NumPy(Variant):
-    """Arrays in safetensors; see `models.static` for the network they belong to."""
+    """Static student as arrays in safetensors, see `models.static` for the network."""
 
     runtime: ClassVar[str] = "numpy"
 
@@ -45,12 +45,12 @@ class NumPy(Variant):
 
         config = module.network.config
         if config.model_type != STATIC:
-            raise VariantError("the numpy runtime runs static students only.")
+            raise VariantError("the numpy runtime supports static students only.")
         arrays = {name: tensor.numpy() for name, tensor in module.network.state_dict().items()}
-        # The layer norm's scale and shift are folded into the hidden layer behind it.
+        # The scale and shift of the layer norm are folded into the hidden layer.
         hidden = arrays["hidden.weight"] * arrays["norm.weight"]
         tables = {
-            # An n-gram's row lies behind all pieces: one table, one gather.
+            # One table for word pieces and n-grams needs a single gather.
             "embeddings": np.concatenate([arrays["pieces.weight"], arrays["grams.weight"]]),
             "hidden": np.ascontiguousarray(hidden.T),
             "hidden_bias": arrays["hidden.bias"] + arrays["hidden.weight"] @ arrays["norm.bias"],
@@ -71,20 +71,20 @@ class NumPy(Variant):
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         if device != "cpu":
-            raise UnsupportedError("the numpy variant runs on the CPU only; use device=cpu.")
-        # Its products are so small that a second thread gains nothing, and is waited for by the
-        # hundredfold where its core has other work. Of the whole process, as PyTorch's threads are.
+            raise UnsupportedError("the numpy runtime runs on the CPU only; use device=cpu.")
+        # The products are too small for a second thread, and waiting for a busy core is slow. The
+        # limit applies to the whole process.
         threadpool_limits(1, user_api="blas")
         shape = json.loads((folder / _SHAPE).read_text(encoding="utf8"))
-        return _Static(load_file(folder / _WEIGHTS), **shape)
+        return _StaticPredictor(load_file(folder / _WEIGHTS), **shape)
 
 
-class _Static:
-    """The network of `models.static`, on rows without their padding.
+class _StaticPredictor:
+    """The network of `models.static` without padding.
 
-    Of one row each call into NumPy costs more than what it computes, so there are few of them: the
-    layer norm subtracts no mean (the hidden layer's columns have lost theirs instead) and divides
-    behind that layer.
+    For one row the call overhead of NumPy dominates, so there are few calls: the mean of the layer
+    norm is subtracted from the columns of the hidden layer in advance, and the division is done
+    after that layer.
     """
 
     pads = False
@@ -108,8 +108,8 @@ class _Static:
         self._multipliers, self._epsilon = multipliers, epsilon
 
     def __call__(self, inputs: Inputs) -> Logits:
-        features, ends = self._features(inputs["input_ids"], inputs["attention_mask"].sum(1))
-        total = self._sums(features, ends)
+        indices, ends = self._table_rows(inputs["input_ids"], inputs["attention_mask"].sum(1))
+        total = self._sums(indices, ends)
         variance = np.einsum("ij,ij->i", total, total) * self._mean[0] - (total @ self._mean) ** 2
         hidden = total @ self._hidden
         hidden /= np.sqrt(variance + self._epsilon)[:, None]
@@ -119,53 +119,52 @@ class _Static:
         logits += self._output_bias
         return logits
 
-    def _features(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
-        """Table rows of all pieces and n-grams, row after row, and where each row's end.
+    def _table_rows(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
+        """Return the table rows of all pieces and n-grams, and the end offset of each text.
 
         Args:
             ids: int64 (batch, length), padded on the right.
-            lengths: int64 (batch,), pieces in each row.
+            lengths: int64 (batch,), number of pieces in each text.
         """
         if len(ids) == 1:  # the common case needs no masks
-            flat = np.concatenate(self._places(ids[0, : lengths[0]]))
+            flat = np.concatenate(self._ngram_rows(ids[0, : lengths[0]]))
             return flat, np.asarray([len(flat)])
         real = np.arange(ids.shape[1]) < lengths[:, None]
-        found = self._places(ids)
-        kept = np.concatenate([real[:, size:] for size in range(len(found))], axis=1)
-        return np.concatenate(found, axis=1)[kept], kept.sum(1).cumsum()
+        rows = self._ngram_rows(ids)
+        kept = np.concatenate([real[:, size:] for size in range(len(rows))], axis=1)
+        return np.concatenate(rows, axis=1)[kept], kept.sum(1).cumsum()
 
-    def _places(self, ids: Array) -> list[Array]:
-        """Table rows of the pieces, then of all pairs of neighbours, and so on.
+    def _ngram_rows(self, ids: Array) -> list[Array]:
+        """Return the table rows of the pieces, then of all pairs of neighbors, and so on.
 
         Args:
             ids: int64 (..., length).
 
         Returns:
-            For n-grams of `size` pieces int64 (..., length - size + 1).
+            One array per n-gram size, int64 (..., length - size + 1).
         """
-        found, code = [ids], ids * self._multipliers[0]
+        rows, code = [ids], ids * self._multipliers[0]
         for size, multiplier in enumerate(self._multipliers[1:], start=2):
             if ids.shape[-1] < size:
                 break
             code = code[..., :-1] + ids[..., size - 1 :] * multiplier
-            found.append(code % self._buckets + self._pieces)
-        return found
+            rows.append(code % self._buckets + self._pieces)
+        return rows
 
-    def _sums(self, features: Array, ends: Array) -> Array:
-        """Sum of each row's embeddings, float32 (batch, width)."""
-        table, ones = self._embeddings, np.ones(len(features), dtype=np.float32)
-        if len(ends) <= _FEW_ROWS:
+    def _sums(self, indices: Array, ends: Array) -> Array:
+        """Sum of the embeddings of each text, float32 (batch, width)."""
+        table, ones = self._embeddings, np.ones(len(indices), dtype=np.float32)
+        if len(ends) <= _MAX_DENSE_ROWS:
             total: Array = np.empty((len(ends), table.shape[1]), dtype=np.float32)
             start = 0
             for row, end in zip(total, ends.tolist(), strict=True):
-                np.dot(ones[start:end], table.take(features[start:end], axis=0), out=row)
+                np.dot(ones[start:end], table.take(indices[start:end], axis=0), out=row)
                 start = end
             return total
         from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
-        # A sparse matrix of ones adds rows up without copying them first; it would look for the
-        # largest of wider indices.
-        places = (features.astype(np.int32), np.append(0, ends).astype(np.int32))
-        chosen = csr_array((ones, *places), shape=(len(ends), len(table)))
-        total = chosen @ table
+        # A sparse matrix of ones sums rows without a copy; int32 indices avoid a conversion.
+        structure = (indices.astype(np.int32), np.append(0, ends).astype(np.int32))
+        selection = csr_array((ones, *structure), shape=(len(ends), len(table)))
+        total = selection @ table
         return total

@@ -1,4 +1,4 @@
-"""ONNX Runtime: fp32, dynamic int8, or int8 calibrated on rows of train."""
+"""ONNX Runtime: fp32, dynamic int8, and int8 calibrated on rows of train."""
 
 from __future__ import annotations
 
@@ -29,29 +29,28 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 FILE = "model.onnx"
-# On a GPU its default is TF32, whose ten bits of mantissa would fail the golden check.
+# TF32 is the default on a GPU; its 10-bit mantissa would fail the golden check.
 _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
 }
-# On the CPU the kernels of what these two fuse are slow: a sum, layer norm and GELU by themselves
-# take 10 to 17 % less of a text's time in int8 and 9 to 13 % in fp32, with the same answers but for
-# rounding.
-_NOT_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
-_QUANTIZED = ("MatMul", "Gemm", "Gather")
-_PRODUCTS = {"MatMul", "Gemm", "Conv", "Einsum", "MatMulInteger", "ConvInteger"}
-_VIEWS = {"DequantizeLinear", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
-# Between convolutions everything stays int8: each step out of it and back would cost more.
-_CONVOLUTIONS = ("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool")
+# On the CPU the fused kernels of these two are slower than the separate operators: without them a
+# text takes 10 to 17 % less time in int8 and 9 to 13 % in fp32.
+_DISABLED_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
+_QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
+_PRODUCT_OPS = {"MatMul", "Gemm", "Conv", "Einsum", "MatMulInteger", "ConvInteger"}
+_VIEW_OPS = {"DequantizeLinear", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
+# Everything between convolutions stays int8: conversions to fp32 and back would cost more.
+_CONVOLUTIONAL_OPS = ("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool")
 
 
 @dataclass(frozen=True)
 class OnnxRuntime(Variant):
-    """An ONNX graph with free batch and, for texts, length.
+    """ONNX graph with a dynamic batch axis and, for texts, a dynamic length.
 
-    ``int8-static`` fixes the ranges of activations on rows of `train`, which saves measuring them
-    at each call: QDQ format, weights per channel (Jacob et al. 2018), attention, softmax and
-    layer norm in fp32; of convolutional networks everything is int8.
+    ``int8-static`` calibrates the ranges of activations on rows of `train`: QDQ format, weights per
+    channel (Jacob et al. 2018), attention, softmax and layer norm in fp32. Convolutional networks
+    are quantized completely.
     """
 
     runtime: ClassVar[str] = "onnxruntime"
@@ -79,8 +78,8 @@ class OnnxRuntime(Variant):
             raise MissingExtraError("onnxruntime", "onnx") from error
 
         unusable = UnsupportedError(
-            f"this onnxruntime cannot use device={device}; use device=cpu, or install "
-            "onnxruntime-gpu and the CUDA libraries that it names."
+            f"the installed onnxruntime does not support device={device}; use device=cpu, or "
+            "install onnxruntime-gpu and the CUDA libraries that it needs."
         )
         provider, settings = _PROVIDERS.get(device, ("", {}))
         if provider not in onnxruntime.get_available_providers():
@@ -89,17 +88,17 @@ class OnnxRuntime(Variant):
         def session(threads: int) -> Predict:
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
-            # Threads that wait for work spin, which is fast; here they give up soon: at 90 rows/s
-            # the default burns 16 ms of CPU a row, this 6, at the same latency.
+            # Idle threads spin for a short time only: at 90 rows/s a row takes 6 ms of CPU time
+            # instead of 16 with the default, at the same latency.
             options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
             loaded = onnxruntime.InferenceSession(
                 str(folder / FILE),
                 options,
                 providers=[(provider, settings)],
-                disabled_optimizers=_NOT_FUSED if device == "cpu" else [],
+                disabled_optimizers=_DISABLED_FUSIONS if device == "cpu" else [],
             )
-            if provider not in loaded.get_providers():  # it would compute on the CPU, and say so
-                raise unusable  # in a warning alone
+            if provider not in loaded.get_providers():
+                raise unusable  # onnxruntime falls back to the CPU with a warning only
 
             def predict(inputs: Inputs) -> Logits:
                 return np.asarray(loaded.run(["logits"], dict(inputs))[0], dtype=np.float32)
@@ -121,10 +120,10 @@ def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:
     import torch
 
     tensors = tuple(torch.from_numpy(array) for array in example.values())
-    free = module.preprocessor.axes
-    axes = {name: {at: axis.name for at, axis in free[name].items()} for name in example}
-    # The TorchScript-based exporter takes 2 s where dynamo takes 20, and writes the graph that
-    # ONNX Runtime's fusions know; they also expect attention as plain matrix products.
+    dynamic = module.preprocessor.axes
+    axes = {name: {dim: axis.name for dim, axis in dynamic[name].items()} for name in example}
+    # The TorchScript-based exporter takes 2 s instead of 20 s with dynamo, and its graph matches
+    # ONNX Runtime's fusions, which also expect attention as plain matrix products.
     attention = module.network.config._attn_implementation if _has_attention(module) else None
     if attention:
         module.network.set_attn_implementation("eager")
@@ -154,17 +153,17 @@ def _has_attention(module: Classifier) -> bool:
 
 
 def _name_weights(path: Path) -> None:
-    """Let products use initializers, the only weights that ONNX Runtime quantizes.
+    """Convert all weights to initializers, the only weights that ONNX Runtime quantizes.
 
-    PyTorch writes some as ``Constant`` nodes, and of weights that layers share, as ALBERT's do, an
-    ``Identity`` each.
+    PyTorch exports some weights as ``Constant`` nodes, and shared weights, as in ALBERT, as
+    ``Identity`` nodes.
     """
     import onnx
 
     model = onnx.load(str(path))
     graph = model.graph
     weights, kept = {tensor.name for tensor in graph.initializer}, []
-    same: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].HasField("t"):
             tensor = node.attribute[0].t
@@ -172,9 +171,9 @@ def _name_weights(path: Path) -> None:
             graph.initializer.append(tensor)
             weights.add(tensor.name)
             continue
-        node.input[:] = [same.get(name, name) for name in node.input]
+        node.input[:] = [aliases.get(name, name) for name in node.input]
         if node.op_type == "Identity" and node.input[0] in weights:
-            same[node.output[0]] = node.input[0]  # it stays, for graphs within nodes
+            aliases[node.output[0]] = node.input[0]  # the node stays, for subgraphs
         kept.append(node)
     del graph.node[:]
     graph.node.extend(kept)
@@ -182,16 +181,16 @@ def _name_weights(path: Path) -> None:
 
 
 def _int8_products(path: Path) -> tuple[int, int]:
-    """How many products with weights have int8 weights, and how many there are."""
+    """Number of products with int8 weights, and of all products with weights."""
     import onnx
 
     graph = onnx.load(str(path)).graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     weights = []
     for node in graph.node:
-        if node.op_type in _PRODUCTS:
+        if node.op_type in _PRODUCT_OPS:
             weights += [types[name] for name in node.input[:2] if name in types]
-        elif node.op_type in _VIEWS and node.input[0] in types:
+        elif node.op_type in _VIEW_OPS and node.input[0] in types:
             types[node.output[0]] = types[node.input[0]]
     integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     return sum(type_ in integers for type_ in weights), len(weights)
@@ -201,7 +200,7 @@ def _quantize(path: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().addFilter(_not_about_preprocessing)
+    logging.getLogger().addFilter(_drop_preprocessing_hint)
     try:
         quantize_dynamic(
             str(path),
@@ -211,11 +210,11 @@ def _quantize(path: Path) -> None:
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     finally:
-        logging.getLogger().removeFilter(_not_about_preprocessing)
+        logging.getLogger().removeFilter(_drop_preprocessing_hint)
 
 
-class _Rows:
-    """Calibration batches, as ONNX Runtime asks for them."""
+class _CalibrationReader:
+    """Iterates over calibration batches with ONNX Runtime's reader interface."""
 
     def __init__(self, calibration: Sequence[Inputs]) -> None:
         self._batches = iter(calibration)
@@ -232,44 +231,44 @@ def _calibrate(path: Path, calibration: Sequence[Inputs], convolutional: bool) -
     try:
         with tempfile.TemporaryDirectory() as scratch:
             prepared = str(Path(scratch) / FILE)
-            # Its symbolic inference gives up on free lengths; types and ranks are all it takes.
+            # Symbolic shape inference fails for dynamic lengths and is not needed.
             quant_pre_process(str(path), prepared, skip_symbolic_shape=True)
             quantize_static(
                 prepared,
                 str(path),
-                _Rows(calibration),
-                op_types_to_quantize=list(_CONVOLUTIONS if convolutional else _QUANTIZED),
+                _CalibrationReader(calibration),
+                op_types_to_quantize=list(_CONVOLUTIONAL_OPS if convolutional else _QUANTIZED_OPS),
                 nodes_to_exclude=[] if convolutional else _without_weight(prepared),
                 per_channel=True,
                 reduce_range=int8_saturates(),
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 extra_options={
-                    # The mean of the rows' extremes: a row's outlier widens no other's steps. But
-                    # a bright image is no outlier, and cutting it off would cost more.
+                    # The mean of the rows' extremes limits the effect of outliers in texts. For
+                    # images it would clip bright ones.
                     "CalibMovingAverage": not convolutional,
                     "OpTypesToExcludeOutputQuantization": (
-                        [] if convolutional else list(_QUANTIZED)
+                        [] if convolutional else list(_QUANTIZED_OPS)
                     ),
                 },
             )
-    except Exception as error:  # ONNX Runtime's own derive from Exception alone
+    except Exception as error:  # ONNX Runtime's exceptions derive from Exception only
         raise VariantError(f"ONNX Runtime: {root_cause(error)}") from error
 
 
 def _without_weight(path: str) -> list[str]:
-    """Names of products and look-ups between activations alone, such as attention's."""
+    """Names of products and lookups without weights, such as those of attention."""
     import onnx
 
     graph = onnx.load(path).graph
-    kept = onnx.TensorProto.FLOAT
-    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == kept}
+    float_type = onnx.TensorProto.FLOAT
+    weights = {tensor.name for tensor in graph.initializer if tensor.data_type == float_type}
     return [
         node.name
         for node in graph.node
-        if node.op_type in _QUANTIZED and not weights & set(node.input)
+        if node.op_type in _QUANTIZED_OPS and not weights & set(node.input)
     ]
 
 
-def _not_about_preprocessing(record: logging.LogRecord) -> bool:
+def _drop_preprocessing_hint(record: logging.LogRecord) -> bool:
     return "pre-processing before quantization" not in record.getMessage()

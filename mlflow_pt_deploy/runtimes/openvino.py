@@ -1,4 +1,4 @@
-"""OpenVINO: an intermediate representation in fp32, run in bf16, or calibrated to int8 by NNCF."""
+"""OpenVINO: IR in fp32, run in fp32 or bf16, or quantized to int8 with NNCF."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 _FILE = "model.xml"
-_PRODUCTS = {"MatMul", "Convolution", "GroupConvolution"}
-# What lies between stored weights and the product that uses them.
-_DECOMPRESSION = {"Convert", "Subtract", "Multiply", "FakeQuantize", "Reshape", "Transpose"}
+_PRODUCT_OPS = {"MatMul", "Convolution", "GroupConvolution"}
+# Operations between stored weights and the product that uses them.
+_DECOMPRESSION_OPS = {"Convert", "Subtract", "Multiply", "FakeQuantize", "Reshape", "Transpose"}
 _Item = tuple[Inputs, npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class OpenVino(Variant):
-    """OpenVINO IR with free batch and, for texts, length.
+    """OpenVINO IR with a dynamic batch axis and, for texts, a dynamic length.
 
-    ``int8-static`` calibrates activations on rows of `train` (NNCF post-training quantization,
-    for transformers in their mode). ``int8-accuracy`` calibrates on half of them and compares
-    labels with the fp32 model's own on the other half; while too many differ, it puts the layer
-    that costs most back to fp32. That can take minutes.
+    ``int8-static`` calibrates activations on rows of `train` (NNCF post-training quantization, with
+    its transformer mode for transformers). ``int8-accuracy`` calibrates on half of the rows and
+    compares labels with the fp32 model on the other half. While too many labels differ, it reverts
+    the layer with the largest effect to fp32, which can take minutes.
 
     Attributes:
-        max_drop: Share of held-out rows, 0 to 1, whose label ``int8-accuracy`` may change.
+        max_drop: Maximum share of held-out rows, 0 to 1, with another label (``int8-accuracy``).
     """
 
     max_drop: float = 0.005
@@ -62,14 +62,14 @@ class OpenVino(Variant):
             model = _calibrate(model, module, calibration)
             check_int8(*_int8_products(model))
         elif self.precision == "int8-accuracy":
-            model = _calibrate_held_to(self.max_drop, model, module, calibration)
-            check_int8(*_int8_products(model), least=0)  # as many as its answers allow
+            model = _calibrate_with_accuracy_control(self.max_drop, model, module, calibration)
+            check_int8(*_int8_products(model), min_share=0)  # limited by the accuracy
         openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         openvino = _openvino()
         if device != "cpu":
-            raise UnsupportedError("the OpenVINO variants run on the CPU; use device=cpu.")
+            raise UnsupportedError("the openvino runtime runs on the CPU only; use device=cpu.")
         compiled = openvino.compile_model(
             str(folder / _FILE),
             "CPU",
@@ -101,17 +101,17 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
 
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
     try:
-        with warnings.catch_warnings(), torch.inference_mode(), _every_query_sees_a_key():
+        with warnings.catch_warnings(), torch.inference_mode(), _unmask_empty_queries():
             warnings.simplefilter("ignore")
             model = openvino.convert_model(module, example_input=tensors)
-    except Exception as error:  # OpenVINO's own exceptions derive from Exception alone
+    except Exception as error:  # OpenVINO's exceptions derive from Exception only
         raise VariantError(f"OpenVINO: {root_cause(error)}") from error
     for port, name in zip(model.inputs, example, strict=True):
         port.get_tensor().set_names({name})
     axes = module.preprocessor.axes
     model.reshape(
         {
-            name: [-1 if at in axes[name] else size for at, size in enumerate(array.shape)]
+            name: [-1 if dim in axes[name] else size for dim, size in enumerate(array.shape)]
             for name, array in example.items()
         }
     )
@@ -120,11 +120,11 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
 
 
 @contextmanager
-def _every_query_sees_a_key() -> Iterator[None]:
-    """Let queries whose keys are all masked attend to all keys, while a model is converted.
+def _unmask_empty_queries() -> Iterator[None]:
+    """Let queries whose keys are all masked attend to all keys while a model is converted.
 
-    Such are padded positions further from the text than an attention window. Softmax over nothing
-    is 0 in PyTorch's attention and NaN in OpenVINO's, where the next layer spreads it to the text.
+    These are padding positions that are further from the text than an attention window. A softmax
+    over no keys is 0 in PyTorch and NaN in OpenVINO, whose next layer propagates it to the text.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
@@ -139,18 +139,18 @@ def _every_query_sees_a_key() -> Iterator[None]:
         del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
-def _family(module: Classifier) -> dict[str, Any]:
-    """What NNCF should know of the model: transformers have layers of rules of their own."""
+def _model_type(module: Classifier) -> dict[str, Any]:
+    """Model type for NNCF, which has special rules for transformers."""
     if module.network.config.model_type in CONVOLUTIONAL:
         return {}
     return {"model_type": _nncf().ModelType.TRANSFORMER}
 
 
-def _parameters(module: Classifier, **more: Any) -> Any:
+def _quantization_parameters(module: Classifier, **more: Any) -> Any:
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet as Ranges
 
     if module.network.config.model_type in CONVOLUTIONAL:
-        # By default the mean of the rows' extremes, which cuts bright images off.
+        # The default, the mean of the rows' extremes, would clip bright images.
         more["activations_range_estimator_params"] = Ranges.MINMAX
     return _nncf().AdvancedQuantizationParameters(**more)
 
@@ -163,68 +163,68 @@ def _calibrate(model: Any, module: Classifier, calibration: Sequence[Inputs]) ->
             model,
             nncf.Dataset(calibration, dict),
             subset_size=len(calibration),
-            advanced_parameters=_parameters(module),
-            **_family(module),
+            advanced_parameters=_quantization_parameters(module),
+            **_model_type(module),
         )
-    except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
+    except Exception as error:  # NNCF raises many types
         raise VariantError(f"NNCF: {root_cause(error)}") from error
 
 
-def _calibrate_held_to(
+def _calibrate_with_accuracy_control(
     max_drop: float, model: Any, module: Classifier, calibration: Sequence[Inputs]
 ) -> Any:
     nncf = _nncf()
     check_calibration(calibration)
-    fitted, held_out = calibration[::2], _labelled(module, calibration[1::2])
-    parameters = _parameters(
+    calibrated, held_out = calibration[::2], _label_batches(module, calibration[1::2])
+    parameters = _quantization_parameters(
         module,
-        # Putting a layer back restores its weights, and not what smoothing moved into its input:
-        # in NNCF 3.4 the two together make the model worse with every layer.
+        # Reverting a layer restores its weights, but not the scale that smooth quantization moved
+        # into its input: in NNCF 3.4 the combination degrades the model with every reverted layer.
         smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1),
     )
     try:
-        held = nncf.quantize_with_accuracy_control(
+        quantized = nncf.quantize_with_accuracy_control(
             model,
-            nncf.Dataset(fitted, dict),
+            nncf.Dataset(calibrated, dict),
             nncf.Dataset(held_out, lambda item: dict(item[0])),
             _agreement,
             max_drop=max_drop,
-            subset_size=len(fitted),
+            subset_size=len(calibrated),
             advanced_quantization_parameters=parameters,
-            **_family(module),
+            **_model_type(module),
         )
-    except Exception as error:  # NNCF raises its own, OpenVINO's and Python's
+    except Exception as error:  # NNCF raises many types
         raise VariantError(f"NNCF: {root_cause(error)}") from error
-    _check_drop(held, held_out, max_drop)
-    return held
+    _check_drop(quantized, held_out, max_drop)
+    return quantized
 
 
 def _check_drop(model: Any, held_out: Sequence[_Item], max_drop: float) -> None:
-    """NNCF returns its last attempt, also where that is not good enough."""
+    """Check the accuracy: NNCF returns its last attempt even if the drop is too large."""
     compiled = _openvino().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     drop = 1 - _agreement(compiled, held_out)[0]
     if drop > max_drop:
         raise VariantError(
-            f"int8-accuracy: {drop:.1%} of {len(held_out)} held-out rows change their label, "
-            f"allowed are {max_drop:.1%}. Allow more (max_drop), or use fp32."
+            f"int8-accuracy: the label of {drop:.1%} of {len(held_out)} held-out rows changes, the "
+            f"limit is {max_drop:.1%}. Increase max_drop, or use fp32."
         )
 
 
 def _int8_products(model: Any) -> tuple[int, int]:
-    """How many products with weights have int8 weights, and how many there are."""
+    """Number of products with int8 weights, and of all products with weights."""
     weights = [
         type_
         for node in model.get_ops()
-        if node.get_type_name() in _PRODUCTS
+        if node.get_type_name() in _PRODUCT_OPS
         for type_ in filter(None, map(_weight_type, node.input_values()))
     ]
     return sum(type_ != "f32" for type_ in weights), len(weights)
 
 
 def _weight_type(value: Any) -> str:
-    """Element type of the constant that an input is made from; empty for activations."""
+    """Element type of the constant that an input is computed from; empty for activations."""
     node, rounded = value.get_node(), False
-    while node.get_type_name() in _DECOMPRESSION:
+    while node.get_type_name() in _DECOMPRESSION_OPS:
         rounded = rounded or node.get_type_name() == "FakeQuantize"
         node = node.input_value(0).get_node()
     if node.get_type_name() != "Constant":
@@ -241,16 +241,16 @@ def _nncf() -> Any:
     return nncf
 
 
-def _labelled(module: Classifier, batches: Sequence[Inputs]) -> list[_Item]:
-    """Batches with the labels that the fp32 model gives them, int64 (batch,)."""
+def _label_batches(module: Classifier, batches: Sequence[Inputs]) -> list[_Item]:
+    """Pair each batch with the labels of the fp32 model, int64 (batch,)."""
     predict = torch_predict(module, "cpu")
     return [(batch, predict(batch).argmax(axis=1)) for batch in batches]
 
 
 def _agreement(compiled: Any, items: Iterable[_Item]) -> tuple[float, list[list[Logits]]]:
-    """Share of rows that keep their label, and each batch's logits, by which NNCF ranks layers."""
-    logits, kept = [], []
+    """Share of rows with an unchanged label, and the logits, by which NNCF ranks layers."""
+    logits, unchanged = [], []
     for batch, labels in items:
         logits.append([np.array(compiled(dict(batch))[0], dtype=np.float32)])
-        kept.extend(logits[-1][0].argmax(axis=1) == labels)
-    return float(np.mean(kept)), logits
+        unchanged.extend(logits[-1][0].argmax(axis=1) == labels)
+    return float(np.mean(unchanged)), logits

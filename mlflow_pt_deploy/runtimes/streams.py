@@ -1,9 +1,7 @@
-"""A batch's rows side by side, a thread each, instead of one call by all threads.
+"""Streams: split a batch into groups of rows and run each group on one thread.
 
-Threads that share a call wait for each other at every layer, and a short row beside a long one is
-padded. Here each thread takes some rows of nearly the same length: OpenVINO calls this streams.
-
-Knows arrays and threads; does not know which runtime computes.
+Threads that share a call synchronize at every layer, and short rows are padded to the longest one.
+Here each thread computes some rows of similar length. OpenVINO calls this concept streams.
 """
 
 from __future__ import annotations
@@ -21,45 +19,44 @@ from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict
 from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
 
 _MASK = "attention_mask"
-# A row that takes less than this is not worth a call of its own, which costs some 0.05 ms.
-_CHEAP_S = 0.3e-3
-# Each call reads all weights: where they come from memory a row by itself costs up to twice as much
-# as one of this many. More of them gain little, and the threads would be done less evenly.
-_FEW = 4
-# How many tokens of padding a call less is worth. On a Xeon with VNNI a call takes as long as ten
-# tokens more in int8, and as four in fp32; short texts so take up to 11 % less CPU than without any
-# padding, and 64 to 128 of them 3 to 8 % less than where all within two tokens share a call.
-_CALL = 5
-# All threads get a row alone where they take at most this share of one thread's time. Each way is
-# tried in turns at first, then the other one once in a while.
-_SOONER = 0.9
-_FIRST_ROWS = 64
-_TRIED_EVERY = 64
+# Batches whose rows take less than this stay together: a call has an overhead of about 0.05 ms.
+_MIN_ROW_S = 0.3e-3
+# Preferred rows per call. Each call reads all weights, so a single row costs up to twice as much as
+# one of four. Larger groups gain little and balance the threads less evenly.
+_ROWS_PER_CALL = 4
+# Cost of a call in tokens: about 10 tokens in int8 and 4 in fp32 (Xeon with VNNI). Compared with no
+# padding at all this saves up to 11 % of the CPU time of short texts.
+_CALL_TOKENS = 5
+# A single row uses all threads if they need at most this share of the time of one thread. Both ways
+# alternate for the first rows; later the slower one is tried again once per `_RETRY_INTERVAL`.
+_WHOLE_TIME_SHARE = 0.9
+_EXPLORATION_ROWS = 64
+_RETRY_INTERVAL = 64
 
 
 class RowGroup(NamedTuple):
-    """Rows that are computed by one call: their places in the batch, their arrays."""
+    """Rows of a batch that are computed by one call: their indices and their arrays."""
 
-    places: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int64]
     inputs: Inputs
 
 
 class Streams:
-    """A `Predict` that computes as many parts of a batch at a time as it has threads.
+    """A `Predict` that computes groups of a batch's rows in parallel, one thread per group.
 
-    A row that comes alone goes to one thread too, unless all of them are found to be sooner: they
-    take the processor's time from others, and to wake them can take longer than the row.
+    A batch of one row runs on one thread too, unless all threads are measurably faster. They take
+    CPU time from other work, and waking them can take longer than the row.
 
     Args:
-        whole: Computes rows with all threads.
-        single: Computes rows with one thread; may be called by several threads at once.
-        threads: How many.
+        whole: Predictor that uses all threads.
+        single: Predictor that uses one thread; must be safe for concurrent calls.
+        threads: Number of threads.
 
     Attributes:
-        threads: As given.
+        threads: Number of threads.
         pads: False: rows of any lengths may share a batch.
-        tokens: How many the last batch had, what was padded all the same included; None before
-            the first, and of images.
+        tokens: Tokens of the last batch including padding; None before the first batch and for
+            images.
     """
 
     pads = False
@@ -68,118 +65,125 @@ class Streams:
     def __init__(self, whole: Predict, single: Predict, *, threads: int) -> None:
         self.threads = threads
         self._whole, self._single = TimedPredictor(whole), TimedPredictor(single)
-        self._lone_rows = 0
+        self._single_rows = 0
 
     def __call__(self, inputs: Inputs) -> Logits:
         rows = len(next(iter(inputs.values())))
         self.tokens = inputs[_MASK].size if _MASK in inputs else None
         if rows == 1:
-            return self._lone(inputs)
-        if not self._apart(inputs, rows):
+            return self._predict_row(inputs)
+        if not self._should_split(inputs, rows):
             return self._whole.predict(inputs)
-        parts = cut(inputs, self._most(rows))
-        self.tokens = sum(part.inputs[_MASK].size for part in parts)
-        found = self._compute(parts)
-        logits = np.empty((rows, found[0].shape[1]), dtype=np.float32)
-        for part, some in zip(parts, found, strict=True):
-            logits[part.places] = some
+        groups = group_rows(inputs, self._max_rows(rows))
+        self.tokens = sum(group.inputs[_MASK].size for group in groups)
+        results = self._compute(groups)
+        logits = np.empty((rows, results[0].shape[1]), dtype=np.float32)
+        for group, result in zip(groups, results, strict=True):
+            logits[group.indices] = result
         return logits
 
     @property
     def single(self) -> Predict:
-        """Computes rows with one thread, as given; see `streams_of`."""
+        """The single-threaded predictor, see `streams_of`."""
         return self._single.predict
 
-    def _apart(self, inputs: Inputs, rows: int) -> bool:
-        """Whether a batch's rows are worth calls of their own; images, all of a size, are not."""
+    def _should_split(self, inputs: Inputs, rows: int) -> bool:
+        """Whether to split a batch; images have no padding and stay together."""
         if _MASK not in inputs or rows < self.threads:
             return False
-        return self._single.expected_s(_size(inputs) // rows) >= _CHEAP_S
+        return self._single.expected_s(_size(inputs) // rows) >= _MIN_ROW_S
 
-    def _most(self, rows: int) -> int:
-        """Rows in a part: few, so that all threads are done at about the same time."""
-        each = math.ceil(rows / self.threads)
-        return max(min(_FEW, each), math.ceil(each / 2))
+    def _max_rows(self, rows: int) -> int:
+        """Maximum rows per group: few, so that the threads finish at about the same time."""
+        per_thread = math.ceil(rows / self.threads)
+        return max(min(_ROWS_PER_CALL, per_thread), math.ceil(per_thread / 2))
 
-    def _lone(self, inputs: Inputs) -> Logits:
-        """Compute one row the better way, and now and then the other, to know which it is."""
+    def _predict_row(self, inputs: Inputs) -> Logits:
+        """Compute one row the faster way, and sometimes the other way to update its latency."""
         size = _size(inputs)
-        sooner = self._whole.expected_s(size) < _SOONER * self._single.expected_s(size)
-        every = 2 if self._lone_rows < _FIRST_ROWS else _TRIED_EVERY
-        self._lone_rows += 1
-        if self._lone_rows % every == 0:
-            sooner = not sooner
-        return (self._whole if sooner else self._single).timed(inputs, size)
+        single_s = self._single.expected_s(size)
+        use_whole = self._whole.expected_s(size) < _WHOLE_TIME_SHARE * single_s
+        interval = 2 if self._single_rows < _EXPLORATION_ROWS else _RETRY_INTERVAL
+        self._single_rows += 1
+        if self._single_rows % interval == 0:
+            use_whole = not use_whole
+        return (self._whole if use_whole else self._single).timed(inputs, size)
 
     @cached_property
     def _helpers(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads - 1, thread_name_prefix="stream")
 
-    def _compute(self, parts: list[RowGroup]) -> list[Logits]:
-        """Logits of each part; this thread works too, and whoever is free takes the next."""
-        found: dict[int, Logits] = {}
-        waiting = iter(enumerate(parts))
+    def _compute(self, groups: list[RowGroup]) -> list[Logits]:
+        """Logits of each group; the calling thread and the helper threads share one queue."""
+        results: dict[int, Logits] = {}
+        queue = iter(enumerate(groups))
 
         def work() -> None:
-            for at, part in waiting:
-                found[at] = self._single.predict(part.inputs)
+            for index, group in queue:
+                results[index] = self._single.predict(group.inputs)
 
-        others = min(self.threads, len(parts)) - 1
-        helped = [self._helpers.submit(work) for _ in range(others)]
+        count = min(self.threads, len(groups)) - 1
+        futures = [self._helpers.submit(work) for _ in range(count)]
         try:
             work()
         finally:
-            wait(helped)
-        for helper in helped:
-            helper.result()
-        return [found[at] for at in range(len(parts))]
+            wait(futures)
+        for future in futures:
+            future.result()
+        return [results[index] for index in range(len(groups))]
 
 
 class TimedPredictor:
-    """One of two ways to compute a row, and what it has taken of late."""
+    """A predictor with a model of its recent latency."""
 
     def __init__(self, predict: Predict) -> None:
         self.predict = predict
-        self._cost = LatencyModel()
+        self._latency = LatencyModel()
 
     def expected_s(self, size: int) -> float:
-        return self._cost.predict_s(size, size)
+        return self._latency.predict_s(size, size)
 
     def timed(self, inputs: Inputs, size: int) -> Logits:
         start = perf_counter()
         logits = self.predict(inputs)
-        self._cost.observe(size, perf_counter() - start)
+        self._latency.observe(size, perf_counter() - start)
         return logits
 
 
-def cut(inputs: Inputs, most: int) -> list[RowGroup]:
-    """Parts of a batch for which calls and padding together cost the least, the longest rows first.
+def group_rows(inputs: Inputs, max_rows: int) -> list[RowGroup]:
+    """Split a batch into groups with the lowest cost of calls and padding, longest rows first.
 
     Args:
         inputs: A batch of texts, padded on the right.
-        most: Rows in a part.
+        max_rows: Maximum rows per group.
     """
     lengths = inputs[_MASK].sum(1)
     order = np.argsort(-lengths, kind="stable")
-    parts = []
-    for start, end in _runs(lengths[order].tolist(), most):
-        size = math.ceil((end - start) / math.ceil((end - start) / most))
-        for at in range(start, end, size):
-            places = order[at : min(at + size, end)]
-            longest = lengths[places[0]]
-            parts.append(RowGroup(places, {k: v[places, :longest] for k, v in inputs.items()}))
-    return parts
+    groups = []
+    for start, end in _optimal_runs(lengths[order].tolist(), max_rows):
+        size = math.ceil((end - start) / math.ceil((end - start) / max_rows))
+        for first in range(start, end, size):
+            rows = order[first : min(first + size, end)]
+            longest = lengths[rows[0]]
+            groups.append(RowGroup(rows, {k: v[rows, :longest] for k, v in inputs.items()}))
+    return groups
 
 
-def _runs(lengths: list[int], most: int) -> list[tuple[int, int]]:
-    """Where to cut rows of descending lengths, by dynamic programming; only between two lengths."""
+def _optimal_runs(lengths: list[int], max_rows: int) -> list[tuple[int, int]]:
+    """Split rows of descending lengths by dynamic programming into (start, end) runs.
+
+    Rows of equal length stay in one run.
+    """
     rows = len(lengths)
-    bounds = [at for at in range(rows) if at == 0 or lengths[at] != lengths[at - 1]] + [rows]
-    costs, starts = [0], [0]  # of the rows before each bound, and where their last run begins
+    bounds = [row for row in range(rows) if row == 0 or lengths[row] != lengths[row - 1]] + [rows]
+    costs, starts = (
+        [0],
+        [0],
+    )  # cost of the rows before a bound; bound where their last run starts
     for end in bounds[1:]:
         totals = [
-            before + (end - at) * lengths[at] - (at - end) // most * _CALL
-            for before, at in zip(costs, bounds, strict=False)
+            cost + (end - start) * lengths[start] - (start - end) // max_rows * _CALL_TOKENS
+            for cost, start in zip(costs, bounds, strict=False)
         ]
         costs.append(min(totals))
         starts.append(totals.index(costs[-1]))
@@ -192,5 +196,5 @@ def _runs(lengths: list[int], most: int) -> list[tuple[int, int]]:
 
 
 def _size(inputs: Inputs) -> int:
-    """Tokens; of images, how many."""
+    """Number of tokens, or of images."""
     return int(inputs[_MASK].sum()) if _MASK in inputs else len(next(iter(inputs.values())))

@@ -1,4 +1,4 @@
-"""TorchScript: traced, frozen, without Python between the operators."""
+"""TorchScript: traced and frozen, runs without Python between the operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "model.torchscript.pt"
 
 @dataclass(frozen=True)
 class TorchScript(Variant):
-    """A trace with frozen weights; ``int8-dynamic`` traces the dynamically quantized module."""
+    """Frozen TorchScript trace; ``int8-dynamic`` traces the dynamically quantized module."""
 
     runtime: ClassVar[str] = "torchscript"
     carries_code: ClassVar[bool] = True
@@ -37,8 +37,8 @@ class TorchScript(Variant):
             check_int8_linears(source)
         tensors = tuple(torch.from_numpy(array) for array in example.values())
         with warnings.catch_warnings(), torch.inference_mode():
-            # PyTorch calls TorchScript deprecated and the tracer warns of every Python branch;
-            # that the trace is right for other shapes is checked, not assumed.
+            # PyTorch warns that TorchScript is deprecated, and the tracer warns of every Python
+            # branch. `export_check` verifies the trace for other shapes.
             warnings.simplefilter("ignore")
             try:
                 traced = torch.jit.freeze(torch.jit.trace(source, tensors, strict=False))

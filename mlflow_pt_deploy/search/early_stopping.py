@@ -1,4 +1,4 @@
-"""Early stopping of trials whose optimistic final accuracy is below that of a no slower trial.
+"""Early stopping: stop trials that cannot reach the accuracy of a trial that is no slower.
 
 Optuna's pruners do not support studies with two objectives (optuna#3450) and compare accuracies
 only, which would stop every small student because large ones are more accurate. Here a trial is

@@ -1,8 +1,8 @@
 """Text augmentation: new unlabeled texts made from the training rows, for a teacher to label.
 
 Word dropping and n-gram sampling follow Tang et al. (2019), who distilled BERT into a BiLSTM with
-them; splicing two rows follows their sentence pairs. The texts need not make sense: their only use
-is the teacher's answer to them.
+them; splicing two rows follows their sentence pairs. The texts need not make sense, because they
+are only used with the labels of the teacher.
 """
 
 from __future__ import annotations

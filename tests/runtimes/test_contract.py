@@ -1,6 +1,6 @@
-"""What every variant owes its callers; each entry of the table inherits the whole suite.
+"""Contract tests of the `Variant` interface, run for every variant of the catalog.
 
-bf16 is tested on every machine: arithmetic that is emulated is slow, but must be right.
+bf16 is tested on every machine; emulated arithmetic is slow but correct.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 from mlflow_pt_deploy.training.trainer import predict_logits
 
-LARGEST = 5.0  # what the tiny model's logits reach
-# Largest difference to eager fp32, as a share of that. 32 dimensions with three outliers are hard
-# on int8: one scale holds both, and fewer errors cancel out than in a model of real width.
+LARGEST = 5.0  # largest logit of the tiny model
+# Maximum difference to eager fp32, relative to the largest logit. 32 dimensions with three outliers
+# are difficult for int8: they share a scale, and fewer errors cancel out than in a wider model.
 TOLERANCE = {
     "fp32": 1e-4,
     "bf16": 0.05,
@@ -49,9 +49,9 @@ TOLERANCE = {
     "int8-static": 0.2,
     "int8-accuracy": 0.2,
 }
-# The same between a row alone and in company. One scale for a whole batch's activations makes
-# a row's dynamic int8 answer depend on its batch mates; it stays below what int8 costs anyway.
-COMPANY = {
+# Maximum difference between a single row and the same row in a batch. Dynamic int8 has one scale
+# per batch, so the logits of a row depend on the other rows.
+BATCH_TOLERANCE = {
     "fp32": 1e-4,
     "bf16": 0.05,
     "fp16": 0.01,
@@ -67,12 +67,12 @@ CONTRACTS += [
     ("resnet", variant)
     for variant in ALL
     if not skip_reason(variant, "resnet")
-    and variant != AOTInductor("bf16")  # nothing but another minute
+    and variant != AOTInductor("bf16")  # would only cost another minute
 ]
 CONTRACTS += [
     ("mobilenet", variant) for variant in (Eager(), OnnxRuntime(), OnnxRuntime("int8-static"))
 ]
-ROUGH = 3  # an eighth of MobileNetV2 has channels so few that no int8 error cancels out another
+MOBILENET_FACTOR = 3  # an eighth of MobileNetV2 has too few channels for int8 errors to cancel out
 ODD = {
     "text": ["", "a", "😀🏳️‍🌈 card 👩‍👩‍👧", "שלום card עולם", "مرحبا", "\u202ecard\x00\t\u200d"],
     "image": [
@@ -98,7 +98,7 @@ def _id(value: object) -> str:
 
 @pytest.fixture(scope="module", params=CONTRACTS, ids=_id)
 def contract(request: pytest.FixtureRequest) -> tuple[str, Variant]:
-    # Of AOTInductor's reasons only the missing compiler counts here, not missing bf16.
+    # AOTInductor is skipped only without a compiler; bf16 is tested on every machine.
     if isinstance(request.param[1], AOTInductor) and (reason := AOTInductor().unsupported()):
         pytest.skip(reason)
     if request.param[1] == AOTInductor("int8-static"):
@@ -137,7 +137,7 @@ def splits(model: str, tiny_models: dict[str, tuple[Path, Splits]]) -> Splits:
 
 
 @pytest.fixture
-def text_alone(splits: Splits) -> None:
+def text_only(splits: Splits) -> None:
     if splits.column != "text":
         pytest.skip("images have neither length nor padding")
 
@@ -147,13 +147,13 @@ def transformer(tiny_model: Path) -> Classifier:
     return load_classifier(str(tiny_model))
 
 
-def off(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference as a share of the model's largest logits."""
+def difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest logit."""
     assert actual.shape == expected.shape
     return float(np.abs(actual - expected).max() / LARGEST)
 
 
-def test_it_comes_back_from_its_folder_as_what_it_was(
+def test_manifest_labels_and_preprocessor_survive_the_export(
     model: str,
     variant: Variant,
     folder: Path,
@@ -171,35 +171,35 @@ def test_it_comes_back_from_its_folder_as_what_it_was(
     assert loaded.manifest.carries_code == variant.carries_code
     assert loaded.labels == splits.labels
     rows = splits.test.rows[:2]
-    both = zip(loaded.preprocessor.encode(rows), classifier.preprocessor.encode(rows), strict=True)
-    assert all(np.array_equal(here, there) for here, there in both)
+    pairs = zip(loaded.preprocessor.encode(rows), classifier.preprocessor.encode(rows), strict=True)
+    assert all(np.array_equal(actual, expected) for actual, expected in pairs)
 
 
-def test_logits_are_those_of_eager_fp32(
+def test_logits_equal_eager_fp32(
     model: str, variant: Variant, loaded: LoadedVariant, classifier: Classifier, splits: Splits
 ) -> None:
     rows = splits.validation.rows
     expected = predict_logits(classifier, rows)
     actual = np.concatenate([loaded.logits([row]) for row in rows])
-    allowed = TOLERANCE[variant.precision] * (ROUGH if model == "mobilenet" else 1)
-    assert off(actual, expected) < allowed
+    allowed = TOLERANCE[variant.precision] * (MOBILENET_FACTOR if model == "mobilenet" else 1)
+    assert difference(actual, expected) < allowed
     assert (actual.argmax(axis=1) == splits.validation.targets).all()
 
 
-def test_it_really_computes_in_its_precision(
+def test_variant_computes_in_its_precision(
     variant: Variant, loaded: LoadedVariant, classifier: Classifier, splits: Splits
 ) -> None:
     if variant.precision == "fp32":
         pytest.skip("fp32 is the reference")
     if variant == OpenVino("bf16"):
-        pytest.skip("OpenVINO takes bf16 as a hint, and computes in fp32 where there is none")
+        pytest.skip("OpenVINO computes in fp32 on a CPU without bf16")
     rows = splits.validation.rows
-    least = 1e-4 if variant.precision == "fp16" else 1e-3  # fp16 has eight times bf16's mantissa
-    assert off(loaded.logits(rows), predict_logits(classifier, rows)) > least
+    minimum = 1e-4 if variant.precision == "fp16" else 1e-3  # fp16 has a longer mantissa than bf16
+    assert difference(loaded.logits(rows), predict_logits(classifier, rows)) > minimum
 
 
 @pytest.mark.parametrize("size", [1, 2, 33])
-def test_shape_and_type_of_a_batch(loaded: LoadedVariant, splits: Splits, size: int) -> None:
+def test_shape_and_dtype_of_a_batch(loaded: LoadedVariant, splits: Splits, size: int) -> None:
     logits = loaded.logits(splits.train.rows[:size])
     assert type(logits) is np.ndarray
     assert logits.dtype == np.float32
@@ -207,7 +207,7 @@ def test_shape_and_type_of_a_batch(loaded: LoadedVariant, splits: Splits, size: 
     assert np.isfinite(logits).all()
 
 
-def test_answers_are_the_callers_to_keep(loaded: LoadedVariant, splits: Splits) -> None:
+def test_results_are_not_overwritten_by_later_calls(loaded: LoadedVariant, splits: Splits) -> None:
     first = loaded.logits(splits.test.rows[:1])
     kept = first.copy()
     loaded.logits(splits.test.rows[1:2])
@@ -221,37 +221,37 @@ def test_odd_rows(
     row = ODD[classifier.preprocessor.column][number]
     expected = predict_logits(classifier, [row])
     if variant in CALIBRATED and isinstance(row, bytes):
-        # Plain colours lie far outside of what calibration saw, and int8 cuts them off there.
+        # Plain colors are far outside of the calibrated range, and int8 clips them.
         assert np.isfinite(loaded.logits([row])).all()
         return
-    assert off(loaded.logits([row]), expected) < TOLERANCE[variant.precision]
+    assert difference(loaded.logits([row]), expected) < TOLERANCE[variant.precision]
 
 
-def test_a_long_text_is_cut_to_what_the_model_can_read(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_alone: None
+def test_long_text_is_truncated_to_the_maximum_length(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_only: None
 ) -> None:
     text = "card pay " * 1111 + "a"
     assert len(text) == 10_000
     assert loaded.preprocessor([text])["input_ids"].shape == (1, 128)
     logits = loaded.logits([text])
-    assert off(logits, predict_logits(classifier, [text])) < TOLERANCE[variant.precision]
-    # 126 words and [CLS], [SEP] are read: what comes behind changes nothing.
-    assert off(loaded.logits(["card pay " * 63 + "refund " * 50]), logits) < 1e-6
+    assert difference(logits, predict_logits(classifier, [text])) < TOLERANCE[variant.precision]
+    # 126 words, [CLS] and [SEP] are used; later words have no effect.
+    assert difference(loaded.logits(["card pay " * 63 + "refund " * 50]), logits) < 1e-6
 
 
-def test_a_row_hardly_depends_on_its_batch_mates(
+def test_row_does_not_depend_on_other_rows(
     variant: Variant, loaded: LoadedVariant, splits: Splits
 ) -> None:
     rows = ["my card", "refund", "", "please send my money abroad " * 20]
     if splits.column == "image":
         rows = [*splits.test.rows[:3], ODD["image"][0]]
-    together = loaded.logits(rows)
-    alone = np.concatenate([loaded.logits([row]) for row in rows])
-    assert off(together, alone) < COMPANY[variant.precision]
+    batched = loaded.logits(rows)
+    single = np.concatenate([loaded.logits([row]) for row in rows])
+    assert difference(batched, single) < BATCH_TOLERANCE[variant.precision]
 
 
-def test_padding_is_no_content(
-    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_alone: None
+def test_padding_has_no_effect(
+    variant: Variant, loaded: LoadedVariant, classifier: Classifier, text_only: None
 ) -> None:
     def padded(encoded: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
         inputs = loaded.preprocessor.collate(encoded)
@@ -260,37 +260,38 @@ def test_padding_is_no_content(
 
     rows = ["my card", "i want a refund"]
     actual = loaded.predict(padded(loaded.preprocessor.encode(rows)))
-    assert off(actual, loaded.logits(rows)) < COMPANY[variant.precision]
+    assert difference(actual, loaded.logits(rows)) < BATCH_TOLERANCE[variant.precision]
 
 
-def test_golden_rows_are_answered_as_when_exported(variant: Variant, folder: Path) -> None:
+def test_golden_rows_have_the_logits_of_the_export(variant: Variant, folder: Path) -> None:
     golden = json.loads((folder / "golden.json").read_text(encoding="utf8"))
     loaded = load_variant(folder, threads=1, allow_code=True, check_golden=True)
     rows = [row_from_json(row) for row in golden["rows"]]
     actual = np.concatenate([loaded.logits([row]) for row in rows])
-    assert off(actual, np.asarray(golden["logits"])) < 1e-5  # the same machine
+    assert difference(actual, np.asarray(golden["logits"])) < 1e-5  # the same machine
 
 
-def test_threads_change_no_answer_but_by_the_company_of_a_row(
+def test_logits_do_not_depend_on_the_number_of_threads(
     variant: Variant,
     folder: Path,
     loaded: LoadedVariant,
     splits: Splits,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams, "_CHEAP_S", 0.0)  # the tiny model's rows are worth a thread each
+    monkeypatch.setattr(streams, "_MIN_ROW_S", 0.0)  # split batches of the tiny model, too
     rows = splits.test.rows[:2]
     one = loaded.logits(rows)
     two = load_variant(folder, threads=2, allow_code=True, check_golden=False).logits(rows)
-    loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)  # sets it back
+    # Loading again resets the number of threads.
+    loaded = load_variant(folder, threads=1, allow_code=True, check_golden=False)
     scaled = isinstance(loaded.predict, streams.Streams) and variant.precision == "int8-dynamic"
-    # Two threads take a row each, one takes both, with one scale.
-    assert off(two, one) < (COMPANY[variant.precision] if scaled else 1e-5)
-    assert off(loaded.logits(rows), one) < 1e-5
+    # Two threads compute one row each; one thread computes both with one scale.
+    assert difference(two, one) < (BATCH_TOLERANCE[variant.precision] if scaled else 1e-5)
+    assert difference(loaded.logits(rows), one) < 1e-5
 
 
 @pytest.mark.parametrize(("variant_", "library"), NEED_LIBRARIES, ids=_id)
-def test_a_missing_library_names_its_extra(
+def test_missing_library_names_its_extra(
     variant_: Variant,
     library: str,
     transformer: Classifier,
@@ -298,11 +299,11 @@ def test_a_missing_library_names_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{variant_.extra}\]'"
-    with pytest.raises(MissingExtraError, match=cure):
+    message = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{variant_.extra}\]'"
+    with pytest.raises(MissingExtraError, match=message):
         variant_.export(transformer, transformer.preprocessor(["a", "my card"]), [], tmp_path)
-    if library != "onnx":  # it only writes
-        with pytest.raises(MissingExtraError, match=cure):
+    if library != "onnx":  # only needed to export
+        with pytest.raises(MissingExtraError, match=message):
             variant_.load(tmp_path, device="cpu", threads=1)
 
 
@@ -315,7 +316,7 @@ def test_a_missing_library_names_its_extra(
     ],
     ids=_id,
 )
-def test_a_missing_quantizer_names_its_extra(
+def test_missing_quantizer_names_its_extra(
     variant_: Variant,
     library: str,
     extra: str,
@@ -325,8 +326,8 @@ def test_a_missing_quantizer_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     example = transformer.preprocessor(["a", "my card"])
-    cure = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{extra}\]'"
-    with pytest.raises(MissingExtraError, match=cure):
+    message = rf"{library} is not installed.*pip install 'mlflow-pt-deploy\[{extra}\]'"
+    with pytest.raises(MissingExtraError, match=message):
         variant_.export(transformer, example, [example], tmp_path)
 
 
@@ -337,19 +338,19 @@ def test_too_few_rows_to_calibrate(
     if isinstance(variant_, AOTInductor):
         pytest.importorskip("torchao", reason="needs the extra quantize")
     rows = [transformer.preprocessor([f"my card {number}"]) for number in range(15)]
-    message = "needs at least 16 rows of train to calibrate, and got 15. Give more rows"
+    message = "needs at minimum 16 rows of train to calibrate, and got 15. Give more rows"
     with pytest.raises(VariantError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variant_.export(transformer, transformer.preprocessor(["a", "my card"]), rows, tmp_path)
 
 
-def test_numpy_runs_static_students_only(transformer: Classifier, tmp_path: Path) -> None:
+def test_numpy_supports_static_students_only(transformer: Classifier, tmp_path: Path) -> None:
     example = transformer.preprocessor(["a", "my card"])
     with pytest.raises(VariantError, match="static students only"):
         NumPy().export(transformer, example, [], tmp_path)
 
 
-def test_only_what_suits_a_model_is_built() -> None:
+def test_supported_variants_of_a_model_type() -> None:
     assert [v for v in VARIANTS if supports(v, "bert")] == list(VARIANTS)
     assert not supports(NumPy(), "bert")
     convolutions = {f"{v.runtime}-{v.precision}" for v in VARIANTS if not skip_reason(v, "resnet")}
@@ -360,7 +361,7 @@ def test_only_what_suits_a_model_is_built() -> None:
 
 
 @pytest.mark.parametrize("variant_", (*ALL, NumPy()), ids=_id)
-def test_it_is_its_own_record(variant_: Variant) -> None:
+def test_name_and_equality(variant_: Variant) -> None:
     assert variant_.name("student") == f"student-{variant_.runtime}-{variant_.precision}"
     assert variant_ == type(variant_)(variant_.precision)
     assert variant_.precision in TOLERANCE

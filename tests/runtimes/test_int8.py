@@ -1,4 +1,4 @@
-"""What calibrated int8 promises beyond the contract, and what is built only when named."""
+"""Int8 variants: quantized operators, accuracy control, and variants on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def export(variant: Variant, classifier: Classifier, rows: list[str], folder: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8-dynamic", "int8-static"])
-def test_onnxruntime_fuses_nothing_whose_kernel_is_slower(
+def test_onnxruntime_does_not_use_the_slow_fusions(
     classifier: Classifier,
     tiny_splits: Splits,
     tmp_path: Path,
@@ -61,12 +61,12 @@ def test_onnxruntime_fuses_nothing_whose_kernel_is_slower(
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     variant.load(tmp_path, device="cpu", threads=1)
     kinds = Counter(node.op_type for node in onnx.load(executed).graph.node)
-    assert kinds["LayerNormalization"] == 5, "two a layer, and the embeddings'"
+    assert kinds["LayerNormalization"] == 5, "two per layer and one for the embeddings"
     assert kinds["Gelu"] == 2
     assert not kinds.keys() & {"SkipLayerNormalization", "BiasGelu"}
 
 
-def test_onnxruntime_quantizes_what_has_weights(
+def test_onnxruntime_quantizes_products_with_weights_only(
     classifier: Classifier,
     tiny_splits: Splits,
     tmp_path: Path,
@@ -99,7 +99,7 @@ def test_onnxruntime_quantizes_what_has_weights(
 
 
 def nearly_ambiguous(classifier: Classifier) -> list[str]:
-    """64 rows with a word of two labels each, which int8's errors can turn over."""
+    """64 rows with words of two labels, whose label int8 errors can change."""
     draw = random.Random(0)
     rows = [
         " ".join(
@@ -118,11 +118,11 @@ def nearly_ambiguous(classifier: Classifier) -> list[str]:
     return [rows[i] for i in np.argsort(margins) if margins[i] > 0.05][:64]
 
 
-def test_accuracy_control_puts_layers_back_until_labels_agree(
+def test_accuracy_control_reverts_layers_until_labels_agree(
     classifier: Classifier, tmp_path: Path
 ) -> None:
     rows = nearly_ambiguous(classifier)
-    expected = predict_logits(classifier, rows[1::2]).argmax(axis=1)  # the half that is held out
+    expected = predict_logits(classifier, rows[1::2]).argmax(axis=1)  # the held-out half
     quantizers, agreement = [], []
     for max_drop in (1.0, 0.0):
         folder = tmp_path / str(max_drop)
@@ -138,18 +138,16 @@ def test_accuracy_control_puts_layers_back_until_labels_agree(
     assert quantizers[0] > quantizers[1]
 
 
-def test_a_drop_that_cannot_be_reached(
-    classifier: Classifier, tiny_splits: Splits, tmp_path: Path
-) -> None:
+def test_unreachable_max_drop(classifier: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
     variant, shallow = OpenVino("int8-accuracy", max_drop=-0.1), copy.deepcopy(classifier)
-    del shallow.network.bert.encoder.layer[1:]  # to put one back takes seconds for each
-    message = r"0.0% of 8 held-out rows change their label, allowed are -10.0%. Allow more"
+    del shallow.network.bert.encoder.layer[1:]  # reverting a layer takes seconds
+    message = r"label of 0.0% of 8 held-out rows changes, the limit is -10.0%. Increase max_drop"
     with pytest.raises(VariantError, match=message):
         export(variant, shallow, tiny_splits.train.rows[:16], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_on_request_is_built_only_when_named() -> None:
+def test_variants_on_request_must_be_named() -> None:
     assert select("")[: len(VARIANTS)] == VARIANTS
     assert not set(select("")) & set(ON_REQUEST)
     assert not set(VARIANTS) & set(ON_REQUEST)
@@ -160,5 +158,7 @@ def test_what_is_on_request_is_built_only_when_named() -> None:
         Eager("bf16"),
         AOTInductor("int8-static"),
     )
-    with pytest.raises(VariantError, match=r"no int8.*openvino-fp32, openvino-int8-accuracy, "):
+    with pytest.raises(
+        VariantError, match=r"unknown int8; choose from .*openvino-fp32, openvino-int8-accuracy, "
+    ):
         select("int8")

@@ -1,4 +1,4 @@
-"""What an export gets wrong for other rows than its example's is found before it is kept."""
+"""Comparison of exports with eager fp32, on shapes other than that of the example."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def eager(classifier: Classifier) -> Predict:
 
 
 def changed(eager: Predict, when: Callable[[Inputs], bool], change: Callable) -> Predict:
-    """Eager, but for some batches."""
+    """Eager, with changed logits for some batches."""
 
     def predict(inputs: Inputs) -> Logits:
         logits = eager(inputs)
@@ -66,13 +66,13 @@ def nan_first(logits: Logits) -> Logits:
     return logits
 
 
-def moved(logits: Logits) -> Logits:
+def shifted(logits: Logits) -> Logits:
     logits[:, 0] += 8
     return logits
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
-def test_eager_itself_passes(probes: Probes, eager: Predict, precision: str) -> None:
+def test_eager_passes(probes: Probes, eager: Predict, precision: str) -> None:
     probes.check(eager, precision)
 
 
@@ -81,54 +81,58 @@ def test_eager_itself_passes(probes: Probes, eager: Predict, precision: str) -> 
     ("when", "change", "reason"),
     [
         (lambda x: longest(x) == 128, nan_first, "NaN for rows of 2 and 128 tokens in one batch"),
-        (lambda x: longest(x) > 100, moved, "for rows of 2 and 128 tokens in one batch logits are"),
-        (lambda x: longest(x) == 2, moved, r"for a row of 2 tokens logits are off by \d"),
+        (
+            lambda x: longest(x) > 100,
+            shifted,
+            "for rows of 2 and 128 tokens in one batch they",
+        ),
+        (lambda x: longest(x) == 2, shifted, r"for a row of 2 tokens they differ by \d"),
         (
             lambda x: rows(x) > 5,
-            moved,
-            "for rows of 2, 3, 5, 7, 10 and 13 tokens in one batch logits are off by",
+            shifted,
+            "for rows of 2, 3, 5, 7, 10 and 13 tokens in one batch they differ by",
         ),
         (lambda x: rows(x) == 3, lambda found: found[:2], r"shape is \(2, 3\) instead of \(3, 3\)"),
     ],
 )
-def test_what_breaks_for_some_batches_is_found_in_every_precision(
+def test_errors_of_some_batches_are_found_in_every_precision(
     probes: Probes, eager: Predict, precision: str, when: Callable, change: Callable, reason: str
 ) -> None:
-    with pytest.raises(VariantError, match=f"answers differ from eager: .*{reason}"):
+    with pytest.raises(VariantError, match=f"the logits differ from eager: .*{reason}"):
         probes.check(changed(eager, when, change), precision)
 
 
-def test_what_other_rows_change_is_found_where_lone_rows_are_off_too(
-    probes: Probes, eager: Predict
-) -> None:
+def test_dependence_on_other_rows_is_found(probes: Probes, eager: Predict) -> None:
     def noisy(inputs: Inputs) -> Logits:
         logits = eager(inputs)
-        logits[:, 0] += 1 if rows(inputs) == 1 else -1  # either would pass as int8
+        logits[:, 0] += 1 if rows(inputs) == 1 else -1  # within the tolerance of int8
         return logits
 
-    with pytest.raises(VariantError, match=r"tokens in one batch logits change beside other rows"):
+    with pytest.raises(VariantError, match=r"tokens in one batch they change in a batch by"):
         probes.check(noisy, "int8-static")
 
 
-def test_a_batch_that_fails_is_named(probes: Probes, eager: Predict) -> None:
+def test_failing_batch_is_named(probes: Probes, eager: Predict) -> None:
     def fails(inputs: Inputs) -> Logits:
         if longest(inputs) != 2:
             raise RuntimeError("Exception from src/x.cpp:3:\nthe length is 2\n")
         return eager(inputs)
 
-    with pytest.raises(VariantError, match=r"^it fails on a row of 3 tokens: the length is 2$"):
+    with pytest.raises(
+        VariantError, match=r"^the variant fails on a row of 3 tokens: the length is 2$"
+    ):
         probes.check(fails, "fp32")
 
 
-def test_a_model_that_answers_nan_is_refused(classifier: Classifier) -> None:
+def test_model_that_returns_nan_is_rejected(classifier: Classifier) -> None:
     broken = load_classifier(classifier.network.config.name_or_path)
     with torch.no_grad():
         broken.network.classifier.bias[0] = torch.nan
-    with pytest.raises(VariantError, match="the model itself answers a row of 2 tokens with NaN"):
+    with pytest.raises(VariantError, match="the model itself returns NaN for a row of 2 tokens"):
         Probes(broken, ROWS)
 
 
-def test_images_are_tried_in_other_batch_sizes(tiny_resnet: Path, image_splits: Splits) -> None:
+def test_images_are_checked_in_several_batch_sizes(tiny_resnet: Path, image_splits: Splits) -> None:
     model = load_classifier(str(tiny_resnet))
     images, eager = Probes(model, image_splits.validation.rows), torch_predict(model, "cpu")
     images.check(eager, "fp32")
@@ -136,13 +140,13 @@ def test_images_are_tried_in_other_batch_sizes(tiny_resnet: Path, image_splits: 
     def one_batch_size(inputs: Inputs) -> Logits:
         return eager({"pixel_values": inputs["pixel_values"][:2].repeat(3, 0)[:5]})
 
-    with pytest.raises(VariantError, match=r"one image the logits' shape is \(3, 3\)"):
+    with pytest.raises(VariantError, match=r"one image their shape is \(3, 3\)"):
         images.check(one_batch_size, "fp32")
 
 
 @dataclass(frozen=True)
 class OneLength(TorchScript):
-    """An export that keeps the length of its example."""
+    """An export with the fixed length of its example."""
 
     def export(self, module, example, calibration, folder) -> None:
         class Cut(torch.nn.Module):
@@ -157,11 +161,9 @@ class OneLength(TorchScript):
         super().export(Cut().eval(), example, calibration, folder)
 
 
-def test_nothing_is_written_of_a_variant_that_differs(
-    classifier: Classifier, tmp_path: Path
-) -> None:
+def test_variant_that_differs_is_not_written(classifier: Classifier, tmp_path: Path) -> None:
     example = classifier.preprocessor(ROWS)
-    with pytest.raises(VariantError, match="answers differ from eager: for a row of 10 tokens"):
+    with pytest.raises(VariantError, match="the logits differ from eager: for a row of 10 tokens"):
         write_variant(
             OneLength(), classifier, tmp_path / "v", model="m", example=example, golden_rows=ROWS
         )
@@ -170,7 +172,7 @@ def test_nothing_is_written_of_a_variant_that_differs(
 
 @pytest.fixture(scope="module")
 def windowed(classifier: Classifier) -> Classifier:
-    """ModernBERT; padding 8 tokens behind a short row's end attends to padding alone."""
+    """ModernBERT; padding 8 tokens after the end of a short row attends only to padding."""
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
     assert isinstance(classifier, TextClassifier)
@@ -192,7 +194,7 @@ def windowed(classifier: Classifier) -> Classifier:
     return TextClassifier(network, classifier.tokenizer).eval()
 
 
-def test_rows_padded_beyond_an_attention_window_are_answered_by_openvino(
+def test_openvino_with_padding_beyond_an_attention_window(
     windowed: Classifier, tmp_path: Path
 ) -> None:
     example = windowed.preprocessor(ROWS)
@@ -204,7 +206,7 @@ def test_rows_padded_beyond_an_attention_window_are_answered_by_openvino(
 
 
 @pytest.mark.parametrize(
-    ("became", "of", "least", "refused"),
+    ("quantized", "total", "min_share", "rejected"),
     [
         (0, 38, 0.5, True),
         (18, 38, 0.5, True),
@@ -214,19 +216,22 @@ def test_rows_padded_beyond_an_attention_window_are_answered_by_openvino(
         (0, 0, 0.5, True),
     ],
 )
-def test_how_much_must_be_int8(became: int, of: int, least: float, refused: bool) -> None:
-    if not refused:
-        check_int8(became, of, least=least)
+def test_required_share_of_int8(
+    quantized: int, total: int, min_share: float, rejected: bool
+) -> None:
+    if not rejected:
+        check_int8(quantized, total, min_share=min_share)
         return
-    with pytest.raises(VariantError, match=f"^{became} of {of} weight matrices became int8"):
-        check_int8(became, of, least=least)
+    message = f"^only {quantized} of {total} weight matrices are int8"
+    with pytest.raises(VariantError, match=message):
+        check_int8(quantized, total, min_share=min_share)
 
 
 @pytest.mark.parametrize("kind", ["constants", "shared"])
-def test_weights_in_other_nodes_become_int8_too(
+def test_weights_in_constant_and_identity_nodes_become_int8(
     classifier: Classifier, tmp_path: Path, kind: str
 ) -> None:
-    """ALBERT's layers share weights, which PyTorch exports as one and its ``Identity``s."""
+    """PyTorch exports shared weights, as in ALBERT, as one initializer and ``Identity`` nodes."""
     path = tmp_path / FILE
     onnxruntime._to_onnx(classifier, classifier.preprocessor(ROWS), path)
     model = onnx.load(str(path))
@@ -252,10 +257,10 @@ def test_weights_in_other_nodes_become_int8_too(
 
 
 @pytest.mark.parametrize("variant", [Eager("int8-dynamic"), TorchScript("int8-dynamic")])
-def test_layers_that_pytorch_does_not_quantize_are_counted(
+def test_layers_that_pytorch_does_not_quantize(
     classifier: Classifier, tmp_path: Path, variant: Eager | TorchScript
 ) -> None:
-    """GPT-2's layers are `Conv1D`s, no `torch.nn.Linear`."""
+    """The layers of GPT-2 are `Conv1D`, not `torch.nn.Linear`."""
     from transformers import GPT2Config, GPT2ForSequenceClassification
 
     assert isinstance(classifier, TextClassifier)
@@ -268,5 +273,5 @@ def test_layers_that_pytorch_does_not_quantize_are_counted(
         pad_token_id=0,
     )
     model = TextClassifier(GPT2ForSequenceClassification(config).eval(), classifier.tokenizer)
-    with pytest.raises(VariantError, match="^1 of 5 weight matrices became int8"):
+    with pytest.raises(VariantError, match="^only 1 of 5 weight matrices are int8"):
         variant.export(model, model.preprocessor(ROWS), [], tmp_path)
