@@ -113,7 +113,7 @@ def test_a_variant_of_another_runtime_is_rejected(
 ) -> None:
     with mlflow.start_run():
         info = flavor.log_model(exported(TorchScript()), "teacher-torchscript")
-    with pytest.raises(ModelError, match=r"holds no Hugging Face model.* Give .* an eager fp32"):
+    with pytest.raises(ModelError, match=r"contains no Hugging Face model.* Give .* an eager fp32"):
         fetch_model(info.model_uri)
 
 
@@ -163,7 +163,7 @@ def test_a_model_of_another_library(tracking: str) -> None:
             DummyClassifier().fit([[0.0]], [0]), name="dummy", pip_requirements=["scikit-learn"]
         )
     with pytest.raises(
-        ModelError, match="holds no Hugging Face model, but one of sklearn; supported is single-"
+        ModelError, match="contains no Hugging Face model, but one of sklearn; only single-label"
     ):
         fetch_model(info.model_uri)
 

@@ -11,26 +11,16 @@ from typing import Any
 
 import mlflow
 import pytest
-import requests
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from tiny.artifact import SAVED, copy_saved, edit_mlmodel
-from tiny.server import running
+from tiny.artifact import SAVED, copy_saved, edit_mlmodel, in_pyfunc
 
 from mlflow_pt_deploy import flavor
-from mlflow_pt_deploy.artifacts import read_manifest
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
 from mlflow_pt_deploy.registry.addresses import (
-    DIGEST_TAG,
     ModelSpec,
     ResolvedVersion,
-    resolve,
-    source,
 )
 from mlflow_pt_deploy.registry.mlmodel import MAX_BYTES
-from mlflow_pt_deploy.registry.promotion import promote
-from mlflow_pt_deploy.serving.app import Application
-from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
 
 Edit = Callable[[dict[str, Any]], object]
@@ -43,10 +33,6 @@ def saved(tmp_path: Path) -> Path:
 
 def load(root: Path, **model_config: Any) -> LoadedModel:
     return load_version(ResolvedVersion(str(root)), ModelSpec(str(root), model_config))
-
-
-def in_pyfunc(**keys: object) -> Edit:
-    return lambda content: content["flavors"]["python_function"].update(keys)
 
 
 def in_flavor(**keys: object) -> Edit:
@@ -229,82 +215,8 @@ def test_options_of_the_operator_override_those_of_the_artifact(
     assert (options.max_batch_rows, options.queue_rows, options.deadline_ms) == (4, 16, 50)
 
 
-def logged() -> str:
-    with mlflow.start_run():
-        return f"models:/{flavor.log_model(SAVED / 'variant', 'student').model_id}"
-
-
-def in_store(uri: str) -> Path:
-    """Return the folder of a logged model in the artifact store."""
-    return Path(mlflow.get_logged_model(uri.removeprefix("models:/")).artifact_location)
-
-
-def test_the_digest_of_a_promotion_covers_mlmodel_for_every_address(tracking: str) -> None:
-    uri = logged()
-    promotion = promote(uri, "shop", "the first")
-    client = MlflowClient()
-    tag = client.get_model_version("shop", promotion.version).tags[DIGEST_TAG]
-    assert tag.startswith("v2:") and len(tag) == 67
-    client.copy_model_version("models:/shop/1", "copied")
-    client.set_model_version_tag("copied", "1", DIGEST_TAG, tag)
-    for address in ("models:/shop@champion", "models:/copied/1"):
-        version = load_version(resolve(address), ModelSpec(address))
-        assert version.status()["digest"] == read_manifest(SAVED / "variant").digest
-    assert flavor.load_model(promotion.uri).logits(["my card"]).shape == (1, 3)
-    path = in_store(uri) / "MLmodel"
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
-        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
-        flavor.load_model(promotion.uri)
-    assert promote(uri, "shop", "promoted again").version == "1"
-    load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-
-
-def test_a_digest_of_the_old_form_is_verified_and_mlmodel_validated(tracking: str) -> None:
-    uri = logged()
-    promotion = promote(uri, "shop", "long ago")
-    old = read_manifest(SAVED / "variant").digest
-    client = MlflowClient()
-    client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, old)
-    load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-    edit_mlmodel(in_store(uri), in_pyfunc(loader_module="os"))
-    with pytest.raises(ArtifactError, match="loader_module is os"):
-        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-    edit_mlmodel(in_store(uri), in_pyfunc(loader_module="mlflow_pt_deploy.flavor"))
-    client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, "0" * 64)
-    with pytest.raises(ArtifactError, match="the model differs from the promoted one"):
-        load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
-
-
-def test_only_a_servable_model_is_promoted(tracking: str) -> None:
-    uri = logged()
-    edit_mlmodel(in_store(uri), in_pyfunc(config={"allow_code": True}))
-    with pytest.raises(UntrustedError, match="sets allow_code: true"):
-        promote(uri, "shop", "by mistake")
-    edit_mlmodel(in_store(uri), in_pyfunc(config={}, code="code"))
-    with pytest.raises(ArtifactError, match="code is not written"):
-        promote(uri, "shop", "by mistake")
-
-
 def test_a_model_changed_after_logging(saved: Path) -> None:
     path = saved / "variant" / "manifest.json"
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(ArtifactError, match=r"manifest.json is not the one that was logged"):
         load(saved)
-
-
-def test_a_model_saved_by_an_earlier_version_is_served() -> None:
-    served = ServedModel("saved", source(str(SAVED)))
-    served.open()
-    with running(Application({"saved": served})) as url:
-        body = {"inputs": ["my card", "i want a refund"]}
-        response = requests.post(f"{url}/invocations", json=body, timeout=10)
-    assert [row["label"] for row in response.json()["predictions"]] == ["card", "refund"]
-
-
-def test_a_model_saved_by_an_earlier_version_is_loaded() -> None:
-    rows = json.loads((SAVED / "variant" / "golden.json").read_text())["rows"]
-    predictions = load(SAVED).pyfunc.predict(rows)
-    assert predictions == mlflow.pyfunc.load_model(str(SAVED)).predict(rows)
-    assert {prediction["label"] for prediction in predictions} <= {"card", "refund", "transfer"}

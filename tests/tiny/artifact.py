@@ -35,6 +35,11 @@ def edit_mlmodel(root: Path, change: Callable[[dict[str, Any]], object]) -> None
     path.write_text(yaml.safe_dump(content), encoding="utf8")
 
 
+def in_pyfunc(**keys: object) -> Callable[[dict[str, Any]], object]:
+    """Return a change of the python_function flavor for `edit_mlmodel`."""
+    return lambda content: content["flavors"]["python_function"].update(keys)
+
+
 def reseal(root: Path, **files: bytes) -> None:
     """Replace files of the variant (``labels_json`` for labels.json) and update all digests."""
     variant = root / "variant"

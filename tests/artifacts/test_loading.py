@@ -1,26 +1,19 @@
-"""A variant folder is written atomically, and a changed folder is not loaded."""
+"""Only a complete, unchanged and supported variant folder is loaded."""
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from mlflow_pt_deploy.artifacts import load_variant, read_manifest, verify, write_variant
-from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError, VariantError
-from mlflow_pt_deploy.preprocessing import TextPreprocessor
+from mlflow_pt_deploy.artifacts import load_variant, read_manifest, verify
+from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
@@ -47,52 +40,6 @@ def folder(eager_variant: Path, tmp_path: Path) -> Path:
 def edit_manifest(folder: Path, **changes: Any) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf8")) | changes))
-
-
-@dataclass(frozen=True)
-class Constant(Variant):
-    """A minimal runtime that always returns the same logits."""
-
-    value: float = 1.0
-    runtime = "eager"  # the manifest must name a known runtime
-
-    def export(self, module, example, calibration, folder: Path) -> None:
-        (folder / "weights.txt").write_text(str(self.value))
-
-    def load(self, folder: Path, *, device: str, threads: int):
-        logits = np.full((1, 2), float((folder / "weights.txt").read_text()), dtype=np.float32)
-        return lambda inputs: np.repeat(logits, len(inputs["input_ids"]), axis=0)
-
-
-@dataclass(frozen=True)
-class FullDisk(Constant):
-    def export(self, module, example, calibration, folder: Path) -> None:
-        (folder / "weights.txt").write_text("1.")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@dataclass(frozen=True)
-class Unsupported(Constant):
-    def load(self, folder: Path, *, device: str, threads: int):
-        raise VariantError("the runtime has no such operator")
-
-
-class ConstantClassifier(SimpleNamespace):
-    """The part of a classifier that `Constant` needs."""
-
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return torch.ones(len(ids), 2)
-
-
-@pytest.fixture
-def module(eager_variant: Path) -> ConstantClassifier:
-    return ConstantClassifier(
-        preprocessor=TextPreprocessor.load(eager_variant), labels=("no", "yes")
-    )
-
-
-def write(variant: Variant, module: ConstantClassifier, target: Path) -> None:
-    write_variant(variant, module, target, model="teacher", example={}, golden_rows=["my card"])
 
 
 def test_the_manifest_describes_the_variant(eager_variant: Path) -> None:
@@ -196,11 +143,11 @@ def test_a_missing_gpu_is_an_error_for_onnxruntime(
     folder = exported(OnnxRuntime())
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime has a CUDA provider")
-    with pytest.raises(UnsupportedError, match="onnxruntime cannot use device=cuda; use device=c"):
+    with pytest.raises(UnsupportedError, match="onnxruntime does not support device=cuda; use"):
         load_variant(folder, device="cuda", threads=1)
     known = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: known)
-    with pytest.raises(UnsupportedError, match="onnxruntime cannot use device=cuda; use device=c"):
+    with pytest.raises(UnsupportedError, match="onnxruntime does not support device=cuda; use"):
         load_variant(folder, device="cuda", threads=1)
 
 
@@ -261,71 +208,3 @@ def test_a_changed_file_with_code_is_rejected_even_if_code_is_allowed(
         file.write(b"\0")
     with pytest.raises(ArtifactError, match="model.torchscript.pt is not the file"):
         load_variant(folder, threads=1, allow_code=True)
-
-
-@pytest.mark.parametrize("variant", [FullDisk(), Unsupported()])
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_failed_export_leaves_no_files(
-    variant: Variant, module: ConstantClassifier, tmp_path: Path, earlier: bool
-) -> None:
-    target = tmp_path / "variants" / "teacher-eager-fp32"
-    if earlier:
-        write(Constant(), module, target)
-    with pytest.raises((OSError, VariantError), match="No space left|no such operator"):
-        write(variant, module, target)
-    assert list(target.parent.iterdir()) == [target] * earlier
-    if earlier:  # the earlier export is still complete
-        assert verify(target).name == target.name
-
-
-def test_an_export_replaces_an_earlier_one(module: ConstantClassifier, tmp_path: Path) -> None:
-    target = tmp_path / "teacher-eager-fp32"
-    write(Constant(value=1.0), module, target)
-    (target / "stray").touch()
-    before = read_manifest(target)
-    write(Constant(value=2.0), module, target)
-    assert (target / "weights.txt").read_text() == "2.0"
-    after = verify(target)
-    assert after.digest != before.digest
-    assert after.options == {"value": 2.0}
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher-eager-fp32"]
-
-
-def test_the_folder_is_world_readable(module: ConstantClassifier, tmp_path: Path) -> None:
-    target = tmp_path / "teacher-eager-fp32"
-    write(Constant(), module, target)
-    assert target.stat().st_mode & 0o777 == 0o755
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from test_folder import Constant, TextPreprocessor, SimpleNamespace, write
-
-class Slow(Constant):
-    def export(self, module, example, calibration, folder):
-        super().export(module, example, calibration, folder)
-        print("half way", flush=True)
-        time.sleep(60)
-
-source, target = map(Path, sys.argv[1:])
-module = SimpleNamespace(preprocessor=TextPreprocessor.load(source), labels=("no", "yes"))
-write(Slow(), module, target)
-"""
-
-
-def test_a_process_killed_during_an_export(
-    eager_variant: Path, module: ConstantClassifier, tmp_path: Path
-) -> None:
-    target = tmp_path / "teacher-eager-fp32"
-    command = [sys.executable, "-c", KILLED, str(eager_variant), str(target)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "half way\n"
-        child.send_signal(signal.SIGKILL)
-    assert child.returncode == -signal.SIGKILL
-    assert not target.exists()
-    write(Constant(), module, target)  # leftovers of the killed process do not interfere
-    assert verify(target).name == target.name
