@@ -1,4 +1,4 @@
-"""What teachers and students are made of."""
+"""Teachers and students: text and image classifiers."""
 
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier, new_mobilenet, new_resnet

@@ -1,4 +1,4 @@
-"""Where an architecture of texts keeps its parts: in the encoder, in each layer, in the config."""
+"""Names of layers, heads and neurons in the text architectures that can be pruned."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from mlflow_pt_deploy.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Names of modules, of a layer's from the layer on, and of config keys.
+    """Module names and config keys of an architecture family.
+
+    All names except `layers` are relative to a layer.
 
     Attributes:
         layers: The encoder's list of layers.
-        attention: What computes a layer's attention.
-        queries: Its layers for queries, keys and values; empty where heads cannot be removed.
-        mixed: The layer that reads all heads side by side.
-        up, down: The feed-forward layers.
-        neurons: Config key: how wide the feed-forward layers are.
+        attention: The attention module.
+        queries: Query, key and value layers of `attention`; empty if heads cannot be removed.
+        mixed: Output projection of the concatenated heads.
+        up, down: Feed-forward layers.
+        neurons: Config key of the width of the feed-forward layers.
     """
 
     layers: str = "encoder.layer"
@@ -46,10 +48,10 @@ FAMILIES = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-robert
 
 
 def family_of(config: Any) -> Family:
-    """The family of a transformers config.
+    """Return the family of a transformers config.
 
     Raises:
-        ModelError: It is not one of those that can be pruned.
+        ModelError: The architecture cannot be pruned.
     """
     kind = config.model_type
     if kind not in FAMILIES:

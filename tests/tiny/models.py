@@ -1,4 +1,4 @@
-"""Random classifiers of many architectures, some kilobytes each, with tokenizers made here."""
+"""Small random classifiers of many architectures, with tokenizers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROBERTA = {
 
 
 def words() -> PreTrainedTokenizerFast:
-    """WordPieces as BERT's: [PAD] is 0."""
+    """A WordPiece tokenizer like BERT's; [PAD] has the id 0."""
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -50,7 +50,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def pieces(**options: Any) -> PreTrainedTokenizerFast:
-    """Bytes as RoBERTa's, between <s> and </s>: <pad> is 1."""
+    """A byte-level tokenizer like RoBERTa's with <s> and </s>; <pad> has the id 1."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     backend = _bytes(special)
     backend.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
@@ -59,7 +59,7 @@ def pieces(**options: Any) -> PreTrainedTokenizerFast:
 
 
 def plain(pad: str | None) -> PreTrainedTokenizerFast:
-    """Bytes as GPT-2's, with nothing around them; its end is the last id of the vocabulary."""
+    """A byte-level tokenizer like GPT-2's without special tokens around a text."""
     tokenizer = _fast(_bytes(["!"]))
     tokenizer.add_special_tokens({"eos_token": "<|end|>", **({"pad_token": pad} if pad else {})})
     return tokenizer
@@ -74,7 +74,7 @@ def network(architecture: str, tokenizer: Any, **config: Any) -> Any:
 
 
 def save(folder: Path, architecture: str, tokenizer: Any, **config: Any) -> str:
-    """The folder that `network` and its tokenizer were saved to."""
+    """Save a `network` and its tokenizer; return the folder."""
     network(architecture, tokenizer, **config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -133,7 +133,7 @@ def test_a_single_image_is_a_row(model: PyFuncModel) -> None:
 def test_many_images_are_read_in_slices_and_named_by_their_number(model: PyFuncModel) -> None:
     small = text(picture("RGB", (2, 2), (0, 0, 255)))
     assert labels(model.predict([*[small] * 300, R])) == ["blue"] * 300 + ["red"]
-    with pytest.raises(MlflowException, match="'image' row 300 is no image of a known format"):
+    with pytest.raises(MlflowException, match="'image' row 300 is not an image of a supported"):
         model.predict([*[small] * 300, text(b"x")])
 
 
@@ -146,9 +146,9 @@ def test_many_images_are_read_in_slices_and_named_by_their_number(model: PyFuncM
         ({"dataframe_records": [{"image": [0, 9]}]}, "'image' row 0 is a list; every row must be"),
         ({"inputs": [R, f"{SECRET}!"]}, "'image' row 1 is a text that is not base64"),
         ({"inputs": [R, "café"]}, "'image' row 1 is a text that is not base64"),
-        ({"inputs": [R, ""]}, "'image' row 1 is no image of a known format; give one of JPEG"),
-        ({"inputs": [R, text(SECRET.encode())]}, "'image' row 1 is no image of a known format"),
-        ({"inputs": [R, text(RED[:-30])]}, "'image' row 1 is a damaged or cut off image"),
+        ({"inputs": [R, ""]}, "'image' row 1 is not an image of a supported format; use one"),
+        ({"inputs": [R, text(SECRET.encode())]}, "'image' row 1 is not an image of a supported"),
+        ({"inputs": [R, text(RED[:-30])]}, "'image' row 1 is a damaged or truncated image"),
         (
             {"inputs": [R, text(picture("1", (6100, 6100), 0))]},
             "'image' row 1 has 37,210,000 pixels; the limit is 36,000,000",
