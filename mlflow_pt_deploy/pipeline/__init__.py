@@ -1,1 +1,1 @@
-"""pipeline."""
+"""Stages of the pipeline, and the run of all of them."""

@@ -1,8 +1,6 @@
-"""The straight line: one stage after the other, as one parent run.
+"""The whole pipeline: all stages in order, as one parent run that can be resumed.
 
-    rows → teacher → student → variants → measurements → MLflow models → choice → alias
-
-Knows the order of things and how to go on after an interruption; computes and logs nothing itself.
+rows → teacher → student → variants → measurements → MLflow models → choice → alias
 """
 
 from __future__ import annotations
@@ -40,7 +38,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LifecycleResult:
-    """The whole line's outcome: what rows are, and the wall time of each stage in seconds."""
+    """Outcome of the pipeline.
+
+    Attributes:
+        run_id: The parent run.
+        column: Input column, ``text`` or ``image``.
+        optimized: Results of all variants, and the choice.
+        promotion: The new champion.
+        seconds: Wall time of each stage.
+    """
 
     run_id: str
     column: str
@@ -53,20 +59,19 @@ def run_lifecycle(options: Options) -> LifecycleResult:
     """Train, distill, optimize, choose and promote, as one parent run.
 
     Args:
-        options: With `resume`, the options of that run are taken instead.
+        options: With `resume`, the saved options of that run are used instead.
 
     Raises:
-        PtDeployError: A stage cannot go on; what was finished is kept and resumed from.
+        PtDeployError: A stage failed; finished stages are kept for `resume`.
     """
     check_tracking()
     if options.resume:
         saved = tracking.saved_options(options.resume)
         options = replace(saved, resume=options.resume, storage=options.storage)
-    options.policy()
-    select(options.variants)
+    select(options.variants)  # reports a wrong name before training
     splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
     seconds: dict[str, float] = {}
-    train = partial(train_teacher, before=_rehearsal(options))
+    train = partial(train_teacher, before=_dry_run(options))
     with tracking.stage_run(
         "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
     ) as parent:
@@ -93,34 +98,34 @@ def run_lifecycle(options: Options) -> LifecycleResult:
     return LifecycleResult(run_id, splits.column, optimized, promotion, seconds)
 
 
-def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
-    """What makes sure, before the teacher is trained, that its students can be made.
+def _dry_run(options: Options) -> Callable[[Classifier, Splits], None] | None:
+    """Function that checks, before the teacher is trained, that its students can be built.
 
-    Called before the run begins: the imports take seconds, in which nothing should be at stake.
+    Call this before the run starts: the imports take seconds.
     """
-    from mlflow_pt_deploy.pipeline.dry_run import rehearse_students
+    from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
 
     if options.student:
         return None
-    return lambda teacher, splits: rehearse_students(teacher, options, splits)
+    return lambda teacher, splits: dry_run_students(teacher, options, splits)
 
 
 def _students(parent: str, options: Options, splits: Splits) -> list[TrainedModel]:
-    """Those that a search leads to, or one of each kind: for texts, a static one too."""
+    """Students of a search, or one of each kind: a smaller one and, for texts, a static one."""
     if options.trials:
-        before = tracking.latest_child_run(parent, "search") if options.resume else None
-        again = replace(options, resume=before.info.run_id if before else "")
-        return list(search_students(again, splits).students)
-    made = []
+        earlier = tracking.latest_child_run(parent, "search") if options.resume else None
+        resumed = replace(options, resume=earlier.info.run_id if earlier else "")
+        return list(search_students(resumed, splits).students)
+    students = []
     for layers, epochs in (
         (options.student_layers, options.student_epochs),
         (0, options.static_epochs if splits.column == "text" else 0),
     ):
         if epochs:
-            wanted = replace(options, student_layers=layers)
-            stage = distill_stage(wanted)
-            made.append(run_or_resume(parent, stage, distill_student, wanted, splits))
-    return made
+            chosen = replace(options, student_layers=layers)
+            stage = distill_stage(chosen)
+            students.append(run_or_resume(parent, stage, distill_student, chosen, splits))
+    return students
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Behind the stage `optimize`: build, measure, log, choose, each for all variants.
-
-Knows the order of these steps; each of them is another module's.
-"""
+"""The stage `optimize`: build, measure and log all variants, then choose one."""
 
 from __future__ import annotations
 
@@ -34,13 +31,13 @@ from mlflow_pt_deploy.system.progress import progress
 
 @dataclass(frozen=True)
 class OptimizationResult:
-    """All variants, and which of them the policy chose.
+    """Results of all variants, and the choice of the policy.
 
     Attributes:
-        run_id: The run whose children the variants are.
-        results: A row for each variant, failed ones included.
-        models: Variant name to ``models:/m-...``.
-        choice: The variant and the reason.
+        run_id: Parent run of the variants.
+        results: One result per variant, failed ones included.
+        models: Variant name to model URI, ``models:/m-...``.
+        choice: Chosen variant and the reason.
     """
 
     run_id: str
@@ -52,42 +49,42 @@ class OptimizationResult:
 def optimize(
     run_id: str, models: Mapping[str, Path], splits: Splits, options: Options
 ) -> OptimizationResult:
-    """Build every variant of the models, measure and log each, and choose.
+    """Build every variant of the models, measure and log each, and choose one.
 
     Args:
         run_id: The active run; the variants become its children.
-        models: First part of the variants' names to a Hugging Face folder; all are compared with
-            the first.
-        splits: Numbered as the models number their classes.
-        options: What concerns building, measuring and choosing.
+        models: Role (first part of a variant's name) to a Hugging Face folder; the first model is
+            the baseline.
+        splits: Data, with the class numbers of the models.
+        options: Options of building, measuring and choosing.
     """
     work = work_folder(run_id)
     folders = work / "variants"
     built = _build(models, splits, select(options.variants), folders)
-    reference = VARIANTS[0].name(next(iter(models)))
-    with _bench(built, reference, splits, options) as bench:
+    baseline = VARIANTS[0].name(next(iter(models)))
+    with _bench(built, baseline, splits, options) as bench:
         results = _measure(bench, built)
         if wants_cascades(options.variants):
             results += _measure(bench, _cascade(results, splits, options.retain, folders))
         results = _with_fewer_threads(bench, results, options)
-    addresses = _log_results(results, splits)
+    uris = _log_results(results, splits)
     choice = choose(results, options.policy())
-    _log_outcome(results, choice, splits, addresses, work, options.retain)
+    _log_outcome(results, choice, splits, uris, work, options.retain)
     shutil.rmtree(work, ignore_errors=True)
-    return OptimizationResult(run_id, tuple(results), addresses, choice)
+    return OptimizationResult(run_id, tuple(results), uris, choice)
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
-    """The models' addresses, by the variants' names."""
-    addresses = {}
+    """Log each result; returns the model URIs by variant name."""
+    uris = {}
     with progress("logging", len(results), "variants") as shown:
         for step, result in enumerate(results):
             interrupt.check()
-            address = tracking.log_result(result, splits, step)
-            if address is not None:
-                addresses[result.variant] = address
+            uri = tracking.log_result(result, splits, step)
+            if uri is not None:
+                uris[result.variant] = uri
             shown.update(note=result.variant)
-    return addresses
+    return uris
 
 
 def _build(
@@ -104,8 +101,8 @@ def _build(
 def _cascade(
     results: Sequence[Result], splits: Splits, retain: float, target: Path
 ) -> list[BuildResult]:
-    """Cascades of what was measured, where one would be faster than every variant alone."""
-    made = []
+    """Build the cascades that are expected to be faster than every single variant."""
+    built = []
     for plan in plan_cascades(results, retain):
         cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
         name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
@@ -119,54 +116,54 @@ def _cascade(
             )
         except (PtDeployError, OSError) as error:
             reason = str(error)
-        found = None if reason else folder
-        made.append(BuildResult(name, CASCADE, cascade.runtime, cascade.precision, found, reason))
-    return made
+        path = None if reason else folder
+        built.append(BuildResult(name, CASCADE, cascade.runtime, cascade.precision, path, reason))
+    return built
 
 
-def _bench(built: Sequence[BuildResult], reference: str, splits: Splits, options: Options) -> Bench:
-    """What all variants are measured against.
+def _bench(built: Sequence[BuildResult], baseline: str, splits: Splits, options: Options) -> Bench:
+    """Benchmark against the baseline.
 
     Raises:
-        VariantError: The baseline could not be built, or fails.
+        VariantError: The baseline could not be built, or fails to run.
     """
-    one = next((one for one in built if one.name == reference), None)
+    one = next((one for one in built if one.name == baseline), None)
     if one is None or one.folder is None:
-        reason = one.reason if one else "it is not among the variants"
-        raise VariantError(f"the baseline {reference} is needed for every comparison: {reason}")
+        reason = one.reason if one else "it is not one of the variants"
+        raise VariantError(f"the baseline {baseline} is needed for every comparison: {reason}")
     return Bench(one.folder, splits, seconds=options.seconds, threads=options.threads)
 
 
 def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:
-    """A result for each, those that could not be built included."""
+    """Measure each variant; those that could not be built get a failed result."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
-    with _measuring("measuring", len(folders)) as note:
-        measured = {each.variant: each for each in bench.measure(folders, progress=note)}
+    with _progress_of("measuring", len(folders)) as on_result:
+        measured = {each.variant: each for each in bench.measure(folders, progress=on_result)}
     return [measured.get(one.name) or bench.failed(one.name, one.reason) for one in built]
 
 
 def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
-    """The same, but the finalists with as few threads as they need; a small model needs one."""
+    """Replace the finalists' results by those with the fewest threads that are not slower."""
     kept = {each.variant: each for each in results}
     names = finalists(results, options.policy())
-    fewer = [] if options.threads or not names else _fewer(usable_cores())
+    counts = [] if options.threads or not names else _smaller_thread_counts(usable_cores())
     folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
-    with _measuring("fewer threads", len(folders) * len(fewer)) as note:
-        for threads in fewer:
-            for result in bench.measure(folders, threads=threads, progress=note):
+    with _progress_of("fewer threads", len(folders) * len(counts)) as on_result:
+        for threads in counts:
+            for result in bench.measure(folders, threads=threads, progress=on_result):
                 if not result.reason and not_slower_than(result, kept[result.variant]):
                     kept[result.variant] = result
     return list(kept.values())
 
 
 @contextmanager
-def _measuring(what: str, total: int) -> Iterator[Callable[[Result], None]]:
+def _progress_of(what: str, total: int) -> Iterator[Callable[[Result], None]]:
     with progress(what, total, "variants") as shown:
         yield lambda result: shown.update(note=result.variant)
 
 
-def _fewer(cores: int) -> list[int]:
-    """Half of the cores, a quarter, and so on to one."""
+def _smaller_thread_counts(cores: int) -> list[int]:
+    """Half of the cores, a quarter, and so on down to one."""
     return [cores >> step for step in range(1, cores.bit_length())]
 
 

@@ -1,6 +1,6 @@
-"""The stage `search`: students are tried, some are chosen, and those are trained once more.
+"""The stage `search`: try students as trials, choose some, and train those again.
 
-Trials are children of its run. Knows what is logged of a search, and what it leads to.
+Trials are child runs. The stage logs the Pareto front, a report and all trials.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 KINDS = ("transformer", "static")
-_NARROW = 512  # wider encoders want lower learning rates, as in `train.Schedule.resolved`
+_NARROW = 512  # wider encoders need lower learning rates, as in `Schedule.resolved`
 _WIDE_RATES = (1e-5, 1e-4)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, and the students that it led to.
+    """Result of a search.
 
     Attributes:
-        run_id: The run whose children the trials are.
+        run_id: Parent run of the trials.
         found: All trials of the study.
-        chosen: A trial of each kind that was tried with success, the overall choice first.
-        students: Trained from these, in the same order.
+        chosen: The best trial of each kind, the overall best first.
+        students: Students trained with the parameters of `chosen`, in the same order.
     """
 
     run_id: str
@@ -66,22 +66,22 @@ class SearchResult:
 def search_students(
     options: Options, splits: Splits | None = None, *, space: Space | None = None
 ) -> SearchResult:
-    """Search for students by accuracy and measured latency, and train those that it chooses.
+    """Search for students by accuracy and measured latency, and train the chosen ones.
 
-    Trials are children of the run. A killed search goes on with `options.resume`; several processes
-    share one that `options.study` and `options.storage` name.
+    Trials are child runs. `options.resume` continues an interrupted search; several processes share
+    a search if `options.study` and `options.storage` are the same.
 
     Args:
-        options: `teacher` was fine-tuned; at least one of `trials`.
-        splits: The data, if it was loaded already.
-        space: What to vary; by default as `options.kinds` says.
+        options: `teacher` is a fine-tuned model; `trials` is at least 1.
+        splits: The data, if it is loaded already.
+        space: Search space; default: `default_space` of `options.kinds`.
 
     Raises:
         ModelError: `options.teacher` was not fine-tuned on these labels.
         SearchError: The study cannot be used, or no trial finished.
     """
     from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.pipeline.dry_run import rehearse_students
+    from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
 
     if splits is None:
         check_tracking()
@@ -90,12 +90,12 @@ def search_students(
     splits = align(splits, teacher.labels)
     if splits.column != "text":
         raise SearchError(
-            "a search tries students of texts, and these are images. Leave trials at 0: the line "
-            "distills one student of images."
+            "a search supports text models only, and the data are images. Leave trials at 0 to "
+            "distill one image student."
         )
     space = space or default_space(teacher, options.kinds)
     if options.trials:
-        rehearse_students(teacher, options, splits)
+        dry_run_students(teacher, options, splits)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()
     ) as run:
@@ -104,79 +104,81 @@ def search_students(
         found, chosen = _explore(run_id, teacher, splits, options, space)
         students = []
         for each in chosen:
-            wanted = _as_options(each.trial.point, options)
-            stage = distill_stage(wanted)
-            students.append(run_or_resume(run_id, stage, distill_student, wanted, splits))
+            parameters = _as_options(each.trial.point, options)
+            stage = distill_stage(parameters)
+            students.append(run_or_resume(run_id, stage, distill_student, parameters, splits))
     return SearchResult(run_id, found, chosen, tuple(students))
 
 
 def default_space(teacher: Classifier, kinds: str) -> Space:
-    """Students with fewer layers than the teacher, static ones, on one core and on all.
+    """Students with fewer layers than the teacher and static ones, on one core and on all.
 
     Args:
         teacher: The fine-tuned teacher.
         kinds: ``transformer``, ``static``, or both, separated by a comma.
 
     Raises:
-        SearchError: A kind does not exist.
+        SearchError: A kind is unknown.
     """
-    wanted = {kind.strip() for kind in kinds.split(",") if kind.strip()}
-    if not wanted or wanted - set(KINDS):
+    chosen = {kind.strip() for kind in kinds.split(",") if kind.strip()}
+    if not chosen or chosen - set(KINDS):
         raise SearchError(f"kinds is {kinds!r}; choose from {', '.join(KINDS)}.")
     config = teacher.network.config
-    most = max(1, getattr(config, "num_hidden_layers", 1) - 1)
+    max_layers = max(1, getattr(config, "num_hidden_layers", 1) - 1)
     threads = tuple(sorted({1, usable_cores()}))
-    transformer = replace(TRANSFORMER, layers=(1, most), threads=threads, **_cuts(config))
+    transformer = replace(
+        TRANSFORMER, layers=(1, max_layers), threads=threads, **_pruning_space(config)
+    )
     if getattr(config, "hidden_size", 768) > _NARROW:
         transformer = replace(transformer, learning_rate=_WIDE_RATES)
     return Space(
-        transformer if "transformer" in wanted else None, STATIC if "static" in wanted else None
+        transformer if "transformer" in chosen else None, STATIC if "static" in chosen else None
     )
 
 
-def _cuts(config: Any) -> dict[str, Any]:
-    """Heads and shares of the width that are tried, where these can be cut at all."""
+def _pruning_space(config: Any) -> dict[str, Any]:
+    """Numbers of heads and shares of the width to try, if the architecture can be pruned."""
     from mlflow_pt_deploy.models.architectures import FAMILIES
 
     family = FAMILIES.get(config.model_type)
     if family is None or not family.queries:
         return {}
     heads = config.num_attention_heads
-    fewer = {round(heads * share) for share in (2 / 3, 1 / 2)} - {0, heads}
-    return {"heads": (0, *sorted(fewer, reverse=True)), "width": (1.0, 0.75, 0.5)}
+    head_counts = {round(heads * share) for share in (2 / 3, 1 / 2)} - {0, heads}
+    return {"heads": (0, *sorted(head_counts, reverse=True)), "width": (1.0, 0.75, 0.5)}
 
 
 def _explore(
     run_id: str, teacher: Classifier, splits: Splits, options: Options, space: Space
 ) -> tuple[StudyResult, tuple[SelectedTrial, ...]]:
-    """Try points until there are enough, and choose."""
+    """Run the trials, and choose."""
     from mlflow_pt_deploy.pipeline.trial_objective import Evaluator
     from mlflow_pt_deploy.training.trainer import evaluate
 
     tracking.terminate_abandoned_children(run_id)
-    plan = StudyConfig(
+    config = StudyConfig(
         study=options.study or run_id,
-        storage=options.storage or _own_storage(),
+        storage=options.storage or _default_storage(),
         trials=options.trials,
         seconds=options.search_seconds or float("inf"),
         seed=options.seed,
     )
     work = work_folder(run_id)
     accuracy = evaluate(teacher, splits.validation, device=options.device)
-    found = search(Evaluator(teacher, splits, options, work), space, plan, on_trial=_say)
+    found = search(Evaluator(teacher, splits, options, work), space, config, on_trial=_print_trial)
     chosen = _choose(found, options.retain, accuracy)
     _log_outcome(found, chosen, options.retain * accuracy, work)
     shutil.rmtree(work, ignore_errors=True)
     return found, chosen
 
 
-def _own_storage() -> str:
+def _default_storage() -> str:
     home().mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{home() / 'studies.db'}"
 
 
 def _choose(found: StudyResult, retain: float, accuracy: float) -> tuple[SelectedTrial, ...]:
-    """One of each kind, so that what follows can make a cascade of them."""
+    """The best trial of each kind, so that `optimize` can build a cascade of them."""
     best = choose_point(found, retain, accuracy)
     others = []
     for kind in KINDS:
@@ -201,7 +203,7 @@ def _as_options(point: TrialParams, options: Options) -> Options:
     )
 
 
-def _say(trial: CompletedTrial | FailedTrial) -> None:
+def _print_trial(trial: CompletedTrial | FailedTrial) -> None:
     if isinstance(trial, CompletedTrial):
         outcome = trial.outcome
         what = f"{outcome.latency_ms:.3g} ms, validation accuracy {outcome.accuracy:.4f}"

@@ -1,4 +1,4 @@
-"""What a student of given options starts from."""
+"""The initial student: a pruned copy of the teacher."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mlflow_pt_deploy.models.static import FREQUENT
 from mlflow_pt_deploy.pruning import frequent_pieces, new_student, prune_vocabulary
 
 
-def start_student(
+def init_student(
     teacher: Any, options: Options, splits: Splits, *, frequent: int = FREQUENT
 ) -> Any:
-    """A part of the teacher: its vocabulary, its layers, and of these what matters most.
+    """Build an untrained student: a subset of the teacher's vocabulary, layers, heads and neurons.
 
     Args:
         teacher: The fine-tuned teacher; it is not changed.
-        options: What concerns students.
-        splits: Rows of `train` tell what matters.
+        options: Options of the student.
+        splits: The importance of heads and neurons is estimated on `train`.
         frequent: See `models.new_static`.
 
     Raises:
-        ModelError: There is no such student of this teacher.
+        ModelError: The teacher has no such student, or an option is for texts only.
     """
-    of_texts = {
+    text_options = {
         "vocabulary": options.vocabulary != "all",
         "student_heads": options.student_heads,
         "student_neurons": options.student_neurons,
@@ -34,8 +34,12 @@ def start_student(
         "relation_weight": options.relation_weight,
         "made_texts": options.made_texts,
     }
-    if splits.column != "text" and (given := [name for name, set_ in of_texts.items() if set_]):
-        raise ModelError(f"{', '.join(given)}: for texts only, and these are images. Leave it out.")
+    if splits.column != "text" and (
+        given := [name for name, value in text_options.items() if value]
+    ):
+        raise ModelError(
+            f"{', '.join(given)}: for texts only, and the data are images. Leave it out."
+        )
     if options.vocabulary != "all":
         texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
         teacher = prune_vocabulary(teacher, texts, keep=common)

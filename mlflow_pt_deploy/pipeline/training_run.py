@@ -1,7 +1,4 @@
-"""A model is trained in a run: each epoch is logged, and what it came to is the run's artifact.
-
-Knows the run; what is learned from is the stage's, how to fit is `train`'s.
-"""
+"""Train a model as a run: log each epoch, and save the trained model as the run's artifact."""
 
 from __future__ import annotations
 
@@ -24,16 +21,16 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule
 
 EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
-"""Passes over train where a user left them to us, by stage and whether a model is pretrained."""
+"""Default epochs by stage and by whether the model is pretrained."""
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What a model learns from.
+    """Training data and loss of a model.
 
     Attributes:
-        loss: Of a batch of it.
-        rows: What it is shown; None: train.
+        loss: Loss of a batch.
+        rows: Training rows; None: the train split.
     """
 
     loss: Loss
@@ -45,10 +42,10 @@ class TrainedModel:
     """A trained model.
 
     Attributes:
-        run_id: The run that made it.
-        model: Its address, ``runs:/RUN_ID/model``.
-        validation_accuracy: Share of validation rows it labels right.
-        seconds: Time that training took, interruptions left out.
+        run_id: The run that trained it.
+        model: Its URI, ``runs:/RUN_ID/model``.
+        validation_accuracy: Share of validation rows that it classifies correctly.
+        seconds: Training time, without interruptions.
     """
 
     run_id: str
@@ -62,25 +59,25 @@ def fit_in_run(
     options: Options,
     splits: Splits,
     classifier: Classifier,
-    lesson: TrainingTask,
+    task: TrainingTask,
     epochs: int,
 ) -> TrainedModel:
-    """Train a model as a run that ends with the model as its artifact.
+    """Train a model as a run with the model as its artifact.
 
     Args:
-        stage: How the run is tagged.
-        options: With `resume`, the run to go on with.
-        splits: Judged on `validation`.
-        classifier: Trained in place.
-        lesson: What it learns from.
-        epochs: Passes over that; 0: it stays as it is; below 0: as `EPOCHS` has it.
+        stage: Stage tag of the run.
+        options: `resume` is the run to continue, if any.
+        splits: The data; `validation` is used for the accuracy.
+        classifier: The model, trained in place.
+        task: Training rows and loss.
+        epochs: Passes over the rows; 0: no training; below 0: see `EPOCHS`.
     """
     from mlflow_pt_deploy.models import save_classifier
     from mlflow_pt_deploy.training.qat import int8_rounding
     from mlflow_pt_deploy.training.trainer import fit, predict_logits
 
     schedule = _schedule(stage, options, classifier, epochs)
-    aware = stage == "distill" and options.student_precision == "int8-qat"
+    int8_training = stage == "distill" and options.student_precision == "int8-qat"
     with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
         work = work_folder(run.info.run_id)
         if not options.resume:
@@ -88,15 +85,15 @@ def fit_in_run(
         tracking.log_dataset_facts(splits)
         history: list[Epoch] = []
         if schedule.epochs:
-            with int8_rounding(classifier.network) if aware else nullcontext():
+            with int8_rounding(classifier.network) if int8_training else nullcontext():
                 history = fit(
                     classifier,
-                    replace(splits, train=lesson.rows or splits.train),
-                    lesson.loss,
+                    replace(splits, train=task.rows or splits.train),
+                    task.loss,
                     schedule,
                     device=options.device,
                     checkpoint=work / "checkpoint.pt",
-                    on_epoch=partial(_log, stage, schedule.epochs),
+                    on_epoch=partial(_log_epoch, stage, schedule.epochs),
                 )
         seconds = float(sum(epoch.seconds for epoch in history))
         rows, targets = splits.validation.rows, splits.validation.targets
@@ -107,9 +104,9 @@ def fit_in_run(
         mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
         mlflow.log_metric("seconds", seconds)
         save_classifier(classifier.to("cpu"), work / "model")
-        address = tracking.log_folder(work / "model", "model")
+        uri = tracking.log_folder(work / "model", "model")
         shutil.rmtree(work, ignore_errors=True)
-    return TrainedModel(run.info.run_id, address, accuracy, seconds)
+    return TrainedModel(run.info.run_id, uri, accuracy, seconds)
 
 
 def _schedule(stage: str, options: Options, classifier: Classifier, epochs: int) -> Schedule:
@@ -123,7 +120,7 @@ def _schedule(stage: str, options: Options, classifier: Classifier, epochs: int)
     ).resolved(classifier)
 
 
-def _log(stage: str, epochs: int, epoch: Epoch) -> None:
+def _log_epoch(stage: str, epochs: int, epoch: Epoch) -> None:
     mlflow.log_metrics(
         {"train_loss": epoch.train_loss, "validation_accuracy": epoch.validation_accuracy},
         step=epoch.number,

@@ -1,7 +1,4 @@
-"""One point of a search: trained, built, measured, and logged as a child run.
-
-Knows what a trial is worth and where its run lies; what to try next is `search`'s to say.
-"""
+"""Objective of a search trial: train, build and measure a student, logged as a child run."""
 
 from __future__ import annotations
 
@@ -42,24 +39,24 @@ if TYPE_CHECKING:
 
 
 class Evaluator:
-    """What a search calls with each point.
+    """Objective function of a search.
 
-    Accuracy and latency are those of the reloaded variant in a fresh process; rows of `test` are
-    not looked at.
+    Accuracy and latency are those of the reloaded variant in a fresh process. The test split is not
+    used.
 
     Args:
-        teacher: Teaches all of them.
-        splits: Where rows and targets come from.
+        teacher: Teacher of all students.
+        splits: The data.
         options: Device, seed and timing budget.
-        work: Folder for what a trial leaves until it is measured.
+        work: Folder for files of a trial until it is measured.
     """
 
     def __init__(self, teacher: Classifier, splits: Splits, options: Options, work: Path) -> None:
-        nothing = Split((), np.empty(0, dtype=np.int64))
-        self._splits = replace(splits, test=nothing)
+        empty = Split((), np.empty(0, dtype=np.int64))
+        self._splits = replace(splits, test=empty)
         self._teacher, self._options, self._work = teacher, options, work
         cache = home() / "logits"
-        self._lesson = label_with_teacher(
+        self._labels = label_with_teacher(
             teacher,
             splits.train,
             cache,
@@ -67,7 +64,7 @@ class Evaluator:
             seed=options.seed,
             device=options.device,
         )
-        self._taught = replace(self._splits, train=self._lesson.split)
+        self._labelled = replace(self._splits, train=self._labels.split)
         self._baseline: Path | None = None
 
     def __call__(self, point: TrialParams, report: Report) -> Outcome:
@@ -82,7 +79,7 @@ class Evaluator:
             student = self._student(point)
             fit(
                 student,
-                self._taught,
+                self._labelled,
                 self._loss(point, student),
                 Schedule(point.epochs, point.learning_rate, point.batch_size, self._options.seed),
                 device=self._options.device,
@@ -98,12 +95,12 @@ class Evaluator:
 
     @cached_property
     def _static(self) -> Classifier:
-        """Where all static students start; to ask the teacher for each piece takes a while."""
-        torch.manual_seed(self._options.seed)  # so that it is the same when it is trained again
+        """Initial static student, shared by all trials: computing its embeddings takes long."""
+        torch.manual_seed(self._options.seed)  # the same when the chosen student is trained again
         return new_student(self._teacher, self._splits.train, 0)
 
     def _student(self, point: TrialParams) -> Classifier:
-        """What is taught: a static student, or a part of the teacher."""
+        """Initial student: static, or a pruned copy of the teacher."""
         if not point.layers:
             return copy.deepcopy(self._static)
         return new_student(
@@ -115,18 +112,18 @@ class Evaluator:
         )
 
     def _loss(self, point: TrialParams, student: Classifier) -> Loss:
-        lesson = self._lesson
+        labels = self._labels
         loss = distillation_loss(
-            lesson.logits,
-            lesson.split.targets,
+            labels.logits,
+            labels.split.targets,
             temperature=point.temperature,
             weight=point.soft_weight,
         )
-        return add_similarity_loss(loss, student, lesson.features, self._options.relation_weight)
+        return add_similarity_loss(loss, student, labels.features, self._options.relation_weight)
 
     def _measure(self, student: Classifier, point: TrialParams, folder: Path) -> Outcome:
-        """Of the student as its variant runs it, reloaded in a fresh process."""
-        reference, name = self._built_baseline(), "student" if point.layers else "static"
+        """Measure the student's variant, reloaded in a fresh process."""
+        baseline, name = self._built_baseline(), "student" if point.layers else "static"
         try:
             save_classifier(student, folder / "model")
             variant = select(point.variant)[-1]
@@ -136,8 +133,8 @@ class Evaluator:
             if built.folder is None:
                 raise VariantError(f"{built.name}: {built.reason}")
             (result,) = measure(
-                {reference.name: reference, built.name: built.folder},
-                baseline=reference.name,
+                {baseline.name: baseline, built.name: built.folder},
+                baseline=baseline.name,
                 splits=self._splits,
                 seconds=self._options.seconds,
                 threads=point.threads,
@@ -151,7 +148,7 @@ class Evaluator:
         return Outcome(accuracy, latency)
 
     def _built_baseline(self) -> Path:
-        """The eager teacher, built when the first trial needs it."""
+        """Folder of the eager teacher, built when the first trial needs it."""
         if self._baseline is None:
             source = self._work / "model"
             save_classifier(self._teacher, source)

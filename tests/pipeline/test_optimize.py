@@ -1,4 +1,4 @@
-"""What optimize does beyond building and measuring: the finalists with fewer threads."""
+"""Optimize: the finalists are measured with fewer threads too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.evaluation import Measurement, Result
-from mlflow_pt_deploy.pipeline.lifecycle import optimize
+from mlflow_pt_deploy.pipeline import optimize
 from mlflow_pt_deploy.tracking import _serving_config
 
 Asked = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
@@ -37,7 +37,7 @@ def _result(variant: str, speedup: float, threads: int = 4) -> Result:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """Four cores; one thread is as good for the static student, and two for the other."""
+    """Four cores; one thread is enough for the static student, two for the other."""
     calls: list[tuple[int, tuple[str, ...]]] = []
     speedups = {("static-numpy-fp32", 1): 100.0, ("static-numpy-fp32", 2): 95.0}
     speedups |= {("student-openvino-fp32", 1): 5.0, ("student-openvino-fp32", 2): 9.5}
@@ -58,7 +58,7 @@ MEASURED = [
 ]
 
 
-def test_each_finalist_keeps_as_few_threads_as_it_needs(asked: Asked) -> None:
+def test_each_finalist_gets_the_fewest_threads_it_needs(asked: Asked) -> None:
     bench, calls = asked
     found = optimize._with_fewer_threads(bench, MEASURED, Options())
     assert [threads for threads, _ in calls] == [2, 1]
@@ -69,13 +69,13 @@ def test_each_finalist_keeps_as_few_threads_as_it_needs(asked: Asked) -> None:
     }
 
 
-def test_threads_that_a_user_sets_stay(asked: Asked) -> None:
+def test_threads_set_by_the_user_are_kept(asked: Asked) -> None:
     bench, calls = asked
     assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4)) == MEASURED
     assert not calls
 
 
-def test_it_is_served_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_is_served_with_its_measured_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlflow_pt_deploy.tracking.usable_cores", lambda: 4)
     assert _serving_config(_result("a-b-c", 2, threads=1)) == {
         "num_threads": 1,

@@ -1,4 +1,4 @@
-"""The whole line on a tiny model: one parent run, its children, a champion that answers."""
+"""The whole pipeline on a tiny model: one parent run, its children, a working champion."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from mlflow_pt_deploy.selection.policy import Choice, Policy
 FEW = "eager-bf16,onnxruntime-int8-dynamic,numpy"
 
 
-def _line(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
+def _run_arguments(tiny_data: Path, tiny_model: Path, *more: str) -> list[str]:
     options = {
         "data": tiny_data,
         "teacher": tiny_model,
@@ -51,28 +51,28 @@ def _children(run_id: str) -> dict[str, mlflow.entities.Run]:
 
 
 class Killed(BaseException):
-    """Stands for a power cut."""
+    """Simulates a power failure."""
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A one for each step of training; the fifth, in the second epoch, is not finished."""
-    from mlflow_pt_deploy.training import trainer as train
+    """One entry per training step; the fifth, in the second epoch, fails."""
+    from mlflow_pt_deploy.training import trainer
 
-    real, taken = train._Run._learn, []
+    real, taken = trainer._TrainingState._train_step, []
 
-    def die_later(self: train._Run, loss: object, chosen: object) -> float:
+    def die_later(self: trainer._TrainingState, loss: object, rows: object) -> float:
         taken.append(1)
         if len(taken) == 5:
             raise Killed
-        return real(self, loss, chosen)
+        return real(self, loss, rows)
 
-    monkeypatch.setattr(train, "_CHECKPOINT_EVERY_S", 0)
-    monkeypatch.setattr(train._Run, "_learn", die_later)
+    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(trainer._TrainingState, "_train_step", die_later)
     return taken
 
 
-def test_the_whole_line_goes_on_where_it_was_interrupted(
+def test_an_interrupted_pipeline_is_resumed(
     tracking: str,
     tiny_data: Path,
     tiny_model: Path,
@@ -80,7 +80,7 @@ def test_the_whole_line_goes_on_where_it_was_interrupted(
     steps: list[int],
 ) -> None:
     with pytest.raises(Killed):
-        main(_line(tiny_data, tiny_model))
+        main(_run_arguments(tiny_data, tiny_model))
     run_id = mlflow.search_runs(
         filter_string="tags.`pt_deploy.stage` = 'run'", search_all_experiments=True
     )["run_id"][0]
@@ -89,7 +89,7 @@ def test_the_whole_line_goes_on_where_it_was_interrupted(
     lines = capsys.readouterr().out.strip().splitlines()
     document = json.loads(lines[-1])
     assert document["run_id"] == run_id
-    # 4 x 3, 2 x 3 and 2 x 1 steps; the four that were done are not repeated.
+    # 4 x 3, 2 x 3 and 2 x 1 steps; the four finished ones are not repeated.
     assert len(steps) == 5 + 12 - 4 + 6 + 2
     _check_document(document)
     _check_tracking(document)
@@ -100,8 +100,7 @@ def test_the_whole_line_goes_on_where_it_was_interrupted(
 
 def _check_document(document: dict) -> None:
     rows = {row["variant"]: row for row in document["variants"]}
-    # Eager fp32 and the two that were asked for, for teacher and student; for the static
-    # student NumPy.
+    # Eager fp32 and the two requested variants of teacher and student; NumPy for the static one.
     assert len(rows) == 7
     assert rows["teacher-eager-fp32"]["validation"]["accuracy"] > 0.8, "the teacher learned nothing"
     assert rows["teacher-eager-fp32"]["test"]["agreement"] == 1
@@ -141,7 +140,7 @@ def _check_champion(document: dict) -> None:
 
 
 def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another policy chooses another variant of the same run; the old champion is kept."""
+    """Another policy chooses another variant; a failed promotion changes nothing."""
     first = MlflowClient().get_model_version_by_alias("tiny", "champion").version
     chosen = read_optimized(run_id).choice.variant
     done = read_optimized(run_id, Policy(retain=0.0, objective="throughput"))
@@ -159,7 +158,7 @@ def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> N
     assert str(client.get_model_version_by_alias("tiny", "champion").version) == promotion.version
 
 
-def test_the_whole_line_on_images(
+def test_the_pipeline_on_images(
     tracking: str, tiny_images: Path, tiny_resnet: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = {
@@ -191,15 +190,17 @@ def test_the_whole_line_on_images(
     assert len(answers) == len(images)
 
 
-def test_what_images_do_not_have(tracking: str, tiny_images: Path, tiny_resnet: Path) -> None:
+def test_text_options_are_rejected_for_images(
+    tracking: str, tiny_images: Path, tiny_resnet: Path
+) -> None:
     options = Options(data=str(tiny_images), teacher=str(tiny_resnet))
-    with pytest.raises(ModelError, match="vocabulary: for texts only, and these are images"):
+    with pytest.raises(ModelError, match="vocabulary: for texts only, and the data are images"):
         distill_student(replace(options, vocabulary="train"))
-    with pytest.raises(SearchError, match="a search tries students of texts"):
+    with pytest.raises(SearchError, match="a search supports text models only"):
         search_students(replace(options, trials=1))
 
 
-def test_a_model_of_ones_own(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
+def test_optimize_an_existing_model(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
     done = optimize_models(
         Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.1)
     )
@@ -207,7 +208,7 @@ def test_a_model_of_ones_own(tracking: str, tiny_data: Path, tiny_model: Path) -
     assert not done.results[0].reason
 
 
-def test_a_cascade_is_a_variant_like_any_other(
+def test_a_cascade_is_built_measured_and_served(
     tracking: str,
     tiny_data: Path,
     tiny_model: Path,
@@ -218,17 +219,17 @@ def test_a_cascade_is_a_variant_like_any_other(
 
     from mlflow_pt_deploy.models import load_classifier, save_classifier
 
-    # A static student that knows nothing of cards, and says so by being unsure.
+    # A static student without weights for one class, and with low confidence.
     static = load_classifier(str(tiny_static))
     with torch.no_grad():
         static.network.classifier.weight[0] = 0
         static.network.classifier.weight *= 0.5
-    save_classifier(static, tmp_path / "forgetful")
+    save_classifier(static, tmp_path / "weak")
     done = optimize_models(
         Options(
             data=str(tiny_data),
             teacher=str(tiny_model),
-            student=str(tmp_path / "forgetful"),
+            student=str(tmp_path / "weak"),
             variants="numpy,cascade",
             seconds=0.1,
         )
@@ -239,7 +240,7 @@ def test_a_cascade_is_a_variant_like_any_other(
     alone = rows["static-numpy-fp32"].value("accuracy", "validation")
     assert alone < 0.99 * rows["teacher-eager-fp32"].value("accuracy", "validation")
     assert cascade.value("accuracy", "validation") > alone
-    # The tiny teacher is as fast as any cascade; what is chosen is not the point here.
+    # The tiny teacher is as fast as any cascade, so the choice is made by hand.
     by_hand = Choice(cascade.variant, "by hand", ())
     promote_choice(OptimizationResult(done.run_id, done.results, done.models, by_hand), "tiny")
     model = mlflow.pyfunc.load_model("models:/tiny@champion")
@@ -247,16 +248,16 @@ def test_a_cascade_is_a_variant_like_any_other(
     assert [answer["label"] for answer in answers] == ["refund", "card"]
 
 
-def test_nothing_chosen_is_not_promoted(tracking: str) -> None:
+def test_without_a_choice_nothing_is_promoted(tracking: str) -> None:
     nothing = OptimizationResult("0", (), {}, Choice(None, "No variant meets the limits.", ()))
     with pytest.raises(PolicyError, match=r"nothing is promoted. No variant meets the limits"):
         promote_choice(nothing, "tiny")
 
 
-def test_a_student_with_the_vocabulary_of_train(
+def test_a_student_with_the_vocabulary_of_the_training_data(
     tracking: str, tiny_data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The tiny vocabulary has no more pieces than count as frequent.
+    # All pieces of the tiny vocabulary would count as frequent.
     monkeypatch.setattr("mlflow_pt_deploy.pipeline.students.frequent_pieces", lambda classifier: [])
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.pipeline.stages import distill_student
@@ -270,7 +271,7 @@ def test_a_student_with_the_vocabulary_of_train(
         Options(vocabulary="tiny")
 
 
-def test_every_technique_of_distillation_at_once(
+def test_all_distillation_options_together(
     tracking: str, tiny_data: Path, tiny_model: Path
 ) -> None:
     from mlflow_pt_deploy.models import load_classifier
@@ -291,12 +292,12 @@ def test_every_technique_of_distillation_at_once(
     run = MlflowClient().get_run(done.run_id)
     (train,) = (x.dataset for x in run.inputs.dataset_inputs if x.dataset.name.endswith("-train"))
     splits = load_data(str(tiny_data))
-    assert train.digest == splits.train.digest  # what was made from it is not the user's data
+    assert train.digest == splits.train.digest  # augmented texts are not part of the data set
     student = load_classifier(fetch_model(done.model)).network
     (layer,) = student.bert.encoder.layer
     assert layer.intermediate.dense.out_features == 16
     assert not any("forward" in vars(module) for module in student.modules())
     with pytest.raises(ModelError, match=r"student_precision is 'int4'; choose from fp32, int8"):
         Options(student_precision="int4")
-    with pytest.raises(ModelError, match=r"made_texts is -1; give a number from 0 on"):
+    with pytest.raises(ModelError, match=r"made_texts is -1; give a number of at least 0"):
         Options(made_texts=-1)

@@ -1,4 +1,4 @@
-"""Students of many architectures: cut right or refused in words, and before anything is trained."""
+"""Dry run: students of many architectures are built correctly or rejected before training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import TextClassifier, reload_classifier, save_classifier, shrink
-from mlflow_pt_deploy.pipeline.dry_run import rehearse, rehearse_students
+from mlflow_pt_deploy.pipeline.dry_run import dry_run, dry_run_students
 from mlflow_pt_deploy.training.trainer import predict_logits
 
 ROWS = ["my card", "please refund it and send the money abroad", "a"]
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def teacher() -> Callable[[str], TextClassifier]:
-    """An untrained classifier of this kind, with 4 layers."""
+    """Makes an untrained classifier of an architecture, with 4 layers."""
 
     def make(kind: str) -> TextClassifier:
         name, shape = KINDS[kind]
@@ -70,20 +70,20 @@ def teacher() -> Callable[[str], TextClassifier]:
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen2", "gpt2", "t5", "longformer"])
-def test_a_student_comes_back_as_it_was_saved(
+def test_a_student_has_the_same_outputs_after_saving_and_loading(
     kind: str, teacher: Callable[[str], TextClassifier], tmp_path: Path
 ) -> None:
-    whole = teacher(kind)
-    expected = predict_logits(whole, ROWS)
-    assert np.allclose(predict_logits(shrink(whole, [0, 1, 2, 3]), ROWS), expected, atol=1e-5)
-    student = shrink(whole, [0, 2])
+    original = teacher(kind)
+    expected = predict_logits(original, ROWS)
+    assert np.allclose(predict_logits(shrink(original, [0, 1, 2, 3]), ROWS), expected, atol=1e-5)
+    student = shrink(original, [0, 2])
     answers = predict_logits(student, ROWS)
     save_classifier(student, tmp_path)
-    # with its own tokenizer: transformers has another one for each of these architectures
-    loaded = TextClassifier(reload_classifier(str(tmp_path)).network, whole.tokenizer)
+    # with the same tokenizer: transformers loads another class for each architecture
+    loaded = TextClassifier(reload_classifier(str(tmp_path)).network, original.tokenizer)
     assert np.allclose(predict_logits(loaded, ROWS), answers, atol=1e-5)
     assert not np.allclose(answers, expected, atol=1e-5)
-    assert np.array_equal(predict_logits(whole, ROWS), expected), "the teacher is not changed"
+    assert np.array_equal(predict_logits(original, ROWS), expected), "the teacher is not changed"
 
 
 @pytest.mark.parametrize(
@@ -92,72 +92,76 @@ def test_a_student_comes_back_as_it_was_saved(
         (
             "albert",
             [0, 1],
-            r"has no list of 4 layers .* they share their weights\. Have no student",
+            r"has no list of 4 layers .* they share their weights\. Train no student",
         ),
         (
             "funnel",
             [0, 1],
-            r"funnel: its number of layers cannot be changed\. Have no student with",
+            r"funnel: its number of layers cannot be changed\. Train no student with",
         ),
         (
             "modernbert",
             [2, 3],
-            r"of its 4 layers, 2, 3 alone make no network \(Unexpected key.*Keep",
+            r"no network can be built from layers 2, 3 of 4 \(Unexpected key.*Keep",
         ),
-        ("t5", [1], r"t5: of its 4 layers, 1 alone make no network \(Missing key.*relative_att"),
+        ("t5", [1], r"t5: no network can be built from layers 1 of 4 \(Missing key.*relative_att"),
     ],
 )
-def test_a_cut_that_makes_no_network_is_refused(
+def test_layers_that_make_no_network_are_rejected(
     kind: str, layers: list[int], message: str, teacher: Callable[[str], TextClassifier]
 ) -> None:
     with pytest.raises(ModelError, match=message):
         shrink(teacher(kind), layers)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen2"}))  # for its tokenizer, see above
-def test_every_kind_has_a_static_student(
+@pytest.mark.parametrize(
+    "kind", sorted(KINDS.keys() - {"qwen2"})
+)  # except qwen2: see the tokenizer above
+def test_every_architecture_has_a_static_student(
     kind: str, teacher: Callable[[str], TextClassifier], tiny_splits: Splits
 ) -> None:
-    rehearse_students(teacher(kind), Options(student_epochs=0), tiny_splits)
+    dry_run_students(teacher(kind), Options(student_epochs=0), tiny_splits)
 
 
-def test_what_answers_otherwise_once_it_is_loaded_is_refused(
+def test_a_model_whose_outputs_change_after_loading_is_rejected(
     teacher: Callable[[str], TextClassifier], tiny_splits: Splits
 ) -> None:
     odd = teacher("bert")
-    odd.network.config.layer_norm_eps = 10.0  # the network was built with another one
-    with pytest.raises(ModelError, match=r"bert: the teacher answers otherwise once it is saved"):
-        rehearse(odd, tiny_splits.train.rows, "the teacher")
-    odd.network.config.layer_types = ["full_attention"]  # ModernBERT's after a careless cut
+    odd.network.config.layer_norm_eps = 10.0  # the network was built with another value
+    with pytest.raises(ModelError, match=r"bert: the teacher has other outputs after saving"):
+        dry_run(odd, tiny_splits.train.rows, "the teacher")
+    odd.network.config.layer_types = [
+        "full_attention"
+    ]  # as of a ModernBERT whose layers were pruned carelessly
     odd.network.config.num_attention_heads = 5
-    with pytest.raises(ModelError, match=r"the teacher cannot be (saved|loaded again) \("):
-        rehearse(odd, tiny_splits.train.rows, "the teacher")
+    with pytest.raises(ModelError, match=r"the teacher cannot be (saved|loaded) \("):
+        dry_run(odd, tiny_splits.train.rows, "the teacher")
 
 
-def test_all_ways_to_cut_are_tried(
+def test_all_pruning_options_are_tried(
     teacher: Callable[[str], TextClassifier], tiny_splits: Splits
 ) -> None:
     bert = teacher("bert")
     before = torch.get_rng_state()
     cut = {"student_layers": 2, "student_heads": 2, "student_neurons": 24, "student_width": 0.5}
-    rehearse_students(bert, Options(**cut, vocabulary="train"), tiny_splits)
-    rehearse_students(bert, Options(trials=3), tiny_splits)
+    dry_run_students(bert, Options(**cut, vocabulary="train"), tiny_splits)
+    dry_run_students(bert, Options(trials=3), tiny_splits)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ModelError, match=r"gpt2 cannot be pruned; supported are bert"):
-        rehearse_students(teacher("gpt2"), Options(student_layers=2, student_heads=2), tiny_splits)
+        dry_run_students(teacher("gpt2"), Options(student_layers=2, student_heads=2), tiny_splits)
     with pytest.raises(ModelError, match=r"student_layers 5: choose from 1 to 4"):
-        rehearse_students(bert, Options(student_layers=5), tiny_splits)
-    rehearse_students(bert, replace(Options(), student_epochs=0, static_epochs=0), tiny_splits)
+        dry_run_students(bert, Options(student_layers=5), tiny_splits)
+    dry_run_students(bert, replace(Options(), student_epochs=0, static_epochs=0), tiny_splits)
 
 
-def test_a_run_refuses_before_its_teacher_is_trained(
+def test_a_run_fails_before_its_teacher_is_trained(
     tracking: str, tiny_data: Path, teacher: Callable[[str], TextClassifier], tmp_path: Path
 ) -> None:
     save_classifier(teacher("albert"), tmp_path / "albert")
-    said = io.StringIO()
-    with redirect_stderr(said):
+    errors = io.StringIO()
+    with redirect_stderr(errors):
         assert main(["run", "--data", str(tiny_data), "--teacher", str(tmp_path / "albert")]) == 1
-    assert "AlbertForSequenceClassification has no list of 4 layers" in said.getvalue()
+    assert "AlbertForSequenceClassification has no list of 4 layers" in errors.getvalue()
     (run,) = MlflowClient().search_runs(["0"])
     assert run.data.tags["pt_deploy.stage"] == "run"
     assert run.info.status == "FAILED"

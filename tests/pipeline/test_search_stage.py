@@ -1,4 +1,4 @@
-"""The stage `search`: trials are runs, the front is logged, a chosen student goes down the line."""
+"""The stage `search`: trials are runs, the Pareto front is logged, chosen students are trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _trials(parent: str) -> list[Run]:
     )
 
 
-def test_a_search_leads_to_a_champion(
+def test_a_run_with_a_search_promotes_a_champion(
     tracking: str, tiny_data: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = (
@@ -38,7 +38,7 @@ def test_a_search_leads_to_a_champion(
     assert main(["run", *flags.split()]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     document = json.loads(lines[-1])
-    # What was asked for is for static students; the teacher has its baseline alone.
+    # The requested variant is for static students; of the teacher there is only the baseline.
     assert {"static-numpy-fp32", "teacher-eager-fp32"} == {
         row["variant"] for row in document["variants"]
     }
@@ -59,13 +59,13 @@ def test_a_search_leads_to_a_champion(
     files = {file.path for file in client.list_artifacts(search.info.run_id)}
     assert {"pareto.png", "report.md", "trials.json"} <= files
     assert "finished trials" in search.data.tags["mlflow.note.content"]
-    # The chosen point was trained as any student is.
+    # The chosen student was trained again,
     student = runs.latest_child_run(search.info.run_id, "distill-static")
     assert student is not None
     chosen = json.loads(client.get_run(student.info.run_id).data.tags[runs.OPTIONS_TAG])
     taken = [t for t in trials if float(t.data.params["temperature"]) == chosen["temperature"]]
     assert len(taken) == 1
-    # From the same start, so it came out the same.
+    # from the same initial weights, with the same result.
     losses = [
         client.get_metric_history(run.info.run_id, "validation_accuracy")
         for run in (taken[0], student)
@@ -78,13 +78,13 @@ def _fake(self: Evaluator, point: TrialParams, report: Report) -> Outcome:
 
     with _trial_run(report.number, point):
         if report.number == 1:
-            raise SearchError("this one is not possible")
+            raise SearchError("invalid student")
         report(1, 0.5)
     return Outcome(0.5 + 0.01 * report.number, 1.0 + report.number)
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Evaluator, "__call__", _fake)
 
 
@@ -95,20 +95,20 @@ def _searched(tiny_splits: Splits, tiny_model: Path, trials: int, resume: str = 
     return search_students(options, tiny_splits)
 
 
-def test_a_failed_trial_is_a_row_and_the_search_goes_on(
-    tracking: str, quick: None, tiny_splits: Splits, tiny_model: Path
+def test_a_search_continues_after_a_failed_trial(
+    tracking: str, fake_trials: None, tiny_splits: Splits, tiny_model: Path
 ) -> None:
     done = _searched(tiny_splits, tiny_model, 3)
     assert [trial.number for trial in done.found.finished] == [0, 2]
-    assert [trial.reason for trial in done.found.failed] == ["this one is not possible"]
+    assert [trial.reason for trial in done.found.failed] == ["invalid student"]
     by_number = {run.data.tags["pt_deploy.trial"]: run for run in _trials(done.run_id)}
     assert by_number["1"].info.status == "FAILED"
-    assert by_number["1"].data.tags[runs.REASON_TAG] == "this one is not possible"
+    assert by_number["1"].data.tags[runs.REASON_TAG] == "invalid student"
     assert done.students[0].model.startswith("runs:/")
 
 
-def test_a_search_that_was_killed_goes_on(
-    tracking: str, quick: None, tiny_splits: Splits, tiny_model: Path
+def test_a_killed_search_is_resumed(
+    tracking: str, fake_trials: None, tiny_splits: Splits, tiny_model: Path
 ) -> None:
     first = _searched(tiny_splits, tiny_model, 2)
     client = MlflowClient()
@@ -118,12 +118,12 @@ def test_a_search_that_was_killed_goes_on(
     assert again.run_id == first.run_id
     assert len(again.found.finished) == 3
     assert client.get_run(left.info.run_id).info.status == "KILLED"
-    # Nothing new to train where the same trial is chosen again.
+    # The same trial is chosen again, so nothing is trained.
     third = _searched(tiny_splits, tiny_model, 4, resume=first.run_id)
     assert third.students == again.students
 
 
-def test_the_space_fits_the_teacher(tiny_model: Path) -> None:
+def test_the_default_space_depends_on_the_teacher(tiny_model: Path) -> None:
     teacher = load_classifier(str(tiny_model))
     space = default_space(teacher, "transformer")
     assert space.static is None
@@ -142,10 +142,10 @@ def test_the_space_fits_the_teacher(tiny_model: Path) -> None:
     [
         (["--kinds", "quantum"], "kinds is 'quantum'; choose from transformer, static"),
         (["--trials", "0"], "trials of the search is 0; give at least 1"),
-        (["--storage", "nowhere"], "stored at what is no database address"),
+        (["--storage", "nowhere"], "is not a database URL"),
     ],
 )
-def test_a_mistake_is_one_clear_line(
+def test_a_user_error_is_one_line(
     tracking: str,
     tiny_data: Path,
     tiny_model: Path,
