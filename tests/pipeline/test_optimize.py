@@ -13,7 +13,7 @@ from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.pipeline import optimize
 from mlflow_pt_deploy.tracking import _serving_config
 
-Asked = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
+BenchCalls = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
 BASELINE = "teacher-eager-fp32"
 
 
@@ -36,7 +36,7 @@ def _result(variant: str, speedup: float, threads: int = 4) -> Result:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+def bench_calls(monkeypatch: pytest.MonkeyPatch) -> BenchCalls:
     """Four cores; one thread is enough for the static student, two for the other."""
     calls: list[tuple[int, tuple[str, ...]]] = []
     speedups = {("static-numpy-fp32", 1): 100.0, ("static-numpy-fp32", 2): 95.0}
@@ -58,8 +58,8 @@ MEASURED = [
 ]
 
 
-def test_each_finalist_gets_the_fewest_threads_it_needs(asked: Asked) -> None:
-    bench, calls = asked
+def test_each_finalist_gets_the_fewest_threads_it_needs(bench_calls: BenchCalls) -> None:
+    bench, calls = bench_calls
     found = optimize._with_fewer_threads(bench, MEASURED, Options())
     assert [threads for threads, _ in calls] == [2, 1]
     assert {each.variant: each.threads for each in found} == {
@@ -69,8 +69,8 @@ def test_each_finalist_gets_the_fewest_threads_it_needs(asked: Asked) -> None:
     }
 
 
-def test_threads_set_by_the_user_are_kept(asked: Asked) -> None:
-    bench, calls = asked
+def test_threads_set_by_the_user_are_kept(bench_calls: BenchCalls) -> None:
+    bench, calls = bench_calls
     assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4)) == MEASURED
     assert not calls
 
