@@ -142,7 +142,7 @@ def list_files(folder: Path) -> list[str]:
         if len(inside.parts) > _MAX_DEPTH or len(found) + len(files) + len(folders) > _MAX_FILES:
             raise ArtifactError(
                 f"{folder.name} has more than {_MAX_FILES:,} files, or folders nested more than "
-                f"{_MAX_DEPTH} levels deep. It is not a model of pt-deploy."
+                f"{_MAX_DEPTH} deep. It is not a model of pt-deploy."
             )
         for name in (*folders, *files):
             label = (inside / name).as_posix()
