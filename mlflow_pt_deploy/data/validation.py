@@ -92,9 +92,8 @@ def _missing(where: str, columns: Sequence[str], missing: Sequence[str], *, head
             f"{where} has no column {wanted}; its first line does not look like a header. Name the "
             "columns `text` (or `image`) and `label` in the first line, separated by a comma."
         )
-    problem = (
-        f"{where} has no column {wanted}; it has {format_list(name for name in columns if name)}"
-    )
+    existing = format_list(name for name in columns if name)
+    problem = f"{where} has no column {wanted}; it has {existing}"
     if len(several := [name for name in columns if _LABELS.fullmatch(normalize_name(name))]) > 1:
         return (
             f"{where} has several label columns ({format_list(several)}); several labels per row "

@@ -75,9 +75,8 @@ class Task:
         if finished:
             return cls(finished[0], architecture)
         if tasks or not architecture:
-            named = sorted(
-                tasks, key=lambda task: task == _ENCODER
-            )  # prefer the more specific name
+            # Prefer a more specific name than `_ENCODER`.
+            named = sorted(tasks, key=lambda task: task == _ENCODER)
             return cls(named[0] if tasks else "", architecture, pretrained_only=bool(tasks))
         return cls(_task_from_name(architecture), architecture)
 

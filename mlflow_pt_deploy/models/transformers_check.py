@@ -111,9 +111,8 @@ def _ids(classifier: TextClassifier) -> str:
     for name, text in (("a short", _SHORT), ("an empty", _EMPTY), ("a long", long)):
         (ids,) = ours.encode([text])
         theirs = tokenizer(text, truncation=True, max_length=ours.max_length)["input_ids"]
-        if (
-            list(theirs) != list(ids) and theirs
-        ):  # some tokenizers return no token for an empty text
+        # Some tokenizers return no token for an empty text.
+        if theirs and list(theirs) != list(ids):
             return (
                 f"has a tokenizer ({type(tokenizer).__name__}) whose tokens of {name} text differ "
                 f"from those of its tokenizer.json (e.g. {theirs[:6]} and {ids[:6]}), which is "
