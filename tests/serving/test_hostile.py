@@ -1,31 +1,23 @@
-"""Hostile clients against ``pt-deploy serve``, and beside them one that behaves and is served."""
+"""Hostile clients against ``pt-deploy serve``, while a normal client is served."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from io import BytesIO
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import requests
+from tiny.clients import BEARER, HEAD, PARQUET, TOKEN, behaved, metric, parquet, post, resident_mb
 from tiny.server import JSON_HEAD, Client, Served, request, started, until
 from tiny.serving import save_tiny
 
-PARQUET = "application/vnd.apache.parquet"
-TOKEN = "0123456789abcdef0123456789abcdef"
-BEARER = {"Authorization": f"Bearer {TOKEN}"}
-HEAD = JSON_HEAD + f"Authorization: Bearer {TOKEN}\r\n".encode()
 BODY = b'{"inputs": ["red"]}'
 WHOLE = request(BODY, HEAD)
 KEEP_ALIVE_S = 1.5
@@ -40,54 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     words = ["--replicas", "1", "--keep-alive-s", str(KEEP_ALIVE_S), "--max-body-mb", "0.5"]
     with started(folder / "scratch", str(model), *words, PT_DEPLOY_TOKEN=TOKEN) as served:
         yield served
-
-
-@contextmanager
-def behaved(url: str) -> Iterator[list[int]]:
-    """A client that behaves, until the block ends; its responses' statuses."""
-    ends, statuses = threading.Event(), list[int]()
-
-    def client() -> None:
-        with requests.Session() as session:
-            session.headers.update(BEARER)
-            while not ends.is_set():
-                answer = session.post(f"{url}/invocations", json={"inputs": ["red"]}, timeout=20)
-                statuses.append(answer.status_code)
-                time.sleep(0.002)
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    try:
-        until(lambda: statuses)
-        yield statuses
-        before = len(statuses)
-        until(lambda: len(statuses) > before)  # it is still served
-    finally:
-        ends.set()
-        thread.join(30)
-    assert set(statuses) == {200}
-
-
-def post(url: str, body: bytes, media: str) -> requests.Response:
-    headers = BEARER | {"Content-Type": media}
-    return requests.post(f"{url}/invocations", body, headers=headers, timeout=30)
-
-
-def metric(url: str, name: str) -> float:
-    """The sum of a metric's series."""
-    text = requests.get(f"{url}/metrics", headers=BEARER, timeout=10).text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-
-def resident_mb(url: str) -> float:
-    pid = requests.get(f"{url}/model", headers=BEARER, timeout=10).json()["replicas"][0]["pid"]
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def parquet(column: pa.Array) -> bytes:
-    buffer = BytesIO()
-    pq.write_table(pa.table({"text": column}), buffer, store_schema=False)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -242,41 +186,6 @@ def test_a_huge_body_is_refused_without_being_read(server: Served) -> None:
 def test_one_hostile_body(server: Served, body: bytes, media: str, status: int) -> None:
     with behaved(server.url):
         assert post(server.url, body, media).status_code == status
-
-
-def same(rows: int, text: str) -> pa.Array:
-    """Rows that are all the same, as a dictionary keeps them."""
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, "int32")), pa.array([text]))
-
-
-@pytest.mark.parametrize(
-    ("column", "why"),
-    [
-        (same(2_000_000, "red"), "2000000 rows; one request may have 1024"),
-        (pa.array([[None] * 100_000], pa.list_(pa.int64())), "must be flat"),
-        (pa.array(["x" * 20_000_000]), "unpacks to too much"),
-        (pa.array(["x" * 300_000_000]), "unpacks to too much"),
-        (same(1000, "x" * 100_000), "unpacks to too much"),
-    ],
-    ids=["rows", "items", "one text", "one long text", "texts"],
-)
-def test_a_parquet_bomb_is_refused(server: Served, column: pa.Array, why: str) -> None:
-    body = parquet(column)
-    if len(body) > MAX_BODY:
-        body = parquet_of_zstd(column)
-    assert len(body) < MAX_BODY
-    before = resident_mb(server.url)
-    with behaved(server.url):
-        answer = post(server.url, body, PARQUET)
-    assert answer.status_code == 400
-    assert why in answer.json()["message"]
-    assert resident_mb(server.url) - before < 100
-
-
-def parquet_of_zstd(column: pa.Array) -> bytes:
-    buffer = BytesIO()
-    pq.write_table(pa.table({"text": column}), buffer, compression="zstd", use_dictionary=False)
-    return buffer.getvalue()
 
 
 def test_damaged_parquet_files_end_nothing(server: Served) -> None:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from mlflow_pt_deploy.data.columns import find_pair_columns
@@ -18,6 +19,9 @@ from mlflow_pt_deploy.preprocessing import Row
 
 EXAMPLES = {"text": "some text", "image": "'$(base64 -w0 FILE)'"}
 """Example rows for a request body within single quotes of a shell."""
+
+MAX_COLUMNS = 10_000
+"""Most columns of a table, or different keys of its records; checking names takes 10 µs each."""
 
 _EXPECTED = {
     "text": "every row must be a text",
@@ -74,8 +78,12 @@ def check_names(names: Iterable[object], column: str) -> None:
         column: Name of the column that the model reads.
 
     Raises:
-        RequestError: There is such a column, by a list of common names.
+        RequestError: There is such a column, by a list of common names, or there are more than
+            `MAX_COLUMNS`.
     """
+    names = list(islice(names, MAX_COLUMNS + 1))
+    if len(names) > MAX_COLUMNS:
+        raise RequestError(f"there are more than {MAX_COLUMNS} columns; send '{column}' only")
     kind, found = find_pair_columns(names)
     if found:
         columns = " and ".join(f"'{name}'" for name in found[:4])
