@@ -119,11 +119,11 @@ def pareto(outcomes: Sequence[Outcome]) -> list[int]:
     return front
 
 
-def choose_point(found: StudyResult, retain: float, reference: float) -> SelectedTrial:
+def choose_point(result: StudyResult, retain: float, reference: float) -> SelectedTrial:
     """Select the fastest trial that reaches the required accuracy, or else the most accurate.
 
     Args:
-        found: Result of `search`.
+        result: Result of `search`.
         retain: Share of `reference` that the trial must reach, 0 to 1.
         reference: Accuracy of the teacher on validation.
 
@@ -136,8 +136,8 @@ def choose_point(found: StudyResult, retain: float, reference: float) -> Selecte
             f"retain is {retain!r}; give the share of the teacher's accuracy to keep as a number "
             "from 0 to 1, e.g. 0.99."
         )
-    if not (front := found.front):
-        raise SearchError(_no_trial_message(found))
+    if not (front := result.front):
+        raise SearchError(_no_trial_message(result))
     minimum = retain * reference
     required = f"{minimum:.4f} ({retain:g} of the teacher's {reference:.4f})"
     # tolerance for rounding, as in `selection.policy`
@@ -150,23 +150,23 @@ def choose_point(found: StudyResult, retain: float, reference: float) -> Selecte
     )
     if accurate:
         reason = (
-            f"{what}: the fastest of {len(found.finished)} finished trials with an accuracy of at "
+            f"{what}: the fastest of {len(result.finished)} finished trials with an accuracy of at "
             f"least {required}."
         )
     else:
         reason = (
-            f"{what}: the most accurate of {len(found.finished)} finished trials, none of which "
+            f"{what}: the most accurate of {len(result.finished)} finished trials, none of which "
             f"reaches {required}. Search longer, widen the space, or lower retain."
         )
     return SelectedTrial(chosen, bool(accurate), reason)
 
 
-def _no_trial_message(found: StudyResult) -> str:
+def _no_trial_message(result: StudyResult) -> str:
     counts = [
-        f"{sum(trial.state == state for trial in found.dropped)} {state}"
+        f"{sum(trial.state == state for trial in result.dropped)} {state}"
         for state in ("failed", "pruned", "stopped", "open")
     ]
-    first = f" First failure: {found.failed[0].reason}" if found.failed else ""
+    first = f" First failure: {result.failed[0].reason}" if result.failed else ""
     return (
         f"no trial of the search finished ({', '.join(counts)}).{first} Fix the failure, or give "
         "the search more time."

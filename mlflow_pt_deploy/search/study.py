@@ -208,6 +208,6 @@ def _sampler(seed: int, number: int) -> TPESampler:
     return TPESampler(seed=int(trial_seed), constant_liar=True)
 
 
-def _record(found: StudyResult, number: int) -> CompletedTrial | FailedTrial:
-    records: tuple[CompletedTrial | FailedTrial, ...] = (*found.finished, *found.dropped)
+def _record(result: StudyResult, number: int) -> CompletedTrial | FailedTrial:
+    records: tuple[CompletedTrial | FailedTrial, ...] = (*result.finished, *result.dropped)
     return next(record for record in records if record.number == number)

@@ -70,7 +70,7 @@ class HeartbeatMonitor:
 
     def dead_trials(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         """Return the running trials of a study whose process is dead."""
-        now, found = time.monotonic(), []
+        now, dead = time.monotonic(), []
         for trial in trials:
             if trial.state.name != "RUNNING":
                 continue
@@ -79,8 +79,8 @@ class HeartbeatMonitor:
             if beat != before:
                 self._seen[trial.number] = (beat, now)
             elif now - since > self._timeout_s:
-                found.append(trial)
-        return found
+                dead.append(trial)
+        return dead
 
 
 def finish(

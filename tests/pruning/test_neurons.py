@@ -110,10 +110,10 @@ def test_scores_do_not_depend_on_the_batch_size(
 ) -> None:
     before = weights(classifier)
     classifier.train()
-    alone = taylor_importance(classifier, ROWS, TARGETS, batch_size=1)
-    together = taylor_importance(classifier, ROWS, TARGETS, batch_size=3)
-    np.testing.assert_allclose(alone.heads, together.heads, rtol=1e-3, atol=1e-6)
-    np.testing.assert_allclose(alone.neurons, together.neurons, rtol=1e-3, atol=1e-6)
+    single = taylor_importance(classifier, ROWS, TARGETS, batch_size=1)
+    batched = taylor_importance(classifier, ROWS, TARGETS, batch_size=3)
+    np.testing.assert_allclose(single.heads, batched.heads, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(single.neurons, batched.neurons, rtol=1e-3, atol=1e-6)
     assert classifier.training
     assert is_unchanged(classifier, before)
     assert all(it.requires_grad and it.grad is None for it in classifier.parameters())

@@ -1,4 +1,4 @@
-"""Vocabulary pruning: smaller embeddings and tokenizer, the same answers for the given texts."""
+"""Vocabulary pruning: smaller embeddings and tokenizer, the same logits for the given texts."""
 
 from __future__ import annotations
 

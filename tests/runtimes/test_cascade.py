@@ -1,4 +1,4 @@
-"""Cascades: confidence, and folders that combine the answers of two stages."""
+"""Cascades: confidence, and folders that combine two stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def stages(exported: Callable[..., Path]) -> tuple[Path, Path]:
 
 @pytest.fixture
 def threshold(stages: tuple[Path, Path]) -> float:
-    """The median confidence of the static student, so that both stages answer some rows."""
+    """The median confidence of the static student, so that both stages compute some rows."""
     confidences = np.sort(confidence(load_variant(stages[0]).logits(ROWS)))
     return float(confidences[1] + confidences[2]) / 2
 

@@ -129,8 +129,8 @@ def test_soft_labels_are_looked_up_by_row() -> None:
     loss = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=0.25)
     expected = 0.25 * 4 * DIVERGENCE + 0.75 * HARD
     assert loss(STUDENT.flip(0), torch.tensor([1, 0])).item() == pytest.approx(expected, rel=1e-6)
-    alone = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=1.0)
-    assert alone(STUDENT[1:], torch.tensor([1])).item() == pytest.approx(2 * log(4 / 3), rel=1e-6)
+    soft = distillation_loss(TEACHER, TARGETS, temperature=2.0, weight=1.0)
+    assert soft(STUDENT[1:], torch.tensor([1])).item() == pytest.approx(2 * log(4 / 3), rel=1e-6)
 
 
 def test_default_temperature_and_weight() -> None:
@@ -229,14 +229,14 @@ def test_similarity_loss_works_across_feature_widths(
     labels = label_with_teacher(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:
-        def nothing(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
+        def zero(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
             return logits.sum() * 0
 
-        alone = add_similarity_loss(nothing, student, labels.features, 1.0)
+        similarity = add_similarity_loss(zero, student, labels.features, 1.0)
         student.eval()
         student(*map(torch.from_numpy, student.preprocessor(tiny_splits.train.rows).values()))
-        places = torch.arange(len(tiny_splits.train))
-        return alone(torch.zeros(1), places).item()
+        rows = torch.arange(len(tiny_splits.train))
+        return similarity(torch.zeros(1), rows).item()
 
     torch.manual_seed(0)
     student = start_student(teacher, 0)  # a static student, of another width

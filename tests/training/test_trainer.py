@@ -275,9 +275,9 @@ def test_cross_entropy_by_hand() -> None:
 def test_logits_are_in_the_order_of_the_rows(classifier: Classifier, tiny_splits: Splits) -> None:
     rows = tiny_splits.test.rows[:7]
     logits = predict_logits(classifier, rows, batch_size=2)
-    alone = np.concatenate([predict_logits(classifier, [row]) for row in rows])
+    single = np.concatenate([predict_logits(classifier, [row]) for row in rows])
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, alone, atol=1e-5)
+    np.testing.assert_allclose(logits, single, atol=1e-5)
     assert (logits.argmax(axis=1) == tiny_splits.test.targets[:7]).all()
 
 
