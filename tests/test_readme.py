@@ -13,19 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlflow_pt_deploy.cli_args import parser
+from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.cli_args import build_parser
+from mlflow_pt_deploy.runtimes.catalog import select
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# One epoch and one tenth of a second, so that a test takes seconds; the other words are README's.
-SMALL = {
-    "run": "--epochs 1 --student-epochs 1 --static-epochs 1 --seconds 0.1",
-    "optimize": "--seconds 0.1",
-}
+# Appended to README's words, so that a test takes seconds: later values of a flag take precedence.
+SMALL_RUN = (
+    "--epochs 1 --student-epochs 0 --static-epochs 1 --learning-rate 1e-3 --retain 0.1 "
+    "--seconds 0.1 --threads 1 --variants numpy"
+)
+SMALL_OPTIMIZE = "--seconds 0.1 --threads 1 --variants onnxruntime-fp32"
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -64,7 +68,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_mlflow_run_is_understood() -> None:
-    """The line is printed within a sentence; MLflow would fetch the repository and its libraries."""
+    """The line is printed within a sentence; MLflow would fetch the repository."""
     import yaml
     from mlflow.cli import run
 
@@ -94,19 +98,20 @@ def folder(
     BertModel(config).save_pretrained(tmp_path / "my-encoder")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "my-encoder")
     path = (str(Path(sys.executable).parent), os.environ["PATH"])
-    monkeypatch.setenv("PATH", os.pathsep.join(path))
+    monkeypatch.setenv("PATH", os.pathsep.join(path))  # pt-deploy and mlflow of this environment
     modules = (str(ROOT), os.environ.get("PYTHONPATH", ""))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(modules))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_run_then_serve_and_score(folder: Path) -> None:
+def test_run_then_serve_and_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The data block, `pt-deploy run`, both servers, and the request, in README's order."""
     (rows,) = _blocks(README, "csv")
     assert rows.splitlines()[0] == (folder / "tickets" / "train.csv").read_text().splitlines()[0]
     (run,) = _commands("pt-deploy run")
-    assert "tickets@champion is version 1" in _shell(f"{run} {SMALL['run']}")
+    assert main(shlex.split(f"{run} {SMALL_RUN}")[1:]) == 0
+    assert "promoted: models:/tickets@champion is version 1" in capsys.readouterr().out
     (stock,) = _commands("mlflow models serve")
     (own,) = _commands("pt-deploy serve")
     (request,) = _commands("curl")
@@ -116,16 +121,18 @@ def test_run_then_serve_and_score(folder: Path) -> None:
             assert answer.startswith('{"predictions": [[{"label": "'), answer
 
 
-def test_optimize(folder: Path) -> None:
+def test_optimize(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (optimize,) = _commands("pt-deploy optimize")
-    assert "next: pt-deploy promote --run" in _shell(f"{optimize} {SMALL['optimize']}")
+    assert main(shlex.split(f"{optimize} {SMALL_OPTIMIZE}")[1:]) == 0
+    assert "next: pt-deploy promote --run" in capsys.readouterr().out
 
 
 def test_python(folder: Path) -> None:
     (code,) = _blocks(README, "python")
-    small = _replaced(code, 'data="tickets"', 'data="tickets", seconds=0.1')
-    (folder / "readme.py").write_text(f"{small}\nprint(promotion.uri)")
-    assert _shell("python readme.py").endswith("models:/tickets@champion\n")
+    names: dict[str, Any] = {}
+    small = 'variants="eager-fp32", seconds=0.1, threads=1'
+    exec(_replaced(code, 'variants="onnxruntime"', small), names)
+    assert names["promotion"].uri == "models:/tickets@champion"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -137,7 +144,8 @@ def test_commands_and_snippets_of_every_page_are_understood(page: Path) -> None:
         if "pt-deploy" in words and "deployments" not in words:
             start = words.index("pt-deploy") + 1
             if words[start:] and words[start] != "--help":
-                parser().parse_args(words[start:])
+                parsed = build_parser().parse_args(words[start:])
+                select(getattr(parsed, "variants", ""))
     for code in _blocks(text, "python"):
         compile(code, str(page), "exec")
 
