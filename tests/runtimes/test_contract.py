@@ -338,7 +338,7 @@ def test_too_few_rows_to_calibrate(
     if isinstance(variant_, AOTInductor):
         pytest.importorskip("torchao", reason="needs the extra quantize")
     rows = [transformer.preprocessor([f"my card {number}"]) for number in range(15)]
-    message = "needs at minimum 16 rows of train to calibrate, and got 15. Give more rows"
+    message = "needs at least 16 rows of train to calibrate, and got 15. Give more rows"
     with pytest.raises(VariantError, match=message), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variant_.export(transformer, transformer.preprocessor(["a", "my card"]), rows, tmp_path)
