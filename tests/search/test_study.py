@@ -101,16 +101,15 @@ def test_failed_trials_are_recorded_and_the_search_continues(
 
 def test_time_limit_stops_a_trial_which_is_retried(config: StudyConfig) -> None:
     def endless(point: TrialParams, report: Report) -> Outcome:
-        if report.number == 0:
-            return evaluate(point, report)
         for epoch in itertools.count(1):
             time.sleep(0.02)
             report(epoch, 0.9)
         raise AssertionError
 
+    search(evaluate, SPACE, replace(config, trials=1))  # imports and tables cost time only once
     started = time.monotonic()
-    found = search(endless, SPACE, replace(config, seconds=1.0))
-    assert 1.0 <= time.monotonic() - started < 3
+    found = search(endless, SPACE, replace(config, seconds=2.0))
+    assert 2.0 <= time.monotonic() - started < 4
     stopped, waiting = found.dropped
     assert (waiting.number, waiting.state, waiting.point) == (2, "open", stopped.point)
     assert (stopped.number, stopped.state) == (1, "stopped")
