@@ -1,4 +1,4 @@
-"""The open-loop load generator, compiled, against a real server; and the search for a rate."""
+"""The open-loop load generator against a real server, and the search for the highest rate."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_the_search_finds_the_rate_at_which_the_tail_breaks() -> None:
     assert rates.search(load, 8, 10, asked) == 0
     assert {rate for rate in asked if loads.count(rate) == 1} == {
         rate for rate in asked if asked[rate].keeps(40) or (rate > 128 and asked[rate].keeps(100))
-    }, "what breaks a tail is looked at twice, what keeps it once"
+    }, "a rate over the limit is measured twice, other rates once"
 
 
 def test_a_pause_of_the_machine_does_not_end_the_search() -> None:

@@ -1,4 +1,4 @@
-"""The fuzzing command would see a fault: schemathesis itself is played by a script."""
+"""The fuzzing command reports faults; a script replaces schemathesis."""
 
 import sys
 from pathlib import Path
@@ -70,4 +70,4 @@ def test_the_server_must_be_right_afterwards(tmp_path: Path, label: str) -> None
         [] if label == "red" else ["/invocations answers red"]
     )
     (gone,) = fuzz.after(url)
-    assert gone.startswith("afterwards the server is not well")
+    assert gone.startswith("the server does not respond after the last round")

@@ -18,7 +18,7 @@ from tiny.clients import BEARER, HEAD, TOKEN, behaved
 from tiny.server import Served, request, started, until
 from tiny.serving import save_tiny
 
-SCRIPTS, CONVERSATIONS = 1500, 400
+SCRIPTS, CONVERSATIONS = 1000, 250
 CONNECTIONS = 24
 SILENCE_S = 2.0
 LENGTH = b"Content-Length: "

@@ -209,7 +209,7 @@ def test_a_port_in_use_is_named(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_model_unknown_to_the_registry_ends_the_server(tracking: str, tmp_path: Path) -> None:
-    message = "pt-deploy serve: .*opened: Registered Model with name=none not found. Look"
+    message = "pt-deploy serve: .*opened: Registered Model with name=none not found. Check"
     with (
         pytest.raises(AssertionError, match=message) as info,
         started(tmp_path / "scratch", "models:/none@champion", *ONE, MLFLOW_TRACKING_URI=tracking),
