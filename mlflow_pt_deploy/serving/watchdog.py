@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
+_EXIT_S = 5.0
 TICK_S = 1.0
 HANG_STATUS = 70
 # Responses that were handed to granian are written within this time.
@@ -84,6 +85,8 @@ class Watchdog(threading.Thread):
             elif self._hang_s and (reason := self._hang()):
                 _logger.error("worker ends: %s for %g s", reason, self._hang_s)
                 os._exit(HANG_STATUS)
+        time.sleep(_EXIT_S)  # a daemon thread is gone by then, unless the exit hangs
+        os._exit(0)
 
     def _hang(self) -> str:
         """What hangs; empty if nothing does."""

@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from mlflow_pt_deploy.errors import RequestError
@@ -63,8 +63,12 @@ class ParquetReader:
     def close(self) -> None:
         """End the child process."""
         pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+        if pool is None:
+            return
+        pool.shutdown(wait=False, cancel_futures=True)
+        # the interpreter waits for children at its exit, and one over its limit may hang
+        for child in active_children():
+            child.kill()
 
 
 _TOO_LARGE = "the Parquet file is damaged or unpacks to too much; send several smaller requests"
