@@ -6,6 +6,7 @@ crash the process that reads it. Here that ends a child process, and the respons
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,6 +30,7 @@ class ParquetReader:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
+        self._child = 0
 
     def read(self, body: bytes, column: str, max_rows: int) -> list[Any]:
         """Read the values of a column; blocks until they are read.
@@ -51,7 +53,9 @@ class ParquetReader:
                     max_tasks_per_child=_MAX_TASKS,
                 )
             try:
-                return self._pool.submit(_read, body, column, max_rows).result(TIMEOUT_S)
+                future = self._pool.submit(_read, body, column, max_rows)
+                self._child, values = future.result(TIMEOUT_S)
+                return values
             except RequestError:
                 raise
             except (BrokenProcessPool, TimeoutError, MemoryError) as error:
@@ -68,7 +72,8 @@ class ParquetReader:
         pool.shutdown(wait=False, cancel_futures=True)
         # the interpreter waits for children at its exit, and one over its limit may hang
         for child in active_children():
-            child.kill()
+            if child.pid == self._child:
+                child.kill()
 
 
 _TOO_LARGE = "the Parquet file is damaged or unpacks to too much; send several smaller requests"
@@ -76,7 +81,6 @@ _TOO_LARGE = "the Parquet file is damaged or unpacks to too much; send several s
 
 def _limit_process() -> None:
     """Limit memory and CPU time of the child; runs in it."""
-    import os
     import resource
 
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # mimalloc reserves 1 GiB, over the limit
@@ -91,7 +95,7 @@ def _limit_process() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_MAX_CPU_S, _MAX_CPU_S))
 
 
-def _read(body: bytes, column: str, max_rows: int) -> list[Any]:
+def _read(body: bytes, column: str, max_rows: int) -> tuple[int, list[Any]]:
     """Read a column; runs in the child."""
     from pyarrow import ArrowMemoryError, types
     from pyarrow.parquet import ParquetFile
@@ -118,4 +122,4 @@ def _read(body: bytes, column: str, max_rows: int) -> list[Any]:
             values += batch.column(0).to_pylist()
     except ArrowMemoryError as error:
         raise RequestError(_TOO_LARGE) from error
-    return values
+    return os.getpid(), values
