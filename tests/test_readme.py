@@ -24,12 +24,13 @@ from mlflow_pt_deploy.runtimes.catalog import select
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Appended to README's words, so that a test takes seconds: later values of a flag take precedence.
+# Appended to the printed flags, so that a test takes seconds: the last value of a flag counts. That
+# the printed variants exist is checked for all pages.
 SMALL_RUN = (
     "--epochs 1 --student-epochs 0 --static-epochs 1 --learning-rate 1e-3 --retain 0.1 "
     "--seconds 0.1 --threads 1 --variants numpy"
 )
-SMALL_OPTIMIZE = "--seconds 0.1 --threads 1 --variants onnxruntime-fp32"
+SMALL_OPTIMIZE = "--seconds 0.1 --threads 1 --variants eager-fp32"
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -89,7 +90,7 @@ def folder(
     tiny_data: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A folder with what README names: tickets, my-encoder and my-model."""
+    """A working directory with the folders that README.md names."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
     shutil.copytree(tiny_data, tmp_path / "tickets")
@@ -106,7 +107,7 @@ def folder(
 
 
 def test_run_then_serve_and_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The data block, `pt-deploy run`, both servers, and the request, in README's order."""
+    """The data block, `pt-deploy run`, both servers and the request, in the order of README.md."""
     (rows,) = _blocks(README, "csv")
     assert rows.splitlines()[0] == (folder / "tickets" / "train.csv").read_text().splitlines()[0]
     (run,) = _commands("pt-deploy run")
