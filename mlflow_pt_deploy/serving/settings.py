@@ -40,7 +40,7 @@ class ServerSettings:
     tls_key: str = option("", "PEM file with the private key of the certificate")
     max_body_mb: float = option(4.0, "largest request body in MB (2^20 bytes)")
     max_connections: int = option(
-        1024, "most concurrent connections, divided evenly between the replicas"
+        1024, "most concurrent connections, divided evenly between the replicas; further ones wait"
     )
     max_models: int = option(
         0,
