@@ -158,7 +158,7 @@ class Options:
     seed: int = option(0, "random seed of splits, row order and dropout", stages=_DATA)
     retain: float = option(
         0.99,
-        "share of the teacher's validation accuracy that a variant must keep",
+        "fraction of the teacher's validation accuracy that a variant must keep",
         stages=(*_PROMOTE, "search"),
     )
     objective: str = option(

@@ -97,8 +97,8 @@ def test_mlproject_has_the_options_of_each_command(stage: str) -> None:
     [
         (["run", "--data", "nowhere.csv"], "nowhere.csv"),
         (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
-        (["run", "--retain", "2"], "retain is 2.0; give the share"),
-        (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
+        (["run", "--retain", "2"], "retain is 2.0; give the fraction"),
+        (["run", "--variants", "tensorrt"], "variants: unknown tensorrt; choose from aotinductor"),
         (["run", "--objective", "size"], "objective is 'size'"),
         (["train", "--teacher", "no/such-model"], "no/such-model: no classifier"),
         (["optimize", "--model", "runs:/0123/model", "--data", "digits"], "cannot be fetched from"),
