@@ -112,7 +112,8 @@ def _open_storage(url: str, wait_s: float) -> RDBStorage:
         )
     for retries in (2, 1, 0):
         try:
-            return RDBStorage(url, engine_kwargs=options)
+            with _loggers_kept():
+                return RDBStorage(url, engine_kwargs=options)
         except sqlalchemy.exc.DBAPIError as error:
             # Another process creates the same tables at the same time.
             if not retries or "locked" in str(error):
@@ -151,6 +152,21 @@ def _translate_errors(name: str, url: str) -> Iterator[None]:
             f"study {name} in {_redact(url)} cannot be used: {what}. {advice}; then run the same "
             "command again, which resumes the search."
         ) from error
+
+
+@contextmanager
+def _loggers_kept() -> Iterator[None]:
+    """Enable again the loggers that Optuna's migrations (`logging.config.fileConfig`) disable."""
+    enabled = [
+        logger
+        for logger in logging.Logger.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger) and not logger.disabled
+    ]
+    try:
+        yield
+    finally:
+        for logger in enabled:
+            logger.disabled = False
 
 
 @contextmanager

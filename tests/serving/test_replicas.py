@@ -168,7 +168,7 @@ def test_a_killed_replica_is_restarted_and_the_other_goes_on(server: Served) -> 
         probes.append(probe.status_code)
     assert victim not in pids(server.url)
     assert counted(server.url) >= before + scored, "what the ended process counted stays"
-    assert "Unexpected exit from worker-2" in server.log
+    until(lambda: "Unexpected exit from worker-2" in server.log)
 
 
 def test_all_killed_replicas_serve_again_what_was_served_before_a_rejection(

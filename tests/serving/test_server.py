@@ -156,8 +156,7 @@ def test_after_a_kill_the_next_server_takes_the_port_and_removes_the_files(
             (run,) = runs(scratch)
             assert run != left
             assert score(again.url).status_code == 200
-            half.send(request({"inputs": ["red"]})[-3:])
-            assert half.read().status == 200
+            half.close()  # or the time of a request ends it
             until(lambda: not Path(f"/proc/{pid}").exists())
             assert ends(again) == 0
     assert list(scratch.iterdir()) == []

@@ -19,7 +19,7 @@ from mlflow_pt_deploy.serving.model.inputs import check_names
 
 MEMORY_BYTES = 128 * 2**20
 """Memory limit for reading one file, in addition to what Arrow itself needs."""
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 # A child that hangs is abandoned; the kernel kills it after this much CPU time, in seconds.
 _MAX_CPU_S, _MAX_TASKS = 120, 500
 
