@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -78,7 +77,6 @@ class Watchdog(threading.Thread):
             self._tick()
             if os.getppid() != self._parent:
                 _logger.error("the main process is gone; worker ends")
-                os.kill(os.getpid(), signal.SIGTERM)
                 self._shut_down()
             elif self._states.stopping:
                 self._shut_down()

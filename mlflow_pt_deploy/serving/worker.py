@@ -169,7 +169,7 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
-    _end_with_main_process(signal.SIGTERM)
+    _end_with_main_process(signal.SIGKILL)
     share = job.shares[index % len(job.shares)]
     if share.pinned:
         os.sched_setaffinity(0, share.pinned)
@@ -194,7 +194,11 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
 
 
 def _end_with_main_process(number: int) -> None:
-    """Get this signal at once when the main process dies; elsewhere the watchdog notices it."""
+    """Get this signal at once when the main process dies; elsewhere the watchdog notices it.
+
+    SIGTERM does not do: granian's handler waits, with the GIL held, for a worker whose pipe to the
+    main process is gone.
+    """
     if sys.platform == "linux":
         import ctypes
 

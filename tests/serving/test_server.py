@@ -143,12 +143,12 @@ def test_after_a_kill_the_next_server_takes_the_port_and_removes_the_files(
     scratch = tmp_path / "scratch"
     with started(scratch, str(folder), *ONE) as served, Client(served.url) as half:
         pid = requests.get(f"{served.url}/model", timeout=10).json()["replicas"][0]["pid"]
-        half.send(request({"inputs": ["red"]})[:-3])  # the worker has a request to finish
+        half.send(request({"inputs": ["red"]})[:-3])  # not even a request keeps the worker
         until(lambda: in_flight(served.url))
         served.process.kill()
         served.process.wait()
-        until(lambda: refused(served.url))
-        assert Path(f"/proc/{pid}").exists()
+        until(lambda: not Path(f"/proc/{pid}").exists())
+        assert refused(served.url)
         (left,) = runs(scratch)
         port = served.url.rpartition(":")[2]
         with started(scratch, str(folder), *ONE, "--port", port) as again:
@@ -156,8 +156,6 @@ def test_after_a_kill_the_next_server_takes_the_port_and_removes_the_files(
             (run,) = runs(scratch)
             assert run != left
             assert score(again.url).status_code == 200
-            half.close()  # or the time of a request ends it
-            until(lambda: not Path(f"/proc/{pid}").exists())
             assert ends(again) == 0
     assert list(scratch.iterdir()) == []
 
