@@ -2,10 +2,8 @@
 
 import configparser
 import importlib.util
-import re
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -13,6 +11,8 @@ import mlflow_pt_deploy
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mlflow_pt_deploy"
+
+
 def test_public_names() -> None:
     assert mlflow_pt_deploy.__all__ == [
         "VARIANTS",
