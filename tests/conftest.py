@@ -6,6 +6,7 @@ What takes seconds to make is made once, also where xdist runs the tests in seve
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import random
 import shutil
@@ -92,6 +93,14 @@ def _has_gpu() -> bool:
 def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unfinished work goes to the test's own folder, never to the user's."""
     monkeypatch.setenv("PT_DEPLOY_HOME", str(tmp_path / "pt-deploy-home"))
+
+
+@pytest.fixture(autouse=True)
+def enabled_loggers() -> None:
+    """A test that opens a study with Optuna itself disables every logger; the next one has ours."""
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.startswith("mlflow_pt_deploy") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 _SPACE = "space"
+_migration_lock = threading.Lock()
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def _open_storage(url: str, wait_s: float) -> RDBStorage:
         )
     for retries in (2, 1, 0):
         try:
-            with _loggers_kept():
+            with _migration_lock, _loggers_kept():
                 return RDBStorage(url, engine_kwargs=options)
         except sqlalchemy.exc.DBAPIError as error:
             # Another process creates the same tables at the same time.
