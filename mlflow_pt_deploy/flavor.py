@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import yaml
 from mlflow import pyfunc
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -57,7 +56,12 @@ from mlflow_pt_deploy.registry.mlmodel import (
 )
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
-from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, read_regular
+from mlflow_pt_deploy.system.regular_files import (
+    list_files,
+    open_to_readers,
+    parse_yaml,
+    read_regular,
+)
 
 __all__ = [
     "ALLOW_CODE_ENV",
@@ -68,6 +72,8 @@ __all__ = [
     "log_model",
     "save_model",
 ]
+
+_META = "registered_model_meta"
 
 
 def save_model(
@@ -226,12 +232,12 @@ def _is_promoted(root: Path) -> bool:
     if not read_manifest(root / FOLDER).carries_code:
         return False
     try:
-        meta = yaml.safe_load(read_regular(root / "registered_model_meta", 4096))
+        meta = parse_yaml(read_regular(root / _META, 4096), _META)
         version = mlflow.MlflowClient().get_model_version(
             meta["model_name"], str(meta["model_version"])
         )
         check_digest(root, version.tags.get(DIGEST_TAG, ""), DIGEST_TAG)
-    except (ArtifactError, yaml.YAMLError, KeyError, TypeError, mlflow.MlflowException):
+    except (ArtifactError, KeyError, TypeError, mlflow.MlflowException):
         return False
     return True
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import mlflow
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import tracking_database as database
 from mlflow_pt_deploy.errors import TrackingError
+from mlflow_pt_deploy.system.environment import environment
 from mlflow_pt_deploy.system.unexpected_errors import one_line
 
 
@@ -20,12 +19,11 @@ def check_tracking() -> None:
     """
     uri = mlflow.get_tracking_uri()
     timeouts = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in timeouts}
-    os.environ.update(timeouts)
     try:
-        for store in dict.fromkeys((uri, mlflow.get_registry_uri())):
-            database.prepare(store)
-        MlflowClient().search_experiments(max_results=1)
+        with environment(**timeouts):
+            for store in dict.fromkeys((uri, mlflow.get_registry_uri())):
+                database.prepare(store)
+            MlflowClient().search_experiments(max_results=1)
     except ModuleNotFoundError as error:  # the driver of a database
         raise TrackingError(
             f"the MLflow tracking server {redact_uri(uri)} needs the Python package "
@@ -35,12 +33,6 @@ def check_tracking() -> None:
         raise
     except Exception as error:  # of requests, SQLAlchemy or MLflow, depending on the scheme
         raise _explain(uri, error) from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def redact_uri(uri: str) -> str:

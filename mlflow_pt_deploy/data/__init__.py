@@ -60,15 +60,8 @@ def _load(spec: str, seed: int) -> Splits:
     if kind == "abo":
         return read_abo(Path(os.path.expanduser(rest)), source=spec, seed=seed)
     path = Path(os.path.expanduser(spec))  # Path.expanduser raises for an unknown user
-    if not spec.strip() or not _exists(path):
+    if not spec.strip() or not os.path.exists(path):
         raise DataError(
             f"--data {spec!r} is neither a known source nor a path that exists. Give {_SUPPORTED}."
         )
     return read_files(path, source=spec, seed=seed)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # an invalid file name, or no permission to search the folder
-        return False

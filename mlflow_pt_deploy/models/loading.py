@@ -107,15 +107,16 @@ def reload_classifier(reference: str) -> Classifier:
     """
     with _model_errors(reference):
         folder, _ = locate(reference)
-        network, info = _network(folder, _kind_of(folder), {})
+        kind = _kind(read_config(folder, reference))
+        network, info = _network(folder, kind, {})
         _check_parts(network, info, reference)
-        return _with_processor(network, folder)
+        return _with_processor(kind, network, folder)
 
 
 def blank_classifier(folder: Path) -> Classifier:
     """Create the classifier of a folder with random weights; the weights are not read."""
-    config = _config(folder)
-    return _with_processor(blank_network(_kind_of(folder).auto, config), folder)
+    kind = _kind(read_config(folder, str(folder)))
+    return _with_processor(kind, blank_network(kind.auto, _config(folder)), folder)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
@@ -150,17 +151,19 @@ def _load(
         head: Config keys of a new head; empty keeps the head of the model.
         fresh: Whether the head belongs to another task and must be reinitialized.
     """
-    images = reads_images(config)
+    kind = _kind(config)
     if remote:
         fetch_weights(reference)
-    if problem := weights_problem(folder) or ("" if images else tokenizer_problem(folder)):
+    if problem := weights_problem(folder) or (
+        "" if kind is ImageClassifier else tokenizer_problem(folder)
+    ):
         raise ModelError(f"{reference}: no classifier can be loaded ({problem}).")
-    network, info = _network(folder, ImageClassifier if images else TextClassifier, head)
+    network, info = _network(folder, kind, head)
     _check_parts(network, info, reference, with_head=not head)
     if fresh:
         _renew_head(network)
     padding = declared_padding(network.config)
-    classifier = _with_processor(network, folder, images=images)
+    classifier = _with_processor(kind, network, folder)
     compare_with_transformers(classifier, folder, reference, padding)
     return classifier
 
@@ -190,14 +193,11 @@ def _config(folder: Path, **head: Any) -> Any:
     )
 
 
-def _kind_of(folder: Path) -> type[Classifier]:
-    images = reads_images(read_config(folder, str(folder)))
-    return ImageClassifier if images else TextClassifier
+def _kind(config: Mapping[str, Any]) -> type[Classifier]:
+    return ImageClassifier if reads_images(config) else TextClassifier
 
 
-def _with_processor(network: Any, folder: Path, *, images: bool | None = None) -> Classifier:
-    images = reads_images(read_config(folder, str(folder))) if images is None else images
-    kind = ImageClassifier if images else TextClassifier
+def _with_processor(kind: type[Classifier], network: Any, folder: Path) -> Classifier:
     with _quiet_transformers():
         return kind.with_processor(network, str(folder)).eval()
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,7 @@ def check_trainable(config: Mapping[str, Any], reference: str) -> str:
 
 def reads_images(config: Mapping[str, Any]) -> bool:
     """Whether the classifier of a config is for images (else for texts)."""
-    return (Task.from_config(config).name or _classifier_type(config)) == IMAGE or _classifier_type(
-        config
-    ) == IMAGE
+    return IMAGE in (Task.from_config(config).name, _classifier_type(config))
 
 
 def _classifier_type(config: Mapping[str, Any]) -> str | None:
@@ -191,6 +190,7 @@ def _types(constant: str) -> set[str]:
     return {*getattr(modeling_auto, f"MODEL_FOR_{constant}_MAPPING_NAMES"), *registered}
 
 
+@cache
 def _tasks() -> dict[str, list[str]]:
     """Tasks of each transformers class, from the tables of transformers."""
     found: dict[str, list[str]] = {}

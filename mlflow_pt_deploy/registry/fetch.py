@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlflow_pt_deploy.registry.mlmodel import (
     digest,
     read_mlmodel,
 )
-from mlflow_pt_deploy.system.regular_files import copy_files, list_files, open_regular
+from mlflow_pt_deploy.system.regular_files import copy_file, copy_files, list_files
 
 if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
@@ -153,6 +152,5 @@ def _copy(uri: str, folder: Path, part: str = "") -> Path:
         source = source.resolve()  # the folder itself may be a link, its content may not
         copy_files(source, folder / source.name)
         return folder / source.name
-    with open_regular(source) as file, (folder / source.name).open("wb") as copy:
-        shutil.copyfileobj(file, copy, 2**20)
+    copy_file(source, folder / source.name)
     return folder / source.name

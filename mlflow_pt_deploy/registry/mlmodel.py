@@ -178,8 +178,7 @@ def digest(root: Path) -> str:
     """
     total = hashlib.sha256()
     for name in (FILE, MANIFEST):
-        part = hashlib.sha256(read_regular(root / name, MAX_BYTES * 16)).hexdigest()
-        total.update(f"{part}  {name}\n".encode())
+        total.update(f"{_sha256(root / name)}  {name}\n".encode())
     return _DIGEST_PREFIX + total.hexdigest()
 
 
@@ -194,15 +193,16 @@ def check_digest(root: Path, promoted: str, tag: str) -> None:
     Raises:
         ArtifactError: The digests differ.
     """
-    if promoted.startswith(_DIGEST_PREFIX):
-        actual = digest(root)
-    else:
-        actual = hashlib.sha256(read_regular(root / MANIFEST, MAX_BYTES * 16)).hexdigest()
+    actual = digest(root) if promoted.startswith(_DIGEST_PREFIX) else _sha256(root / MANIFEST)
     if actual != promoted:
         raise ArtifactError(
             f"the model differs from the promoted one: its digest does not match the registry "
             f"tag {tag}. Promote it again with pt-deploy promote."
         )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_regular(path, MAX_BYTES * 16)).hexdigest()
 
 
 def _check_pyfunc(pyfunc: object, logged_digest: str, content: dict[str, Any]) -> MLmodel:

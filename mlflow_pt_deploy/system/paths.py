@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.environment import environment
 
 
 def home() -> Path:
@@ -40,22 +41,9 @@ def own_temporary_folder() -> Iterator[None]:
     try:
         with (
             interrupt.exit_action(remove),
-            _environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compile_cache),
+            environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compile_cache),
         ):
             yield
     finally:
         tempfile.tempdir = before
         remove()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
