@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from mlflow_pt_deploy.runtimes.base import Variant
     from mlflow_pt_deploy.runtimes.catalog import VARIANTS
-    from mlflow_pt_deploy.selection.policy import Choice, Policy, choose
+    from mlflow_pt_deploy.selection.choice import Choice, choose
+    from mlflow_pt_deploy.selection.policy import Policy
     from mlflow_pt_deploy.serving.api import serve
 
 _HOMES = {
@@ -34,7 +35,8 @@ _HOMES = {
     "evaluation": ("Measurement", "Result"),
     "config": ("Options",),
     "pipeline.lifecycle": ("run_lifecycle",),
-    "selection.policy": ("Choice", "Policy", "choose"),
+    "selection.choice": ("Choice", "choose"),
+    "selection.policy": ("Policy",),
     "pipeline.search_stage": ("search_students",),
     "serving.api": ("serve",),
     "pipeline.stages": (

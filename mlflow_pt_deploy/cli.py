@@ -188,7 +188,7 @@ def _optimize(parsed: argparse.Namespace) -> dict[str, Any]:
 def _promote(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.pipeline.stages import promote_choice, read_optimized
 
-    done = read_optimized(parsed.run, _options(parsed).policy())
+    done = read_optimized(parsed.run, _options(parsed).selection_policy())
     promotion = promote_choice(done, parsed.name)
     print(f"{promotion.uri} is version {promotion.version}: {done.choice.reason}")
     return {"stage": "promote", "choice": done.choice.variant, **_promotion_document(promotion)}

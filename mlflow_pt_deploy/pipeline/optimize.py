@@ -21,8 +21,9 @@ from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
 from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
-from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
-from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, not_slower_than
+from mlflow_pt_deploy.selection.cascade_planner import CascadePlan, cross_fitted, plan_cascades
+from mlflow_pt_deploy.selection.choice import Choice, choose, finalists, not_slower_than
+from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
@@ -62,14 +63,18 @@ def optimize(
     folders = work / "variants"
     built = _build(models, splits, select(options.variants), folders)
     baseline = VARIANTS[0].name(next(iter(models)))
+    policy = options.selection_policy()
     with _bench(built, baseline, splits, options) as bench:
         results = _measure(bench, built)
+        plans: dict[str, CascadePlan] = {}
         if wants_cascades(options.variants):
-            results += _measure(bench, _cascade(results, splits, options.retain, folders))
-        results = _with_fewer_threads(bench, results, options)
+            plans = {_name(plan): plan for plan in plan_cascades(results, policy)}
+            cascades = _cascades(plans, splits, folders)
+            results = _judge(results + _measure(bench, cascades), plans, baseline)
+        results = _judge(_with_fewer_threads(bench, results, options), plans, baseline)
     uris = _log_results(results, splits)
-    choice = choose(results, options.policy())
-    _log_outcome(results, choice, splits, uris, work, options.retain)
+    choice = choose(results, policy)
+    _log_outcome(results, choice, splits, uris, work, policy)
     shutil.rmtree(work, ignore_errors=True)
     return OptimizationResult(run_id, tuple(results), uris, choice)
 
@@ -98,14 +103,27 @@ def _build(
         return build(models, splits, target, variants=variants, progress=note)
 
 
-def _cascade(
-    results: Sequence[Result], splits: Splits, retain: float, target: Path
-) -> list[BuildResult]:
+def _name(plan: CascadePlan) -> str:
+    return Cascade(fast=plan.fast, strong=plan.strong).name(CASCADE)
+
+
+def _judge(
+    results: Sequence[Result], plans: Mapping[str, CascadePlan], baseline: str
+) -> list[Result]:
+    """Replace the accuracy of cascades, whose threshold was set on the validation rows."""
+    reference = next(each for each in results if each.variant == baseline)
+    return [
+        cross_fitted(each, plans[each.variant], reference) if each.variant in plans else each
+        for each in results
+    ]
+
+
+def _cascades(plans: Mapping[str, CascadePlan], splits: Splits, target: Path) -> list[BuildResult]:
     """Build the cascades that are expected to be faster than every single variant."""
     built = []
-    for plan in plan_cascades(results, retain):
+    for name, plan in plans.items():
         cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
-        name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
+        folder, reason = target / name, ""
         try:
             write_cascade(
                 folder,
@@ -145,7 +163,7 @@ def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:
 def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
     """Replace the finalists' results by those with the fewest threads that are not slower."""
     kept = {each.variant: each for each in results}
-    names = finalists(results, options.policy())
+    names = finalists(results, options.selection_policy())
     counts = [] if options.threads or not names else _smaller_thread_counts(usable_cores())
     folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
     with _progress_of("fewer threads", len(folders) * len(counts)) as on_result:
@@ -173,11 +191,11 @@ def _log_outcome(
     splits: Splits,
     models: Mapping[str, str],
     work: Path,
-    retain: float,
+    policy: Policy,
 ) -> None:
     figure = work / "accuracy_latency.png"
-    plot(results, figure, choice, retain=retain)
-    report = markdown(results, choice, notes=splits.notes)
+    plot(results, figure, choice, retain=policy.retain)
+    report = markdown(results, choice, notes=splits.notes, policy=policy)
     tracking.log_results(results, {"report.md": report}, figure)
     mlflow.log_dict(dict(models), "models.json")
     tracking.set_run_description(report)

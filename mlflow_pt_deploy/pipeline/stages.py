@@ -24,7 +24,8 @@ from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
 from mlflow_pt_deploy.pipeline.training_run import TrainedModel, TrainingTask, fit_in_run
 from mlflow_pt_deploy.registry.promotion import Promotion, promote
 from mlflow_pt_deploy.runtimes.catalog import select
-from mlflow_pt_deploy.selection.policy import Policy, choose
+from mlflow_pt_deploy.selection.choice import choose
+from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.paths import home
 from mlflow_pt_deploy.tracking_server import check_tracking
@@ -230,7 +231,8 @@ def read_optimized(run_id: str, policy: Policy | None = None) -> OptimizationRes
             f"pt-deploy run --resume {run_id}"
         ) from error
     rows = tuple(Result.from_json(result) for result in results["results"])
-    return OptimizationResult(run_id, rows, models, choose(rows, policy or saved.policy()))
+    choice = choose(rows, policy or saved.selection_policy())
+    return OptimizationResult(run_id, rows, models, choice)
 
 
 def _students(uris: str) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Promote a logged model: register a version, describe it and move the alias `champion`.
 
-Which variant to promote is decided in `selection.policy`.
+Which variant to promote is decided in `selection.choice`.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from mlflow_pt_deploy.evaluation.result import Measurement, Result
 from mlflow_pt_deploy.reporting.plots import plot
-from mlflow_pt_deploy.reporting.remarks import remarks
+from mlflow_pt_deploy.reporting.remarks import headline, promise_on_test, remarks
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
-from mlflow_pt_deploy.selection.policy import Choice
+from mlflow_pt_deploy.selection.choice import Choice
+from mlflow_pt_deploy.selection.policy import Policy
 
 __all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
 
@@ -23,13 +24,20 @@ class _Column(NamedTuple):
     text: Callable[[Result], str]
 
 
-def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: str = "test") -> str:
+def table(
+    results: Sequence[Result],
+    choice: Choice | None = None,
+    *,
+    dataset: str = "test",
+    policy: Policy | None = None,
+) -> str:
     """Format results as aligned plain text, fastest first, about 140 columns wide.
 
     Args:
         results: From `measure`.
         choice: From `choose`; the variant is marked with ``*`` and the reason is added below.
         dataset: Dataset of accuracy, drop and agreement.
+        policy: Of the choice; whether the test rows keep its promise is added.
     """
     chosen = choice.variant if choice else None
     header = ["", *(column.title for column in _columns(dataset))]
@@ -43,8 +51,9 @@ def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: s
     for remark in remarks(results):
         lines += textwrap.wrap(remark, _WIDTH, initial_indent="~ ", subsequent_indent="    ")
     if choice is not None:
-        lines += ["", *textwrap.wrap(choice.reason, _WIDTH)]
-    return "\n".join(lines)
+        lines += ["", *textwrap.wrap(_explained(results, choice, policy), _WIDTH)]
+    warning = headline(results, _result_of(results, choice), policy)
+    return "\n".join([*(f"! {line}" for line in textwrap.wrap(warning, _WIDTH)), *lines])
 
 
 def markdown(
@@ -53,6 +62,7 @@ def markdown(
     *,
     dataset: str = "test",
     notes: Iterable[str] = (),
+    policy: Policy | None = None,
 ) -> str:
     """Format the reason and the results as a GitHub table, the chosen variant in bold.
 
@@ -61,10 +71,13 @@ def markdown(
         choice: From `choose`.
         dataset: Dataset of accuracy, drop and agreement.
         notes: Lines to add below, e.g. the machine and the data.
+        policy: See `table`.
     """
     columns = _columns(dataset)
+    warning = headline(results, _result_of(results, choice), policy)
     lines = [
-        *([choice.reason, ""] if choice is not None else []),
+        *([f"**{warning}**", ""] if warning else []),
+        *([_explained(results, choice, policy), ""] if choice is not None else []),
         "| " + " | ".join(column.title for column in columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),
     ]
@@ -145,6 +158,20 @@ def _columns(dataset: str) -> tuple[_Column, ...]:
         _Column("drop, points", drop),
         _Column("agree", on("agreement", dataset, "{:.4f}".format)),
     )
+
+
+def _result_of(results: Sequence[Result], choice: Choice | None) -> Result | None:
+    name = choice.variant if choice else None
+    return next((each for each in results if each.variant == name), None)
+
+
+def _explained(results: Sequence[Result], choice: Choice, policy: Policy | None) -> str:
+    """The reason, and whether the test rows keep the promise; a broken one is in the headline."""
+    chosen = _result_of(results, choice)
+    if chosen is None or policy is None:
+        return choice.reason
+    kept, text = promise_on_test(chosen, policy)
+    return f"{choice.reason} {text}".strip() if kept else choice.reason
 
 
 def _significant(value: float) -> str:
