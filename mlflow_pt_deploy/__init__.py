@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.errors import PtDeployError
     from mlflow_pt_deploy.evaluation import Measurement, Result
     from mlflow_pt_deploy.pipeline.lifecycle import run_lifecycle
+    from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice, read_optimized
     from mlflow_pt_deploy.pipeline.search_stage import search_students
     from mlflow_pt_deploy.pipeline.stages import (
         distill_student,
         optimize_models,
-        promote_choice,
-        read_optimized,
         train_teacher,
     )
     from mlflow_pt_deploy.runtimes.base import Variant
@@ -42,10 +41,9 @@ _HOMES = {
     "pipeline.stages": (
         "distill_student",
         "optimize_models",
-        "promote_choice",
-        "read_optimized",
         "train_teacher",
     ),
+    "pipeline.promotion_stage": ("promote_choice", "read_optimized"),
     "artifacts": ("load_variant", "write_variant"),
     "runtimes.base": ("Variant",),
     "runtimes.catalog": ("VARIANTS",),

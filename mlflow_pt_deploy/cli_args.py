@@ -10,7 +10,7 @@ from typing import Any
 
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
-from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
+from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 STAGES = {
@@ -19,7 +19,11 @@ STAGES = {
     "distill": "distill a student from a fine-tuned teacher",
     "search": "search for students of a teacher",
     "optimize": "build, measure and log every variant of a model",
-    "promote": "choose a variant of a run and move the alias champion",
+    "promote": "choose a variant of a run, or copy a champion, and move the alias champion",
+    "rollback": "move the alias champion back to an earlier version",
+    "history": "list the promotions of a registered model",
+    "compare": "compare two versions on the same rows",
+    "verify": "compare a model on this machine with what was logged",
     "serve": "serve registered or logged models, and follow promotions",
 }
 """Commands and their descriptions."""
@@ -75,6 +79,8 @@ def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -
         return
     default = _DEFAULTS.get((stage, spec.name), spec.default)
     shown: dict[str, Any] = {"help": spec.help + (f" ({default})" if default else "")}
+    if spec.choices == SWITCH:
+        shown |= {"help": spec.help, "nargs": "?", "const": "yes"}
     if spec.choices:
         shown["metavar"] = f"{{{','.join(spec.choices)}}}"
     if spec.name == "data" and not default:
@@ -92,7 +98,35 @@ def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
     if name == "optimize":
         stage.add_argument("--model", required=True, help=f"model to optimize: {_MODEL_FORMS}")
     if name == "promote":
-        stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
+        stage.add_argument("--run", default="", help="id of a run with an optimize stage")
+        about = "print every variant with what it passed and failed; change nothing"
+        stage.add_argument("--dry-run", action="store_true", help=about)
+        about = "copy the champion of --name to this registered model, and promote it there"
+        stage.add_argument("--to", default="", metavar="NAME", help=about)
+        about = "with --to: MLflow server of the copy; empty: the same"
+        stage.add_argument("--registry-uri", default="", metavar="URI", help=about)
+        about = "with --to: compute the golden rows of the copy before it is promoted"
+        stage.add_argument("--verify", action="store_true", help=about)
+        about = "finish or undo interrupted promotions of this registered model"
+        stage.add_argument("--repair", default="", metavar="NAME", help=about)
+    if name in ("rollback", "history"):
+        stage.add_argument("name", help="registered model")
+    if name == "rollback":
+        about = "version to go back to; empty: that of the alias previous"
+        stage.add_argument("--to", default="", metavar="VERSION", help=about)
+    if name == "compare":
+        for place in ("first", "second"):
+            stage.add_argument(
+                place, help=f"{place} version: NAME@ALIAS, NAME/VERSION or models:/..."
+            )
+        about = "measure both anew, interleaved, on this data; empty: compare stored answers"
+        stage.add_argument("--data", default="", help=about)
+        about = "with --data: timing budget of each model in seconds (8)"
+        stage.add_argument("--seconds", type=float, default=8.0, help=about)
+    if name == "verify":
+        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a folder")
+        about = "time single rows too; nothing else should run meanwhile"
+        stage.add_argument("--latency", action="store_true", help=about)
     if name == "serve":
         about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a name"
         stage.add_argument("uri", help=about)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
-from mlflow_pt_deploy.option_fields import check_choices, option
+from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
 from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
 from mlflow_pt_deploy.system.hardware import check_device
 
@@ -56,6 +56,12 @@ class Options:
     )
     name: str = option(
         "pt-deploy-demo", "registered model to promote into", stages=("run", "promote")
+    )
+    replace: str = option(
+        "no",
+        "replace the champion without comparing it with the chosen variant",
+        stages=("run", "promote"),
+        choices=SWITCH,
     )
     epochs: int = option(
         -1,

@@ -26,7 +26,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.system import interrupt
-from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
+from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
 from mlflow_pt_deploy.tracking_server import redact_uri
 
 STAGE_TAG = "pt_deploy.stage"
@@ -266,9 +266,54 @@ def log_folder(folder: Path, name: str) -> str:
     return f"runs:/{run.info.run_id}/{name}"
 
 
-def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Path) -> None:
+def conditions(splits: Splits) -> dict[str, str]:
+    """Return the data and the machine of measurements made now.
+
+    Results can be compared if the digests of the ``validation`` rows and the ``hardware`` are
+    equal.
+    """
+    facts = hardware()
+    machine = f"{facts['cpu']}, {facts['cores']} cores"
+    return {
+        "data": f"{splits.name}, {len(splits.validation)} validation and {len(splits.test)} test "
+        "rows",
+        "validation": splits.validation.digest,
+        "test": splits.test.digest,
+        "hardware": machine,
+    }
+
+
+def read_results(run_id: str) -> tuple[tuple[Result, ...], dict[str, str]]:
+    """Read the results of an optimize stage, and their conditions (empty for old runs).
+
+    Raises:
+        ModelError: The run has no finished optimize stage.
+    """
+    try:
+        document = mlflow.artifacts.load_dict(f"runs:/{run_id}/results.json")
+    except Exception as error:  # differs by artifact store
+        raise no_results(run_id) from error
+    results = tuple(map(Result.from_json, document["results"]))
+    return results, document.get("conditions", {})
+
+
+def no_results(run_id: str) -> ModelError:
+    """The error of a run without a finished optimize stage."""
+    return ModelError(
+        f"run {run_id} has no finished optimize stage. Finish it with "
+        f"pt-deploy run --resume {run_id}"
+    )
+
+
+def log_results(
+    results: Sequence[Result], splits: Splits, texts: Mapping[str, str], figure: Path
+) -> None:
     """Log all results to the active run, as JSON, as texts and as a figure."""
-    mlflow.log_dict({"results": [result.to_json() for result in results]}, "results.json")
+    document = {
+        "results": [result.to_json() for result in results],
+        "conditions": conditions(splits),
+    }
+    mlflow.log_dict(document, "results.json")
     for name, text in texts.items():
         mlflow.log_text(text, name)
     mlflow.log_artifact(str(figure))

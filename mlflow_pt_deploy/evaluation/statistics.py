@@ -130,7 +130,7 @@ def mcnemar_p(
         reference_correct: bool (rows,), rows that the reference predicts correctly.
         variant_correct: bool (rows,), rows that the variant predicts correctly.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest  # type: ignore[import-untyped]
 
     losses = int(np.sum(reference_correct & ~variant_correct))
     gains = int(np.sum(variant_correct & ~reference_correct))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -39,12 +39,20 @@ class OptimizationResult:
         results: One result per variant, failed ones included.
         models: Variant name to model URI, ``models:/m-...``.
         choice: Chosen variant and the reason.
+        policy: Policy of the choice.
+        conditions: Data and machine of the measurements, see `tracking.conditions`.
     """
 
     run_id: str
     results: tuple[Result, ...]
     models: Mapping[str, str]
     choice: Choice
+    policy: Policy = field(default_factory=Policy)
+    conditions: Mapping[str, str] = field(default_factory=dict)
+
+    def result(self, variant: str | None) -> Result | None:
+        """Return the result of a variant, or None."""
+        return next((each for each in self.results if each.variant == variant), None)
 
 
 def optimize(
@@ -74,9 +82,10 @@ def optimize(
         results = _judge(_with_fewer_threads(bench, results, options), plans, baseline)
     uris = _log_results(results, splits)
     choice = choose(results, policy)
+    conditions = tracking.conditions(splits)
     _log_outcome(results, choice, splits, uris, work, policy)
     shutil.rmtree(work, ignore_errors=True)
-    return OptimizationResult(run_id, tuple(results), uris, choice)
+    return OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
@@ -196,6 +205,6 @@ def _log_outcome(
     figure = work / "accuracy_latency.png"
     plot(results, figure, choice, retain=policy.retain)
     report = markdown(results, choice, notes=splits.notes, policy=policy)
-    tracking.log_results(results, {"report.md": report}, figure)
+    tracking.log_results(results, splits, {"report.md": report}, figure)
     mlflow.log_dict(dict(models), "models.json")
     tracking.set_run_description(report)
