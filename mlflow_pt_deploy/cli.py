@@ -98,6 +98,7 @@ _COMMANDS: dict[str, Command] = {
     "history": registry.history,
     "compare": registry.compare,
     "verify": registry.verify,
+    "report": registry.report,
     "serve": serve.serve,
 }
 

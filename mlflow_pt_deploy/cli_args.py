@@ -20,13 +20,19 @@ STAGES = {
     "search": "search for students of a teacher",
     "optimize": "build, measure and log every variant of a model",
     "promote": "choose a variant of a run, or copy a champion, and move the alias champion",
+    "serve": "serve registered or logged models, and follow promotions",
+}
+"""Stages: commands that are entry points of MLproject too, and their descriptions."""
+
+COMMANDS = {
+    **STAGES,
     "rollback": "move the alias champion back to an earlier version",
     "history": "list the promotions of a registered model",
     "compare": "compare two versions on the same rows",
     "verify": "compare a model on this machine with what was logged",
-    "serve": "serve registered or logged models, and follow promotions",
+    "report": "write one HTML page about a run, or about the champion of a registered model",
 }
-"""Commands and their descriptions."""
+"""All commands and their descriptions."""
 
 # A model that exists was trained on some data; measuring it on the demo's would be meaningless.
 _NO_DEFAULT_DATA = ("distill", "search", "optimize")
@@ -56,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--version", action="version", version=__version__)
     stages = command.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, about in STAGES.items():
+    for name, about in COMMANDS.items():
         options = stage_options(name)
         has_data = any(spec.name == "data" for spec in options)
         stage = stages.add_parser(
@@ -78,13 +84,14 @@ def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -
         parser.add_argument(spec.flag, action="store_true", help=spec.help)
         return
     default = _DEFAULTS.get((stage, spec.name), spec.default)
-    shown: dict[str, Any] = {"help": spec.help + (f" ({default})" if default else "")}
+    about = spec.help.replace("%", "%%")  # argparse formats it
+    shown: dict[str, Any] = {"help": about + (f" ({default})" if default else "")}
     if spec.choices == SWITCH:
-        shown |= {"help": spec.help, "nargs": "?", "const": "yes"}
+        shown |= {"help": about, "nargs": "?", "const": "yes"}
     if spec.choices:
         shown["metavar"] = f"{{{','.join(spec.choices)}}}"
     if spec.name == "data" and not default:
-        shown["help"] = f"(required) data that the model was trained on: {spec.help}"
+        shown["help"] = f"(required) data that the model was trained on: {about}"
     if (stage, spec.name) in _REQUIRED:
         parser.add_argument(
             spec.flag, required=True, type=spec.type, help=f"fine-tuned teacher: {_MODEL_FORMS}"
@@ -123,6 +130,12 @@ def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
         stage.add_argument("--data", default="", help=about)
         about = "with --data: timing budget of each model in seconds (8)"
         stage.add_argument("--seconds", type=float, default=8.0, help=about)
+    if name == "report":
+        stage.add_argument(
+            "subject", help="id of a run with an optimize stage, or registered model"
+        )
+        about = "file to write (report-SUBJECT.html)"
+        stage.add_argument("--out", default="", metavar="FILE", help=about)
     if name == "verify":
         stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a folder")
         about = "time single rows too; nothing else should run meanwhile"

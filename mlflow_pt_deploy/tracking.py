@@ -25,6 +25,7 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.evaluation.slices import Change, Slice, changed_rows, slice_accuracy
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
 from mlflow_pt_deploy.tracking_server import redact_uri
@@ -33,6 +34,9 @@ STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
 OPTIONS_TAG = "pt_deploy.options"
 REASON_TAG = "pt_deploy.reason"
+SLICES = "slices.json"
+_CHANGED = "changed_rows.json"
+_MAX_CHANGED, _MAX_CHARACTERS = 500, 500
 _NOTE_TAG = "mlflow.note.content"
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
 
@@ -142,12 +146,15 @@ def dataset(splits: Splits, split: str) -> MetaDataset:
     return MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]  # MLflow does the same
 
 
-def log_result(result: Result, splits: Splits, step: int) -> str | None:
+def log_result(
+    result: Result, splits: Splits, step: int, baseline: Result | None = None
+) -> str | None:
     """Log one variant as a child run, with a logged model if it was built and measured.
 
     Args:
         result: Result of the variant.
         splits: Data of the measurements.
+        baseline: Result whose labels are compared with those of the variant, as a table.
         step: Distinct for each variant, because MLflow copies metrics of one step to its models.
 
     Returns:
@@ -167,6 +174,8 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             mlflow.end_run("FAILED")
             return None
         mlflow.log_dict(result.to_json(), "measurements.json")
+        if baseline is not None:
+            log_differences(result, baseline, splits)
         interrupt.check()
         info = flavor.log_model(
             result.folder,
@@ -178,6 +187,24 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
+
+
+def log_differences(result: Result, baseline: Result, splits: Splits) -> None:
+    """Log two tables of the validation rows: accuracy by slice, and rows with another label."""
+    reference, predicted = (each.predicted.get("validation") for each in (baseline, result))
+    if not reference or not predicted:
+        return
+    slices = slice_accuracy(splits.validation, splits.labels, reference, predicted)
+    changed = changed_rows(splits.validation, splits.labels, reference, predicted)
+    short = [each._replace(text=each.text[:_MAX_CHARACTERS]) for each in changed[:_MAX_CHANGED]]
+    _log_table(slices, Slice._fields, SLICES)
+    _log_table(short, Change._fields, _CHANGED)
+
+
+def _log_table(rows: Sequence[tuple[object, ...]], columns: Sequence[str], name: str) -> None:
+    """Log a table in the form that MLflow's UI shows."""
+    table = {"columns": list(columns), "data": [list(row) for row in rows]}
+    mlflow.log_dict(table, name)
 
 
 def _serving_config(result: Result) -> dict[str, int]:

@@ -130,6 +130,7 @@ def _print_next_steps(done: LifecycleResult) -> None:
 look:   {start}
         {pages}/runs/{done.run_id}{view}   (the choice)
         {pages}/models{view}   (all variants)
+        {pages}/runs/{done.run_id}/artifacts/report.html   (the report)
 serve:  {prefix}mlflow models serve -m {uri} --env-manager local -p 5001
    or:  {prefix}pt-deploy serve {uri} --port 5001
 score:  curl http://127.0.0.1:5001/invocations -H 'Content-Type: application/json' \\

@@ -139,6 +139,17 @@ def verify(parsed: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def report(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Write the HTML report."""
+    from pathlib import Path
+
+    from mlflow_pt_deploy.pipeline.report_stage import write_report
+
+    out = write_report(parsed.subject, Path(parsed.out) if parsed.out else None)
+    print(f"report: {out}")
+    return {"stage": "report", "file": str(out)}
+
+
 def promotion_document(promotion: Promotion) -> dict[str, Any]:
     """The JSON form of a promotion."""
     return {

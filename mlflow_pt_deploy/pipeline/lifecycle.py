@@ -20,6 +20,7 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.errors import NotPromotedError
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice
+from mlflow_pt_deploy.pipeline.report_stage import log_report
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
     distill_stage,
@@ -102,6 +103,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
             optimized = optimize_models(replace(options, resume=""), splits)
         with _timed("promote", seconds):
             promotion, why_not = _promote(optimized, options)
+            log_report(run_id, options.name, optimized.policy)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return LifecycleResult(
         run_id, splits.column, optimized, promotion, seconds, why_not, options.name

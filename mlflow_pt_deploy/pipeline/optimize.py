@@ -91,10 +91,11 @@ def optimize(
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
     """Log each result; returns the model URIs by variant name."""
     uris = {}
+    baseline = next((each for each in results if each.variant == each.baseline), None)
     with progress("logging", len(results), "variants") as shown:
         for step, result in enumerate(results):
             interrupt.check()
-            uri = tracking.log_result(result, splits, step)
+            uri = tracking.log_result(result, splits, step, baseline)
             if uri is not None:
                 uris[result.variant] = uri
             shown.update(note=result.variant)
@@ -206,5 +207,11 @@ def _log_outcome(
     plot(results, figure, choice, retain=policy.retain)
     report = markdown(results, choice, notes=splits.notes, policy=policy)
     tracking.log_results(results, splits, {"report.md": report}, figure)
+    chosen, baseline = (
+        next((each for each in results if each.variant == name), None)
+        for name in (choice.variant, results[0].baseline)
+    )
+    if chosen is not None and baseline is not None:
+        tracking.log_differences(chosen, baseline, splits)
     mlflow.log_dict(dict(models), "models.json")
     tracking.set_run_description(report)

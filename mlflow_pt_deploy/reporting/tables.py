@@ -1,4 +1,4 @@
-"""Format results as tables for the terminal and as Markdown."""
+"""Format results as tables: for the terminal, as Markdown, as cells."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
 from mlflow_pt_deploy.selection.choice import Choice
 from mlflow_pt_deploy.selection.policy import Policy
 
-__all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
+__all__ = ["markdown", "plot", "ranked_cells", "table", "trials_markdown", "trials_table"]
 
 _WIDTH = 138
 _REASON_CHARACTERS = 400
@@ -89,6 +89,15 @@ def markdown(
     failed = [f"- `{r.variant}` is missing: {_one_line(r.reason)}" for r in _failed(results)]
     below = [*failed, *(f"- {_one_line(note)}" for note in (*remarks(results), *notes))]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
+
+
+def ranked_cells(
+    results: Sequence[Result], choice: Choice | None, *, dataset: str = "test"
+) -> tuple[list[str], list[tuple[bool, list[str]]]]:
+    """Return the titles of the table, and for each variant whether it was chosen and its cells."""
+    chosen = choice.variant if choice else None
+    rows = [(each.variant == chosen, _cells(each, dataset)) for each in _ranked(results)]
+    return [column.title for column in _columns(dataset)], rows
 
 
 def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:

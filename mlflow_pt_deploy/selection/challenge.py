@@ -66,9 +66,9 @@ def challenge(challenger: Measured, champion: Measured, policy: Policy) -> Verdi
     new, old = _correct(challenger.result), _correct(champion.result)
     drop = paired_drop(old, new)
     quality = (
-        f"accuracy {new.mean():.4f} against {old.mean():.4f}, difference {0 - 100 * drop.value:+.2f} "
-        f"points [{-100 * drop.high:+.2f}, {-100 * drop.low:+.2f}], McNemar p "
-        f"{mcnemar_p(old, new):.2g}"
+        f"accuracy {new.mean():.4f} against {old.mean():.4f}, "
+        f"difference {0 - 100 * drop.value:+.2f} points "
+        f"[{-100 * drop.high:+.2f}, {-100 * drop.low:+.2f}], McNemar p {mcnemar_p(old, new):.2g}"
     )
     better, speed = _objective(challenger, champion, policy)
     if drop.low > 0:
