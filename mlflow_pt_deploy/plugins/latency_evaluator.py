@@ -25,7 +25,7 @@ DEFAULTS = {"seconds": 2.0, "rows": 64, "batch_rows": 32}
 _PERCENTILES = (50, 95, 99)
 
 
-class LatencyEvaluator(ModelEvaluator):  # type: ignore[misc]  # MLflow's class is untyped
+class LatencyEvaluator(ModelEvaluator):
     """Times a model that is evaluated."""
 
     @classmethod

@@ -9,7 +9,7 @@ import pytest
 
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.reporting.tables import markdown, plot, table
-from mlflow_pt_deploy.selection.policy import Choice
+from mlflow_pt_deploy.selection.choice import Choice
 
 BASELINE = "teacher-eager-fp32"
 
