@@ -2,13 +2,20 @@
 
 An MLmodel holds the variant's folder as it is, under ``variant/``. Nothing is pickled and no code
 is shipped: the environment that loads a model has this package installed.
+
+`load_model` and ``pt-deploy serve`` read the MLmodel as data and refuse one that asks for anything
+but this module. ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` obey the MLmodel before
+this package is asked: they are as safe as the artifact store that they load from.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,17 +40,34 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_pt_deploy import __version__
-from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_regular
+from mlflow_pt_deploy.errors import ArtifactError, ServingError
+from mlflow_pt_deploy.fetch import ALLOW_CODE_ENV, environment_allows_code, fetch
 from mlflow_pt_deploy.hardware import library_versions
+from mlflow_pt_deploy.mlmodel import (
+    FLAVOR_NAME,
+    FOLDER,
+    LOADER,
+    MLmodel,
+    check_digest,
+    read_mlmodel,
+)
 from mlflow_pt_deploy.serving.options import Options
 from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG, resolve
 from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
 
-FLAVOR_NAME = "pt_deploy"
-ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"
-_FOLDER = "variant"
+__all__ = [
+    "ALLOW_CODE_ENV",
+    "FLAVOR_NAME",
+    "get_default_conda_env",
+    "get_default_pip_requirements",
+    "load_model",
+    "log_model",
+    "save_model",
+]
+
 _NEEDS = {
     "eager": ("torch", "transformers"),
     "torchscript": ("torch",),
@@ -97,14 +121,20 @@ def save_model(
 
     Raises:
         ArtifactError: The folder is incomplete or changed.
-        ServingError: `model_config` has a wrong option.
+        ServingError: `model_config` has a wrong option, or allows code.
     """
     options = asdict(Options.from_config(model_config))
+    if options["allow_code"]:
+        raise ServingError(
+            "model_config: allow_code cannot be logged with a model; only whoever serves it can "
+            "allow code. Promote the model, or serve it with -C allow_code=true."
+        )
     folder, root = Path(variant), Path(path)
+    existed = root.exists()
     manifest = verify(folder)
     _validate_env_arguments(None, pip_requirements, extra_pip_requirements)
     _validate_and_prepare_target_save_path(str(root))
-    shutil.copytree(folder, root / _FOLDER)
+    shutil.copytree(folder, root / FOLDER)
     model = mlflow_model or Model()
     model.signature = signature()
     model.metadata = metadata
@@ -115,6 +145,9 @@ def save_model(
     model.save(str(root / MLMODEL_FILE_NAME))
     defaults = None if pip_requirements else get_default_pip_requirements(*manifest.runtimes)
     _write_environment(root, defaults, pip_requirements, extra_pip_requirements)
+    open_to_readers(root)
+    if not existed:
+        root.chmod(0o755)
 
 
 def log_model(variant: Path | str, name: str, **options: Any) -> Any:
@@ -145,37 +178,96 @@ def load_model(
         dst_path: Where to download to.
         **model_config: Serving options, e.g. ``num_threads=1``.
     """
-    local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=dst_path)
-    return _load(Path(local), Options.from_config(model_config))
+    folder = dst_path or tempfile.mkdtemp(prefix="pt-deploy-model-")
+    try:
+        fetched = fetch(resolve(model_uri), Path(folder))
+        options = Options.from_config(fetched.options(model_config))
+        loaded = _load(fetched.root, fetched.mlmodel, options)
+    except BaseException:
+        if dst_path is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if dst_path is None:
+        weakref.finalize(loaded, shutil.rmtree, folder, ignore_errors=True)
+    return loaded
+
+
+def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PyFunc:
+    """Load a model whose MLmodel was read and checked.
+
+    Args:
+        root: The model's folder, which only this user can write to.
+        mlmodel: Its MLmodel.
+        config: All serving options; `allow_code` is the operator's or the promotion's word.
+
+    Raises:
+        PtDeployError: The model is damaged, carries code, or cannot run here.
+    """
+    options = Options.from_config(config)
+    return PyFunc(_load(root, mlmodel, options), config)
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFunc:
-    """What ``mlflow.pyfunc.load_model`` calls."""
-    return PyFunc(_load(Path(path), Options.from_config(model_config)), model_config)
+    """What ``mlflow.pyfunc.load_model`` calls, after it has obeyed the MLmodel.
+
+    MLflow passes the artifact's own options together with the operator's. An ``allow_code: true``
+    in the MLmodel cannot be told from the operator's there, and counts only if an environment
+    variable says it too.
+    """
+    root = Path(path)
+    list_files(root)
+    mlmodel = read_mlmodel(root)
+    config = dict(model_config or {})
+    mlmodel.check_claim(environment_allows_code() or _inference_config_allows_code())
+    config["allow_code"] = (
+        bool(config.get("allow_code")) or environment_allows_code() or _registry_vouches(root)
+    )
+    return load_checked(root, mlmodel, config)
 
 
-def _load(root: Path, options: Options) -> LoadedVariant:
-    folder = root / _FOLDER
-    if not folder.is_dir():
-        raise ArtifactError(f"{root.name} is not a pt_deploy model: it has no {_FOLDER}/ folder.")
-    allowed = options.allow_code or os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
+def _load(root: Path, mlmodel: MLmodel, options: Options) -> LoadedVariant:
+    folder = root / FOLDER
     manifest = read_manifest(folder)  # its files are checked where they are loaded
-    allowed = allowed or (manifest.carries_code and _registry_vouches(root, manifest))
+    if manifest.digest != mlmodel.logged_digest:
+        raise ArtifactError(
+            f"{manifest.name}: manifest.json is not the one that was logged (SHA-256 differs). "
+            "The artifact is corrupted; log the variant again."
+        )
     return load_variant(
-        folder, device=options.device, threads=options.num_threads, allow_code=allowed
+        folder,
+        device=options.device,
+        threads=options.num_threads,
+        allow_code=options.allow_code,
     )
 
 
-def _registry_vouches(root: Path, manifest: Manifest) -> bool:
-    """Whether the registered version that this was loaded as was promoted with this digest."""
+def _inference_config_allows_code() -> bool:
+    """Whether the operator allows code by MLflow's environment variable."""
     try:
-        meta = yaml.safe_load((root / "registered_model_meta").read_text(encoding="utf8"))
+        config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("allow_code") is True
+
+
+def _registry_vouches(root: Path) -> bool:
+    """Whether a registered version was promoted with exactly this content; asked for code alone.
+
+    Which version is said by a file that MLflow writes when it fetches ``models:/``, and that in
+    other cases comes from the artifact store. A forged one can only name a version whose digest
+    is the same, so what is loaded was promoted in any case.
+    """
+    if not read_manifest(root / FOLDER).carries_code:
+        return False
+    try:
+        meta = yaml.safe_load(read_regular(root / "registered_model_meta", 4096))
         version = mlflow.MlflowClient().get_model_version(
             meta["model_name"], str(meta["model_version"])
         )
-    except (OSError, KeyError, TypeError, mlflow.MlflowException):
+        check_digest(root, version.tags.get(DIGEST_TAG, ""), DIGEST_TAG)
+    except (ArtifactError, yaml.YAMLError, KeyError, TypeError, mlflow.MlflowException):
         return False
-    return version.tags.get(DIGEST_TAG) == manifest.digest
+    return True
 
 
 def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> None:
@@ -185,7 +277,7 @@ def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> No
         model.add_flavor(
             "onnx",
             onnx_version=onnx.__version__,
-            data=f"{_FOLDER}/{ONNX_FILE}",
+            data=f"{FOLDER}/{ONNX_FILE}",
             providers=["CPUExecutionProvider"],
             onnx_session_options=None,
         )
@@ -196,11 +288,11 @@ def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> No
         runtime=manifest.runtime,
         precision=manifest.precision,
         digest=manifest.digest,
-        data=_FOLDER,
+        data=FOLDER,
     )
     pyfunc.add_to_model(
         model,
-        loader_module="mlflow_pt_deploy.flavor",
+        loader_module=LOADER,
         conda_env=_CONDA_ENV_FILE_NAME,
         python_env=_PYTHON_ENV_FILE_NAME,
         model_config=config,

@@ -5,15 +5,18 @@ Only acts; who is promoted is decided elsewhere (`policy`).
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_pt_deploy.errors import TrackingError
-from mlflow_pt_deploy.flavor import FLAVOR_NAME
+from mlflow_pt_deploy.errors import ModelError, TrackingError
+from mlflow_pt_deploy.fetch import fetch_digest
+from mlflow_pt_deploy.mlmodel import FLAVOR_NAME
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 
 CHAMPION = "champion"
@@ -56,6 +59,7 @@ def promote(
 
     Raises:
         TrackingError: The registry refused, or the model is not one of ours.
+        ArtifactError: Its MLmodel asks for code, or is damaged.
     """
     client = MlflowClient()
     try:
@@ -88,12 +92,14 @@ def champion(name: str) -> str | None:
 
 
 def _digest(model_uri: str) -> str:
-    flavors = mlflow.models.get_model_info(model_uri).flavors
-    if FLAVOR_NAME not in flavors:
-        raise TrackingError(
-            f"{model_uri} has no {FLAVOR_NAME} flavor. Promote what pt-deploy optimize logged."
-        )
-    return str(flavors[FLAVOR_NAME]["digest"])
+    """The digest of what lies in the artifact store, not of what the MLmodel says of itself."""
+    with tempfile.TemporaryDirectory(prefix="pt-deploy-promote-") as folder:
+        try:
+            return fetch_digest(model_uri, Path(folder))
+        except ModelError as error:
+            raise TrackingError(
+                f"{model_uri} has no {FLAVOR_NAME} flavor. Promote what pt-deploy optimize logged."
+            ) from error
 
 
 def _registered(client: MlflowClient, model_uri: str, name: str) -> str | None:

@@ -147,7 +147,7 @@ def test_a_file_that_was_cut_off(folder: Path) -> None:
 )
 def test_an_unreadable_manifest(folder: Path, content: bytes) -> None:
     (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(ArtifactError, match=f"{NAME} .*[Ee]xport.* again"):
+    with pytest.raises(ArtifactError, match=f"{NAME}.*[Ee]xport.* again"):
         load_variant(folder, threads=1)
 
 

@@ -1,6 +1,7 @@
 """Real, tiny models for the serving tests: word counts, or colours, to three classes, in NumPy.
 
-It is also an MLflow loader module, so that MLflow itself loads what `save_tiny` wrote.
+It is also a loader module, so that both MLflow and we load what `save_tiny` wrote; child processes
+learn of it by `sitecustomize`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_pt_deploy import mlmodel
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.preprocess import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocess.image import ImagePreprocessor
 from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
 from mlflow_pt_deploy.variants.base import Inputs, Logits
 from mlflow_pt_deploy.variants.cascade import Stages
+
+mlmodel.LOADERS |= {"tiny_serving"}
 
 WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)
@@ -105,6 +109,10 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Py
     return PyFunc(variant, model_config)  # type: ignore[arg-type]
 
 
+def load_checked(root: Path, checked: mlmodel.MLmodel, config: Mapping[str, Any]) -> PyFunc:
+    return _load_pyfunc(str(root), config)
+
+
 def save_tiny(folder: Path, **habits: Any) -> Path:
     """Write an MLmodel that loads the tiny model.
 
@@ -117,8 +125,20 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
 
     folder.mkdir()
     model = Model(signature=signature())
+    manifest = TinyManifest()
+    model.add_flavor(
+        mlmodel.FLAVOR_NAME,
+        version="0",
+        variant=manifest.name,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        digest=manifest.digest,
+        data=mlmodel.FOLDER,
+    )
     pyfunc.add_to_model(model, loader_module="tiny_serving", model_config=MODEL_CONFIG)
     model.save(str(folder / "MLmodel"))
+    (folder / mlmodel.FOLDER).mkdir()
+    (folder / mlmodel.MANIFEST).write_text("{}")  # of which a promotion takes the digest
     (folder / "habits.json").write_text(json.dumps(habits))
     return folder
 

@@ -1,6 +1,6 @@
 """One version of a model in memory: loaded, checked, warmed up, and described.
 
-Knows how MLflow loads; does not know when, nor what becomes of the version before it.
+Does not know when it is loaded, nor what becomes of the version before it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import tempfile
 import weakref
 from collections import deque
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ArtifactError, ModelError
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.fetch import fetch, fetch_mlmodel
 from mlflow_pt_deploy.hardware import library_versions
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, version_tags
+from mlflow_pt_deploy.serving.registry import Address, Target
 
 if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
@@ -79,19 +81,6 @@ class Version:
         """Whether this is what is wanted."""
         return self.address == address and self.target.model_config == target.model_config
 
-    def check_digest(self) -> None:
-        """Compare with the digest that the registry holds, where it holds one.
-
-        Raises:
-            ArtifactError: They differ.
-        """
-        digest = self.pyfunc.loaded.manifest.digest
-        if self._tags.get(DIGEST_TAG, digest) != digest:
-            raise ArtifactError(
-                f"{self.name} is not what was promoted: its digest is not the one in the "
-                f"registry's tag {DIGEST_TAG}. Promote it again with pt-deploy promote."
-            )
-
     def compare_libraries(self) -> None:
         """Say in the log which libraries are not those that the model was exported with."""
         then, here = self.pyfunc.loaded.manifest.libraries, library_versions()
@@ -120,25 +109,19 @@ class Version:
 def load_version(address: Address, target: Target) -> Version:
     """Load a version, check it and warm it up; on every failure nothing stays behind.
 
-    The files' digests and the golden rows are checked by the flavor, the manifest's digest here
-    against the one that the promotion wrote into the registry.
+    The MLmodel and the digest of the promotion are checked before anything is loaded, the digests
+    of the files and the golden rows by the flavor.
 
     Raises:
         PtDeployError: The model is damaged, answers otherwise than where it was exported, is not
             vouched for, or cannot run here.
         MlflowException: It cannot be fetched.
     """
-    import mlflow
-
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
-        config = dict(target.model_config) or None
-        # MLflow's own look at the environment walks through every installed file: half a second.
-        model = mlflow.pyfunc.load_model(
-            address.uri, suppress_warnings=True, model_config=config, dst_path=folder
-        )
-        version = Version(model, address, target, version_tags(address))
-        version.check_digest()
+        fetched = fetch(address, Path(folder))
+        model = fetched.load(target.model_config)
+        version = Version(model, address, target, dict(fetched.tags))
         version.compare_libraries()
         version.pyfunc.warm_up()
     except BaseException:
@@ -149,14 +132,14 @@ def load_version(address: Address, target: Target) -> Version:
 
 
 def check_there(address: Address) -> None:
-    """Read a version's MLmodel file, and nothing else of it.
+    """Read and check a version's MLmodel file, and nothing else of it.
 
     Raises:
+        PtDeployError: It is damaged or asks for code.
         MlflowException: There is none.
     """
-    from mlflow.models import Model
-
-    Model.load(address.uri)
+    with tempfile.TemporaryDirectory(prefix="pt-deploy-serve-") as folder:
+        fetch_mlmodel(address.uri, Path(folder))
 
 
 def now() -> str:

@@ -3,12 +3,11 @@
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.variants.folder import (
     LoadedVariant,
-    Manifest,
     load_variant,
-    read_manifest,
     verify,
     write_variant,
 )
+from mlflow_pt_deploy.variants.manifest import Manifest, read_manifest
 from mlflow_pt_deploy.variants.table import (
     ON_REQUEST,
     RUNTIMES,

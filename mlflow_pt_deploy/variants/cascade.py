@@ -28,7 +28,7 @@ from mlflow_pt_deploy.variants.base import (
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
-    from mlflow_pt_deploy.variants.folder import Manifest
+    from mlflow_pt_deploy.variants.manifest import Manifest
 
 CASCADE = "cascade"
 """First part of a cascade's name, where other variants have their model's."""
@@ -153,7 +153,8 @@ def write_cascade(
         VariantError: The two name their classes or read their rows differently.
         OSError: The disk is full or not writable; nothing is left behind.
     """
-    from mlflow_pt_deploy.variants.folder import load_variant, staged, verify, write_golden
+    from mlflow_pt_deploy.variants.folder import load_variant, staged, verify
+    from mlflow_pt_deploy.variants.golden import write_golden
 
     first, second = verify(fast), verify(strong)
     shared = ("labels.json", *load_preprocessor(fast).files)

@@ -12,86 +12,33 @@ Knows the format; does not know how any runtime writes or reads its files.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError
+from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_json, sha256
+from mlflow_pt_deploy.errors import (
+    ArtifactError,
+    PtDeployError,
+    UnsupportedError,
+    UntrustedError,
+    first_line,
+)
 from mlflow_pt_deploy.hardware import cpu_flags, library_versions, usable_cores
 from mlflow_pt_deploy.preprocess import (
     Preprocessor,
     Row,
     load_preprocessor,
-    row_from_json,
-    row_to_json,
 )
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
-from mlflow_pt_deploy.variants.cascade import Cascade
-from mlflow_pt_deploy.variants.table import RUNTIMES
+from mlflow_pt_deploy.variants.golden import check_golden_rows, write_golden, write_json
+from mlflow_pt_deploy.variants.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 
-FORMAT = 1
-_MANIFEST = "manifest.json"
 _LABELS = "labels.json"
-_GOLDEN = "golden.json"
-# Largest |difference| to the golden logits, as a share of their largest magnitude. Integer kernels
-# round differently from one instruction set to the next; fp32 ones hardly do.
-_TOLERANCE = {
-    "fp32": 1e-3,
-    "bf16": 5e-2,
-    "int8-dynamic": 1e-1,
-    "int8-static": 1e-1,
-    "int8-accuracy": 1e-1,
-    "mixed": 1e-1,
-}
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a variant's folder says of itself.
-
-    Attributes:
-        name: ``<model>-<runtime>-<precision>``.
-        model: ``teacher``, ``student`` or ``model``.
-        runtime: Key of `RUNTIMES`.
-        precision: See `Variant.precision`.
-        options: The variant's own options, as given.
-        cpu_flags: Instruction sets without which the native files cannot run.
-        libraries: Versions that wrote the folder.
-        files: Relative path to SHA-256, for every file but the manifest.
-        digest: SHA-256 of the manifest itself; it stands for the whole folder.
-    """
-
-    name: str
-    model: str
-    runtime: str
-    precision: str
-    options: dict[str, Any]
-    cpu_flags: tuple[str, ...]
-    libraries: dict[str, str]
-    files: dict[str, str]
-    digest: str = field(default="", compare=False)
-
-    @property
-    def carries_code(self) -> bool:
-        """Whether the native files hold a program, see `Variant.carries_code`."""
-        # A cascade says it of its stages; where that is a lie, its stages refuse to load.
-        return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
-
-    @property
-    def runtimes(self) -> tuple[str, ...]:
-        """What must be installed to run it: its own runtime, or those of a cascade's stages."""
-        if self.runtime != Cascade.runtime:
-            return (self.runtime,)
-        return tuple(self.options[stage].split("-")[1] for stage in ("fast", "strong"))
 
 
 @dataclass(frozen=True)
@@ -143,7 +90,7 @@ def write_variant(
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
-        _write_json(folder / _LABELS, list(module.labels))
+        write_json(folder / _LABELS, list(module.labels))
         write_golden(folder, variant, module.preprocessor, golden_rows)
     return read_manifest(target)
 
@@ -156,45 +103,13 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
     try:
         yield staging
         _seal(staging, variant, model)
+        open_to_readers(staging)
         if target.exists():
             shutil.rmtree(target)
         staging.chmod(0o755)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def write_golden(
-    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
-) -> None:
-    """Keep a few rows and the logits that the files in `folder` give for them."""
-    predict = variant.load(folder, device="cpu", threads=1)
-    logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
-    _write_json(folder / _GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read a variant's manifest; nothing is verified yet.
-
-    Raises:
-        ArtifactError: There is none, or it is not of a format this version reads.
-    """
-    try:
-        text = (folder / _MANIFEST).read_bytes()
-        content = json.loads(text)
-        if content.pop("format", None) == FORMAT and content["runtime"] in RUNTIMES:
-            content["cpu_flags"] = tuple(content["cpu_flags"])
-            return Manifest(**content, digest=hashlib.sha256(text).hexdigest())
-    # The last three: JSON, but of another shape.
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{folder.name} is not a variant: its {_MANIFEST} is missing or unreadable. "
-            "Export the variant again."
-        ) from error
-    raise ArtifactError(
-        f"{folder.name} was written by another version of mlflow-pt-deploy (this one reads "
-        f"format {FORMAT}). Install the version that wrote it, or export again."
-    )
 
 
 def verify(folder: Path) -> Manifest:
@@ -204,14 +119,14 @@ def verify(folder: Path) -> Manifest:
         ArtifactError: A file is missing, added or changed; names it.
     """
     manifest = read_manifest(folder)
-    found = {name for name in _files(folder) if name != _MANIFEST}
+    found = {name for name in list_files(folder) if name != MANIFEST}
     if odd := sorted(found.symmetric_difference(manifest.files)):
         raise ArtifactError(
             f"{manifest.name}: {odd[0]} is missing or does not belong here. "
             "The artifact is incomplete; download or export it again."
         )
     for name, digest in manifest.files.items():
-        if _sha256(folder / name) != digest:
+        if sha256(folder / name) != digest:
             raise ArtifactError(
                 f"{manifest.name}: {name} is not the file that was exported (SHA-256 differs). "
                 "The artifact is corrupted; download or export it again."
@@ -258,31 +173,53 @@ def load_variant(
             f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
             "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
         )
-    variant = RUNTIMES[manifest.runtime](precision=manifest.precision, **manifest.options)
-    loaded = LoadedVariant(
-        manifest,
-        load_preprocessor(folder),
-        tuple(json.loads((folder / _LABELS).read_text(encoding="utf8"))),
-        variant.load(folder, device=device, threads=threads or usable_cores()),
-    )
+    loaded = _loaded(folder, manifest, device, threads or usable_cores())
     if check_golden:
-        _check_golden(loaded, folder)
+        check_golden_rows(loaded, folder)
     return loaded
 
 
-def _check_golden(loaded: LoadedVariant, folder: Path) -> None:
-    golden = json.loads((folder / _GOLDEN).read_text(encoding="utf8"))
-    expected = np.asarray(golden["logits"], dtype=np.float32)
-    rows = [row_from_json(row) for row in golden["rows"]]
-    actual = np.concatenate([loaded.logits([row]) for row in rows])
-    worst = float(np.abs(actual - expected).max())
-    allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
-    if not worst <= allowed:  # also catches NaN
+def _loaded(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:
+    """Read the runtime's files; a library's own error becomes one of ours, with its cause."""
+    variant, labels = manifest.variant(), _read_labels(folder)
+    if manifest.runtime == "eager":
+        _check_shards(folder, manifest)
+    preprocessor = load_preprocessor(folder)
+    try:
+        predict = variant.load(folder, device=device, threads=threads)
+    except PtDeployError:
+        raise
+    except Exception as error:  # each runtime has its own, most derived from Exception alone
         raise ArtifactError(
-            f"{loaded.manifest.name} answers differently here than where it was exported: its "
-            f"logits are off by {worst:.3g}, allowed {allowed:.3g}. Run pt-deploy optimize on "
-            "this machine."
+            f"{manifest.name}: {manifest.runtime} cannot load its files "
+            f"({type(error).__name__}: {first_line(error)[:300]}). Export the variant again."
+        ) from error
+    return LoadedVariant(manifest, preprocessor, labels, predict)
+
+
+def _read_labels(folder: Path) -> tuple[str, ...]:
+    labels = read_json(folder / _LABELS)
+    if not isinstance(labels, list) or not labels or not all(isinstance(n, str) for n in labels):
+        raise ArtifactError(
+            f"{folder.name}: {_LABELS} is not a list of class names. Export the variant again."
         )
+    return tuple(labels)
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    """Weights in several files are read from this folder alone: an index may name any path."""
+    for name in manifest.files:
+        if not name.endswith(".index.json"):
+            continue
+        index = read_json(folder / name)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(
+            isinstance(shard, str) and shard in manifest.files for shard in shards.values()
+        ):
+            raise ArtifactError(
+                f"{manifest.name}: {name} names files that do not belong to the variant. The "
+                "artifact is damaged; download it or export the variant again."
+            )
 
 
 def _seal(folder: Path, variant: Variant, model: str) -> None:
@@ -296,22 +233,6 @@ def _seal(folder: Path, variant: Variant, model: str) -> None:
         "options": options,
         "cpu_flags": sorted(variant.required_cpu_flags()),
         "libraries": library_versions(),
-        "files": {name: _sha256(folder / name) for name in sorted(_files(folder))},
+        "files": {name: sha256(folder / name) for name in list_files(folder)},
     }
-    _write_json(folder / _MANIFEST, {"format": FORMAT, **content})
-
-
-def _files(folder: Path) -> list[str]:
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, content: object) -> None:
-    with path.open("w", encoding="utf8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / MANIFEST, {"format": FORMAT, **content})
