@@ -42,9 +42,9 @@ from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 from mlflow_pt_deploy import __version__
 from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_regular
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
-from mlflow_pt_deploy.fetch import ALLOW_CODE_ENV, environment_allows_code, fetch
 from mlflow_pt_deploy.hardware import library_versions
-from mlflow_pt_deploy.mlmodel import (
+from mlflow_pt_deploy.serving.fetch import ALLOW_CODE_ENV, environment_allows_code, fetch
+from mlflow_pt_deploy.serving.mlmodel import (
     FLAVOR_NAME,
     FOLDER,
     LOADER,

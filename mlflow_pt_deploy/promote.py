@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.fetch import fetch_digest
-from mlflow_pt_deploy.mlmodel import FLAVOR_NAME
+from mlflow_pt_deploy.serving.fetch import fetch_digest
+from mlflow_pt_deploy.serving.mlmodel import FLAVOR_NAME
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG
 
 CHAMPION = "champion"

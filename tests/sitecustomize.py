@@ -6,6 +6,6 @@
 from contextlib import suppress
 
 with suppress(ImportError):  # an interpreter of another environment
-    from mlflow_pt_deploy import mlmodel
+    from mlflow_pt_deploy.serving import mlmodel
 
     mlmodel.LOADERS |= {"tiny_serving"}

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy import mlmodel
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.preprocess import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocess.image import ImagePreprocessor
+from mlflow_pt_deploy.serving import mlmodel
 from mlflow_pt_deploy.serving.pyfunc import MODEL_CONFIG, PyFunc, signature
 from mlflow_pt_deploy.variants.base import Inputs, Logits
 from mlflow_pt_deploy.variants.cascade import Stages

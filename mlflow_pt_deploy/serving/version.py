@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.fetch import fetch, fetch_mlmodel
 from mlflow_pt_deploy.hardware import library_versions
+from mlflow_pt_deploy.serving.fetch import fetch, fetch_mlmodel
 from mlflow_pt_deploy.serving.pyfunc import PyFunc
 from mlflow_pt_deploy.serving.registry import Address, Target
 

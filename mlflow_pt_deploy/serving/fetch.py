@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.artifact_files import copy_files, list_files, open_regular
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.mlmodel import FILE, MANIFEST, MLmodel, check_digest, digest, read_mlmodel
+from mlflow_pt_deploy.serving.mlmodel import (
+    FILE,
+    MANIFEST,
+    MLmodel,
+    check_digest,
+    digest,
+    read_mlmodel,
+)
 from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, version_tags
 
 if TYPE_CHECKING:
