@@ -153,8 +153,7 @@ def write_cascade(
         VariantError: The two name their classes or read their rows differently.
         OSError: The disk is full or not writable; nothing is left behind.
     """
-    from mlflow_pt_deploy.variants.folder import load_variant, staged, verify
-    from mlflow_pt_deploy.variants.golden import write_golden
+    from mlflow_pt_deploy.variants.folder import load_variant, staged, verify, write_golden
 
     first, second = verify(fast), verify(strong)
     shared = ("labels.json", *load_preprocessor(fast).files)

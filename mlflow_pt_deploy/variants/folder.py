@@ -12,6 +12,8 @@ Knows the format; does not know how any runtime writes or reads its files.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,9 +35,10 @@ from mlflow_pt_deploy.preprocess import (
     Preprocessor,
     Row,
     load_preprocessor,
+    row_to_json,
 )
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
-from mlflow_pt_deploy.variants.golden import check_golden_rows, write_golden, write_json
+from mlflow_pt_deploy.variants.golden import GOLDEN, check_golden_rows
 from mlflow_pt_deploy.variants.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 
 _LABELS = "labels.json"
@@ -90,7 +93,7 @@ def write_variant(
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
-        write_json(folder / _LABELS, list(module.labels))
+        _write_json(folder / _LABELS, list(module.labels))
         write_golden(folder, variant, module.preprocessor, golden_rows)
     return read_manifest(target)
 
@@ -110,6 +113,15 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_golden(
+    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
+) -> None:
+    """Keep a few rows and the logits that the files in `folder` give for them."""
+    predict = variant.load(folder, device="cpu", threads=1)
+    logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
+    _write_json(folder / GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
 
 def verify(folder: Path) -> Manifest:
@@ -235,4 +247,11 @@ def _seal(folder: Path, variant: Variant, model: str) -> None:
         "libraries": library_versions(),
         "files": {name: sha256(folder / name) for name in list_files(folder)},
     }
-    write_json(folder / MANIFEST, {"format": FORMAT, **content})
+    _write_json(folder / MANIFEST, {"format": FORMAT, **content})
+
+
+def _write_json(path: Path, content: object) -> None:
+    with path.open("w", encoding="utf8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +9,13 @@ import numpy as np
 
 from mlflow_pt_deploy.artifact_files import read_json
 from mlflow_pt_deploy.errors import ArtifactError, first_line
-from mlflow_pt_deploy.preprocess import Preprocessor, Row, row_from_json, row_to_json
-from mlflow_pt_deploy.variants.base import Logits, Variant
+from mlflow_pt_deploy.preprocess import Row, row_from_json
+from mlflow_pt_deploy.variants.base import Logits
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.variants.folder import LoadedVariant
 
-_GOLDEN = "golden.json"
+GOLDEN = "golden.json"
 # Largest |difference| to the golden logits, as a share of their largest magnitude. Integer kernels
 # round differently from one instruction set to the next; fp32 ones hardly do.
 _TOLERANCE = {
@@ -31,20 +28,11 @@ _TOLERANCE = {
 }
 
 
-def write_golden(
-    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
-) -> None:
-    """Keep a few rows and the logits that the files in `folder` give for them."""
-    predict = variant.load(folder, device="cpu", threads=1)
-    logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
-    write_json(folder / _GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
-
-
 def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits]:
     """The golden rows and their logits, float32 (rows, classes)."""
     column = loaded.preprocessor.column
     try:
-        golden = read_json(folder / _GOLDEN)
+        golden = read_json(folder / GOLDEN)
         rows = [row_from_json(row) for row in golden["rows"]]
         expected = np.asarray(golden["logits"], dtype=np.float32)
         kind = str if column == "text" else bytes
@@ -54,7 +42,7 @@ def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits
             raise ValueError(f"its logits are not {len(rows)} rows of {len(loaded.labels)} classes")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"{loaded.manifest.name}: {_GOLDEN} cannot be used: {str(error)[:200]}. Export the "
+            f"{loaded.manifest.name}: {GOLDEN} cannot be used: {str(error)[:200]}. Export the "
             "variant again."
         ) from error
     return rows, expected
@@ -87,11 +75,3 @@ def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
             f"logits are off by {worst:.3g}, allowed {allowed:.3g}. Run pt-deploy optimize on "
             "this machine."
         )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file and wait until it is on the disk."""
-    with path.open("w", encoding="utf8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())

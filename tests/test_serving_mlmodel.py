@@ -1,0 +1,285 @@
+"""Nothing that an MLmodel says of itself runs code or lifts a restriction."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from tiny_artifact import SAVED, copy_saved, edit_mlmodel
+
+from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
+from mlflow_pt_deploy.promote import promote
+from mlflow_pt_deploy.serving.mlmodel import MAX_BYTES
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, resolve
+from mlflow_pt_deploy.serving.version import Version, check_there, load_version
+from mlflow_pt_deploy.variants import read_manifest
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return copy_saved(tmp_path)
+
+
+def load(root: Path, **model_config: Any) -> Version:
+    return load_version(Address(str(root)), Target(str(root), model_config))
+
+
+def in_pyfunc(**keys: object) -> Edit:
+    return lambda content: content["flavors"]["python_function"].update(keys)
+
+
+def in_flavor(**keys: object) -> Edit:
+    return lambda content: content["flavors"]["pt_deploy"].update(keys)
+
+
+def in_flavors(**keys: object) -> Edit:
+    return lambda content: content["flavors"].update(keys)
+
+
+def at_top(**keys: object) -> Edit:
+    return lambda content: content.update(keys)
+
+
+REFUSED: dict[str, tuple[Edit, str]] = {
+    "another loader": (in_pyfunc(loader_module="os"), "loader_module is os instead of"),
+    "a loader that is a list": (in_pyfunc(loader_module=["mlflow_pt_deploy.flavor"]), "loader_mod"),
+    "a submodule": (in_pyfunc(loader_module="mlflow_pt_deploy.flavor.x"), "loader_module"),
+    "mlflow's own loader": (in_pyfunc(loader_module="mlflow.pyfunc.model"), "loader_module"),
+    "code": (in_pyfunc(code="code"), "python_function.code is not written by pt-deploy"),
+    "code paths": (in_pyfunc(model_code_path="model.py"), "model_code_path"),
+    "a pickled model": (in_pyfunc(python_model="python_model.pkl"), "python_model"),
+    "another folder": (in_pyfunc(data="variant"), "python_function.data"),
+    "another method": (in_pyfunc(predict_fn="__init__"), "predict_fn"),
+    "another environment": (in_pyfunc(env={"conda": "../conda.yaml"}), "env names other files"),
+    "a python version": (in_pyfunc(python_version=["3.11"]), "python_version"),
+    "options": (in_pyfunc(config={"threads": 2}), "model_config has no threads"),
+    "an option's type": (in_pyfunc(config={"num_threads": "many"}), "num_threads must be"),
+    "options of numbers": (in_pyfunc(config={1: 2}), "config is not a table"),
+    "options in a list": (in_pyfunc(config=["allow_code"]), "config is not a table"),
+    "another flavor": (in_flavors(sklearn={"code": "code"}), "flavors.sklearn"),
+    "no python_function": (lambda c: c["flavors"].pop("python_function"), "python_function is mis"),
+    "our flavor's code": (in_flavor(code="code"), "pt_deploy.code"),
+    "our flavor's folder": (in_flavor(data="../other"), "pt_deploy.data is ../other instead"),
+    "our flavor's digest": (in_flavor(digest=["0"]), "pt_deploy.digest is not a text"),
+    "our flavor as a text": (in_flavors(pt_deploy="yes"), "flavors.pt_deploy is not a table"),
+    "onnx code": (in_flavors(onnx={"data": "variant/model.onnx", "code": "code"}), "onnx.code"),
+    "onnx elsewhere": (in_flavors(onnx={"data": "../model.onnx"}), "onnx.data"),
+    "onnx in a list": (in_flavors(onnx=["code"]), "flavors.onnx"),
+    "flavors in a list": (at_top(flavors=["python_function"]), "flavors is missing"),
+    "no flavors": (at_top(flavors={}), "flavors is missing"),
+    "a key of nobody": (at_top(hook="os.system"), "hook is not written by pt-deploy"),
+    "a signature": (at_top(signature={"inputs": "["}), "signature cannot be read"),
+    "a signature's type": (at_top(signature=7), "signature cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_we_never_write_is_refused(saved: Path, case: str) -> None:
+    edit, message = REFUSED[case]
+    edit_mlmodel(saved, edit)
+    with pytest.raises(ArtifactError, match=message):
+        load(saved)
+    if "signature" in case:  # which only a server needs
+        return
+    for call in (flavor.load_model, flavor._load_pyfunc):  # the latter after MLflow has obeyed it
+        with pytest.raises(ArtifactError, match=message):
+            call(str(saved))
+
+
+def test_keys_that_ask_for_nothing_are_let_through(saved: Path) -> None:
+    edit_mlmodel(saved, in_pyfunc(code=None, streamable=False))
+    edit_mlmodel(saved, at_top(metadata={"code": ["of", "conduct"]}, prompts=None, later=None))
+    assert load(saved).name == "student-numpy-fp32"
+
+
+def test_code_in_an_artifact_does_not_run(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (saved / "code").mkdir()
+    program = "import os\nos.environ['PWNED'] = '1'\nfrom mlflow_pt_deploy.flavor import *\n"
+    (saved / "code" / "evil_loader.py").write_text(program)
+    edit_mlmodel(saved, in_pyfunc(loader_module="evil_loader", code="code"))
+    monkeypatch.delenv("PWNED", raising=False)
+    for call in (load, lambda root: flavor.load_model(str(root))):
+        with pytest.raises(ArtifactError, match="loader_module is evil_loader instead of mlflow_"):
+            call(saved)
+    with pytest.raises(ArtifactError, match="loader_module is evil_loader"):
+        check_there(Address(str(saved)))
+    assert "PWNED" not in os.environ
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not a table"),
+        (b"\xff\xfe\x00", "not readable YAML"),
+        (b"[1, 2]", "not a table"),
+        (b"a: !!python/object/apply:os.system ['true']", "not readable YAML"),
+        (b"[" * 5000, "not readable YAML"),
+        (b"{a: " * 5000, "not readable YAML"),
+        (b"flavors: {}\nflavors: {}", "a key twice"),
+        (b"? [a]\n: b", "not readable YAML"),
+        (b"a: " + b"9" * 10_000, "not readable YAML"),
+        (b"a: 2026-99-99", "not readable YAML"),
+        (b"a: *nothing", "not readable YAML"),
+        (b"#" * (MAX_BYTES + 1), "larger than"),
+        (BOMB.encode(), "flavors is missing"),
+        (MERGES.encode(), r"merge key \(<<\)"),
+    ],
+)
+def test_odd_files_end_in_words_and_soon(saved: Path, text: bytes, message: str) -> None:
+    (saved / "MLmodel").write_bytes(text)
+    start = time.monotonic()
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(saved)
+    assert time.monotonic() - start < 5
+    assert len(str(caught.value)) < 500
+
+
+def test_nesting_that_multiplies_is_never_walked(saved: Path) -> None:
+    path = saved / "MLmodel"
+    path.write_text(
+        path.read_text() + "metadata:\n" + "".join(f"  {x}\n" for x in BOMB.split("\n"))
+    )
+    start = time.monotonic()
+    load(saved)
+    assert time.monotonic() - start < 5
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no MLmodel file in it"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no .*nowhere. Give the address"):
+        load(tmp_path / "nowhere")
+
+
+def test_another_flavors_model(saved: Path) -> None:
+    edit_mlmodel(saved, lambda content: content["flavors"].pop("pt_deploy"))
+    with pytest.raises(ModelError, match="not of the pt_deploy flavor"):
+        load(saved)
+
+
+def test_an_artifact_cannot_allow_its_own_code(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_mlmodel(saved, in_pyfunc(config={"allow_code": True}))
+    with pytest.raises(UntrustedError, match="only the operator can say so, with -C allow_code"):
+        load(saved)
+    for call in (flavor.load_model, mlflow.pyfunc.load_model):
+        with pytest.raises(UntrustedError, match="MLmodel says allow_code: true of itself"):
+            call(str(saved))
+    assert load(saved, allow_code=True)
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps({"allow_code": True}))
+    mlflow.pyfunc.load_model(str(saved))
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", "{")
+    with pytest.raises(ServingError, match="MLFLOW_PYFUNC_INFERENCE_CONFIG is not a JSON object"):
+        load(saved)
+    monkeypatch.delenv("MLFLOW_PYFUNC_INFERENCE_CONFIG")
+    monkeypatch.setenv("PT_DEPLOY_ALLOW_CODE", "1")
+    mlflow.pyfunc.load_model(str(saved))
+    assert load(saved)
+
+
+def test_allow_code_is_not_logged_with_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="allow_code cannot be logged .* -C allow_code=true"):
+        flavor.save_model(SAVED / "variant", tmp_path / "m", model_config={"allow_code": True})
+    assert not (tmp_path / "m").exists()
+
+
+def test_options_of_the_artifact_and_of_the_operator(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_mlmodel(saved, in_pyfunc(config={"max_batch_rows": 4, "queue_rows": 8}))
+    monkeypatch.setenv("MLFLOW_PYFUNC_INFERENCE_CONFIG", json.dumps({"queue_rows": 16}))
+    options = load(saved, deadline_ms=50).pyfunc.options
+    assert (options.max_batch_rows, options.queue_rows, options.deadline_ms) == (4, 16, 50)
+
+
+def logged() -> str:
+    with mlflow.start_run():
+        return f"models:/{flavor.log_model(SAVED / 'variant', 'student').model_id}"
+
+
+def in_store(uri: str) -> Path:
+    """Where the artifact store keeps a logged model."""
+    return Path(mlflow.get_logged_model(uri.removeprefix("models:/")).artifact_location)
+
+
+def test_a_promotions_digest_covers_mlmodel_by_every_address(tracking: str) -> None:
+    uri = logged()
+    promotion = promote(uri, "shop", "the first")
+    client = MlflowClient()
+    tag = client.get_model_version("shop", promotion.version).tags[DIGEST_TAG]
+    assert tag.startswith("v2:") and len(tag) == 67
+    client.copy_model_version("models:/shop/1", "copied")
+    client.set_model_version_tag("copied", "1", DIGEST_TAG, tag)
+    for address in ("models:/shop@champion", "models:/copied/1"):
+        version = load_version(resolve(address), Target(address))
+        assert version.about()["digest"] == read_manifest(SAVED / "variant").digest
+    assert flavor.load_model(promotion.uri).logits(["my card"]).shape == (1, 3)
+    path = in_store(uri) / "MLmodel"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+        load_version(resolve(promotion.uri), Target(promotion.uri))
+    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+        flavor.load_model(promotion.uri)
+    assert promote(uri, "shop", "looked at once more").version == "1"
+    load_version(resolve(promotion.uri), Target(promotion.uri))
+
+
+def test_a_digest_of_the_old_form_is_checked_and_mlmodel_held(tracking: str) -> None:
+    uri = logged()
+    promotion = promote(uri, "shop", "long ago")
+    old = read_manifest(SAVED / "variant").digest
+    client = MlflowClient()
+    client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, old)
+    load_version(resolve(promotion.uri), Target(promotion.uri))
+    edit_mlmodel(in_store(uri), in_pyfunc(loader_module="os"))
+    with pytest.raises(ArtifactError, match="loader_module is os"):
+        load_version(resolve(promotion.uri), Target(promotion.uri))
+    edit_mlmodel(in_store(uri), in_pyfunc(loader_module="mlflow_pt_deploy.flavor"))
+    client.set_model_version_tag("shop", promotion.version, DIGEST_TAG, "0" * 64)
+    with pytest.raises(ArtifactError, match="this model is not what was promoted"):
+        load_version(resolve(promotion.uri), Target(promotion.uri))
+
+
+def test_only_what_may_be_served_is_promoted(tracking: str) -> None:
+    uri = logged()
+    edit_mlmodel(in_store(uri), in_pyfunc(config={"allow_code": True}))
+    with pytest.raises(UntrustedError, match="allow_code: true of itself"):
+        promote(uri, "shop", "by mistake")
+    edit_mlmodel(in_store(uri), in_pyfunc(config={}, code="code"))
+    with pytest.raises(ArtifactError, match="code is not written"):
+        promote(uri, "shop", "by mistake")
+
+
+def test_a_model_that_changed_since_it_was_logged(saved: Path) -> None:
+    path = saved / "variant" / "manifest.json"
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(ArtifactError, match=r"manifest.json is not the one that was logged"):
+        load(saved)
+
+
+def test_what_an_earlier_version_saved_is_served_as_it_was() -> None:
+    rows = json.loads((SAVED / "variant" / "golden.json").read_text())["rows"]
+    answers = load(SAVED).pyfunc.predict(rows)
+    assert answers == mlflow.pyfunc.load_model(str(SAVED)).predict(rows)
+    assert {answer["label"] for answer in answers} <= {"card", "refund", "transfer"}
