@@ -21,6 +21,7 @@ from mlflow_pt_deploy.errors import ArtifactError
 MAX_JSON_BYTES = 64 * 2**20
 """Size of the largest JSON file that is read whole."""
 
+_CURE = "The artifact is damaged; download or export it again."
 _MAX_FILES = 10_000
 _MAX_DEPTH = 16
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -58,7 +59,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ArtifactError(f"{path.name} is larger than {limit:,} bytes, the most that is read.")
+        raise ArtifactError(f"{path.name} is larger than {limit:,} bytes. {_CURE}")
     return content
 
 
@@ -86,7 +87,7 @@ def parse_json(content: bytes, label: str, **options: Any) -> Any:
         return json.loads(content.decode("utf8"), **options)
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError, and endless numbers
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise ArtifactError(f"{label} is not readable JSON: {reason}.") from error
+        raise ArtifactError(f"{label} is not readable JSON: {reason}. {_CURE}") from error
 
 
 def parse_yaml(content: bytes, label: str) -> Any:
@@ -115,7 +116,7 @@ def parse_yaml(content: bytes, label: str) -> Any:
     # The rest: odd numbers and dates, keys that are tables, and a thousand brackets.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ArtifactError(f"{label} is not readable YAML: {reason}.") from error
+        raise ArtifactError(f"{label} is not readable YAML: {reason}. {_CURE}") from error
 
 
 def sha256(path: Path) -> str:

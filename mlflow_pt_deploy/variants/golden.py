@@ -38,8 +38,13 @@ def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits
         kind = str if column == "text" else bytes
         if not rows or not all(isinstance(row, kind) for row in rows):
             raise ValueError(f"its rows are not {column}s")
-        if expected.shape != (len(rows), len(loaded.labels)):
-            raise ValueError(f"its logits are not {len(rows)} rows of {len(loaded.labels)} classes")
+        if expected.ndim != 2 or len(expected) != len(rows):
+            raise ValueError("it has not one list of logits for each row")
+        if expected.shape[1] != len(loaded.labels):
+            raise ValueError(
+                f"it has {expected.shape[1]} logits a row, and labels.json names "
+                f"{len(loaded.labels)} classes"
+            )
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ArtifactError(
             f"{loaded.manifest.name}: {GOLDEN} cannot be used: {str(error)[:200]}. Export the "

@@ -109,9 +109,9 @@ def read_manifest(folder: Path) -> Manifest:
             text, MANIFEST, parse_constant=_no_constant, object_pairs_hook=_no_duplicates
         )
     except ArtifactError as error:
-        raise ArtifactError(
-            f"{folder.name} is not a variant: its {error} Export the variant again."
-        ) from error
+        missing = isinstance(error.__cause__, FileNotFoundError)
+        relation = " is not a variant: its" if missing else ":"
+        raise ArtifactError(f"{folder.name}{relation} {error}") from error
     if not isinstance(content, dict):
         raise _odd(folder.name, "is not a table of keys")
     format_, runtime = content.pop("format", None), content.get("runtime")
