@@ -212,6 +212,6 @@ def _unreadable(label: str, error: OSError, path: Path | str, folder: int | None
     if isinstance(error, PermissionError):
         return (
             f"{label} may not be read by this user ({error.strerror}). Give the user that serves "
-            f"read permission, e.g. chmod -R a+rX {Path(path).parent}"
+            "read permission on all of the model, e.g. with chmod -R a+rX."
         )
     return f"{label} cannot be read: {error.strerror}."

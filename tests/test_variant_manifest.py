@@ -7,8 +7,10 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -317,12 +319,62 @@ def test_the_copy_that_was_checked_is_what_is_loaded(saved: Path) -> None:
     assert version.pyfunc.loaded.logits(["my card"]).tolist() == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """As another user where the tests run as root, who may read everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
 @pytest.mark.parametrize("name", ["MLmodel", "variant/manifest.json", "variant/static.safetensors"])
-def test_a_file_that_may_not_be_read_is_named(saved: Path, name: str) -> None:
-    (saved / name).chmod(0)
-    file = Path(name).name
-    refused(saved, rf"{file} may not be read by this user \(Permission denied\).*chmod -R a\+rX")
+def test_a_file_that_may_not_be_read_is_named(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is private
+        Path(folder).chmod(0o755)
+        saved = copy_saved(Path(folder))
+        flavor._load_pyfunc(str(saved))  # imports what it needs
+        (saved / name).chmod(0o600)
+        os.chown(saved / name, os.geteuid(), -1)
+        if os.geteuid():
+            (saved / name).chmod(0)
+        message = rf"{Path(name).name} may not be read by this user \(Permission denied\)"
+        with without_privileges(), pytest.raises(ArtifactError, match=message):
+            flavor._load_pyfunc(str(saved))
+
+
+def test_weights_in_parts_come_from_this_folder(saved: Path) -> None:
+    index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
+    (saved / "variant" / "model.safetensors.index.json").write_text(json.dumps(index))
+    reseal(saved)
+    write_manifest(saved, json.dumps(manifest_of(saved) | {"runtime": "eager"}).encode())
+    refused(saved, "model.safetensors.index.json names files that do not belong")
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "secret", "/dev/zero"])
+def test_weights_outside_of_an_onnx_file(saved: Path, tmp_path: Path, location: str) -> None:
+    """ONNX Runtime reads external data from the model's folder alone."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    (saved / "secret").write_bytes(b"\0" * 16)
+    weights = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        weights.external_data.add(key=key, value=value)
+    rows = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [4])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [4])
+    add = onnx.helper.make_node("Add", ["x", "w"], ["logits"])
+    graph = onnx.helper.make_graph([add], "g", [rows], [logits], [weights])
+    version = onnx.helper.make_opsetid("", 17)
+    model = onnx.helper.make_model(graph, opset_imports=[version], ir_version=8)
+    (saved / "variant" / "model.onnx").write_bytes(model.SerializeToString())
+    reseal(saved)
+    write_manifest(saved, json.dumps(manifest_of(saved) | {"runtime": "onnxruntime"}).encode())
+    refused(saved, r"onnxruntime cannot load its files \(.*External data path")
 
 
 VARIANTS = (Eager(), Eager("int8-dynamic"), TorchScript(), OnnxRuntime(), OpenVino())

@@ -139,8 +139,9 @@ def _copied(uri: str, folder: Path, part: str = "") -> Path:
     if not source.exists():
         raise ModelError(f"{uri}: there is no {source}. Give the address of a logged model.")
     if source.is_dir():
-        copy_files(source.resolve(), folder / "model")
-        return folder / "model"
+        source = source.resolve()  # the operator may name a link; what is in it may not be one
+        copy_files(source, folder / source.name)
+        return folder / source.name
     with open_regular(source) as file, (folder / source.name).open("wb") as copy:
         shutil.copyfileobj(file, copy, 2**20)
     return folder / source.name
