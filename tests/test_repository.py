@@ -16,6 +16,7 @@ PACKAGE = ROOT / "mlflow_pt_deploy"
 # Left to right: a module imports only from its own room or from those before it.
 ROOMS = (
     "errors",
+    "columns",
     "hardware",
     "home",
     "child",
