@@ -192,7 +192,7 @@ class PtDeployClient(BaseDeploymentClient):
     def predict(
         self, deployment_name: str = "", inputs: Any = None, endpoint: str | None = None
     ) -> Any:
-        """Score rows: a DataFrame, a list of texts or images, or a whole request as a dict.
+        """Score rows: one text or image, a list of them, a DataFrame, or a whole request as a dict.
 
         Returns:
             MLflow's ``PredictionsResponse``.
