@@ -22,8 +22,8 @@ _USUAL = {
     "text": re.compile(f"({_TEXT})s?"),
     "image": re.compile("(file|filename|file_name|img|path|photo|picture|pixel)s?|pixel_values"),
     LABEL: re.compile(
-        "(annotation|category|categorie|class|classe|emotion|genre|intent|output|sentiment|tag|"
-        "target|topic)s?|y"
+        "(annotation|category|categorie|class|classe|emotion|genre|intent|output|rating|sentiment|"
+        "star|tag|target|topic)s?|y"
     ),
 }
 """What input columns and labels are called elsewhere."""
@@ -41,9 +41,11 @@ _PLACES = "[0-9]|a|b|c|pair|one|two|first|second|left|right|other"
 _NUMBERED = re.compile(rf"(?:(.+?)_?({_PLACES})|(first|second|left|right|other)_(.+))")
 _SHORT = re.compile(r"(s|q|sent)_?[12]")
 _OTHER_TASKS = {
+    "similarity or ranking": ("anchor", "positive", "negative", "similarity", "relevance"),
     "token classification": ("tokens", "words", "ner_tags", "pos_tags", "ner"),
     "object detection": ("objects", "bbox", "bboxes", "boxes"),
     "segmentation": ("mask", "masks", "segmentation", "segmentation_mask"),
+    "regression": ("score", "scores", "price", "value"),
     "extractive question answering": ("answer_start", "start_positions", "is_impossible"),
 }
 
@@ -64,18 +66,18 @@ def paired(columns: Iterable[object]) -> tuple[str, list[str]]:
         ``text`` or ``image``, and the columns that hold them; none where there is one at most.
     """
     found: dict[str, list[str]] = {"text": [], "image": []}
-    for name in columns:
-        plain = normal(name) if isinstance(name, str) else ""
-        if plain in INPUTS or _PART.fullmatch(plain) or _is_numbered(plain):
-            found["image" if _PICTURE.search(plain) else "text"].append(str(name))
+    names = [(name, normal(name)) for name in columns if isinstance(name, str)]
+    known = {plain for _, plain in names}
+    for name, plain in names:
+        short = _SHORT.fullmatch(plain) and f"{plain[:-1]}3" not in known
+        if plain in INPUTS or _PART.fullmatch(plain) or short or _is_numbered(plain):
+            found["image" if _PICTURE.search(plain) else "text"].append(name)
     kind = max(found, key=lambda kind: len(found[kind]))
     return kind, found[kind] if len(found[kind]) > 1 else []
 
 
 def _is_numbered(name: str) -> bool:
     """Whether a name is one of several of its kind, as ``sentence2`` is."""
-    if _SHORT.fullmatch(name):
-        return True
     match = _NUMBERED.fullmatch(name)
     stem = (match[1] or match[4] or "") if match else ""
     return _STEM.fullmatch(stem) is not None

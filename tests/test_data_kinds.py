@@ -64,6 +64,12 @@ def test_two_texts_a_row_are_refused(tmp_path: Path, first: str, second: str) ->
     refused(tmp_path, message, **columns)
 
 
+def test_names_of_parquet_columns_are_names(tmp_path: Path) -> None:
+    pd.DataFrame({"mean radius (mm)": [1.0]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"it has mean radius \(mm\)\. Name the columns"):
+        load_data(str(tmp_path / "x.parquet"))
+
+
 def test_two_images_a_row_are_refused(tmp_path: Path) -> None:
     columns = {"image1": [b"1"] * 4, "image2": [b"2"] * 4, "label": ["a", "b"] * 2}
     refused(tmp_path, r"more than one image a row \(`image1` and `image2`\)", **columns)
@@ -74,6 +80,10 @@ def test_two_images_a_row_are_refused(tmp_path: Path) -> None:
     [
         ({"tokens": ["a"], "ner_tags": ["O"]}, "looks like data for token classification"),
         ({"image": ["a.png"], "bbox": ["1"]}, "looks like data for object detection"),
+        ({"text": ["a"], "score": [0.5]}, "looks like data for regression, which is not"),
+        ({"anchor": ["a"], "positive": ["b"], "negative": ["c"]}, "for similarity or ranking"),
+        ({"review": ["a"], "rating": [5]}, "Rename `review` to `text` and rename `rating` to"),
+        ({"age": [1], "s1": [2], "s2": [3], "s3": [4]}, "it has age, s1, s2, s3. Name the"),
         ({"sentence": ["a"], "intent": ["x"]}, "Rename `sentence` to `text` and rename `intent` "),
         ({"Text": ["a"], "Label": ["x"]}, "Rename `Text` to `text` and rename `Label` to `label`"),
         ({" text": ["a"], "label ": ["x"]}, "Rename ` text` to `text` and rename `label ` to"),
@@ -243,6 +253,8 @@ def test_notes_on_labels(tmp_path: Path) -> None:
     assert any(note.endswith("two classes: Pos and pos") for note in splits.notes)
     splits = same(tmp_path, text=["same"] * 6 + TEXTS[:6], label=["a", "b"] * 6)
     assert any("1 of 7 different inputs in train have more than" in note for note in splits.notes)
+    splits = same(tmp_path, text=TEXTS, label=["O", "B-PER", "I-PER"] * 4)
+    assert any("tags of single words" in note for note in splits.notes)
     many = [f"text {row}" for row in range(60)]
     splits = same(tmp_path, text=many, label=[row % 30 * 10 for row in range(60)])
     assert any("30 whole numbers from 0 to 290" in note for note in splits.notes)

@@ -16,6 +16,7 @@ from tiny_serving import save_tiny
 
 from mlflow_pt_deploy.serving.protocol import Answer, answer, parse_csv
 from mlflow_pt_deploy.serving.registry import Address
+from mlflow_pt_deploy.serving.short import read_short
 from mlflow_pt_deploy.serving.ticket import Caller
 from mlflow_pt_deploy.serving.version import Version
 
@@ -88,7 +89,14 @@ def test_two_texts_a_row_are_refused(
     assert SECRET not in told
 
 
-@pytest.mark.parametrize(("body", "media", "message"), PAIRED)
+BESIDE = [
+    ({"inputs": ["red"], "text_pair": [SECRET]}, JSON, "'text' and 'text_pair' are several"),
+    ({"inputs": ["red"], "params": {"hypothesis": SECRET}}, JSON, "'text' and 'hypothesis' are"),
+]
+"""MLflow's own server drops these before any model sees them."""
+
+
+@pytest.mark.parametrize(("body", "media", "message"), PAIRED + BESIDE)
 def test_our_server_refuses_pairs_too(
     model: PyFuncModel, body: Any, media: str, message: str
 ) -> None:
@@ -179,3 +187,8 @@ def test_a_csv_that_does_not_fit(model: PyFuncModel, body: str, message: str) ->
 def test_mlflows_own_server_guesses_and_is_told_so(model: PyFuncModel, row: str) -> None:
     with pytest.raises(MlflowException, match="its text was taken for a number or a gap"):
         stock(model, f"text\n{row}\n", CSV)
+
+
+def test_a_second_text_among_the_params_goes_the_long_way() -> None:
+    assert read_short(b'{"inputs": ["red"], "params": {"text_pair": "x"}}', 3) is None
+    assert read_short(b'{"inputs": ["red"], "params": {"top_k": 2}}', 3) == (["red"], 2)

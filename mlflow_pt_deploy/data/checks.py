@@ -37,12 +37,13 @@ _NAME = re.compile(r"\s*[^\W\d][\w.-]{0,29}\s*|")
 _FLAGS = ({"0", "1"}, {"true", "false"}, {"0.0", "1.0"})
 
 
-def check_columns(where: str, columns: Sequence[str]) -> str:
+def check_columns(where: str, columns: Sequence[str], *, header: bool = False) -> str:
     """Hold a table to a column of inputs, `text` or `image`, and to the column `label`.
 
     Args:
         where: The split or file, as the message shall name it.
         columns: Names of the columns that the table has.
+        header: Whether they are the first line of a file, which may be a row instead.
 
     Returns:
         The name of the input column; ``text`` where there are both.
@@ -58,7 +59,7 @@ def check_columns(where: str, columns: Sequence[str]) -> str:
     missing = [name for name in (given or "text", LABEL) if name not in columns]
     if given and not missing:
         return given
-    raise DataError(_missing(where, columns, missing))
+    raise DataError(_missing(where, columns, missing, header=header))
 
 
 def refuse_pairs(where: str, columns: Sequence[str]) -> None:
@@ -77,21 +78,23 @@ def refuse_pairs(where: str, columns: Sequence[str]) -> None:
         )
 
 
-def _missing(where: str, columns: Sequence[str], missing: Sequence[str]) -> str:
+def _missing(where: str, columns: Sequence[str], missing: Sequence[str], *, header: bool) -> str:
     wanted = " and ".join(f"`{name}`" for name in missing)
     # Without a header the "names" are the first row itself, which no message may show.
-    if not all(_NAME.fullmatch(name) for name in columns):
+    if header and not all(_NAME.fullmatch(name) for name in columns):
         return (
             f"{where} has no column {wanted}; its first line does not look like a header. Name the "
             "columns `text` (or `image`) and `label` in the first line, with a comma between."
         )
     fault = f"{where} has no column {wanted}; it has {listed(name for name in columns if name)}"
-    if task := other_task(columns):
+    meant, task = renames(columns, missing), other_task(columns)
+    if task and len(meant) < len(missing):
         return (
             f"{fault}. This looks like data for {task}, which is not supported; classification of "
-            "one text or one image a row is."
+            "one text or one image a row is. Where it is that, name the columns `text` (or "
+            "`image`) and `label`."
         )
-    if meant := renames(columns, missing):
+    if meant:
         cure = " and ".join(meant)
         return f"{fault}. {cure[0].upper()}{cure[1:]} if that is what it holds."
     return f"{fault}. Name the columns `text` (or `image`) and `label`."

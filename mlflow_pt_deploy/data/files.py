@@ -199,12 +199,12 @@ def _read_csv(where: str, file: Path) -> _Table:
     def check(names: Sequence[str]) -> None:
         header.extend(names)
         if LABEL in names:  # else the first rows may say what it is instead
-            check_columns(where, names)
+            check_columns(where, names, header=True)
 
     cells, delimiter = read_csv(where, file, check)
     if LABEL not in header:
         refuse_flags(where, {name: column[:_LOOKED_AT] for name, column in cells.items()})
-    column = check_columns(where, header)
+    column = check_columns(where, header, header=True)
     note = "" if delimiter == "," else f"{where}: {DELIMITERS[delimiter]} between the columns"
     return _Table(column, (cells[column], cells[LABEL]), _others(header, column), note)
 

@@ -21,6 +21,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _COMMAS = re.compile(r"[+-]?\d+(,\d+)*")
 _NUMBERS_LISTED = re.compile(r"\d+([ \t]+\d+)*")
 _LIST = re.compile(r"\[.*\]|\(.*\)|\{.*\}", re.DOTALL)
+_TAG = re.compile("O|[BIESLU]-.+")
 _SEPARATORS = ("|", ";", ",", "+", "&")
 _SHOWN = 5
 _MANY = 10
@@ -188,6 +189,11 @@ def notes(labels: Sequence[str]) -> list[str]:
     alike = [" and ".join(names) for names in folded.values() if len(names) > 1]
     if alike:
         said.append(f"labels that differ in case or spelling only are two classes: {listed(alike)}")
+    if "O" in classes and all(_TAG.fullmatch(name) for name in classes):
+        said.append(
+            "the labels look like tags of single words (token classification); here each row is "
+            "one text with one label"
+        )
     if len(classes) > 20 and all(_is_integer(name) for name in classes):
         numbers = sorted(int(name) for name in classes)
         if numbers[-1] - numbers[0] >= len(numbers):

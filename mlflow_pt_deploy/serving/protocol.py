@@ -109,7 +109,7 @@ def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:
             f"'Content-Type' must be {_JSON}, {_CSV} or {_PARQUET}, and the text UTF-8"
         )
     if media == _JSON:
-        return _parse_json(body, version.inputs)
+        return _parse_json(body, version.inputs, version.pyfunc.loaded.preprocessor.column)
     try:
         if media == _PARQUET:
             from mlflow.pyfunc import scoring_server
@@ -167,7 +167,7 @@ def parse_csv(body: bytes, column: str) -> Mapping[str, list[str]]:
     return {column: cells}
 
 
-def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
+def _parse_json(body: bytes, schema: Any, column: str) -> tuple[Any, Any]:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -178,6 +178,8 @@ def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
     params = request.get("params")
     if params is not None and not isinstance(params, dict):
         raise RequestError("'params' must be an object")
+    # A second text beside the rows would be dropped as silently as one in them.
+    check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
     if given[0] in _LISTS and schema is None:
         # MLflow would make a NumPy array of it, as wide in every row as the longest text: a few
         # megabytes of JSON become gigabytes.
