@@ -39,6 +39,7 @@ _STEM = re.compile(
 )
 _PLACES = "[0-9]|a|b|c|pair|one|two|first|second|left|right|other"
 _NUMBERED = re.compile(rf"(?:(.+?)_?({_PLACES})|(first|second|left|right|other)_(.+))")
+_LONGEST = 40  # a request's names may be of any length
 _SHORT = re.compile(r"(s|q|sent)_?[12]")
 _OTHER_TASKS = {
     "similarity or ranking": ("anchor", "positive", "negative", "similarity", "relevance"),
@@ -66,7 +67,8 @@ def paired(columns: Iterable[object]) -> tuple[str, list[str]]:
         ``text`` or ``image``, and the columns that hold them; none where there is one at most.
     """
     found: dict[str, list[str]] = {"text": [], "image": []}
-    names = [(name, normal(name)) for name in columns if isinstance(name, str)]
+    short_names = (name for name in columns if isinstance(name, str) and len(name) <= _LONGEST)
+    names = [(name, normal(name)) for name in short_names]
     known = {plain for _, plain in names}
     for name, plain in names:
         short = _SHORT.fullmatch(plain) and f"{plain[:-1]}3" not in known

@@ -245,3 +245,14 @@ def test_run_local_says_what_is_wrong(tmp_path: Path) -> None:
     bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
     with pytest.raises(MlflowException, match="it answers differently here"):
         mlflow("run-local", "--name", "shop", "-m", bad)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, client: PtDeployClient) -> None:
+    for folder, message in (
+        (tmp_path / "none", r"none is not there\. Give a folder that MLflow saved"),
+        (tmp_path, "is no MLflow model: it has no file MLmodel"),
+    ):
+        with pytest.raises(MlflowException, match=message) as refused:
+            client.create_deployment("shop", str(folder))
+        assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert client.list_deployments() == []
