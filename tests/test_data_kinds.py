@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from mlflow_pt_deploy.data import Splits, load_data
@@ -82,6 +84,10 @@ def test_two_images_a_row_are_refused(tmp_path: Path) -> None:
         ({"image": ["a.png"], "bbox": ["1"]}, "looks like data for object detection"),
         ({"text": ["a"], "score": [0.5]}, "looks like data for regression, which is not"),
         ({"anchor": ["a"], "positive": ["b"], "negative": ["c"]}, "for similarity or ranking"),
+        (
+            {"text": ["a"], "label_1": ["x"], "label_2": ["y"]},
+            "several columns of labels",
+        ),
         ({"review": ["a"], "rating": [5]}, "Rename `review` to `text` and rename `rating` to"),
         ({"age": [1], "s1": [2], "s2": [3], "s3": [4]}, "it has age, s1, s2, s3. Name the"),
         ({"sentence": ["a"], "intent": ["x"]}, "Rename `sentence` to `text` and rename `intent` "),
@@ -269,6 +275,30 @@ def test_other_delimiters(tmp_path: Path, mark: str) -> None:
     assert splits.labels == ("x", "y")
     assert splits.train.rows[0].startswith(f"a, b {mark} ")  # type: ignore[arg-type]
     assert any(note.endswith("between the columns") for note in splits.notes)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_ends_of_lines(tmp_path: Path, end: str) -> None:
+    rows = "".join(f'"two\r\nlines {row}",{"xy"[row % 2]}{end}' for row in range(12))
+    (tmp_path / "train.csv").write_bytes(f"text,label{end}{rows}".encode())
+    splits = load_data(str(tmp_path))
+    assert splits.labels == ("x", "y")
+    assert splits.train.rows[0].startswith("two\r\nlines ")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", ["x" * 5000, "~no-such-user/data", "nul\0byte", "abo:~no-such/x"])
+def test_paths_that_no_file_can_have(spec: str) -> None:
+    with pytest.raises(DataError):
+        load_data(spec)
+
+
+def test_a_parquet_file_that_pandas_cannot_hold(tmp_path: Path) -> None:
+    texts = pa.array(
+        [[{"a": [(1, "x")]}]] * 4, pa.list_(pa.struct([("a", pa.map_("int8", "str"))]))
+    )
+    pq.write_table(pa.table({"text": texts, "label": ["a", "b"] * 2}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="cannot be read|is not a string in 4 rows"):
+        load_data(str(tmp_path / "x.parquet"))
 
 
 def test_a_column_there_twice(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Knows which source a spec names; the sources know how to read, `splits` how to c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,10 +61,17 @@ def _load(spec: str, seed: int) -> Splits:
     if kind == "hf":
         return read_hub(rest, source=spec, seed=seed)
     if kind == "abo":
-        return read_abo(Path(rest).expanduser(), source=spec, seed=seed)
-    path = Path(spec).expanduser()
-    if not spec.strip() or not path.exists():
+        return read_abo(Path(os.path.expanduser(rest)), source=spec, seed=seed)
+    path = Path(os.path.expanduser(spec))  # pathlib's own raises where there is no such user
+    if not spec.strip() or not _exists(path):
         raise DataError(
             f"--data {spec!r} is neither a known source nor a path that exists. Give {_ALLOWED}."
         )
     return read_files(path, source=spec, seed=seed)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no file can have such a name, or its folder may not be looked into
+        return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mlflow_pt_deploy.columns import INPUTS, LABEL, other_task, paired, renames
+from mlflow_pt_deploy.columns import INPUTS, LABEL, normal, other_task, paired, renames
 from mlflow_pt_deploy.data.labels import (
     check_kind,
     counted,
@@ -34,6 +34,7 @@ COLUMNS = {"text": str, "image": bytes}
 """What the input column may be called, and what a row of it is."""
 
 _NAME = re.compile(r"\s*[^\W\d][\w.-]{0,29}\s*|")
+_LABELS = re.compile("(label|class|category|tag|intent)_?([0-9]+|a|b|c)")
 _FLAGS = ({"0", "1"}, {"true", "false"}, {"0.0", "1.0"})
 
 
@@ -87,6 +88,11 @@ def _missing(where: str, columns: Sequence[str], missing: Sequence[str], *, head
             "columns `text` (or `image`) and `label` in the first line, with a comma between."
         )
     fault = f"{where} has no column {wanted}; it has {listed(name for name in columns if name)}"
+    if len(several := [name for name in columns if _LABELS.fullmatch(normal(name))]) > 1:
+        return (
+            f"{where} has several columns of labels ({listed(several)}); several labels a row are "
+            "not supported. Name the main one `label`."
+        )
     meant, task = renames(columns, missing), other_task(columns)
     if task and len(meant) < len(missing):
         return (

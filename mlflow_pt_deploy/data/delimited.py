@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+# Old Macs end lines so; binary files are split at line feeds only.
+_LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")
 Table = dict[str, list[str]]
 """The cells of each column."""
 
@@ -80,12 +83,13 @@ def _decoded(where: str, binary: Iterable[bytes]) -> Iterator[str]:
     """The lines as text, each with its end, and without a byte order mark."""
     for number, line in enumerate(binary, start=1):
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{where} cannot be read: it is not UTF-8. Save it as UTF-8 (in Excel: CSV UTF-8); "
                 f"line {number} is the first that is not."
             ) from error
+        yield from filter(None, _LONE_RETURN.split(text))
 
 
 def _delimiter(header: str) -> str:

@@ -49,7 +49,10 @@ def read_files(path: Path, *, source: str, seed: int) -> Splits:
     Raises:
         DataError: A file is missing, double, unreadable, or has rows that cannot be used.
     """
-    files = _find_files(path) if path.is_dir() else {"train": path}
+    try:
+        files = _find_files(path) if path.is_dir() else {"train": path}
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {_fault(error)}") from error
     read = {split: _read_table(split, file) for split, file in files.items()}
     columns = {table.column for table in read.values()}
     if len(columns) > 1:
@@ -150,8 +153,10 @@ def _read_table(split: str, file: Path) -> _Table:
     read = _read_parquet if _suffix(file) == ".parquet" else _read_csv
     try:
         table = read(where, file)
-    # pyarrow derives its errors from ValueError and OSError, gzip its own from OSError.
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    # What pyarrow raises derives from one of several of Python's own, gzip's from OSError.
+    except (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise DataError(f"{file} cannot be read: {_fault(error)}") from error
+    except (NotImplementedError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {_fault(error)}") from error
     if table.column == "image":
         rows, labels = table.pairs
