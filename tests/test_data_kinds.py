@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,10 @@ def test_unused_columns_are_named(tmp_path: Path) -> None:
         (["nan", "inf"], ("inf", "nan")),
         (["1e", "v1.5"], ("1e", "v1.5")),
         ([" a ", "a b"], ("a", "a b")),
-        (["2020-01-01", "2021-01-01"], ("2020-01-01", "2021-01-01")),
+        (["2020-01-01", "later"], ("2020-01-01", "later")),
         (["Clothing, Shoes", "Books"], ("Books", "Clothing, Shoes")),
         (["R&B", "C++"], ("C++", "R&B")),
+        (["New York", "York"], ("New York", "York")),
         (["sport/tennis", "sport/golf"], ("sport/golf", "sport/tennis")),
         (pd.Categorical(["y", "x"]), ("x", "y")),
         (pd.Categorical([3, 4]), ("3", "4")),
@@ -190,6 +192,8 @@ def test_a_number_that_is_not_finite(tmp_path: Path, value: float) -> None:
         ["a|b", "a", "b"],
         ["a, b", "b, c", "a, c"],
         ["a;b", "a", "b"],
+        ["joy anger", "joy", "anger"],
+        ["a/b", "a", "b"],
         ['["a", "b"]', '["a"]', "[]"],
         ["['a']", "['b']", "['a' 'b']"],
         ["1 2", "2", "1"],
@@ -242,9 +246,17 @@ def test_missing_numbers(tmp_path: Path, missing: list[Any]) -> None:
     refused(tmp_path, "`label` is missing or blank in 6 rows", text=TEXTS, label=missing * 6)
 
 
-@pytest.mark.parametrize("numbers", [range(12), [0.5] * 12])
-def test_a_column_of_numbers_is_no_text(tmp_path: Path, numbers: Any) -> None:
-    refused(tmp_path, "`text` holds numbers only", text=numbers, label=["a", "b"] * 6)
+@pytest.mark.parametrize(
+    "cells",
+    [range(12), [0.5] * 12, [date(2026, 1, 1)] * 12, [pd.Timestamp(1, unit="s")] * 12, [b"x"] * 12],
+    ids=str,
+)
+def test_columns_of_other_types(tmp_path: Path, cells: Any) -> None:
+    message = "`text` (holds numbers only|is not a string in 12 rows)"
+    refused(tmp_path, message, text=cells, label=["a", "b"] * 6)
+    if not isinstance(cells[0], int | float):
+        message = "`label` is neither a string nor a whole number in 12 rows"
+        refused(tmp_path, message, text=TEXTS, label=cells)
 
 
 def test_texts_that_look_like_something_else_stay(tmp_path: Path) -> None:

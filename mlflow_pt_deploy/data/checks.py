@@ -15,7 +15,7 @@ from mlflow_pt_deploy.data.labels import (
     check_kind,
     counted,
     is_missing,
-    is_number,
+    is_no_text,
     listed,
     read_labels,
 )
@@ -150,10 +150,10 @@ def check_rows(split: str, pairs: Pairs, column: str = "text") -> Cleaned:
     kind, words = COLUMNS[column], {"text": "a string", "image": "the bytes of an image file"}
     refuse(split, column, rows, "is missing or blank", _is_blank)
     refuse(split, "label", labels, "is missing or blank", _is_blank)
-    if column == "text" and all(map(is_number, rows)):
+    if column == "text" and all(map(is_no_text, rows)):
         raise DataError(
-            f"{split}: `text` holds numbers only. Check that the columns are not mixed up; tables "
-            "of numbers are not supported, texts are."
+            f"{split}: `text` holds numbers only, or dates or bytes. Check that the columns are "
+            "not mixed up; tables of numbers are not supported, texts are."
         )
     refuse(split, column, rows, f"is not {words[column]}", lambda v: not isinstance(v, kind))
     return tuple(map(kind, rows)), read_labels(split, labels)

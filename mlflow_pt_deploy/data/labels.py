@@ -21,8 +21,12 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _COMMAS = re.compile(r"[+-]?\d+(,\d+)*")
 _NUMBERS_LISTED = re.compile(r"\d+([ \t]+\d+)*")
 _LIST = re.compile(r"\[.*\]|\(.*\)|\{.*\}", re.DOTALL)
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?)?")
+_BYTES = re.compile(r"b(['\"]).*\1", re.DOTALL)
 _TAG = re.compile("O|[BIESLU]-.+")
 _SEPARATORS = ("|", ";", ",", "+", "&")
+_DOUBTFUL = ("/", " ")
+"""Separators that names have too: what stands between must be labels of other rows."""
 _SHOWN = 5
 _MANY = 10
 _MULTI_LABEL = (
@@ -66,12 +70,16 @@ def read_labels(split: str, values: Sequence[object]) -> tuple[str, ...]:
             f"{split}: `label` holds a list in {counted(len(several))} (row {listed(several)}); "
             f"{_MULTI_LABEL}, as a string or a whole number."
         )
+    # Dates and bytes have a type in Parquet, and pandas writes them to CSV in these forms.
     other = [at for at, value in enumerate(values, 1) if not isinstance(value, str | _Numeric)]
+    for form in (_DATE, _BYTES):
+        if all(isinstance(value, str) and form.fullmatch(value.strip()) for value in values):
+            other = [*range(1, len(values) + 1)]
     if other:
         raise DataError(
             f"{split}: `label` is neither a string nor a whole number in {counted(len(other))} "
             f"(row {listed(other)}; the first row after the header is 1). Correct or remove these "
-            "rows."
+            "rows; dates and bytes are no classes."
         )
     typed = [value for value in values if isinstance(value, _Numeric)]
     _refuse_scores(split, [str(value) for value in typed if not float(value).is_integer()])
@@ -159,13 +167,14 @@ def _composite(counts: Mapping[str, int]) -> list[str]:
         return listlike
     if all(_NUMBERS_LISTED.fullmatch(label) for label in counts):
         return [label for label in counts if len(label.split()) > 1]
-    for separator in _SEPARATORS:
+    for separator in (*_SEPARATORS, *_DOUBTFUL):
         joined = [label for label in counts if separator in label]
         seen = Counter(part for label in counts for part in _parts(label, separator))
+        known = counts if separator in _DOUBTFUL else {part for part in seen if seen[part] > 1}
         lists = [
             label
             for label in joined
-            if len(parts := _parts(label, separator)) > 1 and all(seen[part] > 1 for part in parts)
+            if len(parts := _parts(label, separator)) > 1 and all(part in known for part in parts)
         ]
         if lists and 2 * len(lists) >= len(joined):
             return lists
@@ -213,8 +222,9 @@ def is_missing(value: object) -> bool:
     return type(value).__name__ in ("NAType", "NaTType")
 
 
-def is_number(value: object) -> bool:
-    """Whether a cell is a number, typed or written out."""
+def is_no_text(value: object) -> bool:
+    """Whether a cell is a number, a date or bytes, typed or written out."""
+    forms = (_NUMBER, _DATE, _BYTES)
     return isinstance(value, _Numeric) or (
-        isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is not None
+        isinstance(value, str) and any(form.fullmatch(value.strip()) for form in forms)
     )
