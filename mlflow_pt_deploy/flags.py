@@ -18,12 +18,23 @@ _DATA = {
     "--data": (
         str,
         "catalog",
-        "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog, digits, abo:FOLDER",
+        "folder or file of CSV/Parquet, hf:OWNER/NAME, catalog (a demo), digits, abo:FOLDER",
     ),
     "--limit": (int, 0, "at most this many rows a split, for a quick trial; 0: all"),
     "--seed": (int, 0, "of cuts, order of rows and dropout"),
     "--resume": (str, "", "id of an interrupted run to go on with"),
 }
+# A model that exists was made for some data; to measure it on the demo's would tell nothing.
+_DATA_OF_MODEL = {
+    **_DATA,
+    "--data": (str, "", f"the data that the model was made for (required): {_DATA['--data'][2]}"),
+}
+_DATA_LOOKS = (
+    "data: train.csv, train.csv.gz or train.parquet in a folder, with validation and test beside "
+    "it if there are any (else they are cut from train), or one such file. Columns: `text`, or "
+    "`image` (names of files in CSV, their bytes in Parquet), and `label`, one class a row, a word "
+    "or a whole number. CSV is UTF-8 with the names in the first line."
+)
 _FIT = {
     "--learning-rate": (float, 0.0, "peak; 0: by the model's width"),
     "--batch-size": (int, 0, "rows a training step; 0: by the model"),
@@ -107,12 +118,12 @@ _STAGES: dict[str, tuple[str, _Table]] = {
     "train": ("fine-tune a teacher", {**_DATA, **_TEACHER, **_FIT}),
     "distill": (
         "distill a student from a fine-tuned teacher",
-        {**_DATA, **_TEACHER, **_STUDENT, **_LESSON, **_FIT},
+        {**_DATA_OF_MODEL, **_TEACHER, **_STUDENT, **_LESSON, **_FIT},
     ),
     "search": (
         "search for students of a teacher",
         {
-            **{**_DATA, **_SEARCH, **_LESSON},
+            **{**_DATA_OF_MODEL, **_SEARCH, **_LESSON},
             "--device": _FIT["--device"],
             "--seconds": _MEASURE["--seconds"],
             "--retain": _POLICY["--retain"],
@@ -120,7 +131,7 @@ _STAGES: dict[str, tuple[str, _Table]] = {
     ),
     "optimize": (
         "build, measure and log every variant of a model",
-        {**_DATA, **_MEASURE, **_POLICY},
+        {**_DATA_OF_MODEL, **_MEASURE, **_POLICY},
     ),
     "promote": (
         "choose a variant of a run and move the alias champion",
@@ -139,7 +150,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--version", action="version", version=__version__)
     stages = command.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, (about, table) in _STAGES.items():
-        stage = stages.add_parser(name, help=about, description=about, allow_abbrev=False)
+        looks = _DATA_LOOKS if "--data" in table else None
+        stage = stages.add_parser(
+            name, help=about, description=about, epilog=looks, allow_abbrev=False
+        )
         _add(stage, table)
         stage.add_argument("--json", action="store_true", help="end with one line of JSON")
         _special(name, stage)

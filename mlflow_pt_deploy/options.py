@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.policy import Policy
 
@@ -22,7 +22,7 @@ class Options:
     """Everything a user can ask of the line; each stage reads what concerns it.
 
     Attributes:
-        data: See `load_data`.
+        data: See `load_data`; the command line has no default for stages that take a model.
         teacher: Hugging Face id or folder, ``minilm``, ``resnet``, an MLflow address, or ``auto``:
             ``minilm`` for texts, ``resnet`` for images.
         student: The same, for students that exist already, separated by commas; empty: distill.
@@ -63,6 +63,7 @@ class Options:
         resume: Id of an interrupted run to go on with.
 
     Raises:
+        DataError: `data` is empty.
         ModelError: `vocabulary` or `student_precision` is none of those, `soft_weight` is no share,
             or a number is below 0.
     """
@@ -107,6 +108,12 @@ class Options:
     resume: str = ""
 
     def __post_init__(self) -> None:
+        if not self.data.strip():
+            raise DataError(
+                "--data is missing. Give the data that the model was made for: a folder or file of "
+                "CSV or Parquet with the columns `text` (or `image`) and `label`, hf:OWNER/NAME, "
+                "or catalog for a model of the demo."
+            )
         lists = {
             "device": DEVICES,
             "vocabulary": VOCABULARIES,

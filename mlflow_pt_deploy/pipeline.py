@@ -58,7 +58,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
         options = replace(saved, resume=options.resume, storage=options.storage)
     options.policy()
     select(options.variants)
-    splits = load_data(options.data, seed=options.seed, limit=options.limit)
+    splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
     seconds: dict[str, float] = {}
     with tracking.stage_run(
         "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()

@@ -83,7 +83,7 @@ def search_students(
 
     if splits is None:
         tracking.check_tracking()
-        splits = load_data(options.data, seed=options.seed, limit=options.limit)
+        splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     if splits.column != "text":

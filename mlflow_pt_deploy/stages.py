@@ -244,4 +244,4 @@ def _students(addresses: str) -> dict[str, Path]:
 
 def _prepared(options: Options) -> Splits:
     tracking.check_tracking()
-    return load_data(options.data, seed=options.seed, limit=options.limit)
+    return load_data(options.data, seed=options.seed, limit=options.limit, say=print)

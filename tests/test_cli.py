@@ -35,7 +35,13 @@ def test_import_and_help_are_instant_and_load_nothing_heavy() -> None:
 def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([stage, "--help"])
-    assert "--json" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--json" in shown
+    looks = (
+        "Columns: `text`, or `image` (names of files in CSV, their bytes in Parquet), and `label`"
+    )
+    assert (looks in shown) == ("--data" in shown)
+    assert ("made for (required)" in shown) == (stage in ("distill", "search", "optimize"))
 
 
 def test_the_command_line_understands_every_entry_point() -> None:
@@ -63,6 +69,8 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
     points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert set(points["main"]["parameters"]) == set(defaults) - {"storage"}  # it has passwords
     del points["search"]["parameters"]["trials"]  # 0 is for those who do not search
+    for stage in ("distill", "search", "optimize"):  # each takes a model, which has its own data
+        assert points[stage]["parameters"].pop("data") == {"type": "str", "default": ""}
     for point in points.values():
         for name, given in point["parameters"].items():
             if name in defaults and "default" in given:
@@ -78,7 +86,11 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
         (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
         (["run", "--objective", "size"], "objective is 'size'"),
         (["train", "--teacher", "no/such-model"], "no/such-model: no classifier"),
-        (["optimize", "--model", "runs:/0123/model"], "cannot be fetched from MLflow"),
+        (["optimize", "--model", "runs:/0123/model", "--data", "digits"], "cannot be fetched from"),
+        (["optimize", "--model", "mine"], "--data is missing. Give the data that the model was"),
+        (["optimize", "--model", "mine", "--data", ""], "--data is missing"),
+        (["distill", "--teacher", "mine"], "--data is missing"),
+        (["search", "--teacher", "mine"], "--data is missing"),
         (["promote", "--run", "0123"], "run 0123 cannot be resumed"),
         (["run", "--resume", "0123"], "run 0123 cannot be resumed"),
     ],

@@ -121,7 +121,7 @@ def test_a_negative_limit() -> None:
 
 
 def test_a_folder_without_train(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no train file. Put train.csv, train.csv.gz or"):
+    with pytest.raises(DataError, match=r"has no train file; it holds test.csv. Put train"):
         load_data(write(tmp_path, test=HEADER + ROWS))
 
 
@@ -133,16 +133,47 @@ def test_two_files_for_one_split(tmp_path: Path, second: str) -> None:
         load_data(spec)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "it is empty. Put train.csv"),
+        (["my data.csv", "Train.csv"], "it holds Train.csv, my data.csv. Put train.csv, train"),
+        (["train-00000-of-00001.parquet"], "it holds train-00000-of-00001.parquet"),
+        (["cats/x.png", "dogs/y.png"], "it holds the folders cats/, dogs/, and folders are not"),
+        ([f"{n}.csv" for n in range(9)], "0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 4 more"),
+    ],
+)
+def test_a_folder_without_train_says_what_is_there(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"has no train file; .*{message}.*valid, val, dev"):
+        load_data(str(tmp_path))
+
+
 def test_two_names_for_validation(tmp_path: Path) -> None:
     spec = write(tmp_path, train=HEADER + ROWS, val=HEADER + ROWS, dev=HEADER + ROWS)
     with pytest.raises(DataError, match="for validation: val.csv and dev.csv. Remove all but one"):
         load_data(spec)
 
 
-def test_a_file_of_another_format(tmp_path: Path) -> None:
-    (tmp_path / "rows.xlsx").touch()
-    with pytest.raises(DataError, match=r"no format that is read here. Allowed are .csv, .csv.gz"):
-        load_data(str(tmp_path / "rows.xlsx"))
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("rows.xlsx", ".parquet.$"),
+        ("train.csv.zip", "Unpack it first"),
+        ("train.tar.gz", "Unpack it first"),
+        ("train.jsonl", "Convert it"),
+        ("train.tsv", "name it .csv"),
+    ],
+)
+def test_a_file_of_another_format(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).touch()
+    message = rf"no format that is read here. Allowed are .csv, .csv.gz, .*{hint}"
+    with pytest.raises(DataError, match=message):
+        load_data(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -150,13 +181,20 @@ def test_a_file_of_another_format(tmp_path: Path) -> None:
     [
         (b"", "it is empty. Write a header line"),
         (b"text,label\n", "train has no rows. Add rows"),
-        (b"text,label\na,b\nc,d,e\n", "not well-formed CSV .*line 3.* in double quotes"),
-        (b'text,label\n"a,b\n', "not well-formed CSV"),
-        (b"text,label\na,b,c\nd,e,f\n", "more fields than the header"),
-        (b"text,label\na,b,c\nd,e\n", "more fields than the header"),
+        (
+            b"text,label\na,b\nc,d,e\n",
+            "line 3 has 3 cells and the header has 2, .* in double quotes",
+        ),
+        (b'text,label\n"a,b\n', "not well-formed CSV: in the row that begins in line 2 a quote is"),
+        (b'text,label\na,b\n"c" d,b\n', "the row that begins in line 3 a quote is .*text follows"),
+        (b"text,label\na,b,c\nd,e,f\n", "line 2 has 3 cells and the header has 2"),
+        (b"text,label\na,b,c\nd,e\n", "line 2 has 3 cells"),
+        (b'text,label\n"a\n\nb",b\n\nc\n', "line 6 has 1 cell and"),
+        (b"text;label\na;b\nc\n", "line 3 has 1 cell and the header has 2, with semicolons"),
         (b"text,label\ncaf\xe9,b\n", "it is not UTF-8. Save it as UTF-8"),
-        ("text,label\na,b\n".encode("utf-16"), "it is not UTF-8"),
-        (b"text,label\na,b\nc\n", r"train: `label` is missing or blank in 1 row \(row 2;"),
+        ("text,label\na,b\n".encode("utf-16"), "it is not UTF-8 but UTF-16"),
+        (b"text,label\na,b\nc,\n", r"train: `label` is missing or blank in 1 row \(row 2;"),
+        (b"\0t\0e\0x\0t\0,\0l", "it is not UTF-8 but UTF-16"),
     ],
 )
 def test_a_csv_file_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
@@ -168,7 +206,7 @@ def test_a_csv_file_that_cannot_be_read(tmp_path: Path, content: bytes, message:
 @pytest.mark.parametrize("content", [b"", b"not what the name says", b"\x1f\x8b\x08\x00 cut off"])
 def test_content_that_does_not_fit_the_name(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name} cannot be read: it"):
+    with pytest.raises(DataError, match=rf"{name}\)? cannot be read: it"):
         load_data(str(tmp_path))
 
 
@@ -181,7 +219,7 @@ def test_a_gzip_file_that_was_cut_off(tmp_path: Path) -> None:
 
 def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
     spec = write(tmp_path, train="text,category\nx,a\n")
-    with pytest.raises(DataError, match=r"no column `label`; it has text, category. Name the col"):
+    with pytest.raises(DataError, match=r"no column `label`; it has text, category. Rename `cat"):
         load_data(spec)
     pd.DataFrame({"sentence": ["x"], "label": ["a"]}).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"\(rows.parquet\) has no column `text`; it has sentence"):

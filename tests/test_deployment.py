@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 import requests
 from click.testing import CliRunner
@@ -86,8 +88,26 @@ def test_a_life(tracking: str, tiny: str, tmp_path: Path, client: PtDeployClient
     answer = json.loads(mlflow("predict", "--name", "shop", "-I", str(rows)))
     assert [row["label"] for row in answer["predictions"]] == ["one", "blue"]
     assert client.predict("shop", ["red"]).get_predictions()["label"].tolist() == ["one"]
-    with pytest.raises(MlflowException, match="'text' is empty"):
-        client.predict("shop", [])
+    for one in ("red", np.str_("red"), np.array("red"), ("red",), iter(["red"]), {"text": "red"}):
+        assert client.predict("shop", one).get_predictions()["label"].tolist() == ["one"]
+    dated = pd.DataFrame({"text": ["red", "blue"], "when": pd.Timestamp("2026-01-01")})
+    for two in (
+        dated,
+        dated["text"],
+        pa.table({"text": ["red", "blue"]}),
+        {"text": ["red", "blue"]},
+    ):
+        assert client.predict("shop", two).get_predictions()["label"].tolist() == ["one", "blue"]
+    for wrong, message in (
+        ([], "'text' is empty"),
+        (None, "inputs is None; give a text, a list of texts"),
+        (7, "'text' row 0 is a number"),
+        ([("red", "blue")], "pairs are not supported"),
+        (pd.DataFrame({"text": ["red"], "text_pair": ["x"]}), "pairs are not supported"),
+    ):
+        with pytest.raises(MlflowException, match=message) as refused:
+            client.predict("shop", wrong)
+        assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
 
     pid = servers.read_state("shop").pid  # type: ignore[union-attr]
     seen = _ask_while(
@@ -225,3 +245,14 @@ def test_run_local_says_what_is_wrong(tmp_path: Path) -> None:
     bad = str(save_tiny(tmp_path / "bad", refuse="it answers differently here"))
     with pytest.raises(MlflowException, match="it answers differently here"):
         mlflow("run-local", "--name", "shop", "-m", bad)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, client: PtDeployClient) -> None:
+    for folder, message in (
+        (tmp_path / "none", r"none is not there\. Give a folder that MLflow saved"),
+        (tmp_path, "is no MLflow model: it has no file MLmodel"),
+    ):
+        with pytest.raises(MlflowException, match=message) as refused:
+            client.create_deployment("shop", str(folder))
+        assert refused.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert client.list_deployments() == []

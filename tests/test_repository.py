@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mlflow_pt_deploy"
 ROOMS = (
     "errors",
     "artifact_files",
+    "columns",
     "hardware",
     "home",
     "child",

@@ -156,10 +156,6 @@ def test_a_wrong_request_is_400_and_not_repeated(
     assert SECRET not in answer
 
 
-def test_two_columns_of_one_name_do_not_confuse(model: PyFuncModel) -> None:
-    assert labels(model.predict(pd.DataFrame([["red", "x"]], columns=["text", "text"]))) == ["red"]
-
-
 @pytest.mark.parametrize("word", ["explode", "nan"])
 def test_a_fault_of_the_model_is_500_and_says_nothing(
     model: PyFuncModel, word: str, caplog: pytest.LogCaptureFixture

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 import requests
+from mlflow.exceptions import MlflowException
 from tiny_serving import running, save_tiny
 
+from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.serving import bounded
 from mlflow_pt_deploy.serving.app import App
-from mlflow_pt_deploy.serving.registry import source
+from mlflow_pt_deploy.serving.registry import in_words, source
+from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.slot import Slot
 
 connection = pytest.importorskip("mlflow_pt_deploy.serving.connection")
@@ -137,6 +140,19 @@ def _check_that_it_ends_what_it_began_and_exits_with_0(
         (["-C", "threads=2"], "model_config has no threads"),
         (["-C", "num_threads"], "num_threads is no option; write it as KEY=VALUE"),
         (["--tls-cert", "cert.pem"], "belong together"),
+        (["--port", "99999"], "port is 99999; give 1 to 65535, or 0 for any free one"),
+        (["--port", "-1", "--replicas", "2"], "port is -1; give 1 to 65535"),
+        (["--host", "no.such.host.invalid", "--insecure"], "no.such.host.invalid cannot be found"),
+        (["--host", "a..b", "--insecure"], "'a..b' is no host"),
+        (["--replicas", "-1"], "replicas is -1; give how many (at most 256), or 0"),
+        (["--replicas", "9999"], "replicas is 9999"),
+        (["--poll-s", "-1"], "poll_s is -1; give seconds from 0"),
+        (["--hang-s", "inf"], "hang_s is inf; give seconds from 0"),
+        (["--max-body-mb", "-1"], "max_body_mb is -1; give more than 0"),
+        (["--max-body-mb", "nan"], "max_body_mb is nan; give more than 0"),
+        (["--max-connections", "0"], "max_connections is 0; give 1 or more"),
+        (["--tls-cert", "no.pem", "--tls-key", "no.pem"], "no.pem is no file; give a PEM file"),
+        (["--tls-cert", __file__, "--tls-key", __file__], "are not a PEM certificate and its key"),
     ],
 )
 def test_a_mistake_is_one_clear_line(
@@ -146,6 +162,62 @@ def test_a_mistake_is_one_clear_line(
 
     assert main(["serve", str(folder), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_port_in_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow_pt_deploy.cli import main
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert main(["serve", str(folder), "--port", port]) == 1
+    assert f"127.0.0.1, port {port}: Address already in use" in capsys.readouterr().err
+
+
+def test_a_key_of_another_certificate(tmp_path: Path) -> None:
+    cert, _ = _certificate(tmp_path)
+    (tmp_path / "other").mkdir()
+    _, key = _certificate(tmp_path / "other")
+    with pytest.raises(ServingError, match="key.pem is not the key of the certificate"):
+        Settings(tls_cert=str(cert), tls_key=str(key))
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow_pt_deploy.cli import main
+
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").touch()
+    for word, message in (
+        (f"{tmp_path}/none", f"the model {tmp_path}/none is not there. Give a folder that MLflow"),
+        (f"shop={tmp_path}", "is no MLflow model: it has no file MLmodel. Give a folder"),
+        (__file__, "is not a folder. Give a folder"),
+        (f"{tmp_path}/hub", "with pt-deploy optimize --model"),
+    ):
+        assert main(["serve", word]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_the_registry_does_not_know(tracking: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    from mlflow_pt_deploy.cli import main
+
+    MlflowClient().create_registered_model("shop")
+    for uri, reason in (
+        ("models:/none@champion", "Registered Model with name=none not found. Look at its addr"),
+        ("models:/shop@champion", "Registered model alias champion not found. Look at its addr"),
+        ("models:/shop/9", "Model Version (name=shop, version=9) not found. Look"),
+        ("file:///no/such", "No such artifact: 'such'. Look"),
+    ):
+        assert main(["serve", uri, "--port", "0"]) == 1
+        said = capsys.readouterr().err
+        assert "pt-deploy serve: the model cannot be fetched or opened: " in said
+        assert reason in said and "Traceback" not in said
+
+
+def test_the_whole_reason_is_told_on_one_line() -> None:
+    error = MlflowException("These failed:\n\n  ## a ##\nno such file\nTraceback (most")
+    assert "opened: These failed: a no such file. Look at" in str(in_words(error))
+    assert "opened: KeyError. Look" in str(in_words(KeyError()))
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:

@@ -5,6 +5,8 @@ Knows which source a spec names; the sources know how to read, `splits` how to c
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow_pt_deploy.data.abo import read_abo
@@ -23,7 +25,9 @@ _ALLOWED = (
 )
 
 
-def load_data(spec: str, *, seed: int = 0, limit: int = 0) -> Splits:
+def load_data(
+    spec: str, *, seed: int = 0, limit: int = 0, say: Callable[[str], object] | None = None
+) -> Splits:
     """Read, check and, where a split is missing, cut a data set.
 
     Args:
@@ -32,6 +36,7 @@ def load_data(spec: str, *, seed: int = 0, limit: int = 0) -> Splits:
             A folder that bears one of these names is given as ``./catalog``.
         seed: Decides which rows a cut takes, and what ``catalog`` generates.
         limit: At most this many rows a split, for quick trials; 0 is all of them.
+        say: Called with each of `Splits.notes`, e.g. `print`.
 
     Raises:
         DataError: The spec names nothing, or its rows cannot be used.
@@ -40,7 +45,11 @@ def load_data(spec: str, *, seed: int = 0, limit: int = 0) -> Splits:
     if limit < 0:
         raise DataError(f"limit is {limit}. Give a number of rows, or 0 for all of them.")
     splits = _load(spec, seed)
-    return limit_splits(splits, limit, seed) if limit else splits
+    splits = limit_splits(splits, limit, seed) if limit else splits
+    if say is not None:
+        for note in splits.notes:
+            say(f"data: {note}")
+    return splits
 
 
 def _load(spec: str, seed: int) -> Splits:
@@ -52,10 +61,17 @@ def _load(spec: str, seed: int) -> Splits:
     if kind == "hf":
         return read_hub(rest, source=spec, seed=seed)
     if kind == "abo":
-        return read_abo(Path(rest).expanduser(), source=spec, seed=seed)
-    path = Path(spec).expanduser()
-    if not spec.strip() or not path.exists():
+        return read_abo(Path(os.path.expanduser(rest)), source=spec, seed=seed)
+    path = Path(os.path.expanduser(spec))  # pathlib's own raises where there is no such user
+    if not spec.strip() or not _exists(path):
         raise DataError(
             f"--data {spec!r} is neither a known source nor a path that exists. Give {_ALLOWED}."
         )
     return read_files(path, source=spec, seed=seed)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no file can have such a name, or its folder may not be looked into
+        return False

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.data.checks import Pairs, listed
-from mlflow_pt_deploy.data.files import STEMS, read_images
+from mlflow_pt_deploy.data.checks import Pairs, refuse_pairs
+from mlflow_pt_deploy.data.files import STEMS, read_images, unused_columns
+from mlflow_pt_deploy.data.labels import listed
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 from mlflow_pt_deploy.errors import DataError, MissingExtraError
 
@@ -62,26 +63,31 @@ def splits_from_hub(loaded: Mapping[str, Any], *, source: str, seed: int) -> Spl
         DataError: No train split, no usable columns, or rows that cannot be used.
     """
     given: dict[str, Pairs] = {}
+    unused: dict[str, list[str]] = {}
     notes, column = [], "text"
     for split, stems in STEMS.items():
         stem = next((stem for stem in stems if stem in loaded), None)
         if stem is None:
             continue
-        column, (rows, labels) = _pairs(split, loaded[stem])
+        name, (rows, labels) = _pairs(split, loaded[stem])
+        column = "image" if name == "image" else "text"
         # The hub's benchmarks hide the labels of a test split as -1, which ClassLabel cannot name.
         if split != "train" and labels and not any(label is not None for label in labels):
             notes.append(f"the {split} split has no labels on the hub and was not used")
             continue
         given[split] = rows, labels
+        unused[split] = [each for each in loaded[stem].features if each not in (name, "label")]
     if "train" not in given:
         raise DataError(f"{source} has no train split; it has {listed(loaded)}.")
     name = source.removeprefix("hf:").partition("/")[2].replace(":", "-")
+    notes += unused_columns(unused)
     return build_splits(given, name=name, source=source, column=column, seed=seed, notes=notes)
 
 
 def _pairs(split: str, dataset: Any) -> tuple[str, Pairs]:
-    """What the inputs are, ``text`` or ``image``, and the rows."""
+    """The name of the input column, and the rows; a column of texts may have another name."""
     features = dataset.features
+    refuse_pairs(split, list(features))
     if "label" not in features:
         raise DataError(
             f"{split} has no column `label`; it has {listed(features)}. Download it, rename the "
@@ -94,7 +100,7 @@ def _pairs(split: str, dataset: Any) -> tuple[str, Pairs]:
     if names is not None:
         labels = [None if label in (None, -1) else names[label] for label in labels]
     if name != "image":
-        return "text", (list(dataset[name]), labels)
+        return name, (list(dataset[name]), labels)
     if hasattr(features[name], "decode"):  # the files as they are, and not the library's pictures
         dataset = dataset.cast_column(name, type(features[name])(decode=False))
     return name, (read_images(split, list(dataset[name]), Path()), labels)

@@ -14,7 +14,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.data.checks import Pairs, Row, check_labels, check_rows, listed
+from mlflow_pt_deploy.data import labels as label_kinds
+from mlflow_pt_deploy.data.checks import Pairs, Row, check_labels, check_rows
+from mlflow_pt_deploy.data.labels import listed
 from mlflow_pt_deploy.errors import DataError
 
 Targets = npt.NDArray[np.int64]
@@ -107,7 +109,8 @@ def build_splits(
         split: Split(rows, np.array([index[label] for label in labels], dtype=np.int64))
         for split, (rows, labels) in cleaned.items()
     }
-    said = [*notes, *_rare_labels(classes, parts["train"])]
+    said = [*notes, *label_kinds.notes(cleaned["train"][1]), *_rare_labels(classes, parts["train"])]
+    said += _contradictions(parts["train"])
     for split, (share, most) in _CUTS.items():
         if split not in parts:
             size = min(most, max(1, round(share * len(parts["train"]))))
@@ -210,6 +213,19 @@ def _rare_labels(classes: Sequence[str], train: Split) -> list[str]:
     if not once:
         return []
     return [f"{len(once)} of {len(classes)} labels occur once in train: {listed(once)}"]
+
+
+def _contradictions(train: Split) -> list[str]:
+    labels: dict[Row, set[int]] = {}
+    for row, target in zip(train.rows, train.targets.tolist(), strict=True):
+        labels.setdefault(row, set()).add(target)
+    several = sum(len(targets) > 1 for targets in labels.values())
+    if not several:
+        return []
+    return [
+        f"{several} of {len(labels)} different inputs in train have more than one label, in rows "
+        "of their own; a model answers with one (multi-label classification is not supported)"
+    ]
 
 
 def _overlap(parts: Mapping[str, Split]) -> list[str]:

@@ -27,7 +27,7 @@ from mlflow_pt_deploy.plugins import remote, servers
 from mlflow_pt_deploy.plugins.servers import State
 from mlflow_pt_deploy.serving.options import MODEL_CONFIG, parse_value
 from mlflow_pt_deploy.serving.registry import Target
-from mlflow_pt_deploy.serving.serve import serve
+from mlflow_pt_deploy.serving.serve import check_folder, serve
 from mlflow_pt_deploy.serving.settings import Settings
 
 FLAVOR = "pt_deploy"
@@ -111,6 +111,7 @@ class PtDeployClient(BaseDeploymentClient):
                     f"there is a deployment {name} already ({state.url}). Update or delete it.",
                     RESOURCE_ALREADY_EXISTS,
                 )
+            check_folder(model_uri)
             target = Target(_absolute(model_uri), options)
             state = servers.start(folder, target, {**_SETTINGS, **settings}, ready_s)
         return _describe(state)
@@ -140,6 +141,7 @@ class PtDeployClient(BaseDeploymentClient):
         with _as_mlflow(), servers.locked(name) as folder:
             state = _existing(name)
             old = servers.read_target(name)
+            check_folder(model_uri or old.uri)
             uri = _absolute(model_uri) if model_uri else old.uri
             new = Target(uri, {**old.model_config, **options})
             try:
@@ -192,7 +194,7 @@ class PtDeployClient(BaseDeploymentClient):
     def predict(
         self, deployment_name: str = "", inputs: Any = None, endpoint: str | None = None
     ) -> Any:
-        """Score rows: a DataFrame, a list of texts or images, or a whole request as a dict.
+        """Score rows: one text or image, a list of them, a DataFrame, or a whole request as a dict.
 
         Returns:
             MLflow's ``PredictionsResponse``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlflow.exceptions import MlflowException
@@ -14,13 +15,16 @@ from mlflow.protos.databricks_pb2 import (
     ErrorCode,
 )
 
+from mlflow_pt_deploy.columns import INPUTS, paired
 from mlflow_pt_deploy.plugins.servers import State
 from mlflow_pt_deploy.serving.guard import guard_from_environment
 from mlflow_pt_deploy.serving.registry import Target
 
+_FORMATS = {"inputs", "instances", "dataframe_split", "dataframe_records"}
+
 
 def score(state: State, inputs: Any) -> dict[str, Any]:
-    """Score rows: a DataFrame, an array, a list, or a whole request as a dict.
+    """Score rows: a text, a DataFrame, an array, a list, or a whole request as a dict.
 
     Raises:
         MlflowException: The server does not answer, or refused the rows.
@@ -104,9 +108,38 @@ def _text(value: Any) -> str:
 
 
 def _body(inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return inputs
+    """A request's body: what a model's `predict` takes in Python, as MLflow's protocol carries it.
+
+    Of a table only the column of inputs is sent: the others may hold what JSON cannot carry.
+    """
+    if inputs is None:
+        raise MlflowException(
+            "inputs is None; give a text, a list of texts, a DataFrame with the column `text` (or "
+            "`image`), or a whole request as a dict",
+            INVALID_PARAMETER_VALUE,
+        )
+    if isinstance(inputs, Mapping):
+        return inputs if _FORMATS & inputs.keys() else {"inputs": _plain(inputs)}
+    if hasattr(inputs, "to_pandas"):  # Arrow, polars, datasets
+        inputs = inputs.to_pandas()
     if hasattr(inputs, "columns"):
+        known = [name for name in inputs.columns if name in INPUTS]
+        if known and not paired(inputs.columns)[1]:
+            inputs = inputs[known]
         split = inputs.to_dict("split")
         return {"dataframe_split": {key: split[key] for key in ("columns", "data")}}
-    return {"inputs": inputs.tolist() if hasattr(inputs, "tolist") else list(inputs)}
+    return {"inputs": _plain(inputs)}
+
+
+def _plain(inputs: Any) -> Any:
+    """Rows as JSON has them; a text or a file is one row, whatever else can be gone through many.
+
+    Cells stay as they are: the server says which of them is not a row.
+    """
+    if isinstance(inputs, str | bytes | bytearray | memoryview):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return {key: _plain(value) for key, value in inputs.items()}
+    if hasattr(inputs, "tolist"):
+        return inputs.tolist()
+    return [*inputs] if isinstance(inputs, Iterable) else inputs

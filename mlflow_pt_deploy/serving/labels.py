@@ -16,11 +16,44 @@ from mlflow_pt_deploy.errors import RequestError, ServingError
 from mlflow_pt_deploy.variants.base import Logits
 
 
+class Predictions(list[Any]):
+    """The answers to rows, a ``{"label", "score"}`` each; as an array, the labels alone.
+
+    MLflow's evaluators of classifiers turn what `predict` returns into an array and compare it with
+    the column of targets. Everything else sees a list of dicts.
+
+    Args:
+        answers: One a row.
+        values: What stands for each label in an array.
+    """
+
+    def __init__(self, answers: Iterable[Any], values: Mapping[str, Any]) -> None:
+        super().__init__(answers)
+        self._values = values
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        """The labels, shape (rows,)."""
+        return np.array([self._values[answer["label"]] for answer in self], dtype=dtype)
+
+
+def _as_pandas_reads(names: Sequence[str]) -> Sequence[Any]:
+    """Whole numbers or truth values for labels that are nothing else, as in a table read anew."""
+    words = {"true": True, "false": False}
+    if all(name.removeprefix("-").isdecimal() and str(int(name)) == name for name in names):
+        return [int(name) for name in names]
+    if all(name.lower() in words for name in names):
+        return [words[name.lower()] for name in names]
+    return names
+
+
 class Labels:
     """Names of the classes, in the order of the logits."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
+        self._values = dict(zip(names, _as_pandas_reads(names), strict=True))
         self._starts = [f'{{"label": {json.dumps(name)}, "score": ' for name in names]
 
     def top_k(self, params: Mapping[str, Any] | None) -> int:
@@ -62,6 +95,10 @@ class Labels:
             [{"label": names[at], "score": round(float(row[at]), 6)} for at in order]
             for row, order in zip(scores, best.tolist(), strict=True)
         ]
+
+    def as_predictions(self, answers: Iterable[Any]) -> Predictions:
+        """Answers with one label each as what MLflow's evaluators understand too."""
+        return Predictions(answers, self._values)
 
     def write(self, logits: Logits) -> list[str]:
         """The answer to each row as JSON: what `read` says, without objects.

@@ -64,10 +64,17 @@ def join_port(host: str, port: int) -> list[socket.socket]:
 def _bind_in_words(host: str, port: int, *, shared: bool) -> list[socket.socket]:
     try:
         return _bind(host, port, shared=shared)
+    except socket.gaierror as error:
+        raise ServingError(
+            f"the host {host} cannot be found ({error.strerror}); give an address of this machine "
+            "as --host"
+        ) from error
     except OSError as error:
         raise ServingError(
             f"{host}, port {port}: {error.strerror}; give another --port or --host"
         ) from error
+    except UnicodeError as error:  # what no name server can be asked
+        raise ServingError(f"{host!r} is no host; give an address of this machine") from error
 
 
 def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:

@@ -6,8 +6,11 @@ traceback or the caller's data. Knows no sockets and no routes.
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO, StringIO
 from typing import Any, NamedTuple
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.serving.parquet import check_unpacked
 from mlflow_pt_deploy.serving.pyfunc import scoring_error
+from mlflow_pt_deploy.serving.rows import check_names
 from mlflow_pt_deploy.serving.ticket import Caller, seconds_left
 from mlflow_pt_deploy.serving.version import Version
 
@@ -105,21 +109,65 @@ def _parse(version: Version, body: bytes, content_type: str) -> tuple[Any, Any]:
             f"'Content-Type' must be {_JSON}, {_CSV} or {_PARQUET}, and the text UTF-8"
         )
     if media == _JSON:
-        return _parse_json(body, version.inputs)
-    from mlflow.pyfunc import scoring_server
-
+        return _parse_json(body, version.inputs, version.pyfunc.loaded.preprocessor.column)
     try:
         if media == _PARQUET:
+            from mlflow.pyfunc import scoring_server
+
             check_unpacked(body, version.pyfunc.options.queue_rows)
             return scoring_server.parse_parquet_input(BytesIO(body)), None
-        return scoring_server.parse_csv_input(StringIO(body.decode()), version.inputs), None
+        return parse_csv(body, version.pyfunc.loaded.preprocessor.column), None
     except RequestError:
         raise
     except Exception as error:
         raise RequestError(f"the body cannot be read as {media}") from error
 
 
-def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
+def parse_csv(body: bytes, column: str) -> Mapping[str, list[str]]:
+    """Read the column that the model takes, each cell as it stands there.
+
+    MLflow reads CSV with pandas, which takes a column of 123, TRUE or NA for something other than
+    texts, depending on the other rows.
+
+    Raises:
+        RequestError: A line does not fit, or the column is missing.
+        Exception: It is no UTF-8.
+    """
+    csv.field_size_limit(sys.maxsize)  # of the whole process; the body's length is limited
+    reader = csv.reader(StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
+    header: list[str] = []
+    cells: list[str] = []
+    place = 0
+    try:
+        for row in reader:
+            if not row:  # an empty line; an empty text is ""
+                continue
+            if not header:
+                header = row
+                check_names(header, column)
+                if column not in header:
+                    raise RequestError(
+                        f"the column '{column}' is missing; write the names of the columns into "
+                        "the first line, with commas between"
+                    )
+                place = header.index(column)
+            elif len(row) == len(header):
+                cells.append(row[place])
+            else:
+                cells_here = "1 cell" if len(row) == 1 else f"{len(row)} cells"
+                raise RequestError(
+                    f"line {reader.line_num} of the CSV has {cells_here} and its header "
+                    f'{len(header)}; put texts with commas or quotes in double quotes ("...")'
+                )
+    except csv.Error as error:
+        raise RequestError(
+            f"the body cannot be read as {_CSV}: quotes do not match near line {reader.line_num}; "
+            'put texts with commas or quotes in double quotes ("..."), and double the quotes inside'
+        ) from error
+    return {column: cells}
+
+
+def _parse_json(body: bytes, schema: Any, column: str) -> tuple[Any, Any]:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -130,6 +178,8 @@ def _parse_json(body: bytes, schema: Any) -> tuple[Any, Any]:
     params = request.get("params")
     if params is not None and not isinstance(params, dict):
         raise RequestError("'params' must be an object")
+    # A second text beside the rows would be dropped as silently as one in them.
+    check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
     if given[0] in _LISTS and schema is None:
         # MLflow would make a NumPy array of it, as wide in every row as the longest text: a few
         # megabytes of JSON become gigabytes.

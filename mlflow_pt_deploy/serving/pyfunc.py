@@ -205,8 +205,8 @@ class PyFunc:
             caller: Who waits for the answer, where a server knows it.
 
         Returns:
-            A ``{"label", "score"}`` per row, in order; with ``top_k`` above 1 a list of them per
-            row. The score is the softmax probability.
+            A ``{"label", "score"}`` per row, in order, see `labels.Predictions`; with ``top_k``
+            above 1 a list of them per row. The score is the softmax probability.
 
         Raises:
             MlflowException: 400 for a wrong request, 429 without room, 504 after the deadline,
@@ -230,7 +230,7 @@ class PyFunc:
                     self._read(part, start), keys=part, bounded=serving, caller=caller
                 )
                 answers += self.labels.read(logits, top_k)
-            return answers
+            return self.labels.as_predictions(answers) if top_k == 1 else answers
         except Exception as error:
             raise scoring_error(error) from error
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
 from mlflow_pt_deploy.serving.options import Options
 
 DIGEST_TAG = "pt_deploy.digest"
+_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,19 @@ def version_tags(address: Address) -> dict[str, str]:
     from mlflow import MlflowClient
 
     return dict(MlflowClient().get_model_version(address.name, address.version).tags)
+
+
+def in_words(error: Exception) -> PtDeployError:
+    """An error of fetching or opening a model as one of ours, with MLflow's whole reason."""
+    if isinstance(error, PtDeployError):
+        return error
+    # On one line: MLflow gives its reasons after the first one.
+    text = str(error).partition("\nTraceback")[0] or type(error).__name__
+    reason = " ".join(text.replace("#", " ").split())[:_LONGEST_REASON].rstrip(" .")
+    return TrackingError(
+        f"the model cannot be fetched or opened: {reason}. Look at its address, and at "
+        "MLFLOW_TRACKING_URI."
+    )
 
 
 def _read(path: Path) -> Target:

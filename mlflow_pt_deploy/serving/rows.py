@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mlflow_pt_deploy.columns import paired
 from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.preprocess import Row
 
@@ -22,8 +23,14 @@ _WANTED = {
     "text": "every row must be a text",
     "image": "every row must be an image file's bytes, or their base64",
 }
-# MLflow (and Spark) name the column of a bare list so.
-_UNNAMED = (0, "0")
+# MLflow, Spark and MLflow's evaluators name the column of a bare list so.
+_UNNAMED = (0, "0", "feature_1")
+_PAIRS = "pairs are not supported"
+# MLflow's own tools read CSV with pandas, which takes 123, TRUE and NA for something else.
+_GUESSED = (
+    ". Where a CSV was read, its text was taken for a number or a gap: read it with dtype=str and "
+    "keep_default_na=False, or send JSON"
+)
 _FILE = (str, bytes, bytearray, memoryview)
 
 
@@ -31,35 +38,63 @@ def read_rows(data: object, column: str) -> list[Row]:
     """Rows from one row, a list, Series, array, dict or table.
 
     A row is a text or, for models of images, a file's bytes or their base64, which is what
-    MLflow's protocol makes of the type `binary`.
+    MLflow's protocol makes of the type `binary`. Columns of other names are ignored, as MLflow does
+    with columns that a signature does not name, unless they are a second text or image of the row.
 
     Args:
         data: What MLflow was given.
         column: ``text`` or ``image``.
 
     Raises:
-        RequestError: No rows, no such column, a null or something else.
+        RequestError: No rows, no such column, several texts a row, a null or something else.
     """
+    if hasattr(data, "to_pandas"):  # Arrow, polars, datasets
+        data = data.to_pandas()
     rows = _column(data, column)
     if not rows:
         raise RequestError(f"'{column}' is empty; send at least one row")
     for number, row in enumerate(rows):
         if not isinstance(row, str if column == "text" else _FILE):
-            raise RequestError(f"'{column}' row {number} is {_kind(row)}; {_WANTED[column]}")
+            cause = _GUESSED if column == "text" and hasattr(data, "columns") else ""
+            raise RequestError(f"'{column}' row {number} is {_kind(row)}; {_WANTED[column]}{cause}")
     if column == "text":
         return rows
     return [_file(row, number) for number, row in enumerate(rows)]
 
 
+def check_names(names: Iterable[object], column: str) -> None:
+    """Refuse columns that hold a second text or image of each row.
+
+    Args:
+        names: Of a table's columns, or of a record's fields.
+        column: The one that the model reads.
+
+    Raises:
+        RequestError: There is one; names those that a list of usual names knows.
+    """
+    kind, found = paired(names)
+    if found:
+        columns = " and ".join(f"'{name}'" for name in found[:4])
+        raise RequestError(
+            f"{columns} are several {kind}s a row; the model reads one '{column}' and {_PAIRS}"
+        )
+
+
 def _column(data: Any, column: str) -> list[Any]:
     """The rows of a column, unchecked."""
+    if isinstance(data, Iterator):
+        data = list(data)
     if isinstance(data, Mapping):
+        check_names(data, column)
         data = _cell(data, column)
     elif hasattr(data, "columns"):  # pandas, without importing it
         data = _table_column(data, column)
     if hasattr(data, "tolist") and not isinstance(data, _FILE):
         data = _listed(_flat(data, column), column)
     if isinstance(data, Sequence) and not isinstance(data, _FILE):
+        records = [row for row in data if isinstance(row, Mapping)]
+        if records:
+            check_names(dict.fromkeys(name for record in records for name in record), column)
         return [_cell(row, column) for row in data]
     return [data]
 
@@ -81,9 +116,17 @@ def _table_column(table: Any, column: str) -> Any:
     names = list(table.columns)
     if not names:
         return []
-    for name in (column, *_UNNAMED):
+    check_names(names, column)
+    if column in names:
+        return table.iloc[:, names.index(column)]
+    for name in _UNNAMED:
         if name in names:
-            return table.iloc[:, names.index(name)]
+            if len(names) > 1:
+                raise RequestError(
+                    f"the rows have {len(names)} columns without the name '{column}'; name the "
+                    f"column that the model reads ({_PAIRS})"
+                )
+            return table.iloc[:, 0]
     raise RequestError(f"the column '{column}' is missing")
 
 
@@ -92,7 +135,9 @@ def _flat(array: Any, column: str) -> Any:
     if array.ndim == 2 and array.shape[1] == 1:
         return array[:, 0]
     if array.ndim > 1:
-        raise RequestError(f"'{column}' must be a flat list of {column}s, not a nested one")
+        raise RequestError(
+            f"'{column}' must be a flat list of {column}s, not a nested one; {_PAIRS}"
+        )
     return array
 
 
@@ -110,7 +155,7 @@ def _cell(row: Any, column: str) -> Any:
         if column not in row:
             raise RequestError(f"the column '{column}' is missing")
         return row[column]
-    if isinstance(row, list) and len(row) == 1:
+    if isinstance(row, list | tuple) and len(row) == 1:
         return row[0]
     return row
 
@@ -121,4 +166,7 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, (bool, int, float)):
         return "a number or a truth value"
-    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, "of another type")
+    if isinstance(value, list | tuple) and len(value) > 1 and isinstance(value[0], str):
+        return f"a list of {len(value)} ({_PAIRS})"
+    names = {"list": "a list", "tuple": "a list", "dict": "an object"}
+    return names.get(type(value).__name__, "of another type")

@@ -17,7 +17,7 @@ from typing import Any
 
 import uvicorn
 
-from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError, first_line
+from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
 from mlflow_pt_deploy.serving.app import App
@@ -28,9 +28,10 @@ from mlflow_pt_deploy.serving.log import Say
 from mlflow_pt_deploy.serving.loop import SWITCH_S
 from mlflow_pt_deploy.serving.metrics import Metrics, best_metrics
 from mlflow_pt_deploy.serving.port import several_handles, take_port
-from mlflow_pt_deploy.serving.registry import Served, source
+from mlflow_pt_deploy.serving.registry import Served, in_words, source
 from mlflow_pt_deploy.serving.room import Room
 from mlflow_pt_deploy.serving.rows import EXAMPLES
+from mlflow_pt_deploy.serving.serve import NAMED
 from mlflow_pt_deploy.serving.served import with_served
 from mlflow_pt_deploy.serving.settings import Settings
 from mlflow_pt_deploy.serving.siblings import Seat
@@ -39,7 +40,6 @@ from mlflow_pt_deploy.serving.spans import spans_from_environment
 from mlflow_pt_deploy.serving.watcher import Watcher
 from mlflow_pt_deploy.sigterm import on_sigterm
 
-_NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
 _LOOK_S = 0.05
 
 
@@ -93,7 +93,7 @@ def run_server(server: Server) -> None:
     if server.app.spans is not None:
         server.app.spans.close()
     if server.failure is not None:
-        raise _in_words(server.failure) from server.failure
+        raise in_words(server.failure) from server.failure
 
 
 def name_slots(
@@ -111,7 +111,7 @@ def name_slots(
     """
     slots: dict[str, Slot] = {}
     for word in models:
-        named = _NAMED.fullmatch(word)
+        named = NAMED.fullmatch(word)
         name, uri = (named[1], named[2]) if named else (_name(word), word)
         if name in slots:
             raise ServingError(f"two models are called {name}; name them: {name}=... other=...")
@@ -258,15 +258,6 @@ def _http() -> Any:
     except ModuleNotFoundError:
         return "h11"
     return Connection
-
-
-def _in_words(error: Exception) -> PtDeployError:
-    if isinstance(error, PtDeployError):
-        return error
-    return TrackingError(
-        f"the model cannot be fetched or opened: {first_line(error)} Look at its address, and at "
-        "MLFLOW_TRACKING_URI."
-    )
 
 
 @contextmanager

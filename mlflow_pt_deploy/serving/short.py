@@ -39,7 +39,9 @@ def read_short(body: bytes, classes: int) -> tuple[list[str], int] | None:
     params = {} if params is None else params
     if not isinstance(rows, list) or not all(isinstance(row, str) for row in rows):
         return None
-    top_k = params.get("top_k", 1) if isinstance(params, dict) else None
+    if not isinstance(params, dict) or not params.keys() <= {"top_k"}:
+        return None
+    top_k = params.get("top_k", 1)
     if type(top_k) is not int or not 1 <= top_k <= classes:
         return None
     return (rows, top_k) if 0 < len(rows) <= MOST_ROWS else None
