@@ -9,6 +9,7 @@ hashed n-grams of pieces instead of words, on a teacher's soft labels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -163,7 +164,9 @@ def new_static(
     network = StaticForSequenceClassification(config)
     with torch.no_grad():
         network.pieces.weight.copy_(embedding)
-    return TextClassifier(network, teacher.tokenizer).eval()
+    tokenizer = copy.copy(teacher.tokenizer)
+    tokenizer.padding_side = "right"  # the network's n-grams rely on it
+    return TextClassifier(network, tokenizer).eval()
 
 
 def _pieces(teacher: TextClassifier, rows: Sequence[str]) -> torch.Tensor:
