@@ -215,7 +215,9 @@ def _check_parts(
     lost = sorted({*info["missing_keys"], *shapes})
     head = [name for name in lost if not name.startswith(body)]
     inner = [name for name in lost if name.startswith(body)]
-    if head:  # encoders are often saved without their pooling, which belongs to a head
+    if (
+        head or not with_head
+    ):  # encoders are often saved without their pooling, which belongs to a head
         inner = [name for name in inner if "pool" not in name]
     if inner:
         raise ModelError(
@@ -269,8 +271,8 @@ def _border(reference: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{reference}: no classifier can be loaded from there (pytorch_model.bin is damaged, "
-            "or holds more than weights; code in it is never run). Copy it again, or save the model "
-            "as safetensors, with model.save_pretrained."
+            "or holds more than weights; code in it is never run). Copy it again, or save the "
+            "model as safetensors, with model.save_pretrained."
         ) from error
     except Exception as error:  # transformers, tokenizers, safetensors, torch: each has its own
         raise ModelError(

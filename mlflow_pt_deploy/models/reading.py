@@ -25,7 +25,7 @@ from mlflow_pt_deploy.models.text import TextClassifier
 from mlflow_pt_deploy.preprocess.processors import own_processor
 
 _WORDS = "Is it gonna RAIN in Zürich on the 24th, or will naïve café-goers enjoy 東京's sun? "
-_SHORT, _EMPTY, _MEDIUM, _LONG = _WORDS[:11], "", _WORDS[:40], _WORDS * 3
+_SHORT, _EMPTY, _LONG = _WORDS[:11], "", _WORDS * 3
 _READ = 512  # tokens; a longer text is compared by its ids alone, a network would take too long
 _UNUSED, _SPARE = 0.1, 128  # share and number of embeddings that may have no token: padding
 _NOISE = 1e-3  # of logits, relative to the largest
@@ -75,7 +75,7 @@ def _vocabulary(classifier: TextClassifier) -> str:
     if (most := max(vocabulary.values())) >= rows:
         return (
             f"has a tokenizer with the id {most:,}, and {rows:,} embeddings only. {whole} If "
-            "tokens were added, call model.resize_token_embeddings(len(tokenizer)), train and save it."
+            "tokens were added, call model.resize_token_embeddings(len(tokenizer)), and train it."
         )
     pieces = [piece for piece in vocabulary if piece not in named]
     texts = [tokenizer.decode([vocabulary[p]]) for p in pieces[:: max(1, len(pieces) // 50)]]
@@ -121,13 +121,13 @@ def _ids(classifier: TextClassifier) -> str:
 def _logits(classifier: TextClassifier, declared: int | None) -> str:
     """Answers that are no numbers, are not transformers', or depend on a row's neighbours."""
     most = classifier.preprocessor.max_length
-    texts, longest = [_SHORT, _EMPTY, _MEDIUM, _LONG], _WORDS * (2 + most // 8)
+    texts, longest = [_SHORT, _EMPTY, _LONG], _WORDS * (2 + most // 8)
     own, lone = _own_logits(classifier, declared), []
     for text in [*texts, *([longest] if most <= _READ else [])]:
         try:
             lone.append(_answers(classifier, [text]))
         except Exception as error:  # a network's own
-            return f"cannot read a text of {len(text)} characters ({first_line(error)})."
+            return f"cannot read {_named(text)} ({first_line(error)})."
     alone = np.concatenate(lone[: len(texts)])
     if not all(np.isfinite(logits).all() for logits in lone):
         return "answers with NaN or infinity. Its weights are damaged or incomplete."
@@ -145,6 +145,10 @@ def _logits(classifier: TextClassifier, declared: int | None) -> str:
             "another architecture."
         )
     return ""
+
+
+def _named(text: str) -> str:
+    return f"a text of {len(text)} characters" if text else "an empty text"
 
 
 @torch.no_grad()

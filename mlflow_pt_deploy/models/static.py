@@ -96,6 +96,10 @@ class StaticForSequenceClassification(PreTrainedModel):
         hidden = torch.relu(self.hidden(self.dropout(self.norm(total))))
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of single pieces."""
+        return self.pieces
+
     def _bucket(self, ids: torch.Tensor, size: int) -> torch.Tensor:
         """Row of the n-gram table for each place, int64 (batch, length - size + 1)."""
         end = ids.shape[1] - size + 1

@@ -125,6 +125,8 @@ def check_classifier(config: Mapping[str, Any], folder: Path, reference: str) ->
         ModelError: It is for another task; names the task and the nearest way on.
     """
     task = Task.of(config)
+    if kind := _sentence_transformers(folder):
+        raise _other(reference, *kind)
     if task.unfinished:
         raise ModelError(
             f"{reference} was not trained as a classifier: it has no classification head "
@@ -132,13 +134,12 @@ def check_classifier(config: Mapping[str, Any], folder: Path, reference: str) ->
         )
     if task.name not in ("", TEXT, IMAGE):
         raise _other(reference, f"{task.name} ({task.architecture})", _way(config))
-    if kind := _sentence_transformers(folder):
-        raise _other(reference, *kind)
     if problem := _of_outputs(config):
         raise _other(reference, *problem)
     if task.name == "" and _kind(config) is None:
         raise _other(reference, f"another task (model_type {config['model_type']})", "")
     _check_labels(config, reference)
+    _check_channels(config, reference)
 
 
 def check_trainable(config: Mapping[str, Any], reference: str) -> str:
@@ -154,6 +155,7 @@ def check_trainable(config: Mapping[str, Any], reference: str) -> str:
     if _kind(config) is None:
         what = f"{task.name or 'another task'} ({task.architecture or config['model_type']})"
         raise _other(reference, what, "Train from a pretrained encoder of texts or images.")
+    _check_channels(config, reference)
     made_for = task.name
     if task.unfinished or made_for in ("", TEXT, IMAGE):
         made_for = (_of_outputs(config) or ("",))[0] if made_for in (TEXT, IMAGE) else ""
@@ -266,6 +268,14 @@ def _check_labels(config: Mapping[str, Any], reference: str) -> None:
     if problem:
         raise ModelError(
             f"{reference}: id2label in config.json {problem}. Give each output one name of its own."
+        )
+
+
+def _check_channels(config: Mapping[str, Any], reference: str) -> None:
+    channels = config.get("num_channels", 3)
+    if reads_images(config) and channels != 3:
+        raise ModelError(
+            f"{reference}: it has {channels} channels; choose a model for images of three."
         )
 
 
