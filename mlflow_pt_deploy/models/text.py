@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.errors import ModelError, first_line
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.positions import longest_text
 from mlflow_pt_deploy.preprocess import TextPreprocessor
@@ -42,7 +42,16 @@ class TextClassifier(Classifier):
 
     @classmethod
     def with_reader(cls, network: Any, folder: str) -> TextClassifier:
-        return cls(network, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers, tokenizers, sentencepiece: each has its own
+            raise ModelError(
+                f"{folder}: its tokenizer cannot be loaded ({first_line(error)}). Save it there "
+                "with tokenizer.save_pretrained, so that there is a tokenizer.json."
+            ) from error
+        return cls(network, tokenizer)
 
     def save_reader(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_REVERSED = ((2, 3, 7, 8), (3, 4, 6, 7))  # values that mirror what is stored: width, height
 _GAP = 2.0  # a cheap reduction first, to not less than twice the size that is wanted
 _SMALLEST, _LARGEST, _STEP = 32, 224, 32
 _LOOKED_AT = 256
@@ -63,6 +65,8 @@ class _Settings:
         stretch: Height and width that it is stretched to before the middle is cut out; empty:
             height x width, so that nothing is cut off.
         bgr: Whether the channels are blue, green and red instead.
+        whole_pixels: Whether sizes and places are rounded to whole pixels of the scaled picture,
+            as transformers does; artifacts of earlier versions do not.
     """
 
     height: int
@@ -74,6 +78,7 @@ class _Settings:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     stretch: tuple[int, ...] = ()
     bgr: bool = False
+    whole_pixels: bool = False
 
 
 class ImagePreprocessor:
@@ -108,8 +113,9 @@ class ImagePreprocessor:
         """
         from mlflow_pt_deploy.preprocess import processors
 
+        complete = processors.complete(processor)
         try:
-            return cls(**processors.settings(processors.complete(processor)))
+            return cls(**processors.settings(complete))
         except Exception as error:  # each of transformers' processors has its own
             raise ModelError(
                 "preprocessor_config.json: the images are prepared in a way that is not known here "
@@ -207,29 +213,32 @@ class ImagePreprocessor:
         whole = settings.stretch[::-1] or wanted
         edge = max(*wanted, *whole, settings.shortest_edge)
         # A JPEG is decoded at a half, a quarter or an eighth where that is still large enough.
-        image.draft(None, (round(_GAP * edge), round(_GAP * edge)))
+        if settings.resample != Image.Resampling.NEAREST:  # which takes single pixels, no means
+            image.draft(None, (round(_GAP * edge), round(_GAP * edge)))
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         if turn in _SIDEWAYS:
             wanted, whole = wanted[::-1], whole[::-1]
-        box = self._box(image.size, wanted, whole)
+        box = self._box(image.size, wanted, whole, turn)
         small = _plain(image).resize(wanted, settings.resample, box=box, reducing_gap=_GAP)
         if turn in _TURNS:
             small = small.transpose(_TURNS[turn])
         return cast(Pixels, np.asarray(_on_white(small)))
 
     def _box(
-        self, size: tuple[int, int], wanted: tuple[int, ...], whole: tuple[int, ...]
+        self, size: tuple[int, int], wanted: tuple[int, ...], whole: tuple[int, ...], turn: int
     ) -> tuple[float, float, float, float]:
         """The part of the picture that is kept: left, top, right, bottom."""
-        edge = self.settings.shortest_edge
-        scales = [
-            min(size) / edge if edge else full / to for full, to in zip(size, whole, strict=True)
-        ]
-        kept = [
-            min(full, out * scale) for full, out, scale in zip(size, wanted, scales, strict=True)
-        ]
-        left, top = ((full - part) / 2 for full, part in zip(size, kept, strict=True))
-        return left, top, left + kept[0], top + kept[1]
+        edge, spans = self.settings.shortest_edge, []
+        for axis, (full, out, stretched) in enumerate(zip(size, wanted, whole, strict=True)):
+            scaled = edge * full / min(size) if edge else float(stretched)
+            scaled = int(scaled) if self.settings.whole_pixels else scaled
+            kept = min(float(out), scaled)
+            start = (scaled - kept) / 2
+            if self.settings.whole_pixels:  # rounded down where the upright picture begins
+                start = ceil(start) if turn in _REVERSED[axis] else floor(start)
+            spans.append((start * full / scaled, (start + kept) * full / scaled))
+        (left, right), (top, bottom) = spans
+        return left, top, right, bottom
 
 
 def typical_size(rows: Sequence[bytes]) -> int:

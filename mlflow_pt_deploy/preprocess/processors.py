@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+
+from mlflow_pt_deploy.errors import ModelError
 
 _FILE = "preprocessor_config.json"
 _TYPES = ("image_processor_type", "feature_extractor_type")
@@ -30,12 +33,22 @@ def complete(processor: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         processor: The content of a preprocessor_config.json. Without the name of a class it is
             taken as it is.
+
+    Raises:
+        ModelError: transformers has no such class, or it refuses the settings.
     """
     if not any(processor.get(name) for name in _TYPES):
         return dict(processor)
     with TemporaryDirectory() as folder:
         Path(folder, _FILE).write_text(json.dumps(dict(processor)), encoding="utf8")
-        own = own_processor(Path(folder))
+        try:
+            own = own_processor(Path(folder))
+        except Exception as error:  # transformers' own
+            name = next(processor[it] for it in _TYPES if processor.get(it))
+            raise ModelError(
+                "preprocessor_config.json: the images are prepared in a way that is not known "
+                f"here: transformers {version('transformers')} cannot make a {name}."
+            ) from error
     steps = {name: bool(getattr(own, name, False)) for name in _STEPS}
     found = own.to_dict() | steps  # it leaves out what is None
     return json.loads(json.dumps(found, default=int))  # type: ignore[no-any-return]
@@ -75,6 +88,7 @@ def settings(processor: Mapping[str, Any]) -> dict[str, Any]:
         "rescale": rescale,
         "mean": tuple(map(float, mean)),
         "std": tuple(map(float, std)),
+        "whole_pixels": True,
         "bgr": bool(processor.get("do_flip_channel_order")),
     }
 
