@@ -65,7 +65,10 @@ def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     """The paths that the hub is asked for."""
     Hub.folder, Hub.asked = tiny_model, []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
     _own_cache(tmp_path, monkeypatch)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
