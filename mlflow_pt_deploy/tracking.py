@@ -218,7 +218,8 @@ def fetch_model(reference: str) -> str:
 
     Args:
         reference: A Hugging Face id, a folder, ``minilm``, or MLflow's ``runs:/`` or ``models:/``
-            of a transformers model, of one of our eager fp32 variants or of a stage's ``model``.
+            (or its folder) of a transformers model, of one of our eager fp32 variants or of a
+            stage's ``model``.
 
     Returns:
         What `models.load_classifier` reads.
@@ -226,24 +227,23 @@ def fetch_model(reference: str) -> str:
     Raises:
         ModelError: MLflow has no such model, or it holds nothing to optimize.
     """
-    if not reference.startswith(_MLFLOW_SCHEMES):
+    from mlflow_pt_deploy.models.flavors import no_model, other_model
+
+    local = (Path(reference) / "MLmodel").is_file()
+    if not reference.startswith(_MLFLOW_SCHEMES) and not local:
         return reference
     root = _download(reference)
     if (root / "config.json").is_file():
         return str(root)
     if (root / "variant" / "model.safetensors").is_file():
         return str(root / "variant")
-    if (root / "peft").is_dir():
-        raise ModelError(
-            f"{reference} is a PEFT adapter beside its base model. Merge the two first, with "
-            "peft's merge_and_unload, and log the result."
-        )
+    if problem := other_model(root):
+        raise ModelError(f"{reference} {problem}")
     if (root / "model" / "config.json").is_file():
         return str(_merged_transformers(root))
-    raise ModelError(
-        f"{reference} holds no Hugging Face model. Give a model logged with mlflow.transformers "
-        "(weights included), a stage's runs:/RUN_ID/model, or an eager fp32 variant."
-    )
+    if (root / "model.sentence_transformer" / "config.json").is_file():
+        return str(root / "model.sentence_transformer")
+    raise ModelError(f"{reference} {no_model(root)}")
 
 
 def _download(reference: str) -> Path:
@@ -262,10 +262,10 @@ def _download(reference: str) -> Path:
 
 
 def _merged_transformers(root: Path) -> Path:
-    """MLflow's transformers flavor keeps weights and tokenizer apart; put them together."""
-    tokenizer = root / "components" / "tokenizer"
-    if tokenizer.is_dir():
-        shutil.copytree(tokenizer, root / "model", dirs_exist_ok=True)
+    """MLflow's transformers flavor keeps weights and their readers apart; put them together."""
+    for component in (root / "components").glob("*"):
+        if component.is_dir():
+            shutil.copytree(component, root / "model", dirs_exist_ok=True)
     return root / "model"
 
 

@@ -389,6 +389,7 @@ def _random_resnet():
         label2id={label: index for index, label in enumerate(COLOURS)},
     )
     processor = {
+        "image_processor_type": "ViTImageProcessor",
         "size": {"height": 32, "width": 32},
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],

@@ -112,7 +112,7 @@ def test_a_folder_that_lacks_a_file(folder: Path, name: str) -> None:
 def test_a_network_of_other_channels(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     (folder / "config.json").write_text(json.dumps(config | {"num_channels": 1}), encoding="utf8")
-    with pytest.raises(ModelError, match="resnet: it has 1 channels; choose a model for images of"):
+    with pytest.raises(ModelError, match="model: it has 1 channels; choose a model for images of"):
         new_classifier(str(folder), COLOURS)
 
 

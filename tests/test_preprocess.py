@@ -135,4 +135,10 @@ def test_a_tokenizer_without_its_json() -> None:
 def test_the_settings_are_plain_json(preprocessor: TextPreprocessor, tmp_path: Path) -> None:
     preprocessor.save(tmp_path)
     settings = json.loads((tmp_path / "preprocessor.json").read_text(encoding="utf8"))
-    assert settings == {"kind": "text", "max_length": 5, "pad_id": 0}
+    assert settings == {
+        "kind": "text",
+        "max_length": 5,
+        "pad_id": 0,
+        "truncation_side": "right",
+        "padding_side": "right",
+    }

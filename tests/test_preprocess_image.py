@@ -184,7 +184,7 @@ NORMAL = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
                 "crop_size": {"height": 224, "width": 224},
                 "do_center_crop": True,
             },
-            (224, 224, 256),
+            (224, 224, 0),  # stretched to 256 x 256 first
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_the_settings_of_a_hugging_face_model(
         {"size": 32, "image_mean": [0.5] * 3},
         {"size": {"shortest_edge": 32}, **NORMAL},
         {"size": "large", **NORMAL},
-        {"size": 32, "do_flip_channel_order": True, **NORMAL},
+        {"size": 32, "do_pad": True, **NORMAL},
         {"size": {"longest_edge": 32}, **NORMAL},
     ],
 )

@@ -6,6 +6,7 @@ from mlflow_pt_deploy.models.load import (
     blank_classifier,
     load_classifier,
     new_classifier,
+    reload_classifier,
     save_classifier,
 )
 from mlflow_pt_deploy.models.static import new_static
@@ -21,6 +22,7 @@ __all__ = [
     "new_mobilenet",
     "new_resnet",
     "new_static",
+    "reload_classifier",
     "save_classifier",
     "shrink",
 ]

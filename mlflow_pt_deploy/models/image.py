@@ -27,6 +27,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.preprocess.image import ImagePreprocessor, Pixels
+from mlflow_pt_deploy.preprocess.processors import complete
 
 _FILE = "preprocessor_config.json"
 _SMALLEST, _SMALL = 32, 48  # edges in pixels
@@ -52,8 +53,8 @@ class ImageClassifier(Classifier):
     def __init__(self, network: Any, processor: Mapping[str, Any]) -> None:
         # The layout in which CPUs convolve fastest, in training and in eager inference.
         network.to(memory_format=torch.channels_last)
-        super().__init__(network, ImagePreprocessor.from_transformers(processor))
-        self.processor = dict(processor)
+        self.processor = complete(processor)
+        super().__init__(network, ImagePreprocessor.from_transformers(self.processor))
         if getattr(network.config, "num_channels", 3) != 3:
             raise ModelError(
                 f"{network.config.model_type}: it has {network.config.num_channels} channels; "

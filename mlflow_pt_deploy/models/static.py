@@ -9,6 +9,7 @@ hashed n-grams of pieces instead of words, on a teacher's soft labels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -95,6 +96,10 @@ class StaticForSequenceClassification(PreTrainedModel):
         hidden = torch.relu(self.hidden(self.dropout(self.norm(total))))
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of single pieces."""
+        return self.pieces
+
     def _bucket(self, ids: torch.Tensor, size: int) -> torch.Tensor:
         """Row of the n-gram table for each place, int64 (batch, length - size + 1)."""
         end = ids.shape[1] - size + 1
@@ -163,7 +168,9 @@ def new_static(
     network = StaticForSequenceClassification(config)
     with torch.no_grad():
         network.pieces.weight.copy_(embedding)
-    return TextClassifier(network, teacher.tokenizer).eval()
+    tokenizer = copy.copy(teacher.tokenizer)
+    tokenizer.padding_side = "right"  # the network's n-grams rely on it
+    return TextClassifier(network, tokenizer).eval()
 
 
 def _pieces(teacher: TextClassifier, rows: Sequence[str]) -> torch.Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.errors import ModelError, first_line
 from mlflow_pt_deploy.models.base import Classifier
+from mlflow_pt_deploy.models.positions import longest_text
 from mlflow_pt_deploy.preprocess import TextPreprocessor
 
 
@@ -31,16 +32,26 @@ class TextClassifier(Classifier):
     preprocessor: TextPreprocessor
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
-        positions = getattr(network.config, "max_position_embeddings", 512)
-        padding = getattr(network.config, "pad_token_id", 0) or 0
-        if network.config.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"}:
-            positions -= padding + 1  # their positions start behind the padding index
-        super().__init__(network, TextPreprocessor.from_transformers(tokenizer, positions))
+        padding = declared_padding(network.config)
+        if padding is None and tokenizer.pad_token_id is not None:
+            # Decoders find a row's last token by their config's padding.
+            network.config.pad_token_id = tokenizer.pad_token_id
+        longest = longest_text(network, tokenizer)
+        super().__init__(network, TextPreprocessor.from_transformers(tokenizer, longest, padding))
         self.tokenizer = tokenizer
 
     @classmethod
     def with_reader(cls, network: Any, folder: str) -> TextClassifier:
-        return cls(network, AutoTokenizer.from_pretrained(folder))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers, tokenizers, sentencepiece: each has its own
+            raise ModelError(
+                f"{folder}: its tokenizer cannot be loaded ({first_line(error)}). Save it there "
+                "with tokenizer.save_pretrained, so that there is a tokenizer.json."
+            ) from error
+        return cls(network, tokenizer)
 
     def save_reader(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -48,6 +59,12 @@ class TextClassifier(Classifier):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids and mask, int64 (batch, length), to logits (batch, classes)."""
         return self.logits(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def declared_padding(config: Any) -> int | None:
+    """The id of padding by a network's config; None where it has none."""
+    padding = getattr(config, "pad_token_id", None)
+    return padding if isinstance(padding, int) and padding >= 0 else None
 
 
 def shrink(teacher: TextClassifier, layers: Sequence[int]) -> TextClassifier:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mlflow_pt_deploy.errors import ArtifactError, DataError, ModelError, RowError
+from mlflow_pt_deploy.errors import ArtifactError, DataError, ModelError, RowError, first_line
 from mlflow_pt_deploy.preprocess.base import BATCH, Axis
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,11 +44,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_REVERSED = ((2, 3, 7, 8), (3, 4, 6, 7))  # values that mirror what is stored: width, height
 _GAP = 2.0  # a cheap reduction first, to not less than twice the size that is wanted
 _SMALLEST, _LARGEST, _STEP = 32, 224, 32
 _LOOKED_AT = 256
 _DAMAGED = "is a damaged or cut off image; give the whole file"
-_STRANGE = ("do_flip_channel_order", "do_pad", "rescale_offset")  # of Hugging Face's processors
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class _Settings:
     Attributes:
         height, width: Of the result, in pixels.
         shortest_edge: The picture is scaled until its shorter edge has so many pixels, and the
-            middle is cut out; 0: it is stretched to height x width.
+            middle is cut out; 0: it is stretched.
         resample: Pillow's number of the filter.
         rescale: What a value of 0 to 255 is multiplied with first.
         mean, std: Of red, green and blue after that.
+        stretch: Height and width that it is stretched to before the middle is cut out; empty:
+            height x width, so that nothing is cut off.
+        bgr: Whether the channels are blue, green and red instead.
+        whole_pixels: Whether sizes and places are rounded to whole pixels of the scaled picture,
+            as transformers does; artifacts of earlier versions do not.
     """
 
     height: int
@@ -70,6 +76,9 @@ class _Settings:
     rescale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    stretch: tuple[int, ...] = ()
+    bgr: bool = False
+    whole_pixels: bool = False
 
 
 class ImagePreprocessor:
@@ -102,25 +111,16 @@ class ImagePreprocessor:
         Raises:
             ModelError: It resizes in a way that is not known here.
         """
+        from mlflow_pt_deploy.preprocess import processors
+
+        complete = processors.complete(processor)
         try:
-            height, width, edge = _geometry(processor)
-            normalises = processor.get("do_normalize", True)
-            return cls(
-                height=height,
-                width=width,
-                shortest_edge=edge,
-                resample=int(processor.get("resample", Image.Resampling.BILINEAR)),
-                rescale=processor.get("rescale_factor", 1 / 255)
-                if processor.get("do_rescale", True)
-                else 1.0,
-                mean=tuple(processor["image_mean"]) if normalises else (0.0,) * 3,
-                std=tuple(processor["image_std"]) if normalises else (1.0,) * 3,
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            return cls(**processors.settings(complete))
+        except Exception as error:  # each of transformers' processors has its own
             raise ModelError(
-                "preprocessor_config.json: size, crop_size, image_mean or image_std is missing or "
-                f"of a form that is not known here ({error}). Give size as height and width, or "
-                "as shortest_edge with a crop_size."
+                "preprocessor_config.json: the images are prepared in a way that is not known here "
+                f"({first_line(error)}). Give size as height and width, or as shortest_edge with a "
+                "crop_size, and image_mean and image_std."
             ) from error
 
     @classmethod
@@ -143,6 +143,11 @@ class ImagePreprocessor:
         """Write ``preprocessor.json`` into an existing folder."""
         settings = {"kind": "image", **asdict(self.settings)}
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf8")
+
+    @property
+    def step(self) -> npt.NDArray[np.float32]:
+        """What one step of 0 to 255 is in the result, (3, 1, 1)."""
+        return self._scale
 
     @property
     def axes(self) -> dict[str, dict[int, Axis]]:
@@ -172,6 +177,8 @@ class ImagePreprocessor:
         channels_last = np.stack(encoded)
         rows, height, width, _ = channels_last.shape
         pixels = np.empty((rows, 3, height, width), dtype=np.float32)
+        if self.settings.bgr:
+            channels_last = channels_last[..., ::-1]
         np.multiply(channels_last.transpose(0, 3, 1, 2), self._scale, out=pixels)
         pixels += self._shift
         return {"pixel_values": pixels}
@@ -201,30 +208,37 @@ class ImagePreprocessor:
             raise DataError(_DAMAGED) from error
 
     def _pixels(self, image: Image.Image) -> Pixels:
-        wanted = (self.settings.width, self.settings.height)
-        edge = max(*wanted, self.settings.shortest_edge)
+        settings = self.settings
+        wanted = (settings.width, settings.height)
+        whole = settings.stretch[::-1] or wanted
+        edge = max(*wanted, *whole, settings.shortest_edge)
         # A JPEG is decoded at a half, a quarter or an eighth where that is still large enough.
-        image.draft(None, (round(_GAP * edge), round(_GAP * edge)))
+        if settings.resample != Image.Resampling.NEAREST:  # which takes single pixels, no means
+            image.draft(None, (round(_GAP * edge), round(_GAP * edge)))
         turn = image.getexif().get(ExifTags.Base.Orientation, 1)
         if turn in _SIDEWAYS:
-            wanted = wanted[::-1]
-        small = _plain(image).resize(
-            wanted, self.settings.resample, box=self._box(image.size, wanted), reducing_gap=_GAP
-        )
+            wanted, whole = wanted[::-1], whole[::-1]
+        box = self._box(image.size, wanted, whole, turn)
+        small = _plain(image).resize(wanted, settings.resample, box=box, reducing_gap=_GAP)
         if turn in _TURNS:
             small = small.transpose(_TURNS[turn])
         return cast(Pixels, np.asarray(_on_white(small)))
 
     def _box(
-        self, size: tuple[int, int], wanted: tuple[int, int]
+        self, size: tuple[int, int], wanted: tuple[int, ...], whole: tuple[int, ...], turn: int
     ) -> tuple[float, float, float, float]:
         """The part of the picture that is kept: left, top, right, bottom."""
-        if not self.settings.shortest_edge:
-            return 0, 0, *size
-        scale = min(size) / self.settings.shortest_edge
-        kept = [min(full, out * scale) for full, out in zip(size, wanted, strict=True)]
-        left, top = ((full - part) / 2 for full, part in zip(size, kept, strict=True))
-        return left, top, left + kept[0], top + kept[1]
+        edge, spans = self.settings.shortest_edge, []
+        for axis, (full, out, stretched) in enumerate(zip(size, wanted, whole, strict=True)):
+            scaled = edge * full / min(size) if edge else float(stretched)
+            scaled = int(scaled) if self.settings.whole_pixels else scaled
+            kept = min(float(out), scaled)
+            start = (scaled - kept) / 2
+            if self.settings.whole_pixels:  # rounded down where the upright picture begins
+                start = ceil(start) if turn in _REVERSED[axis] else floor(start)
+            spans.append((start * full / scaled, (start + kept) * full / scaled))
+        (left, right), (top, bottom) = spans
+        return left, top, right, bottom
 
 
 def typical_size(rows: Sequence[bytes]) -> int:
@@ -278,23 +292,3 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
-
-
-def _geometry(processor: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Height, width and shortest edge (0: stretch) of a Hugging Face image processor."""
-    if strange := [name for name in _STRANGE if processor.get(name)]:
-        raise ValueError(", ".join(strange))
-    size = processor["size"]
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    edge = size.get("shortest_edge", 0)
-    if "crop_pct" in processor and edge:  # ConvNeXt's and ResNet's: large ones are stretched
-        part = processor["crop_pct"] if edge < 384 else 1.0
-        return edge, edge, 0 if edge >= 384 else int(edge / part)
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    if crop is None and edge:
-        raise ValueError("shortest_edge without a crop")
-    if isinstance(crop, int):
-        crop = {"height": crop, "width": crop}
-    height, width = (int((crop or size)[name]) for name in ("height", "width"))
-    return height, width, int(edge) or (size["height"] if crop and crop != size else 0)

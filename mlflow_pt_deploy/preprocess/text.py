@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SETTINGS = "preprocessor.json"
 _TOKENIZER = "tokenizer.json"
+_LEAST = 2  # tokens of a batch's longest row; exported graphs know no shorter one
 
 
 class TextPreprocessor:
@@ -30,27 +31,44 @@ class TextPreprocessor:
         tokenizer: A `tokenizers.Tokenizer`; its padding is switched off, its truncation set.
         max_length: Longest sequence in tokens, special tokens included; the rest is cut off.
         pad_id: Token id that fills short rows.
+        truncation_side: Where a long row is cut, ``right`` or ``left``.
+        padding_side: Where a short row is filled, ``right`` or ``left``.
     """
 
     column = "text"
     files: tuple[str, ...] = (_SETTINGS, _TOKENIZER)
     slice_rows = 8192
 
-    def __init__(self, tokenizer: Tokenizer, *, max_length: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int,
+        pad_id: int,
+        truncation_side: str = "right",
+        padding_side: str = "right",
+    ) -> None:
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length=max_length)
+        tokenizer.enable_truncation(max_length=max_length, direction=truncation_side)
+        suits = WordMemory.suits(tokenizer)
+        self._memory = WordMemory(tokenizer, max_length, truncation_side) if suits else None
         self._tokenizer = tokenizer
-        self._memory = WordMemory(tokenizer, max_length) if WordMemory.suits(tokenizer) else None
+        self._nothing = tokenizer.encode(" ").ids or [pad_id]
         self.max_length = max_length
         self.pad_id = pad_id
+        self.truncation_side = truncation_side
+        self.padding_side = padding_side
 
     @classmethod
-    def from_transformers(cls, tokenizer: Any, positions: int) -> TextPreprocessor:
+    def from_transformers(
+        cls, tokenizer: Any, positions: int, pad_id: int | None = None
+    ) -> TextPreprocessor:
         """Take over the tokenizer of a Hugging Face model.
 
         Args:
             tokenizer: A fast transformers tokenizer.
             positions: Longest sequence in tokens that the model has positions for.
+            pad_id: The model's id of padding, for a tokenizer that has none.
 
         Raises:
             ModelError: The tokenizer is not a fast one.
@@ -60,12 +78,19 @@ class TextPreprocessor:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
-                f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json). Choose a model "
-                "that has one, or convert it with transformers' convert_slow_tokenizer."
+                f"{tokenizer.name_or_path} has no fast tokenizer (tokenizer.json), and "
+                f"transformers makes none of its {type(tokenizer).__name__}. Choose a model that "
+                "has one."
             )
         copy = Tokenizer.from_str(backend.to_str())  # the caller's keeps its own truncation
-        max_length = int(min(tokenizer.model_max_length, positions))
-        return cls(copy, max_length=max_length, pad_id=tokenizer.pad_token_id or 0)
+        own = tokenizer.pad_token_id
+        return cls(
+            copy,
+            max_length=int(min(tokenizer.model_max_length, positions)),
+            pad_id=own if own is not None else pad_id or 0,
+            truncation_side=tokenizer.truncation_side,
+            padding_side=tokenizer.padding_side,
+        )
 
     @classmethod
     def load(cls, folder: Path) -> TextPreprocessor:
@@ -79,7 +104,13 @@ class TextPreprocessor:
         try:
             settings = json.loads((folder / _SETTINGS).read_text(encoding="utf8"))
             tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
-            return cls(tokenizer, max_length=settings["max_length"], pad_id=settings["pad_id"])
+            return cls(
+                tokenizer,
+                max_length=settings["max_length"],
+                pad_id=settings["pad_id"],
+                truncation_side=settings.get("truncation_side", "right"),
+                padding_side=settings.get("padding_side", "right"),
+            )
         except Exception as error:  # tokenizers raises bare Exception
             raise ArtifactError(
                 f"{folder.name}: the preprocessor cannot be read: {error}"
@@ -87,24 +118,33 @@ class TextPreprocessor:
 
     def save(self, folder: Path) -> None:
         """Write ``preprocessor.json`` and ``tokenizer.json`` into an existing folder."""
-        settings = {"kind": "text", "max_length": self.max_length, "pad_id": self.pad_id}
+        settings = {
+            "kind": "text",
+            "max_length": self.max_length,
+            "pad_id": self.pad_id,
+            "truncation_side": self.truncation_side,
+            "padding_side": self.padding_side,
+        }
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf8")
         self._tokenizer.save(str(folder / _TOKENIZER))
 
     @property
     def axes(self) -> dict[str, dict[int, Axis]]:
         """``input_ids`` and ``attention_mask``, free in batch and length."""
-        free = {0: BATCH, 1: Axis("length", 2, self.max_length)}
+        free = {0: BATCH, 1: Axis("length", _LEAST, self.max_length)}
         return {"input_ids": free, "attention_mask": free}
 
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
-        """Token ids of each row, unpadded, at most `max_length` long."""
+        """Token ids of each row, unpadded, at most `max_length` long.
+
+        A text of which the tokenizer makes no token at all is read as one space.
+        """
         found = [self._memory.encode(row) if self._memory else None for row in rows]
         if rest := [index for index, ids in enumerate(found) if ids is None]:
             # What a lone surrogate cannot be encoded as is replaced.
             clean = [rows[index].encode("utf8", "replace").decode("utf8") for index in rest]
             for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
-                found[index] = encoding.ids
+                found[index] = encoding.ids or self._nothing
         return cast(list[list[int]], found)
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
@@ -113,12 +153,14 @@ class TextPreprocessor:
         Returns:
             ``input_ids`` and ``attention_mask``, int64 (rows, longest).
         """
-        longest = max(map(len, encoded))
+        longest = max(_LEAST, *map(len, encoded))
         ids = np.full((len(encoded), longest), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(encoded), longest), dtype=np.int64)
+        left = self.padding_side == "left"
         for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = 1
+            start = longest - len(tokens) if left else 0
+            ids[row, start : start + len(tokens)] = tokens
+            mask[row, start : start + len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
 
     def samples(self) -> list[list[int]]:

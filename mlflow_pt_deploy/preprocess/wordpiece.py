@@ -28,13 +28,15 @@ class WordMemory:
     Args:
         tokenizer: One that `suits`.
         max_length: Longest sequence in tokens, special tokens included.
+        side: Where a long row is cut, ``right`` or ``left``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_length: int, side: str = "right") -> None:
         self._model = tokenizer.model
         self._lowercase = tokenizer.normalizer.lowercase
         self._first, self._last = _around(tokenizer)
         self._room = max_length - len(self._last)
+        self._left = side == "left"
         added = tokenizer.get_added_tokens_decoder().values()
         self._added = tuple(token.content.lower() for token in added)
         self._signs = tuple({content[0] for content in self._added})
@@ -66,7 +68,10 @@ class WordMemory:
         known, ids = self._known, self._first.copy()
         for word in _WORDS(lower if self._lowercase else row):
             ids += known.get(word) or self._learn(word)
-        del ids[self._room :]
+        if self._left:
+            del ids[len(self._first) : len(ids) - self._room + len(self._first)]
+        else:
+            del ids[self._room :]
         ids += self._last
         return ids
 

@@ -46,7 +46,7 @@ class Eager(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
-        from mlflow_pt_deploy.models import load_classifier
+        from mlflow_pt_deploy.models import reload_classifier
 
         torch.set_num_threads(threads)
         if self.precision == "int8-dynamic":
@@ -56,7 +56,7 @@ class Eager(Variant):
         else:
             check_device(device)
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            module = load_classifier(str(folder)).to(device=device, dtype=dtype)
+            module = reload_classifier(str(folder)).to(device=device, dtype=dtype)
         return torch_predict(module, device)
 
 

@@ -59,9 +59,9 @@ class _Source:
 
     @classmethod
     def load(cls, folder: str, job: Mapping[str, Any]) -> _Source:
-        from mlflow_pt_deploy.models import load_classifier
+        from mlflow_pt_deploy.models import reload_classifier
 
-        classifier = load_classifier(folder)
+        classifier = reload_classifier(folder)
         preprocess = classifier.preprocessor
         calibration = [preprocess([row_from_json(row)]) for row in job["calibration"]]
         example = preprocess([row_from_json(row) for row in job["example"]])
