@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError
+from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError, VariantError
 from mlflow_pt_deploy.hardware import cpu_flags, library_versions, usable_cores
 from mlflow_pt_deploy.preprocess import (
     Preprocessor,
@@ -36,6 +36,7 @@ from mlflow_pt_deploy.preprocess import (
 )
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.variants.cascade import Cascade
+from mlflow_pt_deploy.variants.check import Probes
 from mlflow_pt_deploy.variants.table import RUNTIMES
 
 FORMAT = 1
@@ -124,8 +125,9 @@ def write_variant(
     example: Inputs,
     calibration: Sequence[Inputs] = (),
     golden_rows: Sequence[Row],
+    probes: Probes | None = None,
 ) -> Manifest:
-    """Export a variant into `target`, which appears complete or not at all.
+    """Export a variant, check it, and put it into `target`, which appears complete or not at all.
 
     Args:
         variant: The runtime with its options.
@@ -135,16 +137,19 @@ def write_variant(
         example: A batch for tracing, see `Variant.export`.
         calibration: Batches for static quantization.
         golden_rows: Raw rows whose logits are kept to check the artifact wherever it is loaded.
+        probes: Of the module, if there are any yet; one serves for all of its variants.
 
     Raises:
-        VariantError: The runtime cannot express the model.
+        VariantError: The runtime cannot express the model, or it answers otherwise than eager.
         OSError: The disk is full or not writable; nothing is left behind.
     """
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
         _write_json(folder / _LABELS, list(module.labels))
-        write_golden(folder, variant, module.preprocessor, golden_rows)
+        predict = variant.load(folder, device="cpu", threads=1)
+        (probes or Probes(module, golden_rows)).check(predict, variant.precision)
+        write_golden(folder, predict, module.preprocessor, golden_rows)
     return read_manifest(target)
 
 
@@ -165,11 +170,16 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
 
 
 def write_golden(
-    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
+    folder: Path, predict: Predict, preprocessor: Preprocessor, rows: Sequence[Row]
 ) -> None:
-    """Keep a few rows and the logits that the files in `folder` give for them."""
-    predict = variant.load(folder, device="cpu", threads=1)
+    """Keep a few rows and the logits that the files in `folder` give for them.
+
+    Raises:
+        VariantError: One of the answers, alone or all in one batch, is NaN.
+    """
     logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
+    if not (np.isfinite(logits).all() and np.isfinite(predict(preprocessor(rows))).all()):
+        raise VariantError("real rows give NaN.")
     _write_json(folder / _GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
 
