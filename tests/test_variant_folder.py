@@ -311,9 +311,7 @@ write(Slow(), module, target)
 """
 
 
-def test_a_process_killed_in_an_export(
-    eager_variant: Path, module: Unsure, tmp_path: Path
-) -> None:
+def test_a_process_killed_in_an_export(eager_variant: Path, module: Unsure, tmp_path: Path) -> None:
     target = tmp_path / "teacher-eager-fp32"
     command = [sys.executable, "-c", KILLED, str(eager_variant), str(target)]
     with subprocess.Popen(
