@@ -135,12 +135,18 @@ def first_line(error: BaseException) -> str:
     """
     seen: BaseException | None = error
     while seen is not None:
+        inner = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
         # The system's own errors name what the user gave; a lookup's is nothing but the key.
-        if text := _gist(str(seen), paths=isinstance(seen, OSError)):
-            kind = f"{type(seen).__name__}: " if isinstance(seen, LookupError) else ""
-            return _cut(kind + text)
-        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        text = _gist(str(seen), paths=isinstance(seen, OSError))
+        if text and not (inner and _only_wraps(str(seen), str(inner))):
+            return _cut(f"{type(seen).__name__}: {text}" if isinstance(seen, LookupError) else text)
+        seen = inner
     return type(error).__name__
+
+
+def _only_wraps(outer: str, inner: str) -> bool:
+    """Whether an error of several lines repeats its cause and adds headings and hints to it."""
+    return "\n" in outer.strip() and bool(inner.strip()) and inner.strip() in outer
 
 
 _MOST_CHARACTERS = 300
@@ -156,7 +162,7 @@ _NOISE = re.compile(
     r"|^\(Background on this error at: .*\)$"  # SQLAlchemy
     r"|^(-|--|\*|E) (?=\S)"  # marks of a list
 )
-_SUMMARY = re.compile(r"^Summary:$", re.MULTILINE)
+_SUMMARY = re.compile(r"^(?:Summary|Exception):$", re.MULTILINE)
 _TRACEBACK = re.compile(r"^.*Traceback .*\(most recent call last\):$", re.MULTILINE)
 # An absolute path of two parts or more, which is no part of a URL; its last part is kept.
 _PATH = re.compile(r"(?<!url: )(?<![\w:/.?=])(?:/[^\s/'\":,;()]+)+/(?=[^\s/'\":,;()])")

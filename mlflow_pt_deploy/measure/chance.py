@@ -24,8 +24,8 @@ def chance_note(
         labels: Names of the classes.
 
     Returns:
-        Empty where it is better by more than the 95 % interval of `paired_drop`, and gives more
-        than one label.
+        Empty where it is better by more than the 95 % interval of `paired_drop` and gives more
+        than one label, or is right on all rows.
     """
     common = int(np.bincount(targets).argmax())
     right, share = float(np.mean(predicted == targets)), float(np.mean(targets == common))
@@ -35,9 +35,8 @@ def chance_note(
             f"answers every validation row with {labels[int(predicted[0])]!r}: it is right on "
             f"{right:.1%}; {always}"
         )
-    if paired_drop(targets == common, predicted == targets).high >= 0 and share < 1:
-        return (
-            f"is at chance level: it is right on {right:.1%} of {len(targets)} validation rows; "
-            f"{always}"
-        )
-    return ""
+    behind = paired_drop(targets == common, predicted == targets)
+    if behind.high < 0 or right == 1:
+        return ""
+    verdict = "at chance level" if behind.value >= 0 else "no better than chance beyond noise"
+    return f"is {verdict}: it is right on {right:.1%} of {len(targets)} validation rows; {always}"

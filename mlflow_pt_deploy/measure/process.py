@@ -189,7 +189,8 @@ class Worker:
         if not kind:
             return error
         # Shortened last: a row that is cut would not be found.
-        return f"{kind}: {first_line(VariantError('\n'.join(self._lines_without_rows(error))))}"
+        kept = "\n".join(self._lines_without_rows(error))
+        return f"{kind}: {first_line(VariantError(kept))}"
 
     def _last_words(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
