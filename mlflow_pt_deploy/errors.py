@@ -20,6 +20,7 @@
 A message says what was given, what is allowed, and what to do.
 """
 
+import re
 import signal
 
 __all__ = [
@@ -126,9 +127,71 @@ class DeadlineError(ServingError):
     """The answer would have come after the request's deadline."""
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says, without its traceback or graph dump; else what it is."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_line(error: BaseException) -> str:
+    """The cause that a library's error gives, as one line of at most `_MOST_CHARACTERS`.
+
+    Left out are places in source files, headings, tracebacks, hints for the library's developers
+    and dumps of graphs. Where an error says nothing, what it was raised from does.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        inner = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        # The system's own errors name what the user gave; a lookup's is nothing but the key.
+        text = _gist(str(seen), paths=isinstance(seen, OSError))
+        if text and not (inner and _only_wraps(str(seen), str(inner))):
+            return _cut(f"{type(seen).__name__}: {text}" if isinstance(seen, LookupError) else text)
+        seen = inner
+    return type(error).__name__
+
+
+def _only_wraps(outer: str, inner: str) -> bool:
+    """Whether an error of several lines repeats its cause and adds headings and hints to it."""
+    return "\n" in outer.strip() and bool(inner.strip()) and inner.strip() in outer
+
+
+_MOST_CHARACTERS = 300
+# What a library puts before its reason, or between its lines, for its own developers.
+_NOISE = re.compile(
+    r"^Exception from \S+:\d+:$"  # OpenVINO
+    r"|^Check '.*' failed at \S+:\d+:?$"
+    # ONNX Runtime: its code, the node, the C++ function, once more the code.
+    r"|^\[\w+\] : \d+ : \w+ : (.*Status Message: )?"
+    r"(\S+\.(cc|h):\d+ .*?\([^()]*\)( const)?( \[with [^\]]*\])? )?(\[\w+\] : \d+ : \w+ : )?"
+    r"|\bFor more information, run with .*$"  # torch.export
+    r"|^Caused by: \(.*\)$"
+    r"|^\(Background on this error at: .*\)$"  # SQLAlchemy
+    r"|^(-|--|\*|E) (?=\S)"  # marks of a list
+)
+_SUMMARY = re.compile(r"^(?:Summary|Exception):$", re.MULTILINE)
+_TRACEBACK = re.compile(r"^.*Traceback .*\(most recent call last\):$", re.MULTILINE)
+# An absolute path of two parts or more, which is no part of a URL; its last part is kept.
+_PATH = re.compile(r"(?<!url: )(?<![\w:/.?=])(?:/[^\s/'\":,;()]+)+/(?=[^\s/'\":,;()])")
+
+
+def _gist(text: str, *, paths: bool) -> str:
+    """The first paragraph with a reason, as one line; of a traceback or a summary the end."""
+    traced = _TRACEBACK.search(text) is not None
+    *_, text = _SUMMARY.split(text)
+    paragraphs: list[list[str]] = [[]]
+    for raw in text.splitlines():
+        line = _NOISE.sub("", raw.strip().strip('"')).strip()
+        if line and not line.endswith(":"):  # what a heading announces says more than the heading
+            paragraphs[-1].append(line if paths else _PATH.sub("", line))
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    told = [lines for lines in paragraphs if lines]
+    if not told:
+        return " ".join(text.split()).rstrip(":")
+    return told[-1][-1] if traced else " ".join(" ".join(dict.fromkeys(told[0])).split())
+
+
+def _cut(text: str) -> str:
+    """A long text without its middle: a library may put its reason first, or nest it last."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    last = _MOST_CHARACTERS // 3
+    start, end = text[: _MOST_CHARACTERS - last], text[-last:]
+    return f"{start.rpartition(' ')[0] or start} ... {end.partition(' ')[2] or end}"
 
 
 def exit_in_words(code: int, killed: str) -> str:

@@ -16,6 +16,7 @@ import mlflow
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.home import work_folder
+from mlflow_pt_deploy.measure.chance import chance_note
 from mlflow_pt_deploy.options import Options
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def fit_in_run(
     """
     from mlflow_pt_deploy.models import save_classifier
     from mlflow_pt_deploy.rounding import int8_rounding
-    from mlflow_pt_deploy.train import evaluate, fit
+    from mlflow_pt_deploy.train import fit, predict_logits
 
     schedule = _schedule(stage, options, classifier, epochs)
     aware = stage == "distill" and options.student_precision == "int8-qat"
@@ -98,7 +99,11 @@ def fit_in_run(
                     on_epoch=partial(_log, stage, schedule.epochs),
                 )
         seconds = float(sum(epoch.seconds for epoch in history))
-        accuracy = evaluate(classifier, splits.validation, device=options.device)
+        rows, targets = splits.validation.rows, splits.validation.targets
+        predicted = predict_logits(classifier, rows, device=options.device).argmax(axis=1)
+        accuracy = float((predicted == targets).mean())
+        if note := chance_note(targets, predicted, classifier.labels):
+            print(f"{stage}: the model {note}.", flush=True)
         mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
         mlflow.log_metric("seconds", seconds)
         save_classifier(classifier.to("cpu"), work / "model")

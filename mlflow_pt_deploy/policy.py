@@ -106,7 +106,7 @@ def choose(results: Sequence[Result], policy: Policy) -> Choice:
     best = min(allowed, key=lambda each: _cost(each, policy))
     tied = [each for each in allowed if each is best or _tie(each, best, policy)]
     chosen = min(tied, key=_preference)
-    reason = _reason(chosen, tied, allowed, policy)
+    reason = _warning(chosen, results) + _reason(chosen, tied, allowed, policy)
     return Choice(chosen.variant, reason, _considered(results, misses, tied, chosen))
 
 
@@ -222,6 +222,13 @@ def _reason(
     if not any(_beats_baseline(each, allowed, policy) for each in allowed):
         sentences.append("Nothing within the limits is faster than the baseline beyond noise.")
     return " ".join(sentences)
+
+
+def _warning(chosen: Result, results: Sequence[Result]) -> str:
+    """What is wrong with the chosen variant, or with the baseline that it is held to."""
+    baseline = [each for each in results if each.variant == chosen.baseline != chosen.variant]
+    noted = [f"{each.variant} {note}. " for each in [chosen, *baseline] for note in each.notes]
+    return f"Warning: {''.join(noted)}" if noted else ""
 
 
 def _threads(result: Result) -> str:

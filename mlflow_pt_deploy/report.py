@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mlflow_pt_deploy.chart import plot
 from mlflow_pt_deploy.measure.result import Measurement, Result
 from mlflow_pt_deploy.policy import Choice
+from mlflow_pt_deploy.remarks import remarks
 from mlflow_pt_deploy.search.front import Finished, Found
 
 __all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
@@ -42,6 +43,8 @@ def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: s
     for failed in _failed(results):
         reason = f"{failed.variant}: {_shortened(failed.reason)}"
         lines += textwrap.wrap(reason, _WIDTH, initial_indent="! ", subsequent_indent="    ")
+    for remark in remarks(results):
+        lines += textwrap.wrap(remark, _WIDTH, initial_indent="~ ", subsequent_indent="    ")
     if choice is not None:
         lines += ["", *textwrap.wrap(choice.reason, _WIDTH)]
     return "\n".join(lines)
@@ -73,8 +76,8 @@ def markdown(
         if choice is not None and each.variant == choice.variant:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
-    failed = [f"- `{r.variant}` is missing: {_shortened(r.reason)}" for r in _failed(results)]
-    below = [*failed, *(f"- {note}" for note in notes)]
+    failed = [f"- `{r.variant}` is missing: {_whole(r.reason)}" for r in _failed(results)]
+    below = [*failed, *(f"- {_whole(note)}" for note in (*remarks(results), *notes))]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
 
 
@@ -100,7 +103,7 @@ def trials_markdown(found: Found, chosen: Sequence[Finished]) -> str:
     header, *rows = _trial_rows(found, chosen)
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
-    dropped = [f"- trial {t.number}: {t.state}: {_shortened(t.reason)}" for t in found.dropped]
+    dropped = [f"- trial {t.number}: {t.state}: {_whole(t.reason)}" for t in found.dropped]
     return "\n".join([*lines, *(["", *dropped] if dropped else [])]) + "\n"
 
 
@@ -187,6 +190,10 @@ def _ranked(results: Sequence[Result]) -> list[Result]:
 
 def _failed(results: Sequence[Result]) -> list[Result]:
     return [each for each in results if each.reason]
+
+
+def _whole(reason: str) -> str:
+    return " ".join(reason.split())
 
 
 def _shortened(reason: str) -> str:

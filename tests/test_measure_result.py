@@ -67,9 +67,18 @@ def test_metrics_are_flat_and_carry_their_intervals() -> None:
     }
 
 
-@pytest.mark.parametrize("result", [RESULT, replace(RESULT, folder=None, reason="no room")])
+@pytest.mark.parametrize(
+    "result",
+    [RESULT, replace(RESULT, folder=None, reason="no room"), replace(RESULT, notes=("at chance",))],
+)
 def test_a_result_survives_json(result: Result) -> None:
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_a_result_of_before_there_were_notes_is_read() -> None:
+    document = RESULT.to_json()
+    del document["notes"]
+    assert Result.from_json(document) == RESULT
 
 
 @pytest.mark.parametrize("document", [{}, {"folder": None, "measurements": [], "speed": 1}])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -38,12 +39,8 @@ class Votes(OnnxRuntime):
         import onnx
         from onnx import TensorProto, helper, numpy_helper
 
-        votes = np.zeros((5, 3), dtype=np.float32)
-        votes[[1, 2, 3], [0, 1, 2]] = 1
-        if module.stubborn:
-            votes[:, 1] = 10
         weights = [
-            numpy_helper.from_array(votes, "votes"),
+            numpy_helper.from_array(module.votes, "votes"),
             numpy_helper.from_array(np.array([-1]), "last"),
             numpy_helper.from_array(np.array([1]), "length"),
         ]
@@ -64,11 +61,22 @@ class Votes(OnnxRuntime):
         onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), folder / FILE)
 
 
+class Ballot(SimpleNamespace):
+    """The model of `Votes`."""
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return (torch.from_numpy(self.votes)[ids] * mask[..., None]).sum(1)
+
+
 def export(folder: Path, *, stubborn: bool = False) -> Path:
+    votes = np.zeros((5, 3), dtype=np.float32)
+    votes[[1, 2, 3], [0, 1, 2]] = 1
+    if stubborn:
+        votes[:, 1] = 10
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="thing"))
     tokenizer.pre_tokenizer = Whitespace()
     preprocessor = TextPreprocessor(tokenizer, max_length=16, pad_id=0)
-    module = SimpleNamespace(preprocessor=preprocessor, labels=LABELS, stubborn=stubborn)
+    module = Ballot(preprocessor=preprocessor, labels=LABELS, votes=votes)
     write_variant(
         Votes(),
         module,

@@ -231,3 +231,22 @@ def test_the_reason_says_how_it_does_best() -> None:
     alone = replace(SMALL, threads=1, measurements=(*SMALL.measurements, best))
     reason = choose([TEACHER, alone], Policy()).reason
     assert "It does best with one thread and batches of 32 rows." in reason
+
+
+ALIKE = "is at chance level: it is right on 33.0% of 90 validation rows"
+
+
+def test_what_is_wrong_with_the_chosen_comes_first() -> None:
+    noted = replace(SMALL, notes=(ALIKE,))
+    choice = choose([TEACHER, FUSED, noted], Policy())
+    assert choice.variant == SMALL.variant
+    assert choice.reason.startswith(f"Warning: {SMALL.variant} {ALIKE}. {SMALL.variant} answers")
+
+
+def test_what_is_wrong_with_the_baseline_is_said_too() -> None:
+    noted = replace(TEACHER, notes=(ALIKE,))
+    assert choose([noted, SMALL], Policy()).reason.startswith(f"Warning: {BASELINE} {ALIKE}. ")
+    assert choose([noted], Policy()).reason.count("chance level") == 1
+    assert (
+        "Warning" not in choose([TEACHER, replace(FUSED, notes=(ALIKE,)), SMALL], Policy()).reason
+    )

@@ -118,6 +118,21 @@ def test_a_reason_cannot_break_the_table() -> None:
     assert text.splitlines()[-1] == "- `teacher-openvino-bf16` is missing: first | second | <b>"
 
 
+def test_in_markdown_a_reason_is_whole() -> None:
+    text = markdown([replace(BROKEN, reason="no such file " * 100 + "at all")])
+    assert (
+        text.splitlines()[-1]
+        == f"- `teacher-openvino-bf16` is missing: {'no such file ' * 100}at all"
+    )
+
+
+def test_what_to_know_before_trusting_the_results_is_below_them() -> None:
+    noted = replace(TEACHER, notes=("is at chance level: it is right on 33.0% of 90 rows",))
+    remark = f"{BASELINE} is at chance level: it is right on 33.0% of 90 rows."
+    assert table([noted, STUDENT]).splitlines()[-1] == f"~ {remark}"
+    assert markdown([noted, STUDENT]).splitlines()[-1] == f"- {remark}"
+
+
 @pytest.mark.parametrize("results", [[TEACHER], []])
 def test_the_plot_is_a_png_whatever_there_is(results: list[Result], tmp_path: Path) -> None:
     path = tmp_path / "plot.png"

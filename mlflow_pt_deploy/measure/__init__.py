@@ -4,6 +4,7 @@ Knows variants' folders and data; does not know MLflow, nor who chooses what fro
 
     result      a number with its unit and evidence; all numbers of one variant
     statistics  percentiles, intervals, macro-F1: pure functions
+    chance      whether a classifier is better than a constant one: pure too
     worker      the fresh process that loads one variant and runs it
     process     the handle on a worker
     timing      interleaved rounds against the baseline

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
+from mlflow_pt_deploy.measure.chance import chance_note
 from mlflow_pt_deploy.measure.process import Answers, Worker
 from mlflow_pt_deploy.measure.result import UNITS, Measurement, Result
 from mlflow_pt_deploy.measure.statistics import macro_f1, paired_drop, paired_speedup, percentile
@@ -207,11 +208,14 @@ def _answers(worker: Worker, splits: Splits) -> dict[str, Answers]:
 
 def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
     with _start(folder, bench.splits, blank.device, blank.threads) as worker:
+        timing, answers = _timing(worker, bench), _answers(worker, bench.splits)
+        validation, labels = bench.splits.validation, bench.splits.labels
+        note = chance_note(validation.targets, answers["validation"].labels, labels)
         measurements = [
-            *_timing(worker, bench),
+            *timing,
             _plain("artifact_mb", _folder_bytes(folder) / 1e6),
             _plain("load_s", worker.load_s),
-            *_quality(worker, bench),
+            *_quality(answers, bench),
             _plain("peak_rss_mb", worker.memory() / 1e6),
         ]
         return replace(
@@ -220,6 +224,7 @@ def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
             runtime=worker.runtime,
             precision=worker.precision,
             measurements=tuple(measurements),
+            notes=(note,) if note else (),
         )
 
 
@@ -242,9 +247,9 @@ def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
     ]
 
 
-def _quality(worker: Worker, bench: Bench) -> list[Measurement]:
+def _quality(answers: Mapping[str, Answers], bench: Bench) -> list[Measurement]:
     found: list[Measurement] = []
-    for dataset, given in _answers(worker, bench.splits).items():
+    for dataset, given in answers.items():
         split: Split = getattr(bench.splits, dataset)
         if len(split):
             found += _scores(dataset, split.targets, given.labels, bench.reference[dataset])

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.child import command, environment
-from mlflow_pt_deploy.errors import VariantError, exit_in_words
+from mlflow_pt_deploy.errors import VariantError, exit_in_words, first_line
 from mlflow_pt_deploy.hardware import THREAD_VARIABLES
 from mlflow_pt_deploy.preprocess import Row, row_to_json
 
@@ -186,17 +186,21 @@ class Worker:
 
     def _explain(self, error: str, kind: str) -> str:
         # Our own errors have no kind: they never repeat a row.
-        return f"{kind}: {self._without_rows(error)}" if kind else error
+        if not kind:
+            return error
+        # Shortened last: a row that is cut would not be found.
+        kept = "\n".join(self._lines_without_rows(error))
+        return f"{kind}: {first_line(VariantError(kept))}"
 
     def _last_words(self) -> str:
         self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(self._stderr.tell() - _STDERR_BYTES, 0))
         lines = self._stderr.read().decode("utf8", "replace").strip().splitlines()
-        said = self._without_rows("\n".join(lines[-_STDERR_LINES:]))
+        said = " | ".join(self._lines_without_rows("\n".join(lines[-_STDERR_LINES:])))
         return f" It last said: {said}" if said else ""
 
-    def _without_rows(self, text: str) -> str:
-        """One line of text that can be stored and shown: lines that hold a user's row are left out.
+    def _lines_without_rows(self, text: str) -> list[str]:
+        """Lines that can be stored and shown: those that hold a user's row are left out.
 
         A library may cut a long row short, so its beginning counts; a short one may be any word,
         so it counts where it is quoted.
@@ -207,11 +211,11 @@ class Worker:
             for quoted in (repr(row), json.dumps(row), json.dumps(row, ensure_ascii=False))
             for start in ({quoted[1:25]} if len(row) >= _SHORT_ROW else {f"'{row}'", quoted})
         }
-        lines = [
-            "(left out: repeats a row of the data)" if any(s in line for s in starts) else line
+        left_out = "(left out: repeats a row of the data)"
+        return [
+            left_out if any(start in line for start in starts) else line.strip()
             for line in text.splitlines()
         ]
-        return " | ".join(line.strip() for line in lines)
 
 
 def _texts(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -107,6 +107,7 @@ class Result:
         reason: Why there is nothing (or not all) to report, in words; empty when all went well.
         measurements: The numbers.
         baseline: The variant that `speedup`, `accuracy_drop` and `agreement` compare with.
+        notes: What to know of the variant before trusting it, e.g. that it is at chance level.
     """
 
     variant: str
@@ -119,6 +120,7 @@ class Result:
     reason: str = ""
     measurements: tuple[Measurement, ...] = ()
     baseline: str = ""
+    notes: tuple[str, ...] = ()
 
     def get(self, name: str, dataset: str = "") -> Measurement | None:
         """The measurement of that name on that dataset, or None."""
@@ -151,6 +153,7 @@ class Result:
             **asdict(self),
             "folder": None if self.folder is None else str(self.folder),
             "measurements": [each.to_json() for each in self.measurements],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -163,7 +166,12 @@ class Result:
         try:
             folder = document["folder"]
             measurements = tuple(map(Measurement.from_json, document["measurements"]))
-            changed = {"folder": folder and Path(folder), "measurements": measurements}
+            notes = tuple(document.get("notes", ()))  # older documents have none
+            changed = {
+                "folder": folder and Path(folder),
+                "measurements": measurements,
+                "notes": notes,
+            }
             return cls(**{**document, **changed})
         except (KeyError, TypeError) as error:
             raise VariantError(f"not a result that to_json wrote: {error}") from error

@@ -19,6 +19,7 @@ from mlflow_pt_deploy.variants.base import (
     check_calibration,
     int8_saturates,
 )
+from mlflow_pt_deploy.variants.check import check_int8
 from mlflow_pt_deploy.variants.eager import torch_predict
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class AOTInductor(Variant):
                     package_path=str(folder / _FILE),
                     inductor_configs=_compile_options(static),
                 )
+        except VariantError:
+            raise
         except Exception as error:  # torch.export and Inductor raise a dozen unrelated kinds
             raise VariantError(
                 f"AOTInductor: {type(error).__name__}: {first_line(error)}"
@@ -163,4 +166,15 @@ def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:
     for batch in calibration:
         prepared(*_tensors(batch))
     quantized: torch.nn.Module = convert_pt2e(prepared)
+    _check_int8(quantized)
     return quantized
+
+
+def _check_int8(quantized: Any) -> None:
+    """Count linear layers and convolutions whose weights are dequantized from int8."""
+    weights = [
+        str(node.args[1].target)
+        for node in quantized.graph.nodes
+        if str(node.target).startswith(("aten.linear.", "aten.conv"))
+    ]
+    check_int8(sum("dequantize" in weight for weight in weights), len(weights))

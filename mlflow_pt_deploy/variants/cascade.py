@@ -150,7 +150,8 @@ def write_cascade(
         golden_rows: Raw rows to keep answers of, as far as they are clear cases.
 
     Raises:
-        VariantError: The two name their classes or read their rows differently.
+        VariantError: The two name their classes or read their rows differently, or they
+            answer with NaN.
         OSError: The disk is full or not writable; nothing is left behind.
     """
     from mlflow_pt_deploy.variants.folder import load_variant, staged, verify, write_golden
@@ -182,5 +183,6 @@ def write_cascade(
             for row, value in zip(golden_rows, sure.tolist(), strict=True)
             if abs(value - threshold) > _CLEAR
         ]
-        write_golden(folder, cascade, surest.preprocessor, clear or list(golden_rows[:1]))
+        predict = cascade.load(folder, device="cpu", threads=1)
+        write_golden(folder, predict, surest.preprocessor, clear or list(golden_rows[:1]))
     return verify(target)

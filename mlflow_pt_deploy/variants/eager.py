@@ -12,6 +12,7 @@ import numpy as np
 from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.variants.check import check_int8
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,9 @@ class Eager(Variant):
         if self.precision == "int8-dynamic":
             module.network.config.save_pretrained(folder)
             module.save_reader(folder)
-            _save_int8(quantize_linears(module), folder / _INT8)
+            quantized = quantize_linears(module)
+            check_int8_linears(quantized)
+            _save_int8(quantized, folder / _INT8)
         else:
             save_classifier(module, folder)
 
@@ -96,6 +99,24 @@ def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:
             module, {torch.nn.Linear}, dtype=torch.qint8
         )
     return quantized
+
+
+def check_int8_linears(quantized: torch.nn.Module) -> None:
+    """Refuse what `quantize_linears` left mostly as it was.
+
+    Raises:
+        VariantError: Most matrices belong to other layers, such as convolutions or GPT-2's Conv1D.
+    """
+    import torch
+
+    became = len(_int8_linears(quantized))
+    others = sum(
+        isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
+        and weight.dim() > 1
+        and not isinstance(layer, torch.nn.Embedding)
+        for layer in quantized.modules()
+    )
+    check_int8(became, became + others)
 
 
 def _save_int8(module: torch.nn.Module, path: Path) -> None:

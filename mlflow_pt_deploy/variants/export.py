@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlflow_pt_deploy.errors import PtDeployError, VariantError
-from mlflow_pt_deploy.preprocess import row_from_json
+from mlflow_pt_deploy.errors import PtDeployError, first_line
+from mlflow_pt_deploy.preprocess import Row, row_from_json
 from mlflow_pt_deploy.variants.base import Inputs
+from mlflow_pt_deploy.variants.check import Probes
 from mlflow_pt_deploy.variants.folder import write_variant
 
 if TYPE_CHECKING:
@@ -44,18 +45,20 @@ def main(path: Path) -> None:
         except (PtDeployError, OSError) as error:
             reason = str(error)
         except Exception as error:  # a runtime's own: one row fails, the others go on
-            reason = str(VariantError(f"{type(error).__name__}: {str(error)[:300]}"))
+            reason = f"{type(error).__name__}: {first_line(error)}"
         seconds = round(time.monotonic() - started, 3)
         print(json.dumps({"reason": reason, "seconds": seconds}), file=answers, flush=True)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A model to export, and its inputs to trace and to calibrate with."""
+    """A model to export, and its inputs to trace, to calibrate and to check with."""
 
     classifier: Classifier
     example: Inputs
     calibration: Sequence[Inputs]
+    golden: Sequence[Row]
+    probes: Probes
 
     @classmethod
     def load(cls, folder: str, job: Mapping[str, Any]) -> _Source:
@@ -65,7 +68,8 @@ class _Source:
         preprocess = classifier.preprocessor
         calibration = [preprocess([row_from_json(row)]) for row in job["calibration"]]
         example = preprocess([row_from_json(row) for row in job["example"]])
-        return cls(classifier, example, calibration)
+        golden = [row_from_json(row) for row in job["golden"]]
+        return cls(classifier, example, calibration, golden, Probes(classifier, golden))
 
 
 def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) -> None:
@@ -79,7 +83,8 @@ def _export(task: Mapping[str, Any], source: _Source, job: Mapping[str, Any]) ->
         model=task["model"],
         example=source.example,
         calibration=source.calibration,
-        golden_rows=[row_from_json(row) for row in job["golden"]],
+        golden_rows=source.golden,
+        probes=source.probes,
     )
 
 

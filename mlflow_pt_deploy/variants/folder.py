@@ -22,12 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_json, sha256
 from mlflow_pt_deploy.errors import (
     ArtifactError,
     PtDeployError,
     UnsupportedError,
     UntrustedError,
+    VariantError,
     first_line,
 )
 from mlflow_pt_deploy.hardware import cpu_flags, library_versions, usable_cores
@@ -38,6 +41,7 @@ from mlflow_pt_deploy.preprocess import (
     row_to_json,
 )
 from mlflow_pt_deploy.variants.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.variants.check import Probes
 from mlflow_pt_deploy.variants.golden import GOLDEN, check_golden_rows
 from mlflow_pt_deploy.variants.manifest import FORMAT, MANIFEST, Manifest, read_manifest
 
@@ -74,8 +78,9 @@ def write_variant(
     example: Inputs,
     calibration: Sequence[Inputs] = (),
     golden_rows: Sequence[Row],
+    probes: Probes | None = None,
 ) -> Manifest:
-    """Export a variant into `target`, which appears complete or not at all.
+    """Export a variant, check it, and put it into `target`, which appears complete or not at all.
 
     Args:
         variant: The runtime with its options.
@@ -85,16 +90,19 @@ def write_variant(
         example: A batch for tracing, see `Variant.export`.
         calibration: Batches for static quantization.
         golden_rows: Raw rows whose logits are kept to check the artifact wherever it is loaded.
+        probes: Of the module, if there are any yet; one serves for all of its variants.
 
     Raises:
-        VariantError: The runtime cannot express the model.
+        VariantError: The runtime cannot express the model, or it answers otherwise than eager.
         OSError: The disk is full or not writable; nothing is left behind.
     """
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
         _write_json(folder / _LABELS, list(module.labels))
-        write_golden(folder, variant, module.preprocessor, golden_rows)
+        predict = variant.load(folder, device="cpu", threads=1)
+        (probes or Probes(module, golden_rows)).check(predict, variant.precision)
+        write_golden(folder, predict, module.preprocessor, golden_rows)
     return read_manifest(target)
 
 
@@ -116,11 +124,16 @@ def staged(target: Path, variant: Variant, model: str) -> Iterator[Path]:
 
 
 def write_golden(
-    folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
+    folder: Path, predict: Predict, preprocessor: Preprocessor, rows: Sequence[Row]
 ) -> None:
-    """Keep a few rows and the logits that the files in `folder` give for them."""
-    predict = variant.load(folder, device="cpu", threads=1)
+    """Keep a few rows and the logits that the files in `folder` give for them.
+
+    Raises:
+        VariantError: One of the answers, alone or all in one batch, is NaN.
+    """
     logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
+    if not (np.isfinite(logits).all() and np.isfinite(predict(preprocessor(rows))).all()):
+        raise VariantError("real rows give NaN.")
     _write_json(folder / GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
 

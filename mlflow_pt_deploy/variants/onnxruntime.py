@@ -22,6 +22,7 @@ from mlflow_pt_deploy.variants.base import (
     check_calibration,
     int8_saturates,
 )
+from mlflow_pt_deploy.variants.check import check_int8
 from mlflow_pt_deploy.variants.streams import Streams
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
 # rounding.
 _NOT_FUSED = ["SkipLayerNormFusion", "BiasGeluFusion"]
 _QUANTIZED = ("MatMul", "Gemm", "Gather")
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "Einsum", "MatMulInteger", "ConvInteger"}
+_VIEWS = {"DequantizeLinear", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
 # Between convolutions everything stays int8: each step out of it and back would cost more.
 _CONVOLUTIONS = ("Conv", "Gemm", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool")
 
@@ -59,11 +62,15 @@ class OnnxRuntime(Variant):
     ) -> None:
         path = folder / FILE
         _to_onnx(module, example, path)
+        if self.precision == "fp32":
+            return
+        _name_weights(path)
         if self.precision == "int8-dynamic":
             _quantize(path)
-        elif self.precision == "int8-static":
+        else:
             check_calibration(calibration)
             _calibrate(path, calibration, module.network.config.model_type in CONVOLUTIONAL)
+        check_int8(*_int8_products(path))
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         try:
@@ -144,6 +151,50 @@ def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:
 
 def _has_attention(module: Classifier) -> bool:
     return hasattr(module.network.config, "num_attention_heads")
+
+
+def _name_weights(path: Path) -> None:
+    """Let products use initializers, the only weights that ONNX Runtime quantizes.
+
+    PyTorch writes some as ``Constant`` nodes, and of weights that layers share, as ALBERT's do, an
+    ``Identity`` each.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    graph = model.graph
+    weights, kept = {tensor.name for tensor in graph.initializer}, []
+    same: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            tensor = node.attribute[0].t
+            tensor.name = node.output[0]
+            graph.initializer.append(tensor)
+            weights.add(tensor.name)
+            continue
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type == "Identity" and node.input[0] in weights:
+            same[node.output[0]] = node.input[0]  # it stays, for graphs within nodes
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    onnx.save(model, str(path))
+
+
+def _int8_products(path: Path) -> tuple[int, int]:
+    """How many products with weights have int8 weights, and how many there are."""
+    import onnx
+
+    graph = onnx.load(str(path)).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    weights = []
+    for node in graph.node:
+        if node.op_type in _PRODUCTS:
+            weights += [types[name] for name in node.input[:2] if name in types]
+        elif node.op_type in _VIEWS and node.input[0] in types:
+            types[node.output[0]] = types[node.input[0]]
+    integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    return sum(type_ in integers for type_ in weights), len(weights)
 
 
 def _quantize(path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,12 +22,16 @@ from mlflow_pt_deploy.variants.base import (
     Variant,
     check_calibration,
 )
+from mlflow_pt_deploy.variants.check import check_int8
 from mlflow_pt_deploy.variants.eager import torch_predict
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 _FILE = "model.xml"
+_PRODUCTS = {"MatMul", "Convolution", "GroupConvolution"}
+# What lies between stored weights and the product that uses them.
+_DECOMPRESSION = {"Convert", "Subtract", "Multiply", "FakeQuantize", "Reshape", "Transpose"}
 _Item = tuple[Inputs, npt.NDArray[np.int64]]
 
 
@@ -55,8 +60,10 @@ class OpenVino(Variant):
         model = _convert(openvino, module, example)
         if self.precision == "int8-static":
             model = _calibrate(model, module, calibration)
+            check_int8(*_int8_products(model))
         elif self.precision == "int8-accuracy":
             model = _calibrate_held_to(self.max_drop, model, module, calibration)
+            check_int8(*_int8_products(model), least=0)  # as many as its answers allow
         openvino.save_model(model, str(folder / _FILE), compress_to_fp16=False)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
@@ -94,7 +101,7 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
 
     tensors = {name: torch.from_numpy(array) for name, array in example.items()}
     try:
-        with warnings.catch_warnings(), torch.inference_mode():
+        with warnings.catch_warnings(), torch.inference_mode(), _every_query_sees_a_key():
             warnings.simplefilter("ignore")
             model = openvino.convert_model(module, example_input=tensors)
     except Exception as error:  # OpenVINO's own exceptions derive from Exception alone
@@ -110,6 +117,26 @@ def _convert(openvino: Any, module: Classifier, example: Inputs) -> Any:
     )
     model.output(0).get_tensor().set_names({"logits"})  # NNCF compares outputs by name
     return model
+
+
+@contextmanager
+def _every_query_sees_a_key() -> Iterator[None]:
+    """Let queries whose keys are all masked attend to all keys, while a model is converted.
+
+    Such are padded positions further from the text than an attention window. Softmax over nothing
+    is 0 in PyTorch's attention and NaN in OpenVINO's, where the next layer spreads it to the text.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+    def mask(*args: Any, **options: Any) -> Any:
+        visible = sdpa_mask(*args, **options)
+        return None if visible is None else visible | ~visible.any(-1, keepdim=True)
+
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def _family(module: Classifier) -> dict[str, Any]:
@@ -181,6 +208,28 @@ def _check_drop(model: Any, held_out: Sequence[_Item], max_drop: float) -> None:
             f"int8-accuracy: {drop:.1%} of {len(held_out)} held-out rows change their label, "
             f"allowed are {max_drop:.1%}. Allow more (max_drop), or use fp32."
         )
+
+
+def _int8_products(model: Any) -> tuple[int, int]:
+    """How many products with weights have int8 weights, and how many there are."""
+    weights = [
+        type_
+        for node in model.get_ops()
+        if node.get_type_name() in _PRODUCTS
+        for type_ in filter(None, map(_weight_type, node.input_values()))
+    ]
+    return sum(type_ != "f32" for type_ in weights), len(weights)
+
+
+def _weight_type(value: Any) -> str:
+    """Element type of the constant that an input is made from; empty for activations."""
+    node, rounded = value.get_node(), False
+    while node.get_type_name() in _DECOMPRESSION:
+        rounded = rounded or node.get_type_name() == "FakeQuantize"
+        node = node.input_value(0).get_node()
+    if node.get_type_name() != "Constant":
+        return ""
+    return "i8" if rounded else str(node.get_element_type().get_type_name())
 
 
 def _nncf() -> Any:

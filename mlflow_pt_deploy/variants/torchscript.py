@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mlflow_pt_deploy.errors import VariantError, first_line
 from mlflow_pt_deploy.hardware import check_device
 from mlflow_pt_deploy.variants.base import Inputs, Predict, Variant
-from mlflow_pt_deploy.variants.eager import quantize_linears, torch_predict
+from mlflow_pt_deploy.variants.eager import check_int8_linears, quantize_linears, torch_predict
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
@@ -31,7 +31,10 @@ class TorchScript(Variant):
     ) -> None:
         import torch
 
-        source = quantize_linears(module) if self.precision == "int8-dynamic" else module
+        source: torch.nn.Module = module
+        if self.precision == "int8-dynamic":
+            source = quantize_linears(module)
+            check_int8_linears(source)
         tensors = tuple(torch.from_numpy(array) for array in example.values())
         with warnings.catch_warnings(), torch.inference_mode():
             # PyTorch calls TorchScript deprecated and the tracer warns of every Python branch;

@@ -1,0 +1,153 @@
+"""One line with the cause, from real texts of the libraries that exports and loading meet."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import onnxruntime
+import openvino
+import pytest
+import torch
+
+from mlflow_pt_deploy.errors import VariantError, first_line
+
+OPENVINO = """Check 'false' failed at src/frontends/common_translators/src/unconverted_ops.cpp:151:
+FrontEnd API failed with OpConversionFailure:
+Model wasn't fully converted. Failed operations detailed log:
+-- SequenceMark with a message:
+This is OpenVINO internal type. Consumer: util::PtFrameworkNode
+Axis -2 out of the tensor rank range [-1, 0].
+
+Summary:
+-- Conversion is failed for: SequenceMark, aten::cat
+"""
+NODE = """Exception from src/inference/src/cpp/infer_request.cpp:224:
+Exception from src/plugins/intel_cpu/src/node.cpp:823:
+[CPU] FullyConnected node with name 'aten::linear/Add' could not create a primitive descriptor.
+
+"""
+ORT = (
+    "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Concat node. "
+    "Name:'/network/Concat_92' Status Message: /onnxruntime_src/core/framework/op_kernel.cc:87 "
+    "virtual OrtValue* onnxruntime::OpKernelContext::OutputMLValue(int, const TensorShape&) "
+    "[ONNXRuntimeError] : 1 : FAIL : Shape mismatch attempting to re-use buffer. {1} != {2}.\n"
+)
+EXPORT = """Constraints violated (length)! For more information, run with TORCH_LOGS="+dynamic".
+  - You marked length as dynamic but your code specialized it to be a constant (9).
+  - You marked length as dynamic but your code specialized it to be a constant (9).
+Suggested fixes:
+  length = 9
+
+The error above occurred when calling torch.export.export. If you would like to view some more
+"""
+TORCHSCRIPT = """The following operation failed in the TorchScript interpreter.
+Traceback of TorchScript (most recent call last):
+/home/me/.venv/lib/python3.11/site-packages/torch/nn/modules/linear.py(134): forward
+/home/me/convert.py(74): <module>
+RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x5 and 2x2)
+"""
+WORKER = """Caught ValueError in worker 0.
+Original Traceback (most recent call last):
+  File "/home/me/x.py", line 3, in f
+ValueError: three is odd
+"""
+SQLITE = """(sqlite3.OperationalError) unable to open database file
+(Background on this error at: https://sqlalche.me/e/20/e3q8)"""
+HUB = """We couldn't connect to 'https://huggingface.co' to load the files.
+Check your internet connection.
+
+Read more at 'https://huggingface.co/docs'."""
+INDUCTOR = """backend='inductor' raised:
+CppCompileError: C++ compile error
+
+Command:
+g++ /tmp/torchinductor_me/x.cpp
+
+Output:
+x.cpp:3: error"""
+LIBRARY = (
+    'Exception from src/inference/src/cpp/core.cpp:117:\nCannot load library "/home/me/.venv/lib/'
+    'python3.11/site-packages/openvino/libs/libgpu.so": libOpenCL.so.1: No such file\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (OPENVINO, "Conversion is failed for: SequenceMark, aten::cat"),
+        (
+            NODE,
+            "[CPU] FullyConnected node with name 'aten::linear/Add' could not create a primitive "
+            "descriptor.",
+        ),
+        (ORT, "Shape mismatch attempting to re-use buffer. {1} != {2}."),
+        (
+            EXPORT,
+            "Constraints violated (length)! You marked length as dynamic but your code specialized "
+            "it to be a constant (9).",
+        ),
+        (TORCHSCRIPT, "RuntimeError: mat1 and mat2 shapes cannot be multiplied (1x5 and 2x2)"),
+        (WORKER, "ValueError: three is odd"),
+        (SQLITE, "(sqlite3.OperationalError) unable to open database file"),
+        (
+            HUB,
+            "We couldn't connect to 'https://huggingface.co' to load the files. Check your "
+            "internet connection.",
+        ),
+        (INDUCTOR, "CppCompileError: C++ compile error"),
+        (LIBRARY, 'Cannot load library "libgpu.so": libOpenCL.so.1: No such file'),
+        ("failed:\n\n", "failed"),
+        ("\n  two\twords \n", "two words"),
+    ],
+)
+def test_one_line_with_the_cause(text: str, cause: str) -> None:
+    assert first_line(RuntimeError(text)) == cause
+
+
+def test_an_error_without_words_is_told_by_what_it_came_from() -> None:
+    outer = VariantError()
+    outer.__cause__ = ValueError("three is odd")
+    assert first_line(outer) == "three is odd"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(KeyError("pad_id")) == "KeyError: 'pad_id'"
+
+
+def test_a_long_text_loses_its_middle_between_words() -> None:
+    told = first_line(ValueError("first " + "word " * 200 + "(caused by: connection refused)"))
+    assert len(told) <= 310
+    assert told.startswith("first word word")
+    assert " word ... word " in told
+    assert told.endswith("(caused by: connection refused)")
+    assert len(first_line(ValueError("x" * 5000))) <= 310
+
+
+def test_the_system_names_the_file_that_the_user_gave() -> None:
+    with pytest.raises(OSError, match="No such file") as caught:
+        Path("/no/such/model.onnx").read_bytes()
+    assert first_line(caught.value) == "[Errno 2] No such file or directory: '/no/such/model.onnx'"
+
+
+def test_what_the_libraries_of_today_say(tmp_path: Path) -> None:
+    garbage = tmp_path / "model.onnx"
+    garbage.write_bytes(b"\x08garbage")
+    with pytest.raises(Exception, match="Protobuf") as caught:
+        onnxruntime.InferenceSession(str(garbage))
+    assert first_line(caught.value).startswith("Load model from model.onnx failed:")
+    with pytest.raises(Exception, match="Unable to read") as caught:
+        openvino.Core().read_model(str(garbage.rename(tmp_path / "model.xml")))
+    assert "src/" in str(caught.value)
+    assert first_line(caught.value).startswith('Unable to read the model: "model.xml" Please check')
+
+
+class Stubborn(torch.nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("three is odd")
+
+
+def test_a_wrapped_error_is_told_without_its_wrapper() -> None:
+    with pytest.raises(RuntimeError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        openvino.convert_model(Stubborn(), example_input=torch.zeros(1, 2))
+    assert str(caught.value).startswith("Couldn't get TorchScript module by tracing.")
+    assert first_line(caught.value) == "three is odd"
