@@ -20,6 +20,7 @@ from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.optimize import Optimized
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.promote import Promotion
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.searches import search_students
 from mlflow_pt_deploy.stages import (
     distill_stage,
@@ -52,7 +53,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
     Raises:
         PtDeployError: A stage cannot go on; what was finished is kept and resumed from.
     """
-    tracking.check_tracking()
+    check_tracking()
     if options.resume:
         saved = tracking.saved_options(options.resume)
         options = replace(saved, resume=options.resume, storage=options.storage)
@@ -64,6 +65,8 @@ def run_lifecycle(options: Options) -> Lifecycle:
         "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
     ) as parent:
         run_id = parent.info.run_id
+        if options.resume:
+            tracking.end_abandoned(run_id)
         tracking.log_dataset_facts(splits)
         teacher = unless_finished(run_id, "train", train_teacher, options, splits)
         seconds["train"] = teacher.seconds

@@ -21,6 +21,7 @@ from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import home, work_folder
 from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.report import trials_markdown
 from mlflow_pt_deploy.search import (
     STATIC,
@@ -82,7 +83,7 @@ def search_students(
     from mlflow_pt_deploy.models import load_classifier
 
     if splits is None:
-        tracking.check_tracking()
+        check_tracking()
         splits = load_data(options.data, seed=options.seed, limit=options.limit)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)

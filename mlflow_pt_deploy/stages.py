@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import mlflow
 
-from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy import interrupt, tracking
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
@@ -25,6 +25,7 @@ from mlflow_pt_deploy.optimize import Optimized, optimize
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Policy, choose
 from mlflow_pt_deploy.promote import Promotion, promote
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.variants.numpy import STATIC
 from mlflow_pt_deploy.variants.table import select
 
@@ -203,7 +204,9 @@ def promote_choice(optimized: Optimized, name: str) -> Promotion:
         "pt_deploy.run": optimized.run_id,
         **{key: f"{facts[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
     }
-    return promote(optimized.models[choice.variant], name, choice.reason, tags)
+    interrupt.check()
+    with interrupt.shielded():  # the alias moves with the version's tags, or not at all
+        return promote(optimized.models[choice.variant], name, choice.reason, tags)
 
 
 def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
@@ -243,5 +246,5 @@ def _students(addresses: str) -> dict[str, Path]:
 
 
 def _prepared(options: Options) -> Splits:
-    tracking.check_tracking()
+    check_tracking()
     return load_data(options.data, seed=options.seed, limit=options.limit)
