@@ -32,6 +32,7 @@ from mlflow_pt_deploy.models import (
     new_static,
     shrink,
 )
+from mlflow_pt_deploy.models.static import FREQUENT
 from mlflow_pt_deploy.preprocess import Row
 from mlflow_pt_deploy.progress import progress
 from mlflow_pt_deploy.train import Loss, Tensors, predict_batches
@@ -98,6 +99,7 @@ def start_student(
     *,
     width: float = 1.0,
     rows: Sequence[Row] = (),
+    frequent: int = FREQUENT,
 ) -> Classifier:
     """What learns from a teacher.
 
@@ -108,6 +110,7 @@ def start_student(
         chosen: Which of its layers instead, see `kept_layers`.
         width: Share of MobileNetV2's channels.
         rows: Of train: a static student knows their word pieces from the start.
+        frequent: See `new_static`.
 
     Raises:
         ModelError: The teacher has fewer layers, or there is no such student of images.
@@ -121,7 +124,7 @@ def start_student(
         return new_mobilenet(teacher, width=width)
     assert isinstance(teacher, TextClassifier)
     if layers == 0:
-        return new_static(teacher, cast(Sequence[str], rows))
+        return new_static(teacher, cast(Sequence[str], rows), frequent=frequent)
     return shrink(teacher, kept_layers(teacher.network.config.num_hidden_layers, layers, chosen))
 
 

@@ -8,9 +8,11 @@ Knows the order of things and how to go on after an interruption; computes and l
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import mlflow
 
@@ -31,6 +33,9 @@ from mlflow_pt_deploy.stages import (
     unless_finished,
 )
 from mlflow_pt_deploy.variants import select
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,8 @@ def run_lifecycle(options: Options) -> Lifecycle:
         if options.resume:
             tracking.end_abandoned(run_id)
         tracking.log_dataset_facts(splits)
-        teacher = unless_finished(run_id, "train", train_teacher, options, splits)
+        train = partial(train_teacher, before=_rehearsal(options))
+        teacher = unless_finished(run_id, "train", train, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
         if not options.student:
@@ -85,6 +91,15 @@ def run_lifecycle(options: Options) -> Lifecycle:
             promotion = promote_choice(optimized, options.name)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return Lifecycle(run_id, splits.column, optimized, promotion, seconds)
+
+
+def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
+    """What makes sure, before the teacher is trained, that its students can be made."""
+    from mlflow_pt_deploy.rehearsal import rehearse_students
+
+    if options.student:
+        return None
+    return lambda teacher, splits: rehearse_students(teacher, options, splits)
 
 
 def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:

@@ -81,6 +81,7 @@ def search_students(
         SearchError: The study cannot be used, or no trial finished.
     """
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.rehearsal import rehearse_students
 
     if splits is None:
         check_tracking()
@@ -92,6 +93,7 @@ def search_students(
             "a search tries students of texts, and these are images. Leave trials at 0: the line "
             "distills one student of images."
         )
+    rehearse_students(teacher, options, splits)
     space = space or default_space(teacher, options.kinds)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()

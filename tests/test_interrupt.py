@@ -193,7 +193,8 @@ def line(
 ) -> Line:
     if not Path("/proc/self/environ").exists():
         pytest.skip("processes are found by their environment, in /proc")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     return Line(tmp_path, tiny_model, tiny_data)
 
 
@@ -216,7 +217,7 @@ def test_a_run_that_is_interrupted_at_each_stage_leaves_nothing_and_goes_on(line
     assert last.wait(300) == 0, line.log.read_text()[-3000:]
     assert MlflowClient().get_run(run_id).info.status == "FINISHED"
     assert "champion is version 1" in line.log.read_text()
-    assert not list(line.folder.glob("pt-deploy-*")), "temporary folders"
+    assert not list((line.folder / "temporary").glob("pt-deploy-*"))
 
 
 @pytest.mark.skipif(not RANDOM_MOMENTS, reason="PT_DEPLOY_SIGNALS=50 sends as many signals")
@@ -239,4 +240,4 @@ def test_a_run_that_is_interrupted_at_random_moments(line: Line) -> None:
             max_results=1,
         )
         resumed = runs[0].info.run_id if runs and count % 2 else ""
-    assert not list(line.folder.glob("pt-deploy-*")), "temporary folders"
+    assert not list((line.folder / "temporary").glob("pt-deploy-*"))

@@ -40,6 +40,8 @@ ROOMS = (
     "chart",
     "report",
     "options",
+    "students",
+    "rehearsal",
     # below this line MLflow is known
     "serving",
     "flavor",
