@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-GRACE_S = 7.0  # to the next safe point, and from there to the end
+GRACE_S = 5.0  # to the next safe point, and from there to the end; twice that under load
 _EARLY_GRACE_S = 0.5  # where nothing can be lost yet
 _ACTS_S = 2.0  # for the last acts
 _HASTY_ACTS_S = 1.0

@@ -66,6 +66,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
     select(options.variants)
     splits = load_data(options.data, seed=options.seed, limit=options.limit)
     seconds: dict[str, float] = {}
+    train = partial(train_teacher, before=_rehearsal(options))
     with tracking.stage_run(
         "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
     ) as parent:
@@ -73,7 +74,6 @@ def run_lifecycle(options: Options) -> Lifecycle:
         if options.resume:
             tracking.end_abandoned(run_id)
         tracking.log_dataset_facts(splits)
-        train = partial(train_teacher, before=_rehearsal(options))
         teacher = unless_finished(run_id, "train", train, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
@@ -94,7 +94,10 @@ def run_lifecycle(options: Options) -> Lifecycle:
 
 
 def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
-    """What makes sure, before the teacher is trained, that its students can be made."""
+    """What makes sure, before the teacher is trained, that its students can be made.
+
+    Called before the run begins: the imports take seconds, in which nothing should be at stake.
+    """
     from mlflow_pt_deploy.rehearsal import rehearse_students
 
     if options.student:

@@ -68,6 +68,7 @@ def train_teacher(
             source, splits.labels, splits.train.rows, image_size=options.image_size
         )
     check_fit(classifier, splits)
+    interrupt.check()
     rehearse(classifier, splits.train.rows, "the teacher")
     if before is not None:
         before(classifier, splits)
@@ -96,6 +97,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     check_fit(teacher, splits)
+    interrupt.check()
     torch.manual_seed(options.seed)
     rehearse_students(
         teacher, replace(options, trials=0, student_epochs=1, static_epochs=0), splits
@@ -167,6 +169,7 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     models = {reference: Path(tracking.fetch_model(options.teacher))}
     models |= _students(options.student)
     for path in models.values():
+        interrupt.check()
         classifier = load_classifier(str(path))
         splits = align(splits, classifier.labels)
         check_fit(classifier, splits)
