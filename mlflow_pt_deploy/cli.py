@@ -10,15 +10,21 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.child import kill_all
 from mlflow_pt_deploy.flags import SERVE, parser
+from mlflow_pt_deploy.home import own_temporary_folder
+from mlflow_pt_deploy.interrupt import Interrupted, ended_by, handled
+from mlflow_pt_deploy.progress import quiet_bars
 from mlflow_pt_deploy.sigterm import on_sigterm
+from mlflow_pt_deploy.unexpected import told
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.fitting import Trained
@@ -34,42 +40,59 @@ Call = Callable[[argparse.Namespace], dict[str, Any]]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
+    Args:
+        arguments: As typed; None takes those of this process, which is then the command's own:
+            signals stay handled until it is gone.
+
     Returns:
-        Its exit status: 0 done, 1 a stage failed, 2 wrong usage, 130 interrupted, 143 terminated.
+        Its exit status: 0 done, 1 a stage failed, 2 wrong usage, 130 interrupted, 143 terminated
+        (128 and the signal's number).
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
+    own = arguments is None
     try:
-        with on_sigterm(_terminate):
+        with _interruptible(options.stage, own):
             document = _CALLS[options.stage](options)
-    except PtDeployError as error:
-        print(f"pt-deploy {options.stage}: {error}", file=sys.stderr)
+            if options.json:
+                print(json.dumps(document))
+            sys.stdout.flush()
+    except KeyboardInterrupt as interrupted:
+        number = getattr(interrupted, "number", signal.SIGINT)
+        print(f"pt-deploy {options.stage}: {ended_by(number)}", file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:  # its reader, e.g. `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except _Terminated:
-        print(f"pt-deploy {options.stage}: terminated", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print(f"pt-deploy {options.stage}: interrupted", file=sys.stderr)
-        return 130
-    if options.json:
-        print(json.dumps(document))
+    except Exception as error:
+        print(f"pt-deploy {options.stage}: {told(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as containers and batch systems send it: ends a stage, and MLflow's runs, as Ctrl-C
-    does; else they would be shown as running for ever.
+@contextmanager
+def _interruptible(stage: str, own: bool) -> Iterator[None]:
+    """Signals end what runs inside, and what it left in temporary folders goes with it.
+
+    A server ends in its own way; until that is in force, SIGTERM does what Ctrl-C does.
     """
+    if stage == "serve":
+        with on_sigterm(_terminate):
+            yield
+        return
+    with handled(kill_all, f"pt-deploy {stage}", keep=own), own_temporary_folder():
+        yield
 
 
 def _terminate() -> None:
-    raise _Terminated
+    raise Interrupted(signal.SIGTERM)
 
 
 def _quiet_libraries() -> None:
     """Keep the terminal for our own words; what the user has set stays."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("ALEMBIC_LOG_LEVEL", "WARNING")
+    quiet_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     import logging
 
@@ -223,7 +246,7 @@ def _ways(uri: str) -> tuple[str, str, str]:
 
     A password is not repeated on the terminal; where there is one, the environment has it.
     """
-    from mlflow_pt_deploy.tracking import without_password
+    from mlflow_pt_deploy.reach import without_password
 
     secret = without_password(uri) != uri
     shown = '"$MLFLOW_TRACKING_URI"' if secret else shlex.quote(uri)

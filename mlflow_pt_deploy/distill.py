@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.augment import make_texts
 from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import ModelError
@@ -32,7 +32,9 @@ from mlflow_pt_deploy.models import (
     new_static,
     shrink,
 )
+from mlflow_pt_deploy.models.static import FREQUENT
 from mlflow_pt_deploy.preprocess import Row
+from mlflow_pt_deploy.progress import progress
 from mlflow_pt_deploy.train import Loss, Tensors, predict_batches
 
 
@@ -97,6 +99,7 @@ def start_student(
     *,
     width: float = 1.0,
     rows: Sequence[Row] = (),
+    frequent: int = FREQUENT,
 ) -> Classifier:
     """What learns from a teacher.
 
@@ -107,6 +110,7 @@ def start_student(
         chosen: Which of its layers instead, see `kept_layers`.
         width: Share of MobileNetV2's channels.
         rows: Of train: a static student knows their word pieces from the start.
+        frequent: See `new_static`.
 
     Raises:
         ModelError: The teacher has fewer layers, or there is no such student of images.
@@ -120,7 +124,7 @@ def start_student(
         return new_mobilenet(teacher, width=width)
     assert isinstance(teacher, TextClassifier)
     if layers == 0:
-        return new_static(teacher, cast(Sequence[str], rows))
+        return new_static(teacher, cast(Sequence[str], rows), frequent=frequent)
     return shrink(teacher, kept_layers(teacher.network.config.num_hidden_layers, layers, chosen))
 
 
@@ -167,16 +171,17 @@ def _labelled(teacher: Classifier, split: Split, cache: Path, device: str) -> Le
     logits = np.empty((len(split), len(teacher.labels)), dtype=np.float32)
     features = np.empty((len(split), caught.width), dtype=np.float16)
     batches = predict_batches(teacher, split.rows, device=device)
-    with tqdm(total=len(split), desc="teaching", unit="row", leave=False) as bar:
+    with progress("teaching", len(split), "rows") as shown:
         for chosen, found in batches:
             logits[chosen], features[chosen] = found.cpu(), caught.take().cpu()
-            bar.update(len(chosen))
+            shown.update(len(chosen))
     caught.end()
     cache.mkdir(parents=True, exist_ok=True)
     side = path.with_suffix(f".{os.getpid()}")
-    with side.open("wb") as file:
-        np.savez(file, logits=logits, features=features)
-    os.replace(side, path)
+    with interrupt.shielded():
+        with side.open("wb") as file:
+            np.savez(file, logits=logits, features=features)
+        os.replace(side, path)
     return Lesson(split, logits, features)
 
 

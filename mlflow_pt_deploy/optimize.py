@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from tqdm.auto import tqdm
 
-from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy import interrupt, tracking
 from mlflow_pt_deploy.cascades import plan_cascades
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
@@ -23,6 +22,7 @@ from mlflow_pt_deploy.home import work_folder
 from mlflow_pt_deploy.measure import Bench, Result
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Choice, choose, finalists, no_slower
+from mlflow_pt_deploy.progress import progress
 from mlflow_pt_deploy.report import markdown, plot
 from mlflow_pt_deploy.variants.base import Variant
 from mlflow_pt_deploy.variants.build import Built, build, golden_rows, suited
@@ -68,27 +68,35 @@ def optimize(
         if wants_cascades(options.variants):
             results += _measure(bench, _cascade(results, splits, options.retain, folders))
         results = _with_fewer_threads(bench, results, options)
-    addresses = {}
-    for step, result in enumerate(tqdm(results, desc="logging", unit="variant", leave=False)):
-        address = tracking.log_result(result, splits, step)
-        if address is not None:
-            addresses[result.variant] = address
+    addresses = _log_results(results, splits)
     choice = choose(results, options.policy())
     _log_outcome(results, choice, splits, addresses, work, options.retain)
     shutil.rmtree(work, ignore_errors=True)
     return Optimized(run_id, tuple(results), addresses, choice)
 
 
+def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
+    """The models' addresses, by the variants' names."""
+    addresses = {}
+    with progress("logging", len(results), "variants") as shown:
+        for step, result in enumerate(results):
+            interrupt.check()
+            address = tracking.log_result(result, splits, step)
+            if address is not None:
+                addresses[result.variant] = address
+            shown.update(note=result.variant)
+    return addresses
+
+
 def _build(
     models: Mapping[str, Path], splits: Splits, variants: Sequence[Variant], target: Path
 ) -> list[Built]:
-    with tqdm(total=len(suited(models, variants)), desc="building", unit="variant") as bar:
+    with progress("building", len(suited(models, variants)), "variants") as shown:
 
-        def progress(one: Built) -> None:
-            bar.set_postfix_str(one.name)
-            bar.update()
+        def note(one: Built) -> None:
+            shown.update(note=one.name)
 
-        return build(models, splits, target, variants=variants, progress=progress)
+        return build(models, splits, target, variants=variants, progress=note)
 
 
 def _cascade(results: Sequence[Result], splits: Splits, retain: float, target: Path) -> list[Built]:
@@ -128,8 +136,8 @@ def _bench(built: Sequence[Built], reference: str, splits: Splits, options: Opti
 def _measure(bench: Bench, built: Sequence[Built]) -> list[Result]:
     """A result for each, those that could not be built included."""
     folders = {one.name: one.folder for one in built if one.folder is not None}
-    with _progress("measuring", len(folders)) as progress:
-        measured = {each.variant: each for each in bench.measure(folders, progress=progress)}
+    with _measuring("measuring", len(folders)) as note:
+        measured = {each.variant: each for each in bench.measure(folders, progress=note)}
     return [measured.get(one.name) or bench.failed(one.name, one.reason) for one in built]
 
 
@@ -139,23 +147,18 @@ def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Option
     names = finalists(results, options.policy())
     fewer = [] if options.threads or not names else _fewer(usable_cores())
     folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
-    with _progress("fewer threads", len(folders) * len(fewer)) as progress:
+    with _measuring("fewer threads", len(folders) * len(fewer)) as note:
         for threads in fewer:
-            for result in bench.measure(folders, threads=threads, progress=progress):
+            for result in bench.measure(folders, threads=threads, progress=note):
                 if not result.reason and no_slower(result, kept[result.variant]):
                     kept[result.variant] = result
     return list(kept.values())
 
 
 @contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[Result], None]]:
-    with tqdm(total=total, desc=what, unit="variant", disable=not total) as bar:
-
-        def progress(result: Result) -> None:
-            bar.set_postfix_str(result.variant)
-            bar.update()
-
-        yield progress
+def _measuring(what: str, total: int) -> Iterator[Callable[[Result], None]]:
+    with progress(what, total, "variants") as shown:
+        yield lambda result: shown.update(note=result.variant)
 
 
 def _fewer(cores: int) -> list[int]:

@@ -8,9 +8,11 @@ Knows the order of things and how to go on after an interruption; computes and l
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import mlflow
 
@@ -20,6 +22,7 @@ from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.optimize import Optimized
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.promote import Promotion
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.searches import search_students
 from mlflow_pt_deploy.stages import (
     distill_stage,
@@ -30,6 +33,9 @@ from mlflow_pt_deploy.stages import (
     unless_finished,
 )
 from mlflow_pt_deploy.variants import select
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def run_lifecycle(options: Options) -> Lifecycle:
     Raises:
         PtDeployError: A stage cannot go on; what was finished is kept and resumed from.
     """
-    tracking.check_tracking()
+    check_tracking()
     if options.resume:
         saved = tracking.saved_options(options.resume)
         options = replace(saved, resume=options.resume, storage=options.storage)
@@ -60,12 +66,15 @@ def run_lifecycle(options: Options) -> Lifecycle:
     select(options.variants)
     splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
     seconds: dict[str, float] = {}
+    train = partial(train_teacher, before=_rehearsal(options))
     with tracking.stage_run(
         "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
     ) as parent:
         run_id = parent.info.run_id
+        if options.resume:
+            tracking.end_abandoned(run_id)
         tracking.log_dataset_facts(splits)
-        teacher = unless_finished(run_id, "train", train_teacher, options, splits)
+        teacher = unless_finished(run_id, "train", train, options, splits)
         seconds["train"] = teacher.seconds
         options = replace(options, teacher=teacher.model, epochs=0)
         if not options.student:
@@ -82,6 +91,18 @@ def run_lifecycle(options: Options) -> Lifecycle:
             promotion = promote_choice(optimized, options.name)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return Lifecycle(run_id, splits.column, optimized, promotion, seconds)
+
+
+def _rehearsal(options: Options) -> Callable[[Classifier, Splits], None] | None:
+    """What makes sure, before the teacher is trained, that its students can be made.
+
+    Called before the run begins: the imports take seconds, in which nothing should be at stake.
+    """
+    from mlflow_pt_deploy.rehearsal import rehearse_students
+
+    if options.student:
+        return None
+    return lambda teacher, splits: rehearse_students(teacher, options, splits)
 
 
 def _students(parent: str, options: Options, splits: Splits) -> list[Trained]:

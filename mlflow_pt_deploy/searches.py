@@ -21,6 +21,7 @@ from mlflow_pt_deploy.fitting import Trained
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.home import home, work_folder
 from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.report import trials_markdown
 from mlflow_pt_deploy.search import (
     STATIC,
@@ -80,9 +81,10 @@ def search_students(
         SearchError: The study cannot be used, or no trial finished.
     """
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.rehearsal import rehearse_students
 
     if splits is None:
-        tracking.check_tracking()
+        check_tracking()
         splits = load_data(options.data, seed=options.seed, limit=options.limit, say=print)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
@@ -91,6 +93,7 @@ def search_students(
             "a search tries students of texts, and these are images. Leave trials at 0: the line "
             "distills one student of images."
         )
+    rehearse_students(teacher, options, splits)
     space = space or default_space(teacher, options.kinds)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()

@@ -7,14 +7,14 @@ science, and logs what it returned. Does not know which stage comes next.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 
-from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy import interrupt, tracking
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError
@@ -25,21 +25,37 @@ from mlflow_pt_deploy.optimize import Optimized, optimize
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.policy import Policy, choose
 from mlflow_pt_deploy.promote import Promotion, promote
+from mlflow_pt_deploy.reach import check_tracking
 from mlflow_pt_deploy.variants.numpy import STATIC
 from mlflow_pt_deploy.variants.table import select
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
 
 TEACHER, STUDENT, STATIC_STUDENT, MODEL = "teacher", "student", "static", "model"
 
 
-def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
+def train_teacher(
+    options: Options,
+    splits: Splits | None = None,
+    *,
+    before: Callable[[Classifier, Splits], None] | None = None,
+) -> Trained:
     """Train `options.teacher` on the data, as a run with the model as its artifact.
 
     An interrupted training goes on from its checkpoint if `options.resume` names its run.
 
+    Args:
+        options: What concerns the teacher.
+        splits: The data, if it was loaded already.
+        before: Called before the training with the teacher and the data as it numbers them.
+
     Raises:
-        ModelError: The model cannot be found, or has other labels and `epochs` is 0.
+        ModelError: The model cannot be found, saved or loaded, or has other labels and `epochs`
+            is 0.
     """
     from mlflow_pt_deploy.models import load_classifier, new_classifier
+    from mlflow_pt_deploy.rehearsal import rehearse
     from mlflow_pt_deploy.train import check_fit, cross_entropy
 
     splits = splits or _prepared(options)
@@ -52,6 +68,10 @@ def train_teacher(options: Options, splits: Splits | None = None) -> Trained:
             source, splits.labels, splits.train.rows, image_size=options.image_size
         )
     check_fit(classifier, splits)
+    interrupt.check()
+    rehearse(classifier, splits.train.rows, "the teacher")
+    if before is not None:
+        before(classifier, splits)
     lesson = Lesson(cross_entropy(splits.train.targets))
     return fit_in_run("train", options, splits, classifier, lesson, options.epochs)
 
@@ -69,46 +89,23 @@ def distill_student(options: Options, splits: Splits | None = None) -> Trained:
     import torch
 
     from mlflow_pt_deploy.models import load_classifier
+    from mlflow_pt_deploy.rehearsal import rehearse_students
+    from mlflow_pt_deploy.students import start_student
     from mlflow_pt_deploy.train import check_fit
 
     splits = splits or _prepared(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
     check_fit(teacher, splits)
+    interrupt.check()
     torch.manual_seed(options.seed)
-    student = _start_student(teacher, options, splits)
+    rehearse_students(
+        teacher, replace(options, trials=0, student_epochs=1, static_epochs=0), splits
+    )
+    student = start_student(teacher, options, splits)
     lesson = _lesson(teacher, student, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
     return fit_in_run(distill_stage(options), options, splits, student, lesson, epochs)
-
-
-def _start_student(teacher: Any, options: Options, splits: Splits) -> Any:
-    """A part of the teacher: its vocabulary, its layers, and of these what matters most."""
-    from mlflow_pt_deploy.prune import frequent_pieces, new_student, prune_vocabulary
-
-    layers = options.student_layers
-    of_texts = {
-        "vocabulary": options.vocabulary != "all",
-        "student_heads": options.student_heads,
-        "student_neurons": options.student_neurons,
-        "keep_layers": options.keep_layers,
-        "relation_weight": options.relation_weight,
-        "made_texts": options.made_texts,
-    }
-    if splits.column != "text" and (given := [name for name, set_ in of_texts.items() if set_]):
-        raise ModelError(f"{', '.join(given)}: for texts only, and these are images. Leave it out.")
-    if options.vocabulary != "all":
-        texts, common = cast(Sequence[str], splits.train.rows), frequent_pieces(teacher)
-        teacher = prune_vocabulary(teacher, texts, keep=common)
-    return new_student(
-        teacher,
-        splits.train,
-        layers,
-        options.keep_layers,
-        heads=options.student_heads,
-        neurons=options.student_neurons,
-        width=options.student_width,
-    )
 
 
 def _lesson(teacher: Any, student: Any, options: Options, splits: Splits) -> Lesson:
@@ -172,6 +169,7 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimized
     models = {reference: Path(tracking.fetch_model(options.teacher))}
     models |= _students(options.student)
     for path in models.values():
+        interrupt.check()
         classifier = load_classifier(str(path))
         splits = align(splits, classifier.labels)
         check_fit(classifier, splits)
@@ -203,7 +201,9 @@ def promote_choice(optimized: Optimized, name: str) -> Promotion:
         "pt_deploy.run": optimized.run_id,
         **{key: f"{facts[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
     }
-    return promote(optimized.models[choice.variant], name, choice.reason, tags)
+    interrupt.check()
+    with interrupt.shielded():  # the alias moves with the version's tags, or not at all
+        return promote(optimized.models[choice.variant], name, choice.reason, tags)
 
 
 def read_optimized(run_id: str, policy: Policy | None = None) -> Optimized:
@@ -243,5 +243,5 @@ def _students(addresses: str) -> dict[str, Path]:
 
 
 def _prepared(options: Options) -> Splits:
-    tracking.check_tracking()
+    check_tracking()
     return load_data(options.data, seed=options.seed, limit=options.limit, say=print)

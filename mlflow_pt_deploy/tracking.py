@@ -7,7 +7,6 @@ and tag names; does not know how anything is computed.
 from __future__ import annotations
 
 import atexit
-import os
 import re
 import shutil
 import tempfile
@@ -22,12 +21,13 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy import flavor, interrupt
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.hardware import hardware_tags, usable_cores
 from mlflow_pt_deploy.measure import Result
 from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.reach import without_password
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
@@ -35,36 +35,6 @@ OPTIONS_TAG = "pt_deploy.options"
 REASON_TAG = "pt_deploy.reason"
 _NOTE_TAG = "mlflow.note.content"
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
-
-
-def check_tracking() -> None:
-    """Make sure that results can be written, before hours are spent on them.
-
-    Raises:
-        TrackingError: The tracking server does not answer; names it and the cure.
-    """
-    uri = mlflow.get_tracking_uri()
-    short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in short}
-    os.environ.update(short)
-    try:
-        MlflowClient().search_experiments(max_results=1)
-    except ModuleNotFoundError as error:  # a database's driver
-        raise TrackingError(
-            f"the MLflow tracking server {without_password(uri)} needs the Python package "
-            f"{error.name}. Install it: pip install {error.name}. Nothing was trained."
-        ) from error
-    except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
-        raise TrackingError(
-            f"the MLflow tracking server {without_password(uri)} does not answer "
-            f"({type(error).__name__}). Start it, or set MLFLOW_TRACKING_URI; nothing was trained."
-        ) from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -90,11 +60,30 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
             context = mlflow.start_run(run_name=name, nested=nested, log_system_metrics=False)
     except MlflowException as error:
         raise TrackingError(f"run {resume or name} cannot be started: {error.message}") from error
-    with context as run:
+    with _ended_in_any_case(context) as run:
         # `mlflow run` creates the run itself and asks no context provider
         mlflow.set_tags({STAGE_TAG: stage, **hardware_tags()})
         if options:
             mlflow.set_tag(OPTIONS_TAG, options)
+        yield run
+
+
+@contextmanager
+def open_run(name: str, tags: Mapping[str, str]) -> Iterator[Run]:
+    """A new child of the active run."""
+    context = mlflow.start_run(run_name=name, nested=True, log_system_metrics=False)
+    with _ended_in_any_case(context) as run:
+        mlflow.set_tags(dict(tags))
+        yield run
+
+
+@contextmanager
+def _ended_in_any_case(context: mlflow.ActiveRun) -> Iterator[Run]:
+    """A run that is not left running, also where the process must end inside of it."""
+    interrupt.begin()
+    client, run_id = MlflowClient(), context.info.run_id
+    with interrupt.last_act(lambda: client.set_terminated(run_id, "FAILED")), context as run:
+        interrupt.check()
         yield run
 
 
@@ -171,8 +160,7 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
         "device": result.device,
         "threads": str(result.threads),
     }
-    with mlflow.start_run(run_name=result.variant, nested=True, log_system_metrics=False):
-        mlflow.set_tags({STAGE_TAG: "variant", VARIANT_TAG: result.variant})
+    with open_run(result.variant, {STAGE_TAG: "variant", VARIANT_TAG: result.variant}):
         mlflow.log_params(params)
         if result.reason or result.folder is None:
             mlflow.set_tags({REASON_TAG: result.reason, _NOTE_TAG: f"Not built: {result.reason}"})
@@ -283,11 +271,3 @@ def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Pat
     for name, text in texts.items():
         mlflow.log_text(text, name)
     mlflow.log_artifact(str(figure))
-
-
-def without_password(uri: str) -> str:
-    """The address of a tracking store without user and password; a file has none."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme.startswith(("sqlite", "file")):
-        return uri
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

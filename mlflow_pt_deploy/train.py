@@ -19,13 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError, RowError
 from mlflow_pt_deploy.hardware import cpu_flags
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.preprocess import Row
+from mlflow_pt_deploy.progress import Progress, progress
 from mlflow_pt_deploy.variants.numpy import STATIC
 
 Tensors = tuple[torch.Tensor, ...]
@@ -114,6 +115,7 @@ def check_fit(classifier: Classifier, splits: Splits) -> None:
         return
     for name in ("train", "validation", "test"):
         for number, row in enumerate(getattr(splits, name).rows, start=1):
+            interrupt.check()
             try:
                 preprocessor.encode([row])
             except RowError as error:
@@ -157,17 +159,16 @@ def fit(
     run = _Run(classifier.to(device), splits.train, schedule, device)
     if checkpoint and checkpoint.exists():
         run.restore(checkpoint)
-    bar = tqdm(total=run.total_steps, initial=run.step, desc="training", unit="batch", leave=False)
-    with bar:
+    with progress("training", run.total_steps, "batches", done=run.step) as shown:
         while len(run.epochs) < schedule.epochs:
             started = time.monotonic()
-            run.one_epoch(loss, checkpoint, bar)
+            run.one_epoch(loss, checkpoint, shown)
             accuracy = evaluate(classifier, splits.validation, device=device)
             epoch = Epoch(
                 len(run.epochs) + 1, run.mean_loss(), accuracy, time.monotonic() - started
             )
             run.finish(epoch)
-            bar.set_postfix(loss=f"{epoch.train_loss:.3f}", validation=f"{accuracy:.4f}")
+            shown.update(0, f"loss {epoch.train_loss:.3f}, validation {accuracy:.4f}")
             if checkpoint:
                 run.save(checkpoint)
             if on_epoch:
@@ -208,6 +209,7 @@ def predict_batches(
             encoded = classifier.preprocessor.encode(rows[start : start + size])
             order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
             for first in range(0, len(order), batch_size):
+                interrupt.check()
                 chosen = order[first : first + batch_size]
                 inputs = _tensors(classifier, [encoded[row] for row in chosen], device)
                 yield np.add(chosen, start), classifier(*inputs)
@@ -251,7 +253,7 @@ class _Run:
         ]
         torch.manual_seed(schedule.seed)
 
-    def one_epoch(self, loss: Loss, checkpoint: Path | None, bar: Any) -> None:
+    def one_epoch(self, loss: Loss, checkpoint: Path | None, shown: Progress) -> None:
         """The rest of the current epoch."""
         self.classifier.train()
         batches = self._batches(len(self.epochs))
@@ -259,10 +261,12 @@ class _Run:
         for chosen in batches[self.step - len(self.epochs) * self.steps_an_epoch :]:
             self.losses.append(self._learn(loss, chosen))
             self.step += 1
-            bar.update()
-            if checkpoint and time.monotonic() - saved > _CHECKPOINT_EVERY_S:
+            shown.update()
+            late = time.monotonic() - saved > _CHECKPOINT_EVERY_S
+            if checkpoint and (late or interrupt.requested()):
                 self.save(checkpoint)
                 saved = time.monotonic()
+            interrupt.check()
 
     def mean_loss(self) -> float:
         return float(np.mean(self.losses))

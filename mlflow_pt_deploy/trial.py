@@ -162,8 +162,8 @@ class Evaluator:
 def _trial_run(number: int, point: Point) -> Iterator[None]:
     import optuna
 
-    with mlflow.start_run(run_name=f"trial {number}", nested=True, log_system_metrics=False):
-        mlflow.set_tags({tracking.STAGE_TAG: "trial", "pt_deploy.trial": str(number)})
+    tags = {tracking.STAGE_TAG: "trial", "pt_deploy.trial": str(number)}
+    with tracking.open_run(f"trial {number}", tags):
         mlflow.log_params(asdict(point))
         try:
             yield

@@ -65,11 +65,8 @@ def test_word_order_counts_through_ngrams_alone(static: Classifier) -> None:
     assert np.abs(forward - backward).max() < 1e-5
 
 
-def test_it_starts_from_what_the_teacher_makes_of_each_piece(
-    teacher: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlflow_pt_deploy.models.static._FREQUENT", 20)
-    student = start_student(teacher, 0, rows=["my card"])
+def test_it_starts_from_what_the_teacher_makes_of_each_piece(teacher: Classifier) -> None:
+    student = start_student(teacher, 0, rows=["my card"], frequent=20)
     assert student.network.config.model_type == STATIC == StaticConfig.model_type
     embeddings = teacher.network.bert.embeddings.word_embeddings.weight
     pieces = student.network.pieces.weight

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.hardware import usable_cores
@@ -98,6 +99,7 @@ class Bench:
         """
         results = []
         for name, folder in folders.items():
+            interrupt.check()
             blank = self._blank(name, folder, threads or self._threads)
             result = self._attempt(blank, folder)
             if not self.worker.alive:

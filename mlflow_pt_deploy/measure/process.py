@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.child import command, environment
+from mlflow_pt_deploy import child, interrupt
 from mlflow_pt_deploy.errors import VariantError, exit_in_words, first_line
 from mlflow_pt_deploy.hardware import THREAD_VARIABLES
 from mlflow_pt_deploy.preprocess import Row, row_to_json
@@ -72,12 +72,12 @@ class Worker:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         options = ("--device", device, "--threads", str(threads))
         start = perf_counter()
-        self._process = subprocess.Popen(
-            command("measure.worker", str(folder), *options),
+        self._process = child.start(
+            child.command("measure.worker", str(folder), *options),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
+            env=child.environment(**dict.fromkeys(THREAD_VARIABLES, str(threads))),
         )
         try:
             facts = self._ask("first", row=row_to_json(first_row))
@@ -137,16 +137,13 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it; closing twice is fine."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        stdin = self._process.stdin
+        assert stdin is not None
         with suppress(OSError):
             stdin.close()  # the worker takes the end of its input for "quit"
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        stdout.close()
+        child.end(self._process)
         self._stderr.close()
 
     def _ask(self, do: str, **arguments: Any) -> Any:
@@ -164,6 +161,7 @@ class Worker:
         finally:
             clock.cancel()
         if not line.endswith(b"\n"):
+            interrupt.check()  # a worker that was ended for that reason is no failure
             raise VariantError(self._death(do, timed_out=expired.is_set()))
         reply = json.loads(line)
         if "error" in reply:
@@ -172,7 +170,7 @@ class Worker:
 
     def _expire(self, expired: threading.Event) -> None:
         expired.set()
-        self._process.kill()
+        child.kill(self._process)
 
     def _death(self, do: str, *, timed_out: bool) -> str:
         if timed_out:

@@ -2,6 +2,7 @@
 
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier, new_mobilenet, new_resnet
+from mlflow_pt_deploy.models.layers import shrink
 from mlflow_pt_deploy.models.load import (
     blank_classifier,
     load_classifier,
@@ -10,7 +11,7 @@ from mlflow_pt_deploy.models.load import (
     save_classifier,
 )
 from mlflow_pt_deploy.models.static import new_static
-from mlflow_pt_deploy.models.text import TextClassifier, shrink
+from mlflow_pt_deploy.models.text import TextClassifier
 
 __all__ = [
     "Classifier",

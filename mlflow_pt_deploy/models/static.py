@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.text import TextClassifier
 
@@ -30,7 +31,7 @@ PRIMES = (1_000_003, 7_368_787, 39_916_801)
 """Multiplier of the id at each place of an n-gram; with ids under 2^20 no product leaves int64."""
 
 
-_FREQUENT = 60_000  # large vocabularies begin with what occurs most
+FREQUENT = 60_000  # pieces; large vocabularies begin with what occurs most
 _AT_ONCE = 512
 
 
@@ -131,6 +132,7 @@ def new_static(
     hidden: int = 512,
     buckets: int = 32768,
     ngrams: int = 2,
+    frequent: int = FREQUENT,
 ) -> TextClassifier:
     """A static student that starts from what the teacher makes of each word piece alone.
 
@@ -144,6 +146,7 @@ def new_static(
         hidden: Width of the hidden layer.
         buckets: Rows of the n-gram table.
         ngrams: Longest n-gram, 1 to 3.
+        frequent: Pieces at the head of the vocabulary that count as frequent.
 
     Raises:
         ModelError: `ngrams` is out of range, or the teacher is static itself.
@@ -154,7 +157,7 @@ def new_static(
         )
     if not 1 <= ngrams <= len(PRIMES):
         raise ModelError(f"ngrams {ngrams}: choose from 1 to {len(PRIMES)}.")
-    embedding = _pieces(teacher, rows)
+    embedding = _pieces(teacher, rows, frequent)
     config = StaticConfig(
         vocab_size=embedding.shape[0],
         hidden_size=embedding.shape[1],
@@ -173,11 +176,11 @@ def new_static(
     return TextClassifier(network, tokenizer).eval()
 
 
-def _pieces(teacher: TextClassifier, rows: Sequence[str]) -> torch.Tensor:
+def _pieces(teacher: TextClassifier, rows: Sequence[str], frequent: int) -> torch.Tensor:
     """What each piece means at the start, float (pieces, width), as widely spread as embeddings."""
     table: torch.Tensor = teacher.network.get_input_embeddings().weight.detach()
     used = {piece for ids in teacher.preprocessor.encode(rows) for piece in ids}
-    ids = torch.tensor(sorted(used.union(range(min(_FREQUENT, len(table))))), device=table.device)
+    ids = torch.tensor(sorted(used.union(range(min(frequent, len(table))))), device=table.device)
     states = _last_states(teacher, ids)
     states = states - states.mean(dim=0)
     start: torch.Tensor = table.new_zeros(len(table), states.shape[1])
@@ -192,8 +195,11 @@ def _last_states(teacher: TextClassifier, ids: torch.Tensor) -> torch.Tensor:
     place = sum(1 for one, other in zip(empty, filled, strict=False) if one == other)
     place = min(place, len(empty) - 1) if empty else 0
     body = teacher.network.base_model.eval()
+    if teacher.network.config.is_encoder_decoder:  # the decoder wants texts of its own
+        body = body.get_encoder()
     found: list[torch.Tensor] = []
     for some in ids.split(_AT_ONCE):
+        interrupt.check()
         around = torch.tensor(empty, dtype=some.dtype, device=some.device).repeat(len(some), 1)
         inputs = torch.cat([around[:, :place], some.unsqueeze(1), around[:, place:]], dim=1)
         states = body(input_ids=inputs, attention_mask=torch.ones_like(inputs)).last_hidden_state

@@ -1,17 +1,14 @@
-"""Text classifiers of the transformers library: with their tokenizer, and cut down.
+"""Text classifiers of the transformers library, with their tokenizer.
 
 Does not know how a model is trained or what runs it later.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from mlflow_pt_deploy.errors import ModelError, first_line
@@ -65,29 +62,3 @@ def declared_padding(config: Any) -> int | None:
     """The id of padding by a network's config; None where it has none."""
     padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else None
-
-
-def shrink(teacher: TextClassifier, layers: Sequence[int]) -> TextClassifier:
-    """A student that keeps only some of the teacher's layers, weights and head included.
-
-    Initialising from the teacher's own layers follows DistilBERT (Sanh et al. 2019) and
-    Patient Knowledge Distillation (Sun et al. 2019).
-
-    Args:
-        teacher: The fine-tuned teacher; it is not changed.
-        layers: Indices of the layers to keep, ascending.
-
-    Raises:
-        ModelError: An index is out of range, or the network has no list of layers.
-    """
-    depth = teacher.network.config.num_hidden_layers
-    if not layers or any(not 0 <= index < depth for index in layers):
-        raise ModelError(f"student layers {list(layers)}: choose from 0 to {depth - 1}.")
-    network = copy.deepcopy(teacher.network)
-    for module in network.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == depth:
-                setattr(module, name, nn.ModuleList(child[index] for index in layers))
-                network.config.num_hidden_layers = len(layers)
-                return TextClassifier(network, teacher.tokenizer).eval()
-    raise ModelError(f"{type(network).__name__} has no list of {depth} layers to choose from.")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import TextClassifier
@@ -65,6 +66,7 @@ def taylor_importance(
     gates = _Gates(network)
     total: list[Scores] = [np.zeros(1) for _ in gates.kinds]
     for start in range(0, len(rows), batch_size):
+        interrupt.check()
         inputs = classifier.preprocessor(rows[start : start + batch_size])
         tensors = {name: torch.from_numpy(it).to(network.device) for name, it in inputs.items()}
         truth = torch.from_numpy(targets[start : start + batch_size]).to(network.device)

@@ -20,6 +20,7 @@ from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import Classifier, TextClassifier
 from mlflow_pt_deploy.models.family import family_of
 from mlflow_pt_deploy.models.narrow import HEAD_SIZE, blank_network, head_size, note_heads
+from mlflow_pt_deploy.models.static import FREQUENT
 from mlflow_pt_deploy.prune.importance import Importance, Scores, teacher_importance
 
 
@@ -127,6 +128,7 @@ def new_student(
     heads: int = 0,
     neurons: int = 0,
     width: float = 1.0,
+    frequent: int = FREQUENT,
 ) -> Classifier:
     """What `distill.start_student` gives, cut down to the shape that is asked for.
 
@@ -136,11 +138,14 @@ def new_student(
         layers, chosen: As there.
         heads, neurons: See `cut_student`; for transformers of texts alone.
         width: As there of images, see `cut_student` of texts.
+        frequent: As there.
 
     Raises:
         ModelError: A number is out of range, or the architecture is not supported.
     """
-    student = start_student(teacher, layers, chosen, width=width, rows=train.rows)
+    student = start_student(
+        teacher, layers, chosen, width=width, rows=train.rows, frequent=frequent
+    )
     if not layers or not isinstance(student, TextClassifier):
         return student
     assert isinstance(teacher, TextClassifier)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.errors import PtDeployError, SearchError
 from mlflow_pt_deploy.search.early import hopeless
 from mlflow_pt_deploy.search.front import Dropped, Finished, Found, Outcome
@@ -147,6 +148,7 @@ def search(
     with open_study(plan.study, plan.storage, space, plan.wait_s) as study:
         retry_forgotten(study)
         while time.monotonic() < deadline:
+            interrupt.check()
             check_space(study, space)
             for dead in watch.dead(study.get_trials(deepcopy=False)):
                 give_up(study, dead.number)

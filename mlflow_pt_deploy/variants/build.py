@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy.child import command, environment
+from mlflow_pt_deploy import child, interrupt
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, exit_in_words
 from mlflow_pt_deploy.hardware import usable_cores
@@ -203,11 +203,11 @@ class _Exporter:
     """
 
     def __init__(self, job: Path, log: Path, threads: int) -> None:
-        self._command = command("variants.export", str(job))
+        self._command = child.command("variants.export", str(job))
         self._log = log
         # Two children with all cores each would wait for one another at every OpenMP barrier; and
         # OpenVINO and NNCF send usage statistics to their makers unless they believe to be in CI.
-        self._environment = environment(OMP_NUM_THREADS=str(threads), CI="true")
+        self._environment = child.environment(OMP_NUM_THREADS=str(threads), CI="true")
         self._child: subprocess.Popen[str] | None = None
 
     def work_off(
@@ -224,7 +224,9 @@ class _Exporter:
                     model, variant = tasks.popleft()
                 except IndexError:
                     return
+                interrupt.check()
                 reason, seconds = self._export(model, models[model], variant)
+                interrupt.check()  # a child that was ended for that reason is no failure
                 folder = None if reason else target / variant.name(model)
                 note(_built(variant, model, folder, reason, seconds))
         finally:
@@ -232,36 +234,34 @@ class _Exporter:
 
     def kill(self) -> None:
         """End the child, whatever it is doing."""
-        child, self._child = self._child, None
-        if child is not None:
-            child.kill()
-            with child:  # waits, and closes its pipes
-                pass
+        running, self._child = self._child, None
+        if running is not None:
+            child.end(running)
 
     def _export(self, model: str, source: Path, variant: Variant) -> tuple[str, float]:
         """Why it failed, empty if it did not, and the seconds it took."""
-        child = self._child = self._child or self._start()
-        assert child.stdin is not None and child.stdout is not None
+        running = self._child = self._child or self._start()
+        assert running.stdin is not None and running.stdout is not None
         task = {"model": model, "source": str(source), "runtime": variant.runtime}
         late = threading.Event()
 
         def give_up() -> None:
             late.set()
-            child.kill()
+            child.kill(running)
 
         timer = threading.Timer(_TIMEOUT_S, give_up)
         timer.start()
         try:
             with suppress(OSError):  # it died: what it said last is read below
-                child.stdin.write(json.dumps({**task, "options": asdict(variant)}) + "\n")
-                child.stdin.flush()
-            line = child.stdout.readline()
+                running.stdin.write(json.dumps({**task, "options": asdict(variant)}) + "\n")
+                running.stdin.flush()
+            line = running.stdout.readline()
         finally:
             timer.cancel()
         if line.endswith("\n"):
             answer = json.loads(line)
             return answer["reason"], answer["seconds"]
-        code = child.wait()
+        code = running.wait()
         self.kill()
         if late.is_set():
             return f"the export was given up after {_TIMEOUT_S} s", 0.0
@@ -269,7 +269,7 @@ class _Exporter:
 
     def _start(self) -> subprocess.Popen[str]:
         with self._log.open("wb") as errors:
-            return subprocess.Popen(
+            return child.start(
                 self._command,
                 env=self._environment,
                 stdin=subprocess.PIPE,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mlflow_pt_deploy.child import end_with_parent
 from mlflow_pt_deploy.errors import PtDeployError, first_line
 from mlflow_pt_deploy.preprocess import Row, row_from_json
 from mlflow_pt_deploy.variants.base import Inputs
@@ -31,6 +32,7 @@ def main(path: Path) -> None:
         path: JSON file with what all exports share.
     """
     warnings.simplefilter("ignore")
+    end_with_parent()
     answers = _private_stdout()
     job = json.loads(path.read_text(encoding="utf8"))
     known: dict[str, _Source] = {}

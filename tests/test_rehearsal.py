@@ -1,0 +1,163 @@
+"""Students of many architectures: cut right or refused in words, and before anything is trained."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import KEYWORDS, _tokenizer
+from mlflow import MlflowClient
+from transformers import AutoModelForSequenceClassification
+
+from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.models import TextClassifier, load_classifier, save_classifier, shrink
+from mlflow_pt_deploy.options import Options
+from mlflow_pt_deploy.rehearsal import rehearse, rehearse_students
+from mlflow_pt_deploy.train import predict_logits
+
+ROWS = ["my card", "please refund it and send the money abroad", "a"]
+SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4}
+GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SHAPE),
+    "modernbert": ("ModernBert", {**SHAPE, "local_attention": 8}),
+    "qwen2": ("Qwen2", {**SHAPE, "num_key_value_heads": 2}),
+    "gpt2": ("GPT2", GPT2),
+    "t5": ("T5", {**T5, "decoder_start_token_id": 0}),
+    "longformer": ("Longformer", {**SHAPE, "attention_window": [8, 16, 8, 16]}),
+    "albert": ("Albert", {**SHAPE, "embedding_size": 16}),
+    "funnel": ("Funnel", {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_inner": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Callable[[str], TextClassifier]:
+    """An untrained classifier of this kind, with 4 layers."""
+
+    def make(kind: str) -> TextClassifier:
+        name, shape = KINDS[kind]
+        tokenizer = _tokenizer()
+        special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.sep_token_id}
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=len(tokenizer),
+            id2label=dict(enumerate(KEYWORDS)),
+            label2id={label: index for index, label in enumerate(KEYWORDS)},
+            **{**special, **shape},
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = AutoModelForSequenceClassification.from_config(config)
+        return TextClassifier(network, tokenizer).eval()
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "qwen2", "gpt2", "t5", "longformer"])
+def test_a_student_comes_back_as_it_was_saved(
+    kind: str, teacher: Callable[[str], TextClassifier], tmp_path: Path
+) -> None:
+    whole = teacher(kind)
+    expected = predict_logits(whole, ROWS)
+    assert np.allclose(predict_logits(shrink(whole, [0, 1, 2, 3]), ROWS), expected, atol=1e-5)
+    student = shrink(whole, [0, 2])
+    answers = predict_logits(student, ROWS)
+    save_classifier(student, tmp_path)
+    # with its own tokenizer: transformers has another one for each of these architectures
+    loaded = TextClassifier(load_classifier(str(tmp_path)).network, whole.tokenizer)
+    assert np.allclose(predict_logits(loaded, ROWS), answers, atol=1e-5)
+    assert not np.allclose(answers, expected, atol=1e-5)
+    assert np.array_equal(predict_logits(whole, ROWS), expected), "the teacher is not changed"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "message"),
+    [
+        (
+            "albert",
+            [0, 1],
+            r"has no list of 4 layers .* they share their weights\. Have no student",
+        ),
+        (
+            "funnel",
+            [0, 1],
+            r"funnel: its number of layers cannot be changed\. Have no student with",
+        ),
+        (
+            "modernbert",
+            [2, 3],
+            r"of its 4 layers, 2, 3 alone make no network \(Unexpected key.*Keep",
+        ),
+        ("t5", [1], r"t5: of its 4 layers, 1 alone make no network \(Missing key.*relative_att"),
+    ],
+)
+def test_a_cut_that_makes_no_network_is_refused(
+    kind: str, layers: list[int], message: str, teacher: Callable[[str], TextClassifier]
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        shrink(teacher(kind), layers)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"qwen2"}))  # for its tokenizer, see above
+def test_every_kind_has_a_static_student(
+    kind: str, teacher: Callable[[str], TextClassifier], tiny_splits: Splits
+) -> None:
+    rehearse_students(teacher(kind), Options(student_epochs=0), tiny_splits)
+
+
+def test_what_answers_otherwise_once_it_is_loaded_is_refused(
+    teacher: Callable[[str], TextClassifier], tiny_splits: Splits
+) -> None:
+    odd = teacher("bert")
+    odd.network.config.layer_norm_eps = 10.0  # the network was built with another one
+    with pytest.raises(ModelError, match=r"bert: the teacher answers otherwise once it is saved"):
+        rehearse(odd, tiny_splits.train.rows, "the teacher")
+    odd.network.config.layer_types = ["full_attention"]  # ModernBERT's after a careless cut
+    odd.network.config.num_attention_heads = 5
+    with pytest.raises(ModelError, match=r"the teacher cannot be (saved|loaded again) \("):
+        rehearse(odd, tiny_splits.train.rows, "the teacher")
+
+
+def test_all_ways_to_cut_are_tried(
+    teacher: Callable[[str], TextClassifier], tiny_splits: Splits
+) -> None:
+    bert = teacher("bert")
+    before = torch.get_rng_state()
+    cut = {"student_layers": 2, "student_heads": 2, "student_neurons": 24, "student_width": 0.5}
+    rehearse_students(bert, Options(**cut, vocabulary="train"), tiny_splits)
+    rehearse_students(bert, Options(trials=3), tiny_splits)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ModelError, match=r"gpt2 cannot be pruned; supported are bert"):
+        rehearse_students(teacher("gpt2"), Options(student_layers=2, student_heads=2), tiny_splits)
+    with pytest.raises(ModelError, match=r"student_layers 5: choose from 1 to 4"):
+        rehearse_students(bert, Options(student_layers=5), tiny_splits)
+    rehearse_students(bert, replace(Options(), student_epochs=0, static_epochs=0), tiny_splits)
+
+
+def test_a_run_refuses_before_its_teacher_is_trained(
+    tracking: str, tiny_data: Path, teacher: Callable[[str], TextClassifier], tmp_path: Path
+) -> None:
+    save_classifier(teacher("albert"), tmp_path / "albert")
+    said = io.StringIO()
+    with redirect_stderr(said):
+        assert main(["run", "--data", str(tiny_data), "--teacher", str(tmp_path / "albert")]) == 1
+    assert "AlbertForSequenceClassification has no list of 4 layers" in said.getvalue()
+    (run,) = MlflowClient().search_runs(["0"])
+    assert run.data.tags["pt_deploy.stage"] == "run"
+    assert run.info.status == "FAILED"
