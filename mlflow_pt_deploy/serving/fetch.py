@@ -7,6 +7,7 @@ loaded for.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -74,6 +75,15 @@ class Fetched:
 def environment_allows_code() -> bool:
     """Whether the operator allows code by the environment variable."""
     return os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
+
+
+def inference_config_allows_code() -> bool:
+    """Whether the operator allows code by MLflow's environment variable."""
+    try:
+        config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("allow_code") is True
 
 
 def fetch(address: Address, folder: Path) -> Fetched:
