@@ -10,8 +10,6 @@ this package is asked: they are as safe as the artifact store that they load fro
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
 import tempfile
@@ -43,7 +41,12 @@ from mlflow_pt_deploy import __version__
 from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_regular
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.hardware import library_versions
-from mlflow_pt_deploy.serving.fetch import ALLOW_CODE_ENV, environment_allows_code, fetch
+from mlflow_pt_deploy.serving.fetch import (
+    ALLOW_CODE_ENV,
+    environment_allows_code,
+    fetch,
+    inference_config_allows_code,
+)
 from mlflow_pt_deploy.serving.mlmodel import (
     FLAVOR_NAME,
     FOLDER,
@@ -218,7 +221,7 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFun
     list_files(root)
     mlmodel = read_mlmodel(root)
     config = dict(model_config or {})
-    mlmodel.check_claim(environment_allows_code() or _inference_config_allows_code())
+    mlmodel.check_claim(environment_allows_code() or inference_config_allows_code())
     config["allow_code"] = (
         bool(config.get("allow_code")) or environment_allows_code() or _registry_vouches(root)
     )
@@ -239,15 +242,6 @@ def _load(root: Path, mlmodel: MLmodel, options: Options) -> LoadedVariant:
         threads=options.num_threads,
         allow_code=options.allow_code,
     )
-
-
-def _inference_config_allows_code() -> bool:
-    """Whether the operator allows code by MLflow's environment variable."""
-    try:
-        config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
-    except ValueError:
-        return False
-    return isinstance(config, dict) and config.get("allow_code") is True
 
 
 def _registry_vouches(root: Path) -> bool:

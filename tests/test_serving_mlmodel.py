@@ -11,14 +11,19 @@ from typing import Any
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from tiny_artifact import SAVED, copy_saved, edit_mlmodel
+from tiny_serving import running
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError, UntrustedError
 from mlflow_pt_deploy.promote import promote
+from mlflow_pt_deploy.serving.app import App
 from mlflow_pt_deploy.serving.mlmodel import MAX_BYTES
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, resolve
+from mlflow_pt_deploy.serving.registry import DIGEST_TAG, Address, Target, resolve, source
+from mlflow_pt_deploy.serving.slot import Slot
 from mlflow_pt_deploy.serving.version import Version, check_there, load_version
 from mlflow_pt_deploy.variants import read_manifest
 
@@ -167,7 +172,7 @@ def test_nesting_that_multiplies_is_never_walked(saved: Path) -> None:
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no MLmodel file in it"):
         load(tmp_path)
-    with pytest.raises(ModelError, match=r"there is no .*nowhere. Give the address"):
+    with pytest.raises(MlflowException, match=r"there is no .*nowhere\."):
         load(tmp_path / "nowhere")
 
 
@@ -278,7 +283,16 @@ def test_a_model_that_changed_since_it_was_logged(saved: Path) -> None:
         load(saved)
 
 
-def test_what_an_earlier_version_saved_is_served_as_it_was() -> None:
+def test_what_an_earlier_version_saved_is_served_by_the_server() -> None:
+    slot = Slot("saved", source(str(SAVED)))
+    slot.open()
+    with running(App({"saved": slot})) as url:
+        body = {"inputs": ["my card", "i want a refund"]}
+        answer = requests.post(f"{url}/invocations", json=body, timeout=10)
+    assert [row["label"] for row in answer.json()["predictions"]] == ["card", "refund"]
+
+
+def test_what_an_earlier_version_saved_is_loaded_as_it_was() -> None:
     rows = json.loads((SAVED / "variant" / "golden.json").read_text())["rows"]
     answers = load(SAVED).pyfunc.predict(rows)
     assert answers == mlflow.pyfunc.load_model(str(SAVED)).predict(rows)

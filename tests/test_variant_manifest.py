@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_artifact import copy_saved, reseal, write_manifest
+from tiny_artifact import SAVED, copy_saved, refused, reseal, write_manifest
 
-from mlflow_pt_deploy import flavor
-from mlflow_pt_deploy.errors import ArtifactError, PtDeployError
-from mlflow_pt_deploy.serving.registry import Address, Target
-from mlflow_pt_deploy.serving.version import load_version
-from mlflow_pt_deploy.variants import RUNTIMES, Variant, load_variant, verify
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.openvino import OpenVino
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.variants import RUNTIMES, load_variant
+from mlflow_pt_deploy.variants.cascade import write_cascade
 
 ODD: tuple[Any, ...] = (
     None,
@@ -55,17 +42,6 @@ def saved(tmp_path: Path) -> Path:
 def manifest_of(root: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((root / "variant" / "manifest.json").read_text())
     return content
-
-
-def refused(root: Path, match: str | None = None) -> str:
-    """What the server says of a model; in one sentence or two, and within five seconds."""
-    start = time.monotonic()
-    with pytest.raises(ArtifactError, match=match) as caught:
-        load_version(Address(str(root)), Target(str(root)))
-    assert time.monotonic() - start < 5
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 700, message
-    return message
 
 
 @pytest.mark.parametrize("key", [*KEYS, "files"])
@@ -263,96 +239,24 @@ def test_runtime_files_that_are_none(saved: Path, files: dict[str, bytes]) -> No
     refused(saved, "numpy cannot load its files|cannot answer its golden rows|answers diff")
 
 
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-def outside(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def inside(path: Path) -> None:
-    path.with_name("real").write_text("{}")
-    path.symlink_to("real")
-
-
-def dangling(path: Path) -> None:
-    path.symlink_to("nowhere")
-
-
-def unix_socket(path: Path) -> None:
-    """A path of at most a hundred characters is possible; so it is bound from its folder."""
-    code = f"import socket; socket.socket(socket.AF_UNIX).bind({path.name!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=path.parent, check=True)
-
-
-def linked_folder(path: Path) -> None:
-    path.symlink_to("/etc", target_is_directory=True)
-
-
-@pytest.mark.parametrize("make", [fifo, outside, inside, dangling, unix_socket, linked_folder])
-@pytest.mark.parametrize("name", ["MLmodel", "variant/manifest.json", "variant/labels.json", "new"])
-def test_only_regular_files(saved: Path, make: Callable[[Path], None], name: str) -> None:
-    path = saved / name
-    path.unlink(missing_ok=True)
-    make(path)
-    for call in (flavor.load_model, flavor._load_pyfunc):
-        with pytest.raises(ArtifactError, match=f"{name} is not a regular file|MLmodel|no variant"):
-            call(str(saved))
-    refused(saved, "is not a regular file")
-    if name.startswith("variant/"):
-        with pytest.raises(ArtifactError, match="is not a regular file"):
-            verify(saved / "variant")
-
-
-def test_folders_without_end(saved: Path) -> None:
-    (saved / "/".join("d" * 20)).mkdir(parents=True)
-    refused(saved, "more than 16 deep")
-
-
-def test_the_copy_that_was_checked_is_what_is_loaded(saved: Path) -> None:
-    """Changes of the folder after it was fetched do not reach what serves."""
-    version = load_version(Address(str(saved)), Target(str(saved)))
-    before = version.pyfunc.loaded.logits(["my card"]).tolist()
-    for path in (saved / "variant").iterdir():
-        path.write_bytes(b"\0" * path.stat().st_size)
-    assert version.pyfunc.loaded.logits(["my card"]).tolist() == before
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """As another user where the tests run as root, who may read everything."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-@pytest.mark.parametrize("name", ["MLmodel", "variant/manifest.json", "variant/static.safetensors"])
-def test_a_file_that_may_not_be_read_is_named(name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own is private
-        Path(folder).chmod(0o755)
-        saved = copy_saved(Path(folder))
-        flavor._load_pyfunc(str(saved))  # imports what it needs
-        (saved / name).chmod(0o600)
-        os.chown(saved / name, os.geteuid(), -1)
-        if os.geteuid():
-            (saved / name).chmod(0)
-        message = rf"{Path(name).name} may not be read by this user \(Permission denied\)"
-        with without_privileges(), pytest.raises(ArtifactError, match=message):
-            flavor._load_pyfunc(str(saved))
-
-
 def test_weights_in_parts_come_from_this_folder(saved: Path) -> None:
     index = {"weight_map": {"a": "../../elsewhere.safetensors"}}
     (saved / "variant" / "model.safetensors.index.json").write_text(json.dumps(index))
     reseal(saved)
     write_manifest(saved, json.dumps(manifest_of(saved) | {"runtime": "eager"}).encode())
     refused(saved, "model.safetensors.index.json names files that do not belong")
+
+
+def test_a_file_smuggled_into_a_cascades_stage(tmp_path: Path) -> None:
+    """The whole's manifest names it, the stage's does not; transformers would unpickle it."""
+    root, stage = copy_saved(tmp_path), SAVED / "variant"
+    shutil.rmtree(root / "variant")
+    write_cascade(root / "variant", stage, stage, threshold=0.5, golden_rows=["my card"])
+    reseal(root)
+    load_variant(root / "variant")
+    (root / "variant" / "fast" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    reseal(root)
+    refused(root, "student-numpy-fp32: pytorch_model.bin is missing or does not belong here")
 
 
 @pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "secret", "/dev/zero"])
@@ -375,23 +279,3 @@ def test_weights_outside_of_an_onnx_file(saved: Path, tmp_path: Path, location: 
     reseal(saved)
     write_manifest(saved, json.dumps(manifest_of(saved) | {"runtime": "onnxruntime"}).encode())
     refused(saved, r"onnxruntime cannot load its files \(.*External data path")
-
-
-VARIANTS = (Eager(), Eager("int8-dynamic"), TorchScript(), OnnxRuntime(), OpenVino())
-
-
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name("t"))
-def test_everyone_may_read_what_is_written(
-    exported: Callable[..., Path], tmp_path: Path, variant: Variant
-) -> None:
-    for kind in (variant.extra and ["openvino" if variant.runtime == "openvino" else "onnx"]) or []:
-        pytest.importorskip(kind)
-    before = os.umask(0o077)
-    try:
-        flavor.save_model(exported(variant), tmp_path / "saved")
-    finally:
-        os.umask(before)
-    for root in (exported(variant), tmp_path / "saved"):
-        for path in (root, *root.rglob("*")):
-            wanted = 0o755 if path.is_dir() else 0o644
-            assert stat.S_IMODE(path.stat().st_mode) == wanted, path

@@ -8,11 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.serving.registry import Address, Target
+from mlflow_pt_deploy.serving.version import load_version
 
 SAVED = Path(__file__).parent / "data" / "saved-by-0.1.0"
 
@@ -46,3 +52,14 @@ def write_manifest(root: Path, content: bytes) -> None:
     (root / "variant" / "manifest.json").write_bytes(content)
     digest = hashlib.sha256(content).hexdigest()
     edit_mlmodel(root, lambda content: content["flavors"]["pt_deploy"].update(digest=digest))
+
+
+def refused(root: Path, match: str | None = None) -> str:
+    """What the server says of a model; in one sentence or two, and within five seconds."""
+    start = time.monotonic()
+    with pytest.raises(ArtifactError, match=match) as caught:
+        load_version(Address(str(root)), Target(str(root)))
+    assert time.monotonic() - start < 5
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700, message
+    return message

@@ -7,6 +7,7 @@ loaded for.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.artifact_files import copy_files, list_files, open_regular
-from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.serving.mlmodel import (
     FILE,
     MANIFEST,
@@ -76,6 +76,15 @@ def environment_allows_code() -> bool:
     return os.environ.get(ALLOW_CODE_ENV, "").lower() in {"1", "true"}
 
 
+def inference_config_allows_code() -> bool:
+    """Whether the operator allows code by MLflow's environment variable."""
+    try:
+        config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("allow_code") is True
+
+
 def fetch(address: Address, folder: Path) -> Fetched:
     """Copy a version into a private folder and check it, its promotion's digest included.
 
@@ -84,7 +93,7 @@ def fetch(address: Address, folder: Path) -> Fetched:
         folder: An empty folder that only this user can write to.
 
     Raises:
-        ModelError: There is no such folder, or it is no model of ours.
+        ModelError: It is no model of ours.
         ArtifactError: It holds other than regular files, asks for code, or is not what was
             promoted.
         MlflowException: MLflow cannot find or fetch it.
@@ -122,6 +131,8 @@ def fetch_digest(uri: str, folder: Path) -> str:
 
 def _copied(uri: str, folder: Path, part: str = "") -> Path:
     """A model's folder, or one file of it, copied below `folder`; not checked yet."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
     from mlflow.store.artifact.runs_artifact_repo import RunsArtifactRepository
@@ -137,7 +148,7 @@ def _copied(uri: str, folder: Path, part: str = "") -> Path:
     # MLflow's own copy follows links and opens devices.
     source = Path(repository.artifact_dir, place)
     if not source.exists():
-        raise ModelError(f"{uri}: there is no {source}. Give the address of a logged model.")
+        raise MlflowException(f"there is no {source}.", error_code=RESOURCE_DOES_NOT_EXIST)
     if source.is_dir():
         source = source.resolve()  # the operator may name a link; what is in it may not be one
         copy_files(source, folder / source.name)

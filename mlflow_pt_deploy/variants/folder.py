@@ -143,6 +143,18 @@ def verify(folder: Path) -> Manifest:
     Raises:
         ArtifactError: A file is missing, added or changed; names it.
     """
+    manifest = _complete(folder)
+    for name, digest in manifest.files.items():
+        if sha256(folder / name) != digest:
+            raise ArtifactError(
+                f"{manifest.name}: {name} is not the file that was exported (SHA-256 differs). "
+                "The artifact is corrupted; download or export it again."
+            )
+    return manifest
+
+
+def _complete(folder: Path) -> Manifest:
+    """The manifest of a folder that holds the files it names, and no others."""
     manifest = read_manifest(folder)
     found = {name for name in list_files(folder) if name != MANIFEST}
     if odd := sorted(found.symmetric_difference(manifest.files)):
@@ -150,12 +162,6 @@ def verify(folder: Path) -> Manifest:
             f"{manifest.name}: {odd[0]} is missing or does not belong here. "
             "The artifact is incomplete; download or export it again."
         )
-    for name, digest in manifest.files.items():
-        if sha256(folder / name) != digest:
-            raise ArtifactError(
-                f"{manifest.name}: {name} is not the file that was exported (SHA-256 differs). "
-                "The artifact is corrupted; download or export it again."
-            )
     return manifest
 
 
@@ -178,7 +184,7 @@ def load_variant(
             digest somebody vouched for.
         check_golden: Compare the answers to the golden rows with those of the machine that
             exported; the same integer file scores differently on different processors.
-        verified: The files have been checked already, as part of a larger variant.
+        verified: The digests have been checked already, as part of a larger variant.
 
     Raises:
         ArtifactError: Incomplete, changed, or it does not answer as it did.
@@ -186,7 +192,7 @@ def load_variant(
         UnsupportedError: This machine lacks the instruction set or the device.
         MissingExtraError: The runtime's library is not installed.
     """
-    manifest = read_manifest(folder) if verified else verify(folder)
+    manifest = _complete(folder) if verified else verify(folder)
     if manifest.carries_code and not allow_code:
         raise UntrustedError(
             f"{manifest.name} ({manifest.runtime}) carries executable code. Load it from a "

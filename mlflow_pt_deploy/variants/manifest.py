@@ -140,7 +140,8 @@ def _check(name: str, content: dict[str, Any]) -> None:
     for key in ("options", "libraries", "files"):
         if not isinstance(content[key], dict):
             raise _odd(name, f"{key} is not a table")
-    if not all(isinstance(version, str) for version in content["libraries"].values()):
+    versions = [*content["libraries"], *content["libraries"].values()]  # these go into the log
+    if not all(isinstance(v, str) and v.isprintable() and len(v) <= 255 for v in versions):
         raise _odd(name, "libraries holds something other than versions")
     carries_code = RUNTIMES[content["runtime"]].carries_code
     for path, digest in content["files"].items():
