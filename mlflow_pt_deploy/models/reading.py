@@ -175,7 +175,7 @@ def _own_logits(classifier: TextClassifier, declared: int | None) -> npt.NDArray
 
 def _pixels(classifier: ImageClassifier, folder: Path) -> str:
     """Pictures that become other pixels than by the image processor itself."""
-    sizes = _SIZES
+    sizes: Sequence[tuple[int, int]] = _SIZES
     try:
         own = own_processor(folder)
     except ImportError:  # an older transformers without torchvision: nothing to compare with
