@@ -175,15 +175,18 @@ def _own_logits(classifier: TextClassifier, declared: int | None) -> npt.NDArray
 
 def _pixels(classifier: ImageClassifier, folder: Path) -> str:
     """Pictures that become other pixels than by the image processor itself."""
+    sizes: Sequence[tuple[int, int]] = _SIZES
     try:
         own = own_processor(folder)
+    except ImportError:  # an older transformers without torchvision: nothing to compare with
+        own, sizes = None, ()
     except Exception as error:  # each has its own
         return (
             "has an image processor that transformers cannot make here, so that its pixels cannot "
             f"be compared ({first_line(error)})."
         )
     spread = 1 / np.abs(classifier.preprocessor.step)
-    for size in _SIZES:
+    for size in sizes:
         picture = _picture(*size)
         theirs = _own_pixels(own, picture)
         if isinstance(theirs, str):

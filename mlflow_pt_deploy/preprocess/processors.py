@@ -44,6 +44,9 @@ def complete(processor: Mapping[str, Any]) -> dict[str, Any]:
         try:
             own = own_processor(Path(folder))
         except Exception as error:  # transformers' own
+            # Older ones (5.17) make none without torchvision; a whole size is plain enough.
+            if isinstance(error, ImportError) and isinstance(processor.get("size"), Mapping):
+                return dict(processor)
             name = next(processor[it] for it in _TYPES if processor.get(it))
             raise ModelError(
                 "preprocessor_config.json: the images are prepared in a way that is not known "
