@@ -33,6 +33,7 @@ ROOMS = (
     "measure",
     "cascades",
     "policy",
+    "remarks",
     "search",
     "chart",
     "report",
