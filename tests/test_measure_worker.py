@@ -188,7 +188,7 @@ def test_no_message_repeats_a_row(worker: Worker) -> None:
         "second line",
     ]
     assert worker._lines_without_rows("bad token 'leaf'")[0].startswith("(left out")
-    assert worker._without_rows("no leaf quoted") == "no leaf quoted"
+    assert worker._lines_without_rows("no leaf quoted") == ["no leaf quoted"]
 
 
 def test_rounds_time_the_same_rows_on_both_sides(folder: Path, worker: Worker) -> None:
