@@ -153,6 +153,7 @@ _MOST_CHARACTERS = 300
 # What a library puts before its reason, or between its lines, for its own developers.
 _NOISE = re.compile(
     r"^Exception from \S+:\d+:$"  # OpenVINO
+    r"|^Node \S+ of type \S+$"
     r"|^Check '.*' failed at \S+:\d+:?$"
     # ONNX Runtime: its code, the node, the C++ function, once more the code.
     r"|^\[\w+\] : \d+ : \w+ : (.*Status Message: )?"

@@ -81,6 +81,11 @@ LIBRARY = (
             "[CPU] FullyConnected node with name 'aten::linear/Add' could not create a primitive "
             "descriptor.",
         ),
+        (
+            "Exception from src/plugins/intel_cpu/src/graph.cpp:1628:\nNode a/b of type Gather\n"
+            "Check 'index < size' failed at src/nodes/gather.cpp:116:\nindices exceed data size\n",
+            "indices exceed data size",
+        ),
         (ORT, "Shape mismatch attempting to re-use buffer. {1} != {2}."),
         (
             EXPORT,

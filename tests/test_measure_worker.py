@@ -183,9 +183,12 @@ def test_a_worker_that_hangs_is_ended_in_time(folder: Path) -> None:
 
 def test_no_message_repeats_a_row(worker: Worker) -> None:
     long = f"cannot take {ROWS[2]!r} here\nsecond line"
-    assert worker._without_rows(long) == "(left out: repeats a row of the data) | second line"
-    assert worker._without_rows("bad token 'leaf'").startswith("(left out")
-    assert worker._without_rows("no leaf quoted") == "no leaf quoted"
+    assert worker._lines_without_rows(long) == [
+        "(left out: repeats a row of the data)",
+        "second line",
+    ]
+    assert worker._lines_without_rows("bad token 'leaf'")[0].startswith("(left out")
+    assert worker._lines_without_rows("no leaf quoted") == ["no leaf quoted"]
 
 
 def test_rounds_time_the_same_rows_on_both_sides(folder: Path, worker: Worker) -> None:

@@ -38,6 +38,7 @@ ROOMS = (
     "measure",
     "cascades",
     "policy",
+    "remarks",
     "search",
     "chart",
     "report",
