@@ -41,12 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: As typed; None takes those of this process, which is then the command's own:
-            signals stay handled until it is gone.
+        arguments: As typed; None: this process's own, and signals stay handled until it is gone.
 
     Returns:
-        Its exit status: 0 done, 1 a stage failed, 2 wrong usage, 130 interrupted, 143 terminated
-        (128 and the signal's number).
+        Its exit status: 0 done, 1 a stage failed, 2 wrong usage, 130 interrupted, 143 terminated.
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
@@ -59,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt as interrupted:
         number = getattr(interrupted, "number", signal.SIGINT)
-        print(f"pt-deploy {options.stage}: {ended_by(number)}", file=sys.stderr)
+        print(f"pt-deploy {options.stage}: {ended_by(number)}", file=sys.stderr, flush=True)
+        if own:
+            os._exit(128 + number)  # all is cleaned up; to take PyTorch apart lasts for seconds
         return 128 + number
     except BrokenPipeError:  # its reader, e.g. `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-GRACE_S = 5.0  # to the next safe point, and from there to the end; twice that under load
+GRACE_S = 4.0  # to the next safe point, and from there to the end; twice that under load
+_SHIELDED_GRACE_S = 7.0
 _EARLY_GRACE_S = 0.5  # where nothing can be lost yet
-_ACTS_S = 2.0  # for the last acts
+_ACTS_S = 1.5  # for the last acts
 _HASTY_ACTS_S = 1.0
 _SAME_REQUEST_S = 0.3  # `timeout` and `mlflow run` send a signal twice at once
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -190,7 +191,9 @@ class _Watcher:
 
     @staticmethod
     def _grace() -> float:
-        return GRACE_S if _state.begun or _state.raised or _state.shields else _EARLY_GRACE_S
+        if _state.shields:
+            return _SHIELDED_GRACE_S
+        return GRACE_S if _state.begun or _state.raised else _EARLY_GRACE_S
 
     def _end(self, number: int, seconds: float) -> None:
         """The last acts, as far as they get, and then the process ends without another word."""

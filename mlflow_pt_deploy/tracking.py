@@ -167,6 +167,7 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             mlflow.end_run("FAILED")
             return None
         mlflow.log_dict(result.to_json(), "measurements.json")
+        interrupt.check()
         info = flavor.log_model(
             result.folder,
             result.variant,

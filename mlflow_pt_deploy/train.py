@@ -282,21 +282,22 @@ class _Run:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         side = path.with_suffix(".partial")
-        torch.save(
-            {
-                "schedule": asdict(self.schedule),
-                "classifier": self.classifier.state_dict(),
-                "optimizers": [each.state_dict() for each in self.optimizers],
-                "schedulers": [each.state_dict() for each in self.schedulers],
-                "random": torch.get_rng_state(),
-                "step": self.step,
-                "losses": self.losses,
-                "epochs": [asdict(epoch) for epoch in self.epochs],
-                "best": self.best,
-            },
-            side,
-        )
-        os.replace(side, path)
+        with interrupt.shielded():
+            torch.save(self._state(), side)
+            os.replace(side, path)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "schedule": asdict(self.schedule),
+            "classifier": self.classifier.state_dict(),
+            "optimizers": [each.state_dict() for each in self.optimizers],
+            "schedulers": [each.state_dict() for each in self.schedulers],
+            "random": torch.get_rng_state(),
+            "step": self.step,
+            "losses": self.losses,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "best": self.best,
+        }
 
     def restore(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True, map_location=self.device)

@@ -50,7 +50,7 @@ def _children(run_id: str) -> dict[str, mlflow.entities.Run]:
     return {run.info.run_name: run for run in found}
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for a power cut."""
 
 
