@@ -93,8 +93,9 @@ def search_students(
             "a search tries students of texts, and these are images. Leave trials at 0: the line "
             "distills one student of images."
         )
-    rehearse_students(teacher, options, splits)
     space = space or default_space(teacher, options.kinds)
+    if options.trials:
+        rehearse_students(teacher, options, splits)
     with tracking.stage_run(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()
     ) as run:

@@ -98,7 +98,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_folder_that_lacks_a_file(folder: Path, missing: str) -> None:
     (folder / missing).unlink()
-    with pytest.raises(ModelError, match="no classifier can be loaded from there"):
+    with pytest.raises(ModelError, match="(classifier|tokenizer) can(not)? be loaded"):
         load_classifier(str(folder))
 
 
@@ -106,7 +106,7 @@ def test_a_folder_that_lacks_a_file(folder: Path, missing: str) -> None:
 def test_a_folder_whose_download_was_cut_off(folder: Path, broken: str) -> None:
     content = (folder / broken).read_bytes()
     (folder / broken).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match="no classifier can be loaded from there"):
+    with pytest.raises(ModelError, match="(classifier|tokenizer) can(not)? be loaded"):
         load_classifier(str(folder))
 
 

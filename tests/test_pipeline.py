@@ -255,7 +255,7 @@ def test_a_student_with_the_vocabulary_of_train(
     tracking: str, tiny_data: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tiny vocabulary has no more pieces than count as frequent.
-    monkeypatch.setattr("mlflow_pt_deploy.prune.frequent_pieces", lambda classifier: [])
+    monkeypatch.setattr("mlflow_pt_deploy.students.frequent_pieces", lambda classifier: [])
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.stages import distill_student
     from mlflow_pt_deploy.tracking import fetch_model

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.models import TextClassifier, load_classifier, save_classifier, shrink
+from mlflow_pt_deploy.models import TextClassifier, reload_classifier, save_classifier, shrink
 from mlflow_pt_deploy.options import Options
 from mlflow_pt_deploy.rehearsal import rehearse, rehearse_students
 from mlflow_pt_deploy.train import predict_logits
@@ -80,7 +80,7 @@ def test_a_student_comes_back_as_it_was_saved(
     answers = predict_logits(student, ROWS)
     save_classifier(student, tmp_path)
     # with its own tokenizer: transformers has another one for each of these architectures
-    loaded = TextClassifier(load_classifier(str(tmp_path)).network, whole.tokenizer)
+    loaded = TextClassifier(reload_classifier(str(tmp_path)).network, whole.tokenizer)
     assert np.allclose(predict_logits(loaded, ROWS), answers, atol=1e-5)
     assert not np.allclose(answers, expected, atol=1e-5)
     assert np.array_equal(predict_logits(whole, ROWS), expected), "the teacher is not changed"

@@ -126,7 +126,7 @@ def test_serve_refuses_before_it_loads_anything() -> None:
 def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ServingError, match="belong together"):
         Settings(tls_cert="cert.pem")
-    with pytest.raises(ServingError, match="none.pem cannot be read"):
+    with pytest.raises(ServingError, match="none.pem is no file"):
         Settings(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.pem"))
     with pytest.raises(ServingError, match="poll_s is -1"):
         Settings(poll_s=-1)

@@ -206,7 +206,7 @@ def test_what_the_registry_does_not_know(tracking: str, capsys: pytest.CaptureFi
         ("models:/none@champion", "Registered Model with name=none not found. Look at its addr"),
         ("models:/shop@champion", "Registered model alias champion not found. Look at its addr"),
         ("models:/shop/9", "Model Version (name=shop, version=9) not found. Look"),
-        ("file:///no/such", "No such artifact: 'such'. Look"),
+        ("file:///no/such", "there is no /no/such. Look"),
     ):
         assert main(["serve", uri, "--port", "0"]) == 1
         said = capsys.readouterr().err
