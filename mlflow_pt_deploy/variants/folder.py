@@ -47,6 +47,7 @@ _GOLDEN = "golden.json"
 _TOLERANCE = {
     "fp32": 1e-3,
     "bf16": 5e-2,
+    "fp16": 1e-2,
     "int8-dynamic": 1e-1,
     "int8-static": 1e-1,
     "int8-accuracy": 1e-1,
@@ -168,7 +169,7 @@ def write_golden(
     folder: Path, variant: Variant, preprocessor: Preprocessor, rows: Sequence[Row]
 ) -> None:
     """Keep a few rows and the logits that the files in `folder` give for them."""
-    predict = variant.load(folder, device="cpu", threads=1)
+    predict = variant.load(folder, device=variant.export_device(), threads=1)
     logits = [predict(preprocessor([row]))[0].tolist() for row in rows]
     _write_json(folder / _GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
