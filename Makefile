@@ -1,14 +1,17 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
 # make test   the test suite          make check   ruff and mypy
 # make CI     what CI runs
+# make gpu    tests and benchmark on a CUDA device, by a python3 that has torch and transformers
 
 PYTHON ?= python3
 VENV := .venv
+GPU_OUT ?= gpu-results
+GPU_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: demo test check format clean CI
+.PHONY: demo test check format clean CI gpu
 
 demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
@@ -30,6 +33,11 @@ format: $(VENV)/.dev
 	ruff format
 
 CI: check test
+
+# no .venv: on a borrowed machine nothing can be installed. The tests' failure ends it last
+gpu:
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/test_cuda_graphs.py; tests=$$?; \
+	  PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_FLAGS) && exit $$tests
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mlflow_pt_deploy/serving/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, first_line
-from mlflow_pt_deploy.hardware import cpu_flags
+from mlflow_pt_deploy.hardware import check_device, cpu_flags
 from mlflow_pt_deploy.variants.base import (
     VNNI_FLAGS,
     Inputs,
@@ -20,7 +22,7 @@ from mlflow_pt_deploy.variants.base import (
     int8_saturates,
 )
 from mlflow_pt_deploy.variants.check import check_int8
-from mlflow_pt_deploy.variants.eager import torch_predict
+from mlflow_pt_deploy.variants.eager import in_precision, torch_predict
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +42,27 @@ class AOTInductor(Variant):
     ``int8-static`` calibrates activations on rows of `train` between the two (torchao's
     post-training quantization of exported graphs, as its x86 quantizer places it): linear layers
     only, weights per channel.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``: what the package is compiled for. It runs nowhere else.
     """
+
+    device: str = "cpu"
 
     runtime: ClassVar[str] = "aotinductor"
     compiles: ClassVar[bool] = True
     carries_code: ClassVar[bool] = True
 
+    def name(self, model: str) -> str:
+        return super().name(model) + ("" if self.device == "cpu" else f"-{self.device}")
+
+    def export_device(self) -> str:
+        return self.device
+
     def unsupported(self) -> str | None:
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "skipped: no C++ compiler; install g++ (or set CXX)"
-        return super().unsupported()
+        return super().unsupported() if self.device == "cpu" else _no_cuda(self.precision)
 
     def required_cpu_flags(self) -> frozenset[str]:
         return _COMPILED_FOR & cpu_flags()
@@ -66,11 +79,11 @@ class AOTInductor(Variant):
         if static:
             _need_torchao()
             check_calibration(calibration)
-        source = copy.deepcopy(module).bfloat16() if self.precision == "bf16" else module
+        source = in_precision(copy.deepcopy(module), self.precision).to(self.device)
         axes = module.preprocessor.axes
         try:
             with torch.no_grad():
-                program = _traced(source, example, axes)
+                program = _traced(source, example, axes, self.device)
                 if static:
                     program = _traced(_calibrate(program, calibration), example, axes)
                 aoti_compile_and_package(
@@ -88,10 +101,25 @@ class AOTInductor(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
-        if device != "cpu":
-            raise UnsupportedError("this package was compiled for the CPU; use device=cpu.")
+        if device.partition(":")[0] != self.device:
+            raise UnsupportedError(
+                f"device={device}: this package was compiled for {self.device}; use "
+                f"device={self.device}, or another variant."
+            )
+        check_device(device)
         torch.set_num_threads(threads)
-        return torch_predict(_loaded(str(folder / _FILE)), device)
+        return torch_predict(load_package(folder, device), device)
+
+
+def load_package(folder: Path, device: str) -> Callable[..., torch.Tensor]:
+    """The compiled function of an exported folder: tensors on `device` to logits.
+
+    On a GPU it may be captured into a CUDA graph.
+    """
+    import torch
+
+    with torch.inference_mode():
+        return _loaded(str(folder / _FILE), torch.device(device))
 
 
 def _compile_options(static: bool) -> dict[str, Any]:
@@ -105,23 +133,31 @@ def _compile_options(static: bool) -> dict[str, Any]:
     return options
 
 
-def _loaded(path: str) -> Callable[..., torch.Tensor]:
+def _loaded(path: str, device: torch.device) -> Callable[..., torch.Tensor]:
     """The package's function.
 
     `aoti_load_package` imports the whole compiler before it comes to this loader: 2 s of a start.
     """
     import torch
 
+    # Without the runtime's own locks, whose events a CUDA graph cannot capture.
+    alone = device.type == "cuda"
+    index = -1 if device.index is None else device.index
     try:
-        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+        runner = torch._C._aoti.AOTIModelPackageLoader(path, "model", alone, 1, index)
     except (AttributeError, TypeError):  # it is not public; another PyTorch may have changed it
         from torch._inductor import aoti_load_package
 
-        package: Callable[..., torch.Tensor] = aoti_load_package(path)
+        package: Callable[..., torch.Tensor] = aoti_load_package(
+            path, run_single_threaded=alone, device_index=index
+        )
         return package
 
+    lock = threading.Lock() if alone else nullcontext()
+
     def call(*tensors: torch.Tensor) -> torch.Tensor:
-        (logits,) = runner.boxed_run(list(tensors))
+        with lock:
+            (logits,) = runner.boxed_run(list(tensors))
         return logits
 
     return call
@@ -134,14 +170,25 @@ def _need_torchao() -> None:
         raise MissingExtraError("torchao", "quantize") from error
 
 
-def _tensors(batch: Inputs) -> tuple[torch.Tensor, ...]:
+def _no_cuda(precision: str) -> str | None:
     import torch
 
-    return tuple(torch.from_numpy(array) for array in batch.values())
+    if precision.startswith("int8"):
+        return "skipped: AOTInductor's int8 packages are for the CPU"
+    return None if torch.cuda.is_available() else "skipped: PyTorch sees no CUDA device here"
+
+
+def _tensors(batch: Inputs, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(array).to(device) for array in batch.values())
 
 
 def _traced(
-    module: torch.nn.Module, example: Inputs, axes: Mapping[str, Mapping[int, Axis]]
+    module: torch.nn.Module,
+    example: Inputs,
+    axes: Mapping[str, Mapping[int, Axis]],
+    device: str = "cpu",
 ) -> Any:
     """The module's graph, the axes of its inputs left free within their bounds."""
     import torch
@@ -149,7 +196,7 @@ def _traced(
     named = {axis for free in axes.values() for axis in free.values()}
     free = {axis: torch.export.Dim(axis.name, min=axis.least, max=axis.most) for axis in named}
     shapes = {name: {at: free[axis] for at, axis in axes[name].items()} for name in example}
-    return torch.export.export(module, _tensors(example), dynamic_shapes=shapes)
+    return torch.export.export(module, _tensors(example, device), dynamic_shapes=shapes)
 
 
 def _calibrate(program: Any, calibration: Sequence[Inputs]) -> torch.nn.Module:

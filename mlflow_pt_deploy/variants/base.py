@@ -98,7 +98,7 @@ class Variant(ABC):
     written into the manifest as it is.
 
     Attributes:
-        precision: ``fp32``, ``bf16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
             ``int8-accuracy`` (calibrated, and held to the fp32 model's answers).
         runtime: What executes the model; the middle part of the variant's name.
         extra: The extra of this distribution that the runtime needs, if any.
@@ -128,6 +128,10 @@ class Variant(ABC):
     def required_cpu_flags(self) -> frozenset[str]:
         """Instruction sets that the exported files cannot run without."""
         return frozenset()
+
+    def export_device(self) -> str:
+        """Device that the exported files are made for and checked on."""
+        return "cpu"
 
     @abstractmethod
     def export(

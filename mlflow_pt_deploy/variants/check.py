@@ -40,6 +40,7 @@ class Tolerance(NamedTuple):
 TOLERANCE = {
     "fp32": Tolerance(1e-3, 1e-3),
     "bf16": Tolerance(0.3, 0.1),
+    "fp16": Tolerance(0.05, 0.02),
     "int8-dynamic": Tolerance(0.6, 0.5),
     "int8-static": Tolerance(0.6, 0.1),
     "int8-accuracy": Tolerance(0.6, 0.1),

@@ -1,4 +1,4 @@
-"""PyTorch as it is, from safetensors: the baseline, and its bf16 and dynamic int8 forms."""
+"""PyTorch as it is, from safetensors: the baseline, and its 16-bit and dynamic int8 forms."""
 
 from __future__ import annotations
 
@@ -58,9 +58,16 @@ class Eager(Variant):
             module: torch.nn.Module = _load_int8(folder)
         else:
             check_device(device)
-            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-            module = reload_classifier(str(folder)).to(device=device, dtype=dtype)
+            module = in_precision(reload_classifier(str(folder)), self.precision).to(device)
         return torch_predict(module, device)
+
+
+def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
+    """Convert a module's weights, in place, to ``fp32``, ``bf16`` or ``fp16``."""
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return module.to(dtypes.get(precision, torch.float32))
 
 
 def torch_predict(module: Any, device: str) -> Predict:

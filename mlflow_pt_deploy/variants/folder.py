@@ -100,7 +100,7 @@ def write_variant(
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
         _write_json(folder / _LABELS, list(module.labels))
-        predict = variant.load(folder, device="cpu", threads=1)
+        predict = variant.load(folder, device=variant.export_device(), threads=1)
         (probes or Probes(module, golden_rows)).check(predict, variant.precision)
         write_golden(folder, predict, module.preprocessor, golden_rows)
     return read_manifest(target)

@@ -33,8 +33,9 @@ VARIANTS: tuple[Variant, ...] = (
     OpenVino("int8-static"),
 )
 
-# Slow to build, or slower than a neighbour in VARIANTS wherever they were measured.
+# Slow to build, slower than a neighbour in VARIANTS wherever they were measured, or for a GPU.
 ON_REQUEST: tuple[Variant, ...] = (
+    Eager("fp16"),
     AOTInductor("int8-static"),
     OpenVino("int8-accuracy"),
 )

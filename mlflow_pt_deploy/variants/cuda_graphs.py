@@ -1,0 +1,262 @@
+"""CUDA graphs over a few shapes: one launch per batch instead of one per kernel.
+
+A small model's batch takes a GPU less time than Python takes to launch its kernels. A graph is
+captured once per bucket, which is a shape (rows, length), and replayed with new contents. A batch
+is padded to the smallest bucket that holds it. Copies to and from pinned host memory are part of
+the graph. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+
+On the CPU the same code runs the module directly, so that it can be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mlflow_pt_deploy.variants.base import Inputs, Logits
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+LENGTHS = (16, 32, 64, 128, 256, 512)
+# Below this many tokens a batch takes about as long as an empty one: one launch beats less padding.
+_SPLIT_TOKENS = 4096
+# Calls before a capture: libraries allocate workspaces and choose kernels in the first ones.
+_WARM_UP = 2
+_MASK = "attention_mask"
+
+
+class Part(NamedTuple):
+    """Rows of a batch that one bucket computes, and the bucket's shape."""
+
+    places: npt.NDArray[np.int64]
+    rows: int
+    length: int
+
+
+class Captured:
+    """One graph with static buffers: arrays in, logits out.
+
+    Not safe for concurrent use: its buffers hold one batch at a time.
+
+    Args:
+        module: Takes one tensor per input on `device`; returns logits (rows, classes).
+        example: Arrays of the bucket's shape, whose contents the module can compute.
+        device: ``cuda``, ``cuda:1``, ...; on ``cpu`` nothing is captured.
+        pool: Memory pool shared by graphs that never run at the same time.
+
+    Attributes:
+        inputs: Arrays over the pinned input buffers; write here, then call `launch`.
+    """
+
+    def __init__(
+        self, module: Callable[..., torch.Tensor], example: Inputs, device: str, pool: Any = None
+    ) -> None:
+        import torch
+
+        self._module = module
+        self._device = torch.device(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        with torch.inference_mode():
+            self._hosts = [self._host(torch.from_numpy(array)) for array in example.values()]
+            self._tensors = [torch.empty_like(host, device=device) for host in self._hosts]
+            self.inputs = {
+                name: host.numpy() for name, host in zip(example, self._hosts, strict=True)
+            }
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device):
+                    self._capture(pool)
+            else:
+                self._answer = torch.empty_like(self._logits())
+
+    def launch(self) -> None:
+        """Start the computation of what is in `inputs`."""
+        import torch
+
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            with torch.inference_mode():
+                self._step()
+
+    def logits(self) -> Logits:
+        """Wait for the computation; the array is overwritten by the next launch."""
+        import torch
+
+        if self._graph is not None:
+            torch.cuda.current_stream(self._device).synchronize()
+        return np.asarray(self._answer.numpy(), dtype=np.float32)
+
+    def _host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type != "cuda":
+            return tensor.clone()
+        return tensor.pin_memory()
+
+    def _logits(self) -> torch.Tensor:
+        for tensor, host in zip(self._tensors, self._hosts, strict=True):
+            tensor.copy_(host, non_blocking=True)
+        return self._module(*self._tensors).float()
+
+    def _step(self) -> None:
+        self._answer.copy_(self._logits(), non_blocking=True)
+
+    def _capture(self, pool: Any) -> None:
+        import torch
+
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                logits = self._logits()
+            self._answer = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
+            self._step()
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile, e.g. those that serve the previous model.
+        with torch.cuda.graph(
+            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            self._step()
+
+
+class CudaGraphs:
+    """A `Predict` that replays one graph per bucket. Safe to call from several threads.
+
+    A batch of many tokens is first split by length, so that a short row is not padded to the
+    longest one. Buckets are captured when they are first needed, or by `warm_up`.
+
+    Args:
+        module: See `Captured`.
+        example: Any batch; its rows fill the unused rows of a bucket.
+        device: See `Captured`.
+        rows: Bucket sizes, ascending; larger batches are cut.
+        lengths: Bucket lengths (axis 1 of every input), ascending; the last one is the longest
+            input of the model. Empty if axis 1 is fixed, as for images.
+    """
+
+    def __init__(
+        self,
+        module: Callable[..., torch.Tensor],
+        example: Inputs,
+        *,
+        device: str,
+        rows: Sequence[int] = ROWS,
+        lengths: Sequence[int] = LENGTHS,
+    ) -> None:
+        self._module = module
+        self._example = {name: array[:1] for name, array in example.items()}
+        self._device = device
+        self._rows = tuple(rows)
+        self._lengths = tuple(lengths)
+        self._captured: dict[tuple[int, int], Captured] = {}
+        self._pool: Any = None
+        self._lock = threading.Lock()
+
+    def __call__(self, inputs: Inputs) -> Logits:
+        with self._lock:
+            return self._predict(inputs)
+
+    def warm_up(self, shapes: Sequence[tuple[int, int]] = ()) -> None:
+        """Capture buckets ahead of the first request.
+
+        Args:
+            shapes: Pairs of rows and length; empty: every bucket.
+        """
+        every = [(rows, length) for rows in self._rows for length in self._lengths or (0,)]
+        with self._lock:
+            # The largest first: smaller graphs then fit into the memory that it left in the pool.
+            for rows, length in sorted(shapes or every, reverse=True):
+                self._bucket(rows, length)
+
+    def parts(self, inputs: Inputs) -> list[Part]:
+        """Cut a batch into parts, each with the smallest bucket that holds it."""
+        size = len(next(iter(inputs.values())))
+        places = np.arange(size)
+        if not self._lengths:
+            return list(self._cut(places, 0))
+        longest = next(iter(inputs.values())).shape[1]
+        whole = _least(self._lengths, longest)
+        if _MASK not in inputs or size * whole <= _SPLIT_TOKENS:
+            return list(self._cut(places, whole))
+        lengths = inputs[_MASK].shape[1] - np.argmax(inputs[_MASK][:, ::-1] != 0, axis=1)
+        buckets = np.searchsorted(self._lengths, lengths)
+        return [
+            part
+            for bucket in np.unique(buckets)
+            for part in self._cut(places[buckets == bucket], self._lengths[bucket])
+        ]
+
+    def _cut(self, places: npt.NDArray[np.int64], length: int) -> list[Part]:
+        most = self._rows[-1]
+        chunks = [places[start : start + most] for start in range(0, len(places), most)]
+        return [Part(chunk, _least(self._rows, len(chunk)), length) for chunk in chunks]
+
+    def _predict(self, inputs: Inputs) -> Logits:
+        flying: dict[Captured, Part] = {}
+        answers: list[tuple[Part, Logits]] = []
+
+        def collect(bucket: Captured) -> None:
+            part = flying.pop(bucket)
+            answers.append((part, bucket.logits()[: len(part.places)].copy()))
+
+        for part in self.parts(inputs):
+            bucket = self._bucket(part.rows, part.length)
+            if bucket in flying:  # its buffers are in use
+                collect(bucket)
+            _fill(bucket.inputs, inputs, part)
+            bucket.launch()
+            flying[bucket] = part
+        for bucket in list(flying):
+            collect(bucket)
+        size = len(next(iter(inputs.values())))
+        logits = np.empty((size, answers[0][1].shape[1]), dtype=np.float32)
+        for part, answer in answers:
+            logits[part.places] = answer
+        return logits
+
+    def _bucket(self, rows: int, length: int) -> Captured:
+        found = self._captured.get((rows, length))
+        if found is None:
+            found = Captured(self._module, self._filler(rows, length), self._device, self._shared())
+            self._captured[rows, length] = found
+        return found
+
+    def _shared(self) -> Any:
+        import torch
+
+        if self._pool is None and torch.device(self._device).type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def _filler(self, rows: int, length: int) -> dict[str, npt.NDArray[Any]]:
+        """Valid rows of a bucket's shape: unused rows must not compute NaN or trap."""
+        filler = {}
+        for name, array in self._example.items():
+            shape = (rows, length, *array.shape[2:]) if length else (rows, *array.shape[1:])
+            filler[name] = np.zeros(shape, dtype=array.dtype)
+            filler[name][:, : array.shape[1]] = array[:, : shape[1]]
+        return filler
+
+
+def _least(sizes: Sequence[int], wanted: int) -> int:
+    """The smallest size that holds what is wanted, or the largest size."""
+    return sizes[min(bisect_left(sizes, wanted), len(sizes) - 1)]
+
+
+def _fill(buffers: Inputs, inputs: Inputs, part: Part) -> None:
+    """Write a part's rows, padded with zeros, into a bucket's buffers."""
+    rows = len(part.places)
+    for name, buffer in buffers.items():
+        array = inputs[name][part.places]
+        if part.length:
+            width = min(array.shape[1], part.length)
+            buffer[:rows, :width] = array[:, :width]
+            buffer[:rows, width:] = 0
+        else:
+            buffer[:rows] = array
