@@ -130,5 +130,5 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         Settings(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.pem"))
     with pytest.raises(ServingError, match="poll_s is -1"):
         Settings(poll_s=-1)
-    with pytest.raises(ServingError, match="above 0"):
+    with pytest.raises(ServingError, match="give more than 0"):
         Settings(max_body_mb=0)
