@@ -164,11 +164,21 @@ def copy_files(source: Path, target: Path) -> None:
         folder = target / Path(root).relative_to(source)
         folder.mkdir()
         for name in files:
-            with (
-                open_regular(name, folder=descriptor) as file,
-                (folder / name).open("wb") as copy,
-            ):
-                shutil.copyfileobj(file, copy, 2**20)
+            copy_file(name, folder / name, folder=descriptor)
+
+
+def copy_file(source: Path | str, target: Path, *, folder: int | None = None) -> None:
+    """Copy one regular file, without following a link.
+
+    Args:
+        source: The file; `folder` as for `open_regular`.
+        target: Where to; a file that is there is overwritten.
+
+    Raises:
+        ArtifactError: As `open_regular`.
+    """
+    with open_regular(source, folder=folder) as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy, 2**20)
 
 
 def open_to_readers(folder: Path) -> None:

@@ -38,7 +38,12 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_pt_deploy import __version__
-from mlflow_pt_deploy.artifact_files import list_files, open_to_readers, read_regular
+from mlflow_pt_deploy.artifact_files import (
+    list_files,
+    open_to_readers,
+    parse_yaml,
+    read_regular,
+)
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.hardware import library_versions
 from mlflow_pt_deploy.serving.fetch import (
@@ -71,6 +76,7 @@ __all__ = [
     "save_model",
 ]
 
+_META = "registered_model_meta"
 _NEEDS = {
     "eager": ("torch", "transformers"),
     "torchscript": ("torch",),
@@ -254,12 +260,12 @@ def _registry_vouches(root: Path) -> bool:
     if not read_manifest(root / FOLDER).carries_code:
         return False
     try:
-        meta = yaml.safe_load(read_regular(root / "registered_model_meta", 4096))
+        meta = parse_yaml(read_regular(root / _META, 4096), _META)
         version = mlflow.MlflowClient().get_model_version(
             meta["model_name"], str(meta["model_version"])
         )
         check_digest(root, version.tags.get(DIGEST_TAG, ""), DIGEST_TAG)
-    except (ArtifactError, yaml.YAMLError, KeyError, TypeError, mlflow.MlflowException):
+    except (ArtifactError, KeyError, TypeError, mlflow.MlflowException):
         return False
     return True
 

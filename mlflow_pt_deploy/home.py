@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from mlflow_pt_deploy import interrupt
+from mlflow_pt_deploy.environment import environment
 
 
 def home() -> Path:
@@ -40,22 +41,9 @@ def own_temporary_folder() -> Iterator[None]:
     try:
         with (
             interrupt.last_act(remove),
-            _environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compiled),
+            environment(TMPDIR=folder, TORCHINDUCTOR_CACHE_DIR=compiled),
         ):
             yield
     finally:
         tempfile.tempdir = before
         remove()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import mlflow
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import database
+from mlflow_pt_deploy.environment import environment
 from mlflow_pt_deploy.errors import TrackingError
 from mlflow_pt_deploy.unexpected import one_line
 
@@ -20,12 +19,11 @@ def check_tracking() -> None:
     """
     uri = mlflow.get_tracking_uri()
     short = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in short}
-    os.environ.update(short)
     try:
-        for store in dict.fromkeys((uri, mlflow.get_registry_uri())):
-            database.prepare(store)
-        MlflowClient().search_experiments(max_results=1)
+        with environment(**short):
+            for store in dict.fromkeys((uri, mlflow.get_registry_uri())):
+                database.prepare(store)
+            MlflowClient().search_experiments(max_results=1)
     except ModuleNotFoundError as error:  # a database's driver
         raise TrackingError(
             f"the MLflow tracking server {without_password(uri)} needs the Python package "
@@ -35,12 +33,6 @@ def check_tracking() -> None:
         raise
     except Exception as error:  # requests, SQLAlchemy or MLflow, as the scheme has it
         raise _refused(uri, error) from error
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def without_password(uri: str) -> str:

@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "artifact_files",
     "columns",
+    "environment",
     "hardware",
     "interrupt",
     "home",

@@ -63,15 +63,8 @@ def _load(spec: str, seed: int) -> Splits:
     if kind == "abo":
         return read_abo(Path(os.path.expanduser(rest)), source=spec, seed=seed)
     path = Path(os.path.expanduser(spec))  # pathlib's own raises where there is no such user
-    if not spec.strip() or not _exists(path):
+    if not spec.strip() or not os.path.exists(path):
         raise DataError(
             f"--data {spec!r} is neither a known source nor a path that exists. Give {_ALLOWED}."
         )
     return read_files(path, source=spec, seed=seed)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # no file can have such a name, or its folder may not be looked into
-        return False

@@ -12,6 +12,7 @@ import gzip
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -61,7 +62,7 @@ def read_csv(where: str, file: Path, check: Callable[[Sequence[str]], object]) -
                 "or remove the file."
             )
         delimiter = _delimiter(first)
-        return _rows(where, [first], lines, delimiter, check), delimiter
+        return _rows(where, chain([first], lines), delimiter, check), delimiter
 
 
 def _open(file: Path) -> BinaryIO:
@@ -104,13 +105,12 @@ def _delimiter(header: str) -> str:
 
 def _rows(
     where: str,
-    first: Iterable[str],
-    lines: Iterator[str],
+    lines: Iterable[str],
     delimiter: str,
     check: Callable[[Sequence[str]], object],
 ) -> Table:
     """The columns; a row that has fewer or more cells than the header is an error."""
-    reader = csv.reader(_chained(first, lines), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     begin = 1
     try:
         header = next(reader)
@@ -136,8 +136,3 @@ def _rows(
 
 def _cells(row: Sequence[str]) -> str:
     return "1 cell" if len(row) == 1 else f"{len(row)} cells"
-
-
-def _chained(first: Iterable[str], lines: Iterator[str]) -> Iterator[str]:
-    yield from first
-    yield from lines

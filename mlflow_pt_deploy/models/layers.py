@@ -42,15 +42,15 @@ def shrink(teacher: TextClassifier, layers: Sequence[int]) -> TextClassifier:
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ModelError(
             f"{config.model_type}: of its {depth} layers, {_listed(layers)} alone make no network "
-            f"({_short(error)}). {_ELSE}"
+            f"({_short(error)}). Keep other layers (--keep-layers), {_ELSE}"
         ) from error
     student.to(network.dtype)
     return TextClassifier(student, teacher.tokenizer).eval()
 
 
 _ELSE = (
-    "Keep other layers (--keep-layers), have no student with layers (--student-epochs 0; the "
-    "static student is made all the same), or take another teacher, e.g. minilm."
+    "have no student with layers (--student-epochs 0; the static student is made all the same), or "
+    "take another teacher, e.g. minilm."
 )
 
 
@@ -61,10 +61,7 @@ def _layers_name(network: Any, depth: int) -> str:
             return str(name)
     kind = f"{type(network).__name__} has no list of {depth} layers to choose from"
     shared = ": they share their weights" if hasattr(network.config, "num_hidden_groups") else ""
-    raise ModelError(
-        f"{kind}{shared}. Have no student with layers (--student-epochs 0; the static student is "
-        "made all the same), or take another teacher, e.g. minilm."
-    )
+    raise ModelError(f"{kind}{shared}. {_ELSE.capitalize()}")
 
 
 def _cut_config(config: Any, layers: Sequence[int]) -> Any:
@@ -79,9 +76,7 @@ def _cut_config(config: Any, layers: Sequence[int]) -> Any:
         cut.num_hidden_layers = len(layers)
     except (NotImplementedError, AttributeError) as error:
         raise ModelError(
-            f"{config.model_type}: its number of layers cannot be changed. Have no student with "
-            "layers (--student-epochs 0; the static student is made all the same), or take another "
-            "teacher, e.g. minilm."
+            f"{config.model_type}: its number of layers cannot be changed. {_ELSE.capitalize()}"
         ) from error
     return cut
 

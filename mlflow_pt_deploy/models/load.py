@@ -101,15 +101,16 @@ def reload_classifier(reference: str) -> Classifier:
     """
     with _border(reference):
         folder, _ = locate(reference)
-        network, info = _network(folder, _kind_of(folder), {})
+        kind = _kind_of(folder)
+        network, info = _network(folder, kind, {})
         _check_parts(network, info, reference)
-        return _with_reader(network, folder)
+        return _with_reader(kind, network, folder)
 
 
 def blank_classifier(folder: Path) -> Classifier:
     """A classifier of a folder's shape, its weights not read."""
-    config = _config(folder)
-    return _with_reader(blank_network(_kind_of(folder).auto, config), folder)
+    kind = _kind_of(folder)
+    return _with_reader(kind, blank_network(kind.auto, _config(folder)), folder)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
@@ -144,17 +145,19 @@ def _read(
         head: Config keys of another head; empty: it has its own.
         fresh: Whether the head is another task's, so that no weight of it may stay.
     """
-    images = reads_images(config)
+    kind = _kind(config)
     if remote:
         fetch_weights(reference)
-    if problem := check_weights(folder) or ("" if images else check_tokenizer(folder)):
+    if problem := check_weights(folder) or (
+        "" if kind is ImageClassifier else check_tokenizer(folder)
+    ):
         raise ModelError(f"{reference}: no classifier can be loaded from there ({problem}).")
-    network, info = _network(folder, ImageClassifier if images else TextClassifier, head)
+    network, info = _network(folder, kind, head)
     _check_parts(network, info, reference, with_head=not head)
     if fresh:
         _renew_head(network)
     padding = declared_padding(network.config)
-    classifier = _with_reader(network, folder, images=images)
+    classifier = _with_reader(kind, network, folder)
     check_reading(classifier, folder, reference, padding)
     return classifier
 
@@ -185,13 +188,14 @@ def _config(folder: Path, **head: Any) -> Any:
 
 
 def _kind_of(folder: Path) -> type[Classifier]:
-    images = reads_images(read_config(folder, str(folder)))
-    return ImageClassifier if images else TextClassifier
+    return _kind(read_config(folder, str(folder)))
 
 
-def _with_reader(network: Any, folder: Path, *, images: bool | None = None) -> Classifier:
-    images = reads_images(read_config(folder, str(folder))) if images is None else images
-    kind = ImageClassifier if images else TextClassifier
+def _kind(config: Mapping[str, Any]) -> type[Classifier]:
+    return ImageClassifier if reads_images(config) else TextClassifier
+
+
+def _with_reader(kind: type[Classifier], network: Any, folder: Path) -> Classifier:
     with _quiet():
         return kind.with_reader(network, str(folder)).eval()
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def check_trainable(config: Mapping[str, Any], reference: str) -> str:
 
 def reads_images(config: Mapping[str, Any]) -> bool:
     """Whether the classifier of a config reads images, not texts."""
-    return (Task.of(config).name or _kind(config)) == IMAGE or _kind(config) == IMAGE
+    return IMAGE in (Task.of(config).name, _kind(config))
 
 
 def _kind(config: Mapping[str, Any]) -> str | None:
@@ -187,6 +188,7 @@ def _types(constant: str) -> set[str]:
     return {*getattr(modeling_auto, f"MODEL_FOR_{constant}_MAPPING_NAMES"), *registered}
 
 
+@cache
 def _tasks() -> dict[str, list[str]]:
     """The tasks of each class of transformers, by transformers' own tables."""
     found: dict[str, list[str]] = {}

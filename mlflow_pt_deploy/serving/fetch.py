@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow_pt_deploy.artifact_files import copy_files, list_files, open_regular
+from mlflow_pt_deploy.artifact_files import copy_file, copy_files, list_files
 from mlflow_pt_deploy.serving.mlmodel import (
     FILE,
     MANIFEST,
@@ -153,6 +152,5 @@ def _copied(uri: str, folder: Path, part: str = "") -> Path:
         source = source.resolve()  # the operator may name a link; what is in it may not be one
         copy_files(source, folder / source.name)
         return folder / source.name
-    with open_regular(source) as file, (folder / source.name).open("wb") as copy:
-        shutil.copyfileobj(file, copy, 2**20)
+    copy_file(source, folder / source.name)
     return folder / source.name

@@ -175,8 +175,7 @@ def digest(root: Path) -> str:
     """
     whole = hashlib.sha256()
     for name in (FILE, MANIFEST):
-        part = hashlib.sha256(read_regular(root / name, MAX_BYTES * 16)).hexdigest()
-        whole.update(f"{part}  {name}\n".encode())
+        whole.update(f"{_sha256(root / name)}  {name}\n".encode())
     return _NEW_FORM + whole.hexdigest()
 
 
@@ -191,15 +190,16 @@ def check_digest(root: Path, promoted: str, tag: str) -> None:
     Raises:
         ArtifactError: They differ.
     """
-    if promoted.startswith(_NEW_FORM):
-        actual = digest(root)
-    else:
-        actual = hashlib.sha256(read_regular(root / MANIFEST, MAX_BYTES * 16)).hexdigest()
+    actual = digest(root) if promoted.startswith(_NEW_FORM) else _sha256(root / MANIFEST)
     if actual != promoted:
         raise ArtifactError(
             f"this model is not what was promoted: its digest is not the one in the registry's "
             f"tag {tag}. Promote it again with pt-deploy promote."
         )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_regular(path, MAX_BYTES * 16)).hexdigest()
 
 
 def _checked(pyfunc: object, logged_digest: str, content: dict[str, Any]) -> MLmodel:

@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+from mlflow_pt_deploy.environment import environment
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.hardware import usable_cores
 from mlflow_pt_deploy.serving.access import AccessLog
@@ -278,10 +279,5 @@ def _serving_environment() -> Iterator[None]:
         "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
+    with environment(**{name: it for name, it in wanted.items() if name not in os.environ}):
         yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
