@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if parsed.json:
                 print(json.dumps(document))
             sys.stdout.flush()
+        if own and parsed.stage == "serve":
+            os._exit(0)  # the workers are gone; what is left of the main process holds nothing
     except KeyboardInterrupt as interrupted:
         number = getattr(interrupted, "number", signal.SIGINT)
         print(f"pt-deploy {parsed.stage}: {describe_signal(number)}", file=sys.stderr, flush=True)
