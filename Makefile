@@ -1,5 +1,5 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
-# make test   the test suite          make check   ruff and mypy
+# make test   the test suite          make check   ruff, mypy, layers, docs
 # make CI     what CI runs
 # make gpu    tests and benchmark on a CUDA device, by a python3 that has torch and transformers
 
@@ -27,6 +27,9 @@ check: $(VENV)/.dev
 	ruff check
 	ruff format --check
 	mypy
+	lint-imports
+	python docs/generate_reference.py --check
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 format: $(VENV)/.dev
 	ruff check --fix
@@ -36,14 +39,14 @@ CI: check test
 
 # no .venv: on a borrowed machine nothing can be installed. The tests' failure ends it last
 gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/test_cuda_graphs.py; tests=$$?; \
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/runtimes/test_cuda_graphs.py; tests=$$?; \
 	  PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_FLAGS) && exit $$tests
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mlflow_pt_deploy/serving/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # torch goes first and by its exact version: a range could pull another build with CUDA
-$(VENV)/.all: setup.cfg setup.py conda.yaml pyproject.toml mlflow_pt_deploy/serving/_front.c
+$(VENV)/.all: setup.cfg conda.yaml pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	sed -n 's/^ *- \([a-z].*==.*\)/\1/p' conda.yaml > $(VENV)/pins.txt
 	pip install --quiet $$(grep '^torch==' $(VENV)/pins.txt)

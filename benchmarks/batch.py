@@ -1,9 +1,9 @@
-"""What a row costs where nothing serves it: batch inference in a process of its own.
+"""Cost of a row without a server: batch inference in a separate process.
 
     python benchmarks/batch.py --model models:/NAME@champion --data FOLDER --seconds 5
 
-The model is loaded as a user would for a batch job, and asked for all test texts at once, again and
-again. Prints one line of JSON: rows/s, and CPU microseconds of all threads for a row.
+Loads the model as in a batch job and scores all test texts in one call, repeatedly. Prints one
+line of JSON: rows/s, and CPU microseconds of all threads per row.
 """
 
 from __future__ import annotations

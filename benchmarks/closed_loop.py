@@ -3,13 +3,10 @@
     python benchmarks/closed_loop.py --model models:/NAME@champion --teacher HF_FOLDER \
         --data FOLDER --seconds 20 --clients 1 8 32 --out results.json
 
-One run on one box measures three servers, one after the other at each number of clients and never
-two at a time: `mlflow models serve` with the teacher in MLflow's own transformers flavor, `mlflow
-models serve` with our model, and `pt-deploy serve` with our model. Clients are closed loops (wrk,
-Debian package `wrk`) that send one text a request, test texts in turn. The load generator shares
-the cores with the server, for all servers alike.
-
-Knows nothing of how the model was made; it talks to servers over HTTP only.
+Measures three servers, one after the other for each number of clients, never two at a time:
+`mlflow models serve` with the teacher in MLflow's transformers flavor, `mlflow models serve` with
+our model, and `pt-deploy serve` with our model. Clients are closed loops (wrk, Debian package
+`wrk`) that send one test text per request. The load generator runs on the same cores as the server.
 """
 
 from __future__ import annotations
@@ -54,11 +51,11 @@ class Point:
     Attributes:
         server: Which server.
         clients: Closed-loop clients.
-        requests_per_s: Answered requests of one text per second.
+        requests_per_s: Requests answered with 200 per second.
         p50_ms: Median latency.
         p99_ms: 99th percentile of the latency.
         errors: Requests that failed, timed out or were not answered with 200.
-        seconds: How long it was measured, warm-up excluded.
+        seconds: Duration of the measurement, warm-up excluded.
     """
 
     server: str
@@ -75,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     if shutil.which("wrk") is None:
         sys.exit("wrk, the load generator, is missing. Install it with: apt-get install wrk")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers too
     rows = sample(options.data)
     with tempfile.TemporaryDirectory(prefix="serving-") as name:
         folder = Path(name)
@@ -106,15 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__)
-    parser.add_argument("--seconds", type=int, default=20, help="a point, after warm-up")
+    parser.add_argument("--seconds", type=int, default=20, help="seconds per point after warm-up")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--rows", type=int, default=300, help="rows that accuracy is checked on")
+    parser.add_argument("--rows", type=int, default=300, help="rows for the accuracy")
     parser.add_argument("--out", type=Path, default=Path("results.json"))
     return parser
 
 
 def write_lua(folder: Path, texts: Sequence[str]) -> Path:
-    """A script for wrk that asks for one text a request, in turn."""
+    """Write a wrk script that sends one text per request, in turn."""
     bodies = folder / "bodies.jsonl"
     lines = [json.dumps({"inputs": [text]}) for text in texts]
     bodies.write_text("\n".join(lines) + "\n", encoding="utf8")
@@ -124,7 +121,7 @@ def write_lua(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def _accuracy(address: str, rows: Sequence[tuple[str, str]]) -> float:
-    """Share of rows that the server gives their label, asked one by one as under load."""
+    """Accuracy of a server's predictions, one text per request."""
     right = [ask(address, text)["label"] == label for text, label in rows]  # type: ignore[index]
     return right.count(True) / len(rows)
 
@@ -144,7 +141,7 @@ def _measure(server: str, address: str, clients: int, seconds: int, lua: Path) -
 
 
 def wrk(address: str, clients: int, seconds: int, lua: Path) -> dict[str, float]:
-    """What wrk saw of so many clients in that time, see `_LUA`; ends the program if it fails."""
+    """Run wrk and return its result, see `_LUA`; exits if wrk fails."""
     command = ["wrk", "-t1", f"-c{clients}", f"-d{seconds}s", "--timeout", "60s", "-s", str(lua)]
     run = subprocess.run(
         [*command, address],

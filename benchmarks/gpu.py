@@ -36,8 +36,8 @@ from gpu_models import models
 from gpu_tables import write_tables
 
 from mlflow_pt_deploy.data import load_data
-from mlflow_pt_deploy.errors import first_line
-from mlflow_pt_deploy.hardware import hardware
+from mlflow_pt_deploy.errors import root_cause
+from mlflow_pt_deploy.system.hardware import hardware
 
 _LONGEST_BUILD_S = 120
 
@@ -150,7 +150,7 @@ class Run:
             built: Form = FORMS[form](source)
             measure(built, reference, seen, self.sizes, self.options.device)
         except Exception as error:  # a failure is a row of the table
-            seen.reason = f"{type(error).__name__}: {first_line(error)}"[:300]
+            seen.reason = f"{type(error).__name__}: {root_cause(error)}"[:300]
         seen.build_s = time.perf_counter() - start
         if self.options.device != "cpu":
             seen.peak_mb = torch.cuda.max_memory_allocated() / 1e6 - before_mb

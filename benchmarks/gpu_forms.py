@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from gpu_packed import LONGEST, Encoded, PackedBert, PackedGraphs, pack
 
+from mlflow_pt_deploy.artifacts import load_variant, write_variant
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.models import TextClassifier, load_classifier
-from mlflow_pt_deploy.variants import Inputs, Logits, Variant, load_variant, write_variant
-from mlflow_pt_deploy.variants.aotinductor import AOTInductor, load_package
-from mlflow_pt_deploy.variants.cuda_graphs import LENGTHS, CudaGraphs
-from mlflow_pt_deploy.variants.eager import Eager, in_precision
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor, load_package
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Variant
+from mlflow_pt_deploy.runtimes.cuda_graphs import LENGTHS, CudaGraphs
+from mlflow_pt_deploy.runtimes.eager import Eager, in_precision
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 GOLDEN_ROWS = 4
 

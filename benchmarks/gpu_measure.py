@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from gpu_forms import Form, labels
 
-from mlflow_pt_deploy.preprocess.text import TextPreprocessor
+from mlflow_pt_deploy.preprocessing.text import TextPreprocessor
 
 _ROUNDS = 3
 _BLOCK_S = 0.07

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mlflow_pt_deploy.variants.base import Logits
-from mlflow_pt_deploy.variants.cuda_graphs import Captured
+from mlflow_pt_deploy.runtimes.base import Logits
+from mlflow_pt_deploy.runtimes.cuda_graphs import CapturedGraph
 
 TOKENS = tuple(sorted({*(16 << i for i in range(12)), *(24 << i for i in range(2, 11))}))
 # From 2 on: a compiler makes a special case of one row. Unused rows have no tokens.
@@ -125,13 +125,13 @@ class PackedGraphs:
 
     Args:
         module: A `PackedBert` on `device`, as it is or compiled.
-        device: See `Captured`.
+        device: See `CapturedGraph`.
     """
 
     def __init__(self, module: Callable[..., torch.Tensor], device: str) -> None:
         self._module = module
         self._device = device
-        self._captured: dict[tuple[int, int, int], Captured] = {}
+        self._captured: dict[tuple[int, int, int], CapturedGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if device != "cpu" else None
 
     def __call__(self, encoded: Encoded) -> Logits:
@@ -141,7 +141,7 @@ class PackedGraphs:
             answers.append(self.start(rows).logits()[: len(rows)].copy())
         return np.concatenate(answers)
 
-    def start(self, encoded: Encoded) -> Captured:
+    def start(self, encoded: Encoded) -> CapturedGraph:
         """Start a batch of at most 1024 rows; wait for it before the next one is started."""
         tokens = _least(TOKENS, sum(map(len, encoded)))
         rows = _least(ROWS, len(encoded))
@@ -150,7 +150,7 @@ class PackedGraphs:
         bucket = self._captured.get((tokens, rows, longest))
         if bucket is None:
             module = partial(self._module, longest=longest)
-            bucket = Captured(module, arrays, self._device, self._pool)
+            bucket = CapturedGraph(module, arrays, self._device, self._pool)
             self._captured[tokens, rows, longest] = bucket
         for name, array in arrays.items():
             bucket.inputs[name][:] = array

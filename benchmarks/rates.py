@@ -1,7 +1,4 @@
-"""Requests at a rate, and the highest rate that a server keeps up with.
-
-Knows servers by their address only; `poisson.c` sends.
-"""
+"""Sends requests at a rate (`poisson.c`), and finds the highest rate within a latency limit."""
 
 from __future__ import annotations
 
@@ -34,12 +31,12 @@ class Point:
         p50_ms: Of the 200s, from the time a request was due; p99_ms and p999_ms too.
         p99_all_ms: Of all requests, others than 200 counted as infinite; None: infinite.
         refused_share: Share answered with 429.
-        refused_p50_ms: How soon; refused_p99_ms too.
-        refused_after_p99_ms: How soon after it was sent, which may have been later than due.
-        sent_late_p99_ms: How late the load generator itself sent a request: the machine's part.
-        errors: Not answered at all, or neither with 200 nor with 429.
-        cpu_us: CPU microseconds of the server's processes for each 200.
-        model_share: Share of the time in which the model computed, where the server tells.
+        refused_p50_ms: Latency of the 429s; refused_p99_ms too.
+        refused_after_p99_ms: The same from the time of sending, which may be later than due.
+        sent_late_p99_ms: Delay of the load generator itself.
+        errors: No response, or a status other than 200 and 429.
+        cpu_us: CPU microseconds of the server's processes per 200.
+        model_share: Share of the time in which the model computed, if the server has this metric.
     """
 
     rate: float
@@ -60,11 +57,11 @@ class Point:
 
     @property
     def tail_ms(self) -> float:
-        """Within which 99 % of all requests were answered with 200."""
+        """Time within which 99 % of all requests were answered with 200."""
         return math.inf if self.p99_all_ms is None else self.p99_all_ms
 
     def keeps(self, limit_ms: float) -> bool:
-        """Whether that is within the limit."""
+        """Whether `tail_ms` is within the limit."""
         return self.tail_ms <= limit_ms
 
 
@@ -72,7 +69,7 @@ Load = Callable[[float], Point]
 
 
 def build_generator(folder: Path) -> Path:
-    """The load generator, compiled."""
+    """Compile the load generator."""
     program = folder / "poisson"
     subprocess.run(
         ["gcc", "-O2", "-o", program, Path(__file__).with_name("poisson.c"), "-lm"], check=True
@@ -81,12 +78,12 @@ def build_generator(folder: Path) -> Path:
 
 
 def search(load: Load, first: float, limit_ms: float, seen: dict[float, Point]) -> float:
-    """The highest rate that keeps the limit: doubled until one breaks it, then three between."""
+    """Highest rate within the limit: doubles until it is exceeded, then bisects three times."""
 
     def good(rate: float) -> bool:
         if rate not in seen:
             seen[rate] = load(rate)
-            if not seen[rate].keeps(limit_ms):  # the machine may have paused: look twice
+            if not seen[rate].keeps(limit_ms):  # measure again: the machine may have paused
                 seen[rate] = min(seen[rate], load(rate), key=lambda point: point.tail_ms)
         return seen[rate].keeps(limit_ms)
 
@@ -102,14 +99,14 @@ def search(load: Load, first: float, limit_ms: float, seen: dict[float, Point]) 
 
 
 def loader(generator: Path, run: Server, bodies: Path, *, seconds: float, connections: int) -> Load:
-    """What offers a server so many requests a second.
+    """Create a function that loads a server at a rate.
 
     Args:
-        generator: What `build_generator` made.
+        generator: Program from `build_generator`.
         run: The server.
-        bodies: A request's body a line, sent in turn.
-        seconds: How long each time.
-        connections: Most at a time.
+        bodies: File with one request body per line, sent in turn.
+        seconds: Duration of each load.
+        connections: Most concurrent connections.
     """
     host, port = run.url.removeprefix("http://").split(":")
 
@@ -139,14 +136,14 @@ def loader(generator: Path, run: Server, bodies: Path, *, seconds: float, connec
 
 
 def padding_share(url: str) -> float | None:
-    """Of all tokens that the model computed, where the server tells; None where it does not."""
+    """Share of padding among the computed tokens; None if the server has no such metric."""
     padding = series(url, "pt_deploy_batch_padding_tokens_total")
     tokens = series(url, "pt_deploy_batch_tokens_total")
     return round(padding / (padding + tokens), 3) if padding is not None and tokens else None
 
 
 def series(url: str, name: str) -> float | None:
-    """A series of a server's `/metrics`, summed over its labels; None where there is none."""
+    """A series of a server's `/metrics`, summed over labels; None if there is none."""
     try:
         with urlopen(f"{url}/metrics", timeout=10) as response:
             lines = response.read().decode().splitlines()
@@ -157,7 +154,7 @@ def series(url: str, name: str) -> float | None:
 
 
 def _settle(address: str) -> None:
-    """Let a server that queues without limit come to its end of the queue."""
+    """Wait until a server with an unbounded queue has emptied it."""
     try:
         ask(address, "hello", timeout=120)
     except (OSError, ValueError):

@@ -1,7 +1,4 @@
-"""The servers under test: their commands, their start and end, and the rows they are asked.
-
-Knows nothing of loads and of what is measured.
-"""
+"""Servers under test: commands, start and stop, and the rows of the requests."""
 
 from __future__ import annotations
 
@@ -30,18 +27,18 @@ START_S = 180
 
 
 class StartError(Exception):
-    """A server that did not answer; says why."""
+    """A server did not start; the message is its last line of output."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs.
+    """A running server.
 
     Attributes:
-        url: Where it listens.
-        path: What it is asked there.
-        pid: The first of its processes.
-        start_s: Seconds from its command to its first answer.
+        url: Base URL.
+        path: Path of scoring requests.
+        pid: Process id of the main process.
+        start_s: Seconds from the command to the first response.
     """
 
     url: str
@@ -51,7 +48,7 @@ class Server:
 
 
 def sample(data: str) -> list[tuple[str, str]]:
-    """Unique test texts with their labels, shuffled: data sets often come sorted by label."""
+    """Unique test texts with labels, shuffled because data sets are often sorted by label."""
     from mlflow_pt_deploy.data import load_data
 
     splits = load_data(data)
@@ -63,12 +60,12 @@ def sample(data: str) -> list[tuple[str, str]]:
 
 
 def save_teacher(teacher: Path, folder: Path) -> Path:
-    """The teacher as MLflow's documentation saves it: a text-classification pipeline."""
+    """Save the teacher as in MLflow's documentation, as a text-classification pipeline."""
     import mlflow.transformers
     from transformers import pipeline
 
     target = folder / "teacher"
-    # The flavor would find its requirements by loading the model in a process of its own.
+    # without them the flavor loads the model in another process to find its requirements
     mlflow.transformers.save_model(
         pipeline("text-classification", model=str(teacher)),
         path=str(target),
@@ -78,11 +75,11 @@ def save_teacher(teacher: Path, folder: Path) -> Path:
 
 
 def commands(model: str, teacher: Path) -> dict[str, list[str]]:
-    """The servers that are compared, by name; each takes ``--port``, some begin with NAME=VALUE."""
+    """Commands of servers by name; each takes ``--port``, some start with NAME=VALUE."""
     stock = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local", "-m"]
     return {
         TEACHER: [*stock, str(teacher)],
-        OURS: ["UVICORN_LOOP=mlflow_pt_deploy.serving.loop:new_loop", *stock, model],
+        OURS: ["UVICORN_LOOP=mlflow_pt_deploy.serving.uvicorn_loop:new_loop", *stock, model],
         PT_DEPLOY: [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve", model],
     }
 
@@ -90,13 +87,13 @@ def commands(model: str, teacher: Path) -> dict[str, list[str]]:
 def handler_commands(
     pythons: Mapping[str, str | None], model: str, teacher: Path, folder: Path
 ) -> dict[str, list[str]]:
-    """The servers of others, each around our artifact, fetched, and around the plain teacher.
+    """Commands of other serving libraries, each with our artifact and with the plain teacher.
 
     Args:
-        pythons: The interpreter of each of `HANDLERS`; None leaves it out.
+        pythons: Interpreter for each of `HANDLERS`; None skips it.
         model: MLflow URI of our model.
         teacher: Hugging Face folder.
-        folder: Where to put what they need.
+        folder: Folder for the artifact and for files of the servers.
     """
     found: dict[str, list[str]] = {}
     if not any(pythons.values()):
@@ -115,12 +112,12 @@ def handler_commands(
 
 
 def path_of(server: str) -> str:
-    """What a server is asked, by its name: MLflow's path, unless it has one of its own."""
+    """Path of scoring requests: MLflow's, except for TorchServe."""
     return "/predictions/classifier" if server.startswith("TorchServe") else "/invocations"
 
 
 def common_parser(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark asks for; the caller adds its own."""
+    """Parser with the options that all benchmarks have in common."""
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,16 +128,16 @@ def common_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def machine() -> dict[str, object]:
-    """Where a benchmark ran."""
+    """Description of this machine."""
     return {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()}
 
 
 @contextmanager
 def running(command: Sequence[str], log: Path, path: str = "/invocations") -> Iterator[Server]:
-    """A server on a free port, until the block ends; all its processes end with it.
+    """Run a server on a free port until the block ends; then stop all its processes.
 
     Raises:
-        StartError: It ended, or did not answer in time.
+        StartError: It ended, or did not respond in time.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,7 +174,7 @@ def running(command: Sequence[str], log: Path, path: str = "/invocations") -> It
 
 
 def ask(address: str, text: str, timeout: float = 60) -> object:
-    """The prediction for one text; `address` is the server's url and path."""
+    """The prediction for one text; `address` is the server's URL with the path."""
     body = json.dumps({"inputs": [text]}).encode()
     request = Request(address, body, {"Content-Type": "application/json"})
     with urlopen(request, timeout=timeout) as response:
@@ -186,7 +183,7 @@ def ask(address: str, text: str, timeout: float = 60) -> object:
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all that descend from it, threads included."""
+    """CPU seconds of a process and its descendants, threads included."""
     ticks = 0
     for member in processes(pid):
         try:
@@ -210,7 +207,7 @@ def processes(pid: int) -> list[int]:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    members = processes(process.pid)  # some start sessions of their own
+    members = processes(process.pid)  # some of them start their own sessions
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

@@ -1,15 +1,15 @@
-"""Goodput and tails under Poisson arrivals: our champion and the servers it is compared with.
+"""Goodput and tail latency under Poisson arrivals: our champion and other servers.
 
     python benchmarks/serving.py --model models:/NAME@champion --teacher HF_FOLDER \
         --data FOLDER --seconds 5 --out serving.json
 
-Servers run one after the other, never two at a time. Each is asked one test text a request at
-rates that double until the tail breaks twice, then between the last good rate and the first bad
-one, and at last at twice the best. Requests are sent when they are due, whatever became of those
-before (`poisson.c`), and a request that is not answered with 200 counts as infinitely late. Each
-says that it is of no use after 100 ms, which servers may heed. The load generator shares the cores
-with the server, for all servers alike. Before all of them the same texts go through our model
-without a server (`batch.py`): what of a row's CPU time is the server's shows beside it.
+Servers run one after the other, never two at a time. Each request has one test text. The rate
+doubles until a latency limit is exceeded twice, then the search continues between the last good
+and the first bad rate; the last point is at twice the best rate. Requests are sent at their due
+time independent of earlier responses (`poisson.c`). A request that is not answered with 200 counts
+as infinitely late. Each request has a deadline of 100 ms, which a server may use. The load
+generator runs on the same cores as the server. Before that, the same texts are scored without a
+server (`batch.py`), to show the server's share of the CPU time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ HERE = Path(__file__).resolve().parent
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON, Markdown and a plot."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the servers too
     rows = sample(options.data)
     results: list[Result] = []
     alone_us = _batch_cpu_us(options)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     result.padding_share = padding_share(run.url)
             except StartError as error:
                 result.reason = str(error)
-            if server == PT_DEPLOY:  # the machine's speed changes: once before, once behind
+            if server == PT_DEPLOY:  # once before and once after it: the machine's speed varies
                 alone_us = round((alone_us + _batch_cpu_us(options)) / 2, 1)
             print(result, file=sys.stderr, flush=True)
             _write(results, alone_us, options)
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _batch_cpu_us(options: argparse.Namespace) -> float:
-    """CPU microseconds a row of our model in a batch job."""
+    """CPU microseconds per row of our model in a batch job."""
     command = [sys.executable, str(HERE / "batch.py"), "--model", options.model]
     command += ["--data", options.data, "--seconds", str(options.seconds)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
@@ -94,7 +94,7 @@ def _examine(result: Result, load: Load, options: argparse.Namespace) -> None:
     seen: dict[float, Point] = {}
     for limit in LIMITS_MS:
         search(load, options.first_rate, limit, seen)
-    for limit in LIMITS_MS:  # what was slow at first may have kept it later
+    for limit in LIMITS_MS:  # a later point may keep the limit at a higher rate
         kept = [rate for rate, point in seen.items() if point.keeps(limit)]
         result.best[limit] = max(kept, default=0.0)
     best = max(result.best.values())
@@ -107,7 +107,7 @@ def _examine(result: Result, load: Load, options: argparse.Namespace) -> None:
 
 
 def _all_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Ours first."""
+    """Commands of all servers, ours first."""
     found = commands(options.model, save_teacher(options.teacher, folder))
     found = {PT_DEPLOY: found.pop(PT_DEPLOY), **found}
     pythons = {name: getattr(options, f"{name.lower()}_python") for name in HANDLERS}
@@ -118,14 +118,14 @@ def _all_commands(options: argparse.Namespace, folder: Path) -> dict[str, list[s
 
 def _parser() -> argparse.ArgumentParser:
     parser = common_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=10, help="a point")
-    parser.add_argument("--first-rate", type=float, default=8, help="requests/s to double from")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds per point")
+    parser.add_argument("--first-rate", type=float, default=8, help="requests/s of the first point")
     parser.add_argument("--rates", type=float, nargs="*", default=[8, 64, 512, 2048])
-    parser.add_argument("--connections", type=int, default=512, help="most at a time")
+    parser.add_argument("--connections", type=int, default=512, help="most concurrent connections")
     for name in HANDLERS:
         option = f"--{name.lower()}-python"
-        parser.add_argument(option, help=f"interpreter of a venv with {name} and us")
-    parser.add_argument("--only", nargs="+", help="names of servers, as in the table")
+        parser.add_argument(option, help=f"interpreter that has {name} and this package")
+    parser.add_argument("--only", nargs="+", help="names of servers as in the table")
     parser.add_argument("--out", type=Path, default=Path("serving.json"))
     return parser
 
@@ -139,8 +139,8 @@ def _write(results: Sequence[Result], alone_us: float, options: argparse.Namespa
         "machine": machine(),
     }
     options.out.write_text(json.dumps(report, indent=1), encoding="utf8")
-    told = (table(results), rates_table(results), beside_batch(results, alone_us))
-    options.out.with_suffix(".md").write_text("\n".join(told), encoding="utf8")
+    texts = (table(results), rates_table(results), beside_batch(results, alone_us))
+    options.out.with_suffix(".md").write_text("\n".join(texts), encoding="utf8")
     plot(results, options.out.with_suffix(".png"))
 
 

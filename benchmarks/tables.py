@@ -1,4 +1,4 @@
-"""What was seen of servers, as Markdown and as a plot."""
+"""Results of serving benchmarks as Markdown and as a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from servers import PT_DEPLOY
 
 @dataclass
 class Result:
-    """What was seen of one server, or why it could not start."""
+    """Measurements of one server, or the reason why it did not start."""
 
     server: str
     reason: str = ""
@@ -24,7 +24,7 @@ class Result:
 
     @property
     def peak(self) -> Point | None:
-        """At the highest rate that kept the longest of `LIMITS_MS`."""
+        """The point at the highest rate within the longest of `LIMITS_MS`."""
         best = max(self.best.values(), default=0.0)
         return next((point for point in self.points if point.rate == best), None)
 
@@ -63,9 +63,9 @@ def _refusals(point: Point) -> str:
 
 
 def rates_table(results: Sequence[Result]) -> str:
-    """p50, p99 and p99.9 of the 200s at each rate, as Markdown, and how many are missing.
+    """Latency of the 200s at each rate and the share of other responses, as Markdown.
 
-    Beside them how late the load generator itself was: no server can be better than that.
+    The last column is the delay of the load generator, a lower bound of the latency.
     """
     lines = [
         "| server | requests/s offered | p50 ms | p99 ms | p99.9 ms | not answered with 200 "
@@ -83,7 +83,7 @@ def rates_table(results: Sequence[Result]) -> str:
 
 
 def beside_batch(results: Sequence[Result], alone_us: float) -> str:
-    """How much of the CPU time of a served row is the model's."""
+    """Share of the model in the CPU time of a served row."""
     text = f"Batch inference without a server takes {alone_us:g} CPU µs a row"
     ours = next((r for r in results if r.server == PT_DEPLOY and r.peak), None)
     if ours is None or ours.peak is None or not ours.peak.cpu_us:
@@ -94,7 +94,7 @@ def beside_batch(results: Sequence[Result], alone_us: float) -> str:
         text += f" and {alone_us / ours.overload.cpu_us:.2f} where twice that is offered"
     text += "."
     if busy is not None:
-        limit = "the model" if busy > 0.5 else "the HTTP front"
+        limit = "the model" if busy > 0.5 else "HTTP"
         text += f" There the model computes for {busy:.0%} of the time: {limit} is the limit."
     return f"{text}\n"
 

@@ -6,43 +6,47 @@ Names are loaded on first use: importing the package imports neither torch nor m
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from mlflow_pt_deploy._version import __version__
+
 if TYPE_CHECKING:
+    from mlflow_pt_deploy.artifacts import load_variant, write_variant
+    from mlflow_pt_deploy.config import Options
     from mlflow_pt_deploy.data import Split, Splits, load_data
     from mlflow_pt_deploy.errors import PtDeployError
-    from mlflow_pt_deploy.measure import Measurement, Result
-    from mlflow_pt_deploy.options import Options
-    from mlflow_pt_deploy.pipeline import run_lifecycle
-    from mlflow_pt_deploy.policy import Choice, Policy, choose
-    from mlflow_pt_deploy.searches import search_students
-    from mlflow_pt_deploy.serving.serve import serve
-    from mlflow_pt_deploy.stages import (
+    from mlflow_pt_deploy.evaluation import Measurement, Result
+    from mlflow_pt_deploy.pipeline.lifecycle import run_lifecycle
+    from mlflow_pt_deploy.pipeline.search_stage import search_students
+    from mlflow_pt_deploy.pipeline.stages import (
         distill_student,
         optimize_models,
         promote_choice,
         read_optimized,
         train_teacher,
     )
-    from mlflow_pt_deploy.variants import VARIANTS, Variant, load_variant, write_variant
-
-__version__ = "0.1.0"
+    from mlflow_pt_deploy.runtimes.base import Variant
+    from mlflow_pt_deploy.runtimes.catalog import VARIANTS
+    from mlflow_pt_deploy.selection.policy import Choice, Policy, choose
+    from mlflow_pt_deploy.serving.api import serve
 
 _HOMES = {
     "data": ("Split", "Splits", "load_data"),
     "errors": ("PtDeployError",),
-    "measure": ("Measurement", "Result"),
-    "options": ("Options",),
-    "pipeline": ("run_lifecycle",),
-    "policy": ("Choice", "Policy", "choose"),
-    "searches": ("search_students",),
-    "serving.serve": ("serve",),
-    "stages": (
+    "evaluation": ("Measurement", "Result"),
+    "config": ("Options",),
+    "pipeline.lifecycle": ("run_lifecycle",),
+    "selection.policy": ("Choice", "Policy", "choose"),
+    "pipeline.search_stage": ("search_students",),
+    "serving.api": ("serve",),
+    "pipeline.stages": (
         "distill_student",
         "optimize_models",
         "promote_choice",
         "read_optimized",
         "train_teacher",
     ),
-    "variants": ("VARIANTS", "Variant", "load_variant", "write_variant"),
+    "artifacts": ("load_variant", "write_variant"),
+    "runtimes.base": ("Variant",),
+    "runtimes.catalog": ("VARIANTS",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,11 +1,11 @@
-"""The MLflow flavor `pt_deploy`: one for all variants, beside the native flavor where there is one.
+"""The MLflow flavor `pt_deploy` for all variants; ONNX variants also have the `onnx` flavor.
 
-An MLmodel holds the variant's folder as it is, under ``variant/``. Nothing is pickled and no code
-is shipped: the environment that loads a model has this package installed.
+A saved model contains the folder of the variant unchanged, under ``variant/``. Nothing is pickled
+and no code is included: this package must be installed in the environment that loads a model.
 
-`load_model` and ``pt-deploy serve`` read the MLmodel as data and refuse one that asks for anything
-but this module. ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` obey the MLmodel before
-this package is asked: they are as safe as the artifact store that they load from.
+`load_model` and ``pt-deploy serve`` parse the MLmodel file as data and reject one that asks for any
+other loader. ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` execute the MLmodel file
+before they call this package, so they are only as safe as the artifact store.
 """
 
 from __future__ import annotations
@@ -20,39 +20,33 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import yaml
 from mlflow import pyfunc
 from mlflow.models import Model
 from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
-from mlflow.utils.environment import (
-    _CONDA_ENV_FILE_NAME,
-    _PYTHON_ENV_FILE_NAME,
-    _REQUIREMENTS_FILE_NAME,
-    _mlflow_conda_env,
-    _process_pip_requirements,
-    _PythonEnv,
-    _validate_env_arguments,
-)
+from mlflow.utils.environment import _validate_env_arguments
 from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
-from mlflow_pt_deploy import __version__
-from mlflow_pt_deploy.artifact_files import (
-    list_files,
-    open_to_readers,
-    parse_yaml,
-    read_regular,
-)
+from mlflow_pt_deploy._version import __version__
+from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
-from mlflow_pt_deploy.hardware import library_versions
-from mlflow_pt_deploy.serving.fetch import (
+from mlflow_pt_deploy.model_config import ServingOptions
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
+from mlflow_pt_deploy.registry.environment import (
+    CONDA_FILE,
+    PYTHON_FILE,
+    get_default_conda_env,
+    get_default_pip_requirements,
+    write_environment,
+)
+from mlflow_pt_deploy.registry.fetch import (
     ALLOW_CODE_ENV,
     environment_allows_code,
     fetch,
     inference_config_allows_code,
 )
-from mlflow_pt_deploy.serving.mlmodel import (
+from mlflow_pt_deploy.registry.mlmodel import (
     FLAVOR_NAME,
     FOLDER,
     LOADER,
@@ -60,11 +54,14 @@ from mlflow_pt_deploy.serving.mlmodel import (
     check_digest,
     read_mlmodel,
 )
-from mlflow_pt_deploy.serving.options import Options
-from mlflow_pt_deploy.serving.pyfunc import PyFunc, signature
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG, resolve
-from mlflow_pt_deploy.variants import LoadedVariant, Manifest, load_variant, read_manifest, verify
-from mlflow_pt_deploy.variants.onnxruntime import FILE as ONNX_FILE
+from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
+from mlflow_pt_deploy.system.regular_files import (
+    list_files,
+    open_to_readers,
+    parse_yaml,
+    read_regular,
+)
 
 __all__ = [
     "ALLOW_CODE_ENV",
@@ -77,31 +74,6 @@ __all__ = [
 ]
 
 _META = "registered_model_meta"
-_NEEDS = {
-    "eager": ("torch", "transformers"),
-    "torchscript": ("torch",),
-    "aotinductor": ("torch",),
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "numpy": (),  # what every installation of this package has
-}
-
-
-def get_default_pip_requirements(*runtimes: str) -> list[str]:
-    """Pinned requirements of an environment that can serve variants of `runtimes`; empty: eager."""
-    versions = library_versions()
-    needs = (name for runtime in runtimes or ("eager",) for name in _NEEDS[runtime])
-    names = dict.fromkeys(("tokenizers", "pillow", *needs))
-    pins = [f"{name}=={versions[name].partition('+')[0]}" for name in names if name in versions]
-    return [f"mlflow-pt-deploy=={__version__}", *pins]
-
-
-def get_default_conda_env(*runtimes: str) -> dict[str, Any]:
-    """`get_default_pip_requirements` as a conda environment."""
-    env: dict[str, Any] = _mlflow_conda_env(
-        additional_pip_deps=get_default_pip_requirements(*runtimes)
-    )
-    return env
 
 
 def save_model(
@@ -116,27 +88,27 @@ def save_model(
     model_config: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> None:
-    """Save a variant's folder as an MLflow model.
+    """Save the folder of a variant as an MLflow model.
 
     Args:
-        variant: A folder that `variants.write_variant` made; its digests are checked first.
-        path: Where to save; must not exist or be empty.
-        mlflow_model: The MLmodel to extend; MLflow passes it.
-        input_example: Kept for the UI, e.g. ``["a text"]``.
+        variant: Folder written by `artifacts.write_variant`; digests are verified first.
+        path: Folder to create; must be empty if it exists.
+        mlflow_model: MLmodel to extend; passed by MLflow.
+        input_example: Example shown in the UI, e.g. ``["a text"]``.
         pip_requirements: Replaces `get_default_pip_requirements`.
-        extra_pip_requirements: Adds to it.
-        metadata: Kept in the MLmodel.
-        model_config: Serving options other than their defaults, see `serving.options.Options`.
+        extra_pip_requirements: Added to `get_default_pip_requirements`.
+        metadata: Stored in the MLmodel file.
+        model_config: Serving options, see `model_config.ServingOptions`.
 
     Raises:
         ArtifactError: The folder is incomplete or changed.
-        ServingError: `model_config` has a wrong option, or allows code.
+        ServingError: `model_config` has an invalid option, or allows code.
     """
-    options = asdict(Options.from_config(model_config))
+    options = asdict(ServingOptions.from_config(model_config))
     if options["allow_code"]:
         raise ServingError(
-            "model_config: allow_code cannot be logged with a model; only whoever serves it can "
-            "allow code. Promote the model, or serve it with -C allow_code=true."
+            "model_config: allow_code cannot be logged with a model; only the operator of a server "
+            "can allow code. Promote the model, or serve it with -C allow_code=true."
         )
     folder, root = Path(variant), Path(path)
     existed = root.exists()
@@ -152,26 +124,25 @@ def save_model(
     _add_flavors(model, manifest, options)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
-    defaults = None if pip_requirements else get_default_pip_requirements(*manifest.runtimes)
-    _write_environment(root, defaults, pip_requirements, extra_pip_requirements)
+    write_environment(root, manifest.runtimes, pip_requirements, extra_pip_requirements)
     open_to_readers(root)
     if not existed:
         root.chmod(0o755)
 
 
 def log_model(variant: Path | str, name: str, **options: Any) -> Any:
-    """Log a variant's folder as an MLflow model of the active run.
+    """Log the folder of a variant as an MLflow model of the active run.
 
     Args:
-        variant: A folder that `variants.write_variant` made.
+        variant: Folder written by `artifacts.write_variant`.
         name: Name of the logged model, e.g. ``student-openvino-fp32``.
-        **options: What ``mlflow.models.Model.log`` takes (`params`, `tags`, `step`,
-            `registered_model_name`, ...) and what `save_model` takes.
+        **options: Arguments of ``mlflow.models.Model.log`` (`params`, `tags`, `step`,
+            `registered_model_name`, ...) and of `save_model`.
 
     Returns:
         MLflow's ``ModelInfo``.
     """
-    options.setdefault("validate_serving_input", False)  # it would load the model right here
+    options.setdefault("validate_serving_input", False)  # validation would load the model
     return Model.log(
         artifact_path=None, name=name, flavor=sys.modules[__name__], variant=variant, **options
     )
@@ -180,17 +151,17 @@ def log_model(variant: Path | str, name: str, **options: Any) -> Any:
 def load_model(
     model_uri: str, *, dst_path: str | None = None, **model_config: Any
 ) -> LoadedVariant:
-    """Load a logged variant as it is, without MLflow's pyfunc around it.
+    """Load a logged variant without the pyfunc wrapper of MLflow.
 
     Args:
         model_uri: ``models:/NAME@champion``, ``runs:/...``, or a path.
-        dst_path: Where to download to.
+        dst_path: Folder to download to; None uses a temporary folder.
         **model_config: Serving options, e.g. ``num_threads=1``.
     """
     folder = dst_path or tempfile.mkdtemp(prefix="pt-deploy-model-")
     try:
         fetched = fetch(resolve(model_uri), Path(folder))
-        options = Options.from_config(fetched.options(model_config))
+        options = ServingOptions.from_config(fetched.options(model_config))
         loaded = _load(fetched.root, fetched.mlmodel, options)
     except BaseException:
         if dst_path is None:
@@ -201,27 +172,28 @@ def load_model(
     return loaded
 
 
-def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PyFunc:
-    """Load a model whose MLmodel was read and checked.
+def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PtDeployPyFunc:
+    """Load a model with a validated MLmodel file.
 
     Args:
-        root: The model's folder, which only this user can write to.
-        mlmodel: Its MLmodel.
-        config: All serving options; `allow_code` is the operator's or the promotion's word.
+        root: Folder of the model, writable only by this user.
+        mlmodel: The validated MLmodel file.
+        config: All serving options; `allow_code` was set by the operator or by a promotion.
 
     Raises:
-        PtDeployError: The model is damaged, carries code, or cannot run here.
+        PtDeployError: The model is damaged, contains code that is not allowed, or is not supported
+            on this machine.
     """
-    options = Options.from_config(config)
-    return PyFunc(_load(root, mlmodel, options), config)
+    options = ServingOptions.from_config(config)
+    return PtDeployPyFunc(_load(root, mlmodel, options), config)
 
 
-def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFunc:
-    """What ``mlflow.pyfunc.load_model`` calls, after it has obeyed the MLmodel.
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PtDeployPyFunc:
+    """Entry point of ``mlflow.pyfunc.load_model``, called after MLflow executed the MLmodel file.
 
-    MLflow passes the artifact's own options together with the operator's. An ``allow_code: true``
-    in the MLmodel cannot be told from the operator's there, and counts only if an environment
-    variable says it too.
+    MLflow merges the options of the artifact with those of the operator. Therefore an
+    ``allow_code: true`` in the MLmodel file is accepted only if an environment variable allows code
+    too.
     """
     root = Path(path)
     list_files(root)
@@ -229,14 +201,14 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PyFun
     config = dict(model_config or {})
     mlmodel.check_claim(environment_allows_code() or inference_config_allows_code())
     config["allow_code"] = (
-        bool(config.get("allow_code")) or environment_allows_code() or _registry_vouches(root)
+        bool(config.get("allow_code")) or environment_allows_code() or _is_promoted(root)
     )
     return load_checked(root, mlmodel, config)
 
 
-def _load(root: Path, mlmodel: MLmodel, options: Options) -> LoadedVariant:
+def _load(root: Path, mlmodel: MLmodel, options: ServingOptions) -> LoadedVariant:
     folder = root / FOLDER
-    manifest = read_manifest(folder)  # its files are checked where they are loaded
+    manifest = read_manifest(folder)  # the other files are verified on load
     if manifest.digest != mlmodel.logged_digest:
         raise ArtifactError(
             f"{manifest.name}: manifest.json is not the one that was logged (SHA-256 differs). "
@@ -250,12 +222,12 @@ def _load(root: Path, mlmodel: MLmodel, options: Options) -> LoadedVariant:
     )
 
 
-def _registry_vouches(root: Path) -> bool:
-    """Whether a registered version was promoted with exactly this content; asked for code alone.
+def _is_promoted(root: Path) -> bool:
+    """Whether the model contains code and a promoted version has exactly this content.
 
-    Which version is said by a file that MLflow writes when it fetches ``models:/``, and that in
-    other cases comes from the artifact store. A forged one can only name a version whose digest
-    is the same, so what is loaded was promoted in any case.
+    The version is read from a file that MLflow writes when it fetches ``models:/``; otherwise the
+    file comes from the artifact store. A forged file can only name a version with the same digest,
+    so the loaded content was promoted in any case.
     """
     if not read_manifest(root / FOLDER).carries_code:
         return False
@@ -293,17 +265,7 @@ def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> No
     pyfunc.add_to_model(
         model,
         loader_module=LOADER,
-        conda_env=_CONDA_ENV_FILE_NAME,
-        python_env=_PYTHON_ENV_FILE_NAME,
+        conda_env=CONDA_FILE,
+        python_env=PYTHON_FILE,
         model_config=config,
     )
-
-
-def _write_environment(
-    root: Path, defaults: list[str] | None, given: list[str] | None, extra: list[str] | None
-) -> None:
-    conda, requirements, _ = _process_pip_requirements(defaults, given, extra)
-    with (root / _CONDA_ENV_FILE_NAME).open("w", encoding="utf8") as file:
-        yaml.safe_dump(conda, file, default_flow_style=False)
-    (root / _REQUIREMENTS_FILE_NAME).write_text("\n".join(requirements), encoding="utf8")
-    _PythonEnv.current().to_yaml(str(root / _PYTHON_ENV_FILE_NAME))

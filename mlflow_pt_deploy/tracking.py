@@ -1,7 +1,6 @@
-"""What the line writes into MLflow's tracking server, and reads back to resume.
+"""MLflow tracking: runs, metrics, datasets and models of the pipeline, and resuming of runs.
 
-A lifecycle is one parent run; teacher, student and variants are its children. Knows run, metric
-and tag names; does not know how anything is computed.
+A lifecycle is one parent run; teacher, student and variants are its child runs.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from mlflow_pt_deploy import flavor, interrupt
+from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.hardware import hardware_tags, usable_cores
-from mlflow_pt_deploy.measure import Result
-from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.reach import without_password
+from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
+from mlflow_pt_deploy.tracking_server import redact_uri
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
@@ -39,18 +39,18 @@ _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
 
 @contextmanager
 def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> Iterator[Run]:
-    """The run of a stage: resumed, or nested in the active run, or new.
+    """Start or resume the run of a stage; it is nested if a run is active.
 
-    System metrics are not sampled: they would disturb what is timed.
+    System metrics are disabled, because sampling would disturb the benchmarks.
 
     Args:
         stage: ``train``, ``distill``, ``search``, ``optimize``, ``run``.
-        name: Shown in the UI.
-        resume: Id of the run to go on with.
-        options: The user's options as JSON, so that a resumed run has the same.
+        name: Name shown in the UI.
+        resume: Id of the run to resume, or empty.
+        options: Options as JSON, stored for a later resume.
 
     Raises:
-        TrackingError: There is no run to resume.
+        TrackingError: The run to resume does not exist.
     """
     nested = mlflow.active_run() is not None
     try:
@@ -60,8 +60,8 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
             context = mlflow.start_run(run_name=name, nested=nested, log_system_metrics=False)
     except MlflowException as error:
         raise TrackingError(f"run {resume or name} cannot be started: {error.message}") from error
-    with _ended_in_any_case(context) as run:
-        # `mlflow run` creates the run itself and asks no context provider
+    with _terminated_on_interrupt(context) as run:
+        # `mlflow run` creates the run without calling context providers
         mlflow.set_tags({STAGE_TAG: stage, **hardware_tags()})
         if options:
             mlflow.set_tag(OPTIONS_TAG, options)
@@ -70,40 +70,40 @@ def stage_run(stage: str, name: str, *, resume: str = "", options: str = "") -> 
 
 @contextmanager
 def open_run(name: str, tags: Mapping[str, str]) -> Iterator[Run]:
-    """A new child of the active run."""
+    """Start a child run of the active run."""
     context = mlflow.start_run(run_name=name, nested=True, log_system_metrics=False)
-    with _ended_in_any_case(context) as run:
+    with _terminated_on_interrupt(context) as run:
         mlflow.set_tags(dict(tags))
         yield run
 
 
 @contextmanager
-def _ended_in_any_case(context: mlflow.ActiveRun) -> Iterator[Run]:
-    """A run that is not left running, also where the process must end inside of it."""
+def _terminated_on_interrupt(context: mlflow.ActiveRun) -> Iterator[Run]:
+    """Enter a run that is marked as failed if the process is forced to exit inside of it."""
     interrupt.begin()
     client, run_id = MlflowClient(), context.info.run_id
-    with interrupt.last_act(lambda: client.set_terminated(run_id, "FAILED")), context as run:
+    with interrupt.exit_action(lambda: client.set_terminated(run_id, "FAILED")), context as run:
         interrupt.check()
         yield run
 
 
 def saved_options(run_id: str) -> Options:
-    """The options a run was started with.
+    """Return the options that a run was started with.
 
     Raises:
-        TrackingError: There is no such run, or it is not one of ours.
+        TrackingError: The run does not exist, or is not a pt-deploy run.
     """
     try:
         return Options.from_json(MlflowClient().get_run(run_id).data.tags[OPTIONS_TAG])
     except (MlflowException, KeyError) as error:
         raise TrackingError(
             f"run {run_id} cannot be resumed: it is not a pt-deploy run on this tracking server "
-            f"({without_password(mlflow.get_tracking_uri())})."
+            f"({redact_uri(mlflow.get_tracking_uri())})."
         ) from error
 
 
-def child_run(parent: str, stage: str) -> Run | None:
-    """The newest child of a run for a stage, or None."""
+def latest_child_run(parent: str, stage: str) -> Run | None:
+    """Return the newest child run of a stage, or None."""
     client = MlflowClient()
     found = client.search_runs(
         [client.get_run(parent).info.experiment_id],
@@ -114,8 +114,8 @@ def child_run(parent: str, stage: str) -> Run | None:
     return found[0] if found else None
 
 
-def end_abandoned(parent: str) -> None:
-    """Mark the children of a resumed run that a killed process left running."""
+def terminate_abandoned_children(parent: str) -> None:
+    """Mark child runs that a killed process left in status RUNNING as KILLED."""
     client = MlflowClient()
     for run in client.search_runs(
         [client.get_run(parent).info.experiment_id],
@@ -125,7 +125,7 @@ def end_abandoned(parent: str) -> None:
 
 
 def log_dataset_facts(splits: Splits) -> None:
-    """Which rows a run saw: MLflow datasets, sizes, and what a reader should know."""
+    """Log the MLflow datasets of a run, the name of the data, and its notes."""
     for split in ("train", "validation", "test"):
         mlflow.log_input(dataset(splits, split), context=split)
     mlflow.set_tag("pt_deploy.data", splits.name)
@@ -135,23 +135,23 @@ def log_dataset_facts(splits: Splits) -> None:
 
 
 def dataset(splits: Splits, split: str) -> MetaDataset:
-    """A split as MLflow's dataset, so that the UI groups metrics by it."""
+    """Return a split as an MLflow dataset, by which the UI groups metrics."""
     source = CodeDatasetSource(tags={"data": splits.source, "split": split})
     digest = getattr(splits, split).digest
     name = f"{splits.name}-{split}"
-    return MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]  # MLflow's own
+    return MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]  # MLflow does the same
 
 
 def log_result(result: Result, splits: Splits, step: int) -> str | None:
-    """One variant: a child run, and a logged model if it was built and measured.
+    """Log one variant as a child run, with a logged model if it was built and measured.
 
     Args:
-        result: The row of the table.
-        splits: Data the numbers belong to.
-        step: Distinct for each variant: MLflow copies a run's metrics of one step to its models.
+        result: Result of the variant.
+        splits: Data of the measurements.
+        step: Distinct for each variant, because MLflow copies metrics of one step to its models.
 
     Returns:
-        ``models:/m-...``, or None for a row that failed.
+        ``models:/m-...``, or None for a failed variant.
     """
     params = {
         "model": result.model,
@@ -174,17 +174,17 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             params=params,
             step=step,
             model_type=result.model,
-            model_config=_served_so(result),
+            model_config=_serving_config(result),
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
 
 
-def _served_so(result: Result) -> dict[str, int]:
-    """How the variant was measured to do best, as serving options."""
-    found = {"num_threads": result.threads} if result.threads < usable_cores() else {}
+def _serving_config(result: Result) -> dict[str, int]:
+    """Return the serving options with which the variant performed best."""
+    config = {"num_threads": result.threads} if result.threads < usable_cores() else {}
     rows = result.value("best_batch_rows")
-    return {**found, "max_batch_rows": int(rows)} if rows else found
+    return {**config, "max_batch_rows": int(rows)} if rows else config
 
 
 def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:
@@ -195,28 +195,28 @@ def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:
         mlflow.log_metrics(test, model_id=model_id, dataset=dataset(splits, "test"))
 
 
-def describe(markdown: str) -> None:
-    """The active run's description, which the UI shows first."""
+def set_run_description(markdown: str) -> None:
+    """Set the description of the active run, which the UI shows first."""
     mlflow.set_tag(_NOTE_TAG, markdown)
 
 
 def fetch_model(reference: str) -> str:
-    """Make a model reference local.
+    """Download a model from MLflow; other references are returned unchanged.
 
-    What MLflow holds is copied to a temporary folder, which is removed when this process ends.
+    The model is copied to a temporary folder, which is removed at the end of this process.
 
     Args:
-        reference: A Hugging Face id, a folder, ``minilm``, or MLflow's ``runs:/`` or ``models:/``
-            (or its folder) of a transformers model, of one of our eager fp32 variants or of a
-            stage's ``model``.
+        reference: A Hugging Face id, a folder, ``minilm``, or an MLflow address ``runs:/`` or
+            ``models:/`` (or folder) of a transformers model, of an eager fp32 variant or of the
+            ``model`` of a stage.
 
     Returns:
-        What `models.load_classifier` reads.
+        A reference for `models.load_classifier`.
 
     Raises:
-        ModelError: MLflow has no such model, or it holds nothing to optimize.
+        ModelError: MLflow has no such model, or the model cannot be optimized.
     """
-    from mlflow_pt_deploy.models.flavors import no_model, other_model
+    from mlflow_pt_deploy.models.flavors import missing_model_reason, unsupported_reason
 
     local = (Path(reference) / "MLmodel").is_file()
     if not reference.startswith(_MLFLOW_SCHEMES) and not local:
@@ -226,32 +226,32 @@ def fetch_model(reference: str) -> str:
         return str(root)
     if (root / "variant" / "model.safetensors").is_file():
         return str(root / "variant")
-    if problem := other_model(root):
+    if problem := unsupported_reason(root):
         raise ModelError(f"{reference} {problem}")
     if (root / "model" / "config.json").is_file():
         return str(_merged_transformers(root))
     if (root / "model.sentence_transformer" / "config.json").is_file():
         return str(root / "model.sentence_transformer")
-    raise ModelError(f"{reference} {no_model(root)}")
+    raise ModelError(f"{reference} {missing_model_reason(root)}")
 
 
 def _download(reference: str) -> Path:
-    """A private copy, also where the artifacts are on this machine: MLflow's store is not ours."""
-    # Errors of whoever reads the folder name it, so it should remind of what the user gave.
+    """Copy a model to a temporary folder, also from a local artifact store."""
+    # Later errors contain the folder name, so it includes the reference given by the user.
     name = re.sub(r"[^A-Za-z0-9_.@]+", "-", reference)[-100:]
     folder = tempfile.mkdtemp(prefix=f"pt-deploy-{name}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=reference, dst_path=folder))
-    except Exception as error:  # each artifact store has its own
+    except Exception as error:  # artifact stores have no common base class for errors
         raise ModelError(
-            f"{reference} cannot be fetched from MLflow. Check it, and that MLFLOW_TRACKING_URI "
-            f"({without_password(mlflow.get_tracking_uri())}) is where it was logged: {error}"
+            f"{reference} cannot be fetched from MLflow. Check it and MLFLOW_TRACKING_URI "
+            f"({redact_uri(mlflow.get_tracking_uri())}): {error}"
         ) from error
 
 
 def _merged_transformers(root: Path) -> Path:
-    """MLflow's transformers flavor keeps weights and their readers apart; put them together."""
+    """Merge weights and tokenizer, which the transformers flavor of MLflow saves separately."""
     for component in (root / "components").glob("*"):
         if component.is_dir():
             shutil.copytree(component, root / "model", dirs_exist_ok=True)
@@ -259,7 +259,7 @@ def _merged_transformers(root: Path) -> Path:
 
 
 def log_folder(folder: Path, name: str) -> str:
-    """Log a folder as an artifact of the active run; returns its ``runs:/`` address."""
+    """Log a folder as an artifact of the active run; return its ``runs:/`` address."""
     mlflow.log_artifacts(str(folder), name)
     run = mlflow.active_run()
     assert run is not None
@@ -267,7 +267,7 @@ def log_folder(folder: Path, name: str) -> str:
 
 
 def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Path) -> None:
-    """The whole table, for people and for programs, on the active run."""
+    """Log all results to the active run, as JSON, as texts and as a figure."""
     mlflow.log_dict({"results": [result.to_json() for result in results]}, "results.json")
     for name, text in texts.items():
         mlflow.log_text(text, name)

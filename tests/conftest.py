@@ -6,6 +6,7 @@ What takes seconds to make is made once, also where xdist runs the tests in seve
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import random
 import shutil
@@ -31,12 +32,13 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.data import Splits, load_data
-from mlflow_pt_deploy.variants import Variant, write_variant
-from mlflow_pt_deploy.variants.eager import Eager
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.eager import Eager
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.train import Epoch
+    from mlflow_pt_deploy.training.trainer import Epoch
 
 KEYWORDS = {
     "card": ("card", "pin", "chip", "plastic", "contactless"),
@@ -57,10 +59,10 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The longest go first, so that no process is left alone with one of them at the end.
 LONGEST = (
     "test_notebooks.py",
-    "test_pipeline.py",
-    "test_searches.py",
-    "test_variant_quantized.py",
-    "test_variant_contract.py",
+    "test_lifecycle.py",
+    "test_search_stage.py",
+    "test_int8.py",
+    "test_contract.py",
 )
 
 
@@ -91,6 +93,14 @@ def _has_gpu() -> bool:
 def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unfinished work goes to the test's own folder, never to the user's."""
     monkeypatch.setenv("PT_DEPLOY_HOME", str(tmp_path / "pt-deploy-home"))
+
+
+@pytest.fixture(autouse=True)
+def enabled_loggers() -> None:
+    """A test that opens a study with Optuna itself disables every logger; the next one has ours."""
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.startswith("mlflow_pt_deploy") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")
@@ -359,7 +369,7 @@ def _write_tiny_images_model(folder: Path, splits: Splits, teacher: Path | None 
         new_mobilenet,
         save_classifier,
     )
-    from mlflow_pt_deploy.train import Schedule, cross_entropy, fit
+    from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, fit
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -6,6 +6,6 @@
 from contextlib import suppress
 
 with suppress(ImportError):  # an interpreter of another environment
-    from mlflow_pt_deploy.serving import mlmodel
+    from mlflow_pt_deploy.registry import mlmodel
 
-    mlmodel.LOADERS |= {"tiny_serving"}
+    mlmodel.LOADERS |= {"tiny.serving"}

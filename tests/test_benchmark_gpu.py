@@ -21,7 +21,7 @@ import gpu_tables
 from gpu_forms import BASELINE, FORMS, Build, Source
 
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.variants.aotinductor import AOTInductor
+from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The command line: fast to answer, clear when it refuses."""
+"""The command line: start-up time, arguments, MLproject, error messages."""
 
 import re
 import shlex
@@ -11,40 +11,40 @@ import mlflow
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _path, _ways, main
-from mlflow_pt_deploy.flags import parser
+from mlflow_pt_deploy.cli import _path_prefix, _tracking_commands, main
+from mlflow_pt_deploy.cli_args import STAGES, build_parser, stage_options
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("run", "train", "distill", "search", "optimize", "promote", "serve")
 
 
-def test_import_and_help_are_instant_and_load_nothing_heavy() -> None:
+def test_import_and_help_are_fast_and_load_nothing_heavy() -> None:
     code = (
         "import sys, mlflow_pt_deploy\n"
         "from mlflow_pt_deploy.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'mlflow', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "assert not {'torch', 'mlflow', 'numpy', 'transformers', 'pandas'} & set(sys.modules)\n"
         "import time; print(time.process_time())"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert float(run.stdout.splitlines()[-1]) < 0.4  # processor seconds; 0.06 on a quiet machine
+    assert float(run.stdout.splitlines()[-1]) < 0.4  # CPU seconds; 0.06 on an idle machine
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES])
 def test_every_stage_has_help(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([stage, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--json" in shown
-    looks = (
-        "Columns: `text`, or `image` (names of files in CSV, their bytes in Parquet), and `label`"
+    columns = (
+        "Columns: `text`, or `image` (file names in CSV, file contents in Parquet), and `label`"
     )
-    assert (looks in shown) == ("--data" in shown)
-    assert ("made for (required)" in shown) == (stage in ("distill", "search", "optimize"))
+    assert (columns in shown) == ("--data" in shown)
+    needs_data = stage in ("distill", "search", "optimize")
+    assert ("(required) data that the model was trained on" in shown) == needs_data
 
 
-def test_the_command_line_understands_every_entry_point() -> None:
+def test_every_entry_point_is_a_valid_command_line() -> None:
     points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     assert {"run" if name == "main" else name for name in points} == set(STAGES)
     for name, point in points.items():
@@ -52,29 +52,44 @@ def test_the_command_line_understands_every_entry_point() -> None:
         values = {key: shlex.quote(str(kind.get("default", "x"))) for key, kind in given.items()}
         command = shlex.split(point["command"].format(**values))
         stage = "run" if name == "main" else name
-        # the code beside it, not what an environment of an earlier clone has
+        # the code of this clone, not of an installed package
         assert command[:4] == ["python", "-m", "mlflow_pt_deploy.cli", stage]
-        parsed = vars(parser().parse_args(command[3:]))
+        parsed = vars(build_parser().parse_args(command[3:]))
         for key, kind in given.items():
             assert parsed[key] == type(parsed[key])(kind.get("default", "x")), (name, key)
             assert f"{{{key}}}" in point["command"], (name, key)
 
 
-def test_mlproject_has_the_defaults_of_the_command_line() -> None:
-    from dataclasses import asdict
+NOT_IN_MLPROJECT = {
+    "run": {"storage"},  # may hold a password, and MLflow logs parameters
+    "search": {"storage"},
+    "distill": {"epochs", "image_size"},  # of the teacher, which is not trained
+}
+DEFAULTS_OF_STAGE = {("search", "trials"): 20}
 
-    from mlflow_pt_deploy.options import Options
 
-    defaults = asdict(Options())
+@pytest.mark.parametrize("stage", [*STAGES])
+def test_mlproject_has_the_options_of_each_command(stage: str) -> None:
     points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
-    assert set(points["main"]["parameters"]) == set(defaults) - {"storage"}  # it has passwords
-    del points["search"]["parameters"]["trials"]  # 0 is for those who do not search
-    for stage in ("distill", "search", "optimize"):  # each takes a model, which has its own data
-        assert points[stage]["parameters"].pop("data") == {"type": "str", "default": ""}
-    for point in points.values():
-        for name, given in point["parameters"].items():
-            if name in defaults and "default" in given:
-                assert type(defaults[name])(given["default"]) == defaults[name], name
+    given = points["main" if stage == "run" else stage]["parameters"]
+    specs = {spec.name: spec for spec in stage_options(stage)}
+    if stage == "serve":
+        assert given.keys() - {"uri"} <= specs.keys()
+    else:
+        special = {"optimize": {"model"}, "promote": {"run"}}.get(stage, set())
+        assert given.keys() == specs.keys() - NOT_IN_MLPROJECT.get(stage, set()) | special
+    for name, parameter in given.items():
+        if name not in specs:
+            continue
+        spec = specs[name]
+        default = DEFAULTS_OF_STAGE.get((stage, name), spec.default)
+        if name == "data" and stage in ("distill", "search", "optimize"):
+            default = ""  # a model is measured on the data it was trained on
+        assert parameter["type"] == spec.type.__name__, name
+        if (stage, name) in {("distill", "teacher"), ("search", "teacher")}:
+            assert "default" not in parameter
+        else:
+            assert spec.type(parameter["default"]) == default, name
 
 
 @pytest.mark.parametrize(
@@ -82,8 +97,8 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
     [
         (["run", "--data", "nowhere.csv"], "nowhere.csv"),
         (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
-        (["run", "--retain", "2"], "retain is 2.0; give the share"),
-        (["run", "--variants", "tensorrt"], "there is no tensorrt; choose from aotinductor"),
+        (["run", "--retain", "2"], "retain is 2.0; give the fraction"),
+        (["run", "--variants", "tensorrt"], "variants: unknown tensorrt; choose from aotinductor"),
         (["run", "--objective", "size"], "objective is 'size'"),
         (["train", "--teacher", "no/such-model"], "no/such-model: no classifier"),
         (["optimize", "--model", "runs:/0123/model", "--data", "digits"], "cannot be fetched from"),
@@ -95,7 +110,7 @@ def test_mlproject_has_the_defaults_of_the_command_line() -> None:
         (["run", "--resume", "0123"], "run 0123 cannot be resumed"),
     ],
 )
-def test_a_mistake_is_one_clear_line(
+def test_a_user_error_is_one_line(
     arguments: list[str], message: str, tracking: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 1
@@ -105,8 +120,8 @@ def test_a_mistake_is_one_clear_line(
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """Runs the line on a tracking server that it must refuse; what it says, without a secret."""
+def tracking_error(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run the pipeline with an unusable tracking server; returns the message."""
 
     def run(uri: str) -> str:
         mlflow.set_tracking_uri(uri)
@@ -121,44 +136,44 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
     return run
 
 
-def test_an_unreachable_tracking_server_is_told_before_training(
-    refused: Callable[[str], str],
+def test_an_unreachable_tracking_server_is_reported_before_training(
+    tracking_error: Callable[[str], str],
 ) -> None:
-    message = refused("http://user:secret@127.0.0.1:9")
+    message = tracking_error("http://user:secret@127.0.0.1:9")
     assert "server http://127.0.0.1:9 does not answer" in message
     assert "nothing was trained" in message
 
 
 def test_a_database_without_its_driver_names_the_package(
-    monkeypatch: pytest.MonkeyPatch, refused: Callable[[str], str]
+    monkeypatch: pytest.MonkeyPatch, tracking_error: Callable[[str], str]
 ) -> None:
     for driver in ("psycopg", "psycopg2"):
         monkeypatch.setitem(sys.modules, driver, None)
-    message = refused("postgresql://user:secret@127.0.0.1:9/mlflow")
+    message = tracking_error("postgresql://user:secret@127.0.0.1:9/mlflow")
     assert re.search(r"needs the Python package psycopg2?\. Install it: pip install psy", message)
 
 
-def test_next_steps_start_a_ui_where_there_is_none_and_repeat_no_password() -> None:
+def test_next_steps_start_a_ui_if_needed_and_omit_passwords() -> None:
     ui = "http://127.0.0.1:5000"
-    start, address, prefix = _ways("sqlite:////tmp/a b/mlflow.db")
+    start, address, prefix = _tracking_commands("sqlite:////tmp/a b/mlflow.db")
     assert start.startswith("mlflow ui --backend-store-uri 'sqlite:////tmp/a b/mlflow.db'")
     assert (address, prefix) == (ui, "MLFLOW_TRACKING_URI='sqlite:////tmp/a b/mlflow.db' ")
-    start, address, prefix = _ways("postgresql://me:secret@db/mlflow")
+    start, address, prefix = _tracking_commands("postgresql://me:secret@db/mlflow")
     assert start.startswith('mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"')
     assert (address, prefix) == (ui, "")
-    assert "a@b" in _ways("sqlite:////home/a@b/mlflow.db")[0]
-    assert _ways("https://me:secret@team") == ("open", "https://team", "")
-    assert _ways("http://team:5000") == (
+    assert "a@b" in _tracking_commands("sqlite:////home/a@b/mlflow.db")[0]
+    assert _tracking_commands("https://me:secret@team") == ("open", "https://team", "")
+    assert _tracking_commands("http://team:5000") == (
         "open",
         "http://team:5000",
         "MLFLOW_TRACKING_URI=http://team:5000 ",
     )
 
 
-def test_an_environment_of_mlflows_is_put_on_the_path() -> None:
+def test_an_environment_created_by_mlflow_is_put_on_the_path_prefix() -> None:
     made = "/home/me/.mlflow/envs/mlflow-" + "61f3cf5a" * 5
-    assert _path(made) == f"PATH={made}/bin:$PATH "
-    assert _path("/home/me/project/.venv") == _path("/home/me/mlflow-envs") == ""
+    assert _path_prefix(made) == f"PATH={made}/bin:$PATH "
+    assert _path_prefix("/home/me/project/.venv") == _path_prefix("/home/me/mlflow-envs") == ""
 
 
 def test_a_terminated_stage_ends_its_run(tracking: str) -> None:
@@ -175,7 +190,7 @@ def stage(_):
         time.sleep(60)
 
 before = signal.getsignal(signal.SIGTERM)
-cli._CALLS["train"] = stage
+cli._COMMANDS["train"] = stage
 status = cli.main(["train", "--data", "x"])
 assert signal.getsignal(signal.SIGTERM) is before
 sys.exit(status)

@@ -1,4 +1,4 @@
-"""One line with the cause, from real texts of the libraries that exports and loading meet."""
+"""`root_cause` with real error texts of the libraries used for export and loading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import openvino
 import pytest
 import torch
 
-from mlflow_pt_deploy.errors import VariantError, first_line
+from mlflow_pt_deploy.errors import VariantError, root_cause
 
 OPENVINO = """Check 'false' failed at src/frontends/common_translators/src/unconverted_ops.cpp:151:
 FrontEnd API failed with OpConversionFailure:
@@ -106,53 +106,53 @@ LIBRARY = (
         ("\n  two\twords \n", "two words"),
     ],
 )
-def test_one_line_with_the_cause(text: str, cause: str) -> None:
-    assert first_line(RuntimeError(text)) == cause
+def test_root_cause(text: str, cause: str) -> None:
+    assert root_cause(RuntimeError(text)) == cause
 
 
-def test_an_error_without_words_is_told_by_what_it_came_from() -> None:
+def test_error_without_text_uses_its_cause() -> None:
     outer = VariantError()
     outer.__cause__ = ValueError("three is odd")
-    assert first_line(outer) == "three is odd"
-    assert first_line(ValueError()) == "ValueError"
-    assert first_line(KeyError("pad_id")) == "KeyError: 'pad_id'"
+    assert root_cause(outer) == "three is odd"
+    assert root_cause(ValueError()) == "ValueError"
+    assert root_cause(KeyError("pad_id")) == "KeyError: 'pad_id'"
 
 
-def test_a_long_text_loses_its_middle_between_words() -> None:
-    told = first_line(ValueError("first " + "word " * 200 + "(caused by: connection refused)"))
-    assert len(told) <= 310
-    assert told.startswith("first word word")
-    assert " word ... word " in told
-    assert told.endswith("(caused by: connection refused)")
-    assert len(first_line(ValueError("x" * 5000))) <= 310
+def test_long_text_is_shortened_in_the_middle() -> None:
+    found = root_cause(ValueError("first " + "word " * 200 + "(caused by: connection refused)"))
+    assert len(found) <= 310
+    assert found.startswith("first word word")
+    assert " word ... word " in found
+    assert found.endswith("(caused by: connection refused)")
+    assert len(root_cause(ValueError("x" * 5000))) <= 310
 
 
-def test_the_system_names_the_file_that_the_user_gave() -> None:
+def test_os_errors_keep_the_whole_path() -> None:
     with pytest.raises(OSError, match="No such file") as caught:
         Path("/no/such/model.onnx").read_bytes()
-    assert first_line(caught.value) == "[Errno 2] No such file or directory: '/no/such/model.onnx'"
+    assert root_cause(caught.value) == "[Errno 2] No such file or directory: '/no/such/model.onnx'"
 
 
-def test_what_the_libraries_of_today_say(tmp_path: Path) -> None:
+def test_errors_of_the_installed_libraries(tmp_path: Path) -> None:
     garbage = tmp_path / "model.onnx"
     garbage.write_bytes(b"\x08garbage")
     with pytest.raises(Exception, match="Protobuf") as caught:
         onnxruntime.InferenceSession(str(garbage))
-    assert first_line(caught.value).startswith("Load model from model.onnx failed:")
+    assert root_cause(caught.value).startswith("Load model from model.onnx failed:")
     with pytest.raises(Exception, match="Unable to read") as caught:
         openvino.Core().read_model(str(garbage.rename(tmp_path / "model.xml")))
     assert "src/" in str(caught.value)
-    assert first_line(caught.value).startswith('Unable to read the model: "model.xml" Please check')
+    assert root_cause(caught.value).startswith('Unable to read the model: "model.xml" Please check')
 
 
-class Stubborn(torch.nn.Module):
+class Failing(torch.nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("three is odd")
 
 
-def test_a_wrapped_error_is_told_without_its_wrapper() -> None:
+def test_wrapped_error_without_its_wrapper() -> None:
     with pytest.raises(RuntimeError) as caught, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        openvino.convert_model(Stubborn(), example_input=torch.zeros(1, 2))
+        openvino.convert_model(Failing(), example_input=torch.zeros(1, 2))
     assert str(caught.value).startswith("Couldn't get TorchScript module by tracing.")
-    assert first_line(caught.value) == "three is odd"
+    assert root_cause(caught.value) == "three is odd"

@@ -1,4 +1,4 @@
-"""The flavor: what MLflow and our loader read back is what was exported."""
+"""The flavor: save, log and load variants with MLflow."""
 
 from pathlib import Path
 
@@ -8,15 +8,16 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.artifacts import load_variant, write_variant
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import ArtifactError, ServingError, TrackingError, UntrustedError
+from mlflow_pt_deploy.errors import ArtifactError, ServingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.promote import champion, promote
-from mlflow_pt_deploy.serving.registry import DIGEST_TAG
-from mlflow_pt_deploy.variants import Variant, load_variant, write_variant
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.onnxruntime import OnnxRuntime
-from mlflow_pt_deploy.variants.torchscript import TorchScript
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
+from mlflow_pt_deploy.registry.promotion import promote
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 ROWS = ["please refund me", "my card pin is lost"]
 
@@ -35,7 +36,7 @@ def _logged(folder: Path) -> str:
         return f"models:/{flavor.log_model(folder, folder.name).model_id}"
 
 
-def test_onnx_keeps_its_native_flavor(
+def test_an_onnx_variant_also_has_the_onnx_flavor(
     tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)
@@ -45,13 +46,13 @@ def test_onnx_keeps_its_native_flavor(
     loaded = flavor.load_model(uri, num_threads=1)
     expected = load_variant(folder).logits(ROWS)
     np.testing.assert_allclose(loaded.logits(ROWS), expected, atol=1e-5)
-    answers = mlflow.pyfunc.load_model(uri).predict(ROWS)
-    assert [answer["label"] for answer in answers] == [
+    predictions = mlflow.pyfunc.load_model(uri).predict(ROWS)
+    assert [prediction["label"] for prediction in predictions] == [
         loaded.labels[row] for row in expected.argmax(axis=1)
     ]
 
 
-def test_the_environment_names_what_the_runtime_needs(
+def test_the_requirements_match_the_runtime(
     tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)
@@ -62,7 +63,7 @@ def test_the_environment_names_what_the_runtime_needs(
     assert "mlflow-pt-deploy==" in text
 
 
-def test_one_flipped_byte_is_refused(
+def test_a_flipped_byte_is_rejected(
     tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     folder = _variant(Eager("fp32"), tiny_model, tiny_splits, tmp_path)
@@ -75,7 +76,7 @@ def test_one_flipped_byte_is_refused(
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 
 
-def test_code_is_loaded_only_when_somebody_vouches_for_it(
+def test_code_is_loaded_only_if_allowed_or_promoted(
     tracking: str,
     tiny_model: Path,
     tiny_splits: Splits,
@@ -89,7 +90,7 @@ def test_code_is_loaded_only_when_somebody_vouches_for_it(
     monkeypatch.setenv(flavor.ALLOW_CODE_ENV, "1")
     mlflow.pyfunc.load_model(uri)
     monkeypatch.delenv(flavor.ALLOW_CODE_ENV)
-    promotion = promote(uri, "tiny", "a person looked at it")
+    promotion = promote(uri, "tiny", "reviewed")
     mlflow.pyfunc.load_model(promotion.uri)
     client = MlflowClient()
     client.set_model_version_tag("tiny", promotion.version, DIGEST_TAG, "0" * 64)
@@ -97,28 +98,7 @@ def test_code_is_loaded_only_when_somebody_vouches_for_it(
         mlflow.pyfunc.load_model(promotion.uri)
 
 
-def test_promotion_keeps_the_previous_and_does_not_register_twice(
-    tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
-) -> None:
-    assert champion("tiny") is None
-    first = _logged(_variant(Eager("fp32"), tiny_model, tiny_splits, tmp_path))
-    second = _logged(_variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path))
-    assert promote(first, "tiny", "the first").previous is None
-    assert promote(second, "tiny", "faster").previous == "1"
-    assert promote(first, "tiny", "back again").version == "1"
-    assert champion("tiny") == "1"
-    client = MlflowClient()
-    assert str(client.get_model_version_by_alias("tiny", "previous").version) == "2"
-    assert client.get_model_version("tiny", "1").description == "back again"
-    assert len(client.search_model_versions("name = 'tiny'")) == 2
-
-
-def test_a_foreign_model_is_not_promoted(tracking: str) -> None:
-    with pytest.raises(TrackingError, match="was not promoted"):
-        promote("models:/m-0000", "tiny", "no such model")
-
-
-def test_a_variant_is_served_as_it_was_measured_to_do_best(
+def test_logged_serving_options_are_used(
     tracking: str, tiny_model: Path, tiny_splits: Splits, tmp_path: Path
 ) -> None:
     folder = _variant(OnnxRuntime("fp32"), tiny_model, tiny_splits, tmp_path)

@@ -1,4 +1,4 @@
-"""What others have logged becomes a local folder that a classifier is read from."""
+"""Models logged to MLflow are downloaded to a local folder."""
 
 import os
 import shutil
@@ -15,14 +15,14 @@ from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
 from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier, new_classifier
-from mlflow_pt_deploy.options import Options
-from mlflow_pt_deploy.stages import train_teacher
+from mlflow_pt_deploy.pipeline.stages import train_teacher
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 from mlflow_pt_deploy.tracking import fetch_model, log_folder
-from mlflow_pt_deploy.variants import Variant
-from mlflow_pt_deploy.variants.eager import Eager
-from mlflow_pt_deploy.variants.torchscript import TorchScript
 
 ROWS = ("please refund me", "my card pin", "send it abroad")
 
@@ -73,9 +73,7 @@ def pipeline(tracking: str, parts: dict[str, Any]) -> ModelInfo:
 
 
 @pytest.mark.parametrize("kind", ["run", "logged model", "version", "alias"])
-def test_a_pipeline_by_each_of_its_addresses(
-    pipeline: ModelInfo, tiny_model: Path, kind: str
-) -> None:
+def test_a_pipeline_by_each_address(pipeline: ModelInfo, tiny_model: Path, kind: str) -> None:
     mlflow.register_model(pipeline.model_uri, "spam")
     MlflowClient().set_registered_model_alias("spam", "champion", "1")
     reference = {
@@ -94,7 +92,7 @@ def test_a_dict_of_components(tracking: str, parts: dict[str, Any], tiny_model: 
     np.testing.assert_array_equal(_logits(fetch_model(info.model_uri)), _logits(tiny_model))
 
 
-def test_a_stage_s_model(tracking: str, tiny_model: Path) -> None:
+def test_the_model_of_a_stage(tracking: str, tiny_model: Path) -> None:
     with mlflow.start_run():
         address = log_folder(tiny_model, "model")
     np.testing.assert_array_equal(_logits(fetch_model(address)), _logits(tiny_model))
@@ -110,30 +108,30 @@ def test_an_eager_variant(
     np.testing.assert_array_equal(_logits(fetch_model(info.model_uri)), _logits(tiny_model))
 
 
-def test_another_variant_holds_no_weights_to_start_from(
+def test_a_variant_of_another_runtime_is_rejected(
     tracking: str, exported: Callable[[Variant], Path]
 ) -> None:
     with mlflow.start_run():
         info = flavor.log_model(exported(TorchScript()), "teacher-torchscript")
-    with pytest.raises(ModelError, match=r"holds no Hugging Face model.* Give .* an eager fp32"):
+    with pytest.raises(ModelError, match=r"contains no Hugging Face model.* Give .* an eager fp32"):
         fetch_model(info.model_uri)
 
 
-def test_what_belongs_to_no_mlflow_is_handed_on() -> None:
+def test_references_outside_of_mlflow_are_returned_unchanged() -> None:
     for reference in ("minilm", "org/model", "some/folder"):
         assert fetch_model(reference) == reference
 
 
-def test_the_store_is_left_as_it_was(pipeline: ModelInfo, tmp_path: Path) -> None:
+def test_the_artifact_store_is_not_changed(pipeline: ModelInfo, tmp_path: Path) -> None:
     mlflow.register_model(pipeline.model_uri, "spam")
     before = _files(tmp_path / "artifacts")
     for reference in (f"runs:/{pipeline.run_id}/spam", "models:/spam/1", pipeline.model_uri):
         first, second = fetch_model(reference), fetch_model(reference)
-        assert first != second, "two callers would share a folder"
+        assert first != second, "two callers share a folder"
     assert _files(tmp_path / "artifacts") == before
 
 
-def test_copies_are_gone_when_the_process_is(pipeline: ModelInfo, tmp_path: Path) -> None:
+def test_copies_are_removed_at_the_end_of_the_process(pipeline: ModelInfo, tmp_path: Path) -> None:
     mlflow.register_model(pipeline.model_uri, "spam")
     references = [f"runs:/{pipeline.run_id}/spam", "models:/spam/1", "runs:/none/spam"]
     code = (
@@ -165,12 +163,12 @@ def test_a_model_of_another_library(tracking: str) -> None:
             DummyClassifier().fit([[0.0]], [0]), name="dummy", pip_requirements=["scikit-learn"]
         )
     with pytest.raises(
-        ModelError, match="holds no Hugging Face model, but one of sklearn; supported is single-"
+        ModelError, match="contains no Hugging Face model, but one of sklearn; only single-label"
     ):
         fetch_model(info.model_uri)
 
 
-def test_a_model_of_another_task_is_to_be_fine_tuned(tracking: str, parts: dict[str, Any]) -> None:
+def test_a_model_of_another_task_can_be_fine_tuned(tracking: str, parts: dict[str, Any]) -> None:
     from transformers import BertForMaskedLM, pipeline
 
     network = BertForMaskedLM(parts["model"].config)
@@ -185,7 +183,7 @@ def test_a_model_of_another_task_is_to_be_fine_tuned(tracking: str, parts: dict[
 
 
 def test_an_adapter_beside_its_base(tracking: str, tiny_model: Path, tmp_path: Path) -> None:
-    """As the flavor of MLflow lays it out; the base alone would be optimized without a word."""
+    """In the layout of the MLflow flavor; otherwise only the base model would be optimized."""
     logged = tmp_path / "logged"
     shutil.copytree(tiny_model, logged / "model")
     (logged / "peft").mkdir()
@@ -200,17 +198,19 @@ def test_an_adapter_beside_its_base(tracking: str, tiny_model: Path, tmp_path: P
     "reference",
     ["runs:/0123/model", "runs:/", "models:/nothing/1", "models:/nothing@champion", "models:/m-1"],
 )
-def test_what_mlflow_does_not_have(tracking: str, reference: str) -> None:
+def test_references_unknown_to_mlflow(tracking: str, reference: str) -> None:
     with pytest.raises(ModelError, match=f"{reference} cannot be fetched from MLflow. Check it"):
         fetch_model(reference)
 
 
-def test_an_artifact_that_is_not_there(pipeline: ModelInfo) -> None:
+def test_a_missing_artifact(pipeline: ModelInfo) -> None:
     with pytest.raises(ModelError, match=r"MLFLOW_TRACKING_URI \(sqlite:///.*mlflow.db\)"):
         fetch_model(f"runs:/{pipeline.run_id}/other")
 
 
-def test_a_stage_starts_from_it(pipeline: ModelInfo, tiny_data: Path, tiny_model: Path) -> None:
+def test_a_stage_starts_from_a_logged_model(
+    pipeline: ModelInfo, tiny_data: Path, tiny_model: Path
+) -> None:
     teacher = f"runs:/{pipeline.run_id}/spam"
     trained = train_teacher(Options(data=str(tiny_data), teacher=teacher, epochs=0))
     assert trained.validation_accuracy > 0.9

@@ -11,7 +11,7 @@ from score import make_score
 
 class Classifier(litserve.LitAPI):
     def __init__(self, options: argparse.Namespace) -> None:
-        # no more rows than our own batches hold
+        # the same limit as for our batches
         super().__init__(
             max_batch_size=32, batch_timeout=options.batch_timeout_s, api_path="/invocations"
         )

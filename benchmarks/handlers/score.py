@@ -1,10 +1,10 @@
-"""Texts to labels and scores: the plain teacher, or our artifact by its own runtime."""
+"""Scores texts with the plain teacher, or with our artifact in its own runtime."""
 
 from collections.abc import Callable
 
 
 def make_score(teacher: str | None, artifact: str | None) -> Callable[[list[str]], list[dict]]:
-    """One of the two; `artifact` is a folder that MLflow can load."""
+    """Create a scoring function; `artifact` is a folder that MLflow can load."""
     return _ours(artifact) if artifact else _eager(str(teacher))
 
 
@@ -32,6 +32,7 @@ def _ours(folder: str) -> Callable[[list[str]], list[dict]]:
     preprocessor, predict = pyfunc.loaded.preprocessor, pyfunc.loaded.predict
 
     def score(texts: list[str]) -> list[dict]:
-        return pyfunc.labels.read(predict(preprocessor.collate(preprocessor.encode(list(texts)))))
+        logits = predict(preprocessor.collate(preprocessor.encode(list(texts))))
+        return pyfunc.service.formatter.to_objects(logits)
 
     return score

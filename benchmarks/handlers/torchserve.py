@@ -2,9 +2,9 @@
 
 python torchserve.py (--teacher HF_FOLDER | --artifact MLFLOW_FOLDER) --folder NEW --port 8080
 
-Packs itself and score.py into an archive and becomes TorchServe's Java process, whose one worker
-loads the handler from there. Needs Java 17 or 11. What its queue of 100 cannot hold, TorchServe
-refuses with 503.
+Packs itself and score.py into an archive and replaces itself by TorchServe's Java process, whose
+only worker loads the handler from there. Needs Java 17 or 11. TorchServe answers 503 when its queue
+of 100 is full.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 NAME = "classifier"
-# Its threads are left as it sets them: one for HTTP a core.
+# thread counts are TorchServe's defaults: one HTTP thread per core
 CONFIG = """
 inference_address=http://127.0.0.1:{port}
 management_address=http://127.0.0.1:{port}
@@ -32,7 +32,7 @@ disable_system_metrics=true
 model_store={folder}
 load_models={name}.mar
 """
-# Otherwise it writes a line for each request into each of two files.
+# by default it writes a line per request to each of two files
 QUIET = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration status="WARN">
   <Appenders>
@@ -56,7 +56,7 @@ class Classifier:
 
 
 def write_archive(folder: Path, options: argparse.Namespace) -> None:
-    """The .mar; batches as our own: no more than 32 rows, and 2 ms of waiting for them."""
+    """Write the .mar file; batches of at most 32 rows like ours, and a batch delay of 2 ms."""
     here = Path(__file__).resolve()
     config = folder / "model-config.yaml"
     settings = {
@@ -74,7 +74,7 @@ def write_archive(folder: Path, options: argparse.Namespace) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports that nobody listens on."""
+    """Free TCP ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [free.getsockname()[1] for free in sockets]
     for free in sockets:
@@ -83,7 +83,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def become_torchserve(folder: Path, port: int) -> None:
-    """What `torchserve --foreground` starts; that would keep its process id in one common file."""
+    """Start the process of `torchserve --foreground`, which would use one common pid file."""
     import ts
 
     config, log = folder / "config.properties", folder / "log4j2.xml"

@@ -1,7 +1,7 @@
-"""Real handwritten digits that ship with scikit-learn: 1,797 grey images of 8 x 8 pixels.
+"""Handwritten digits from scikit-learn: 1,797 grey images of 8 x 8 pixels.
 
 The test part of "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak, UCI, 1998; CC BY
-4.0): 43 people, 17 shades of grey.
+4.0), written by 43 people, with 17 shades of grey.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _SHADES = 16
 
 
 def read_digits(*, seed: int = 0) -> Splits:
-    """The digits as PNG files, cut into splits.
+    """Load the digits as PNG images and cut them into splits.
 
     Args:
-        seed: Decides which rows are cut for validation and test.
+        seed: Random seed for cutting validation and test.
     """
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
@@ -29,7 +29,7 @@ def read_digits(*, seed: int = 0) -> Splits:
 
 
 def _png(shades: Any) -> bytes:
-    """A picture of 0 to `_SHADES` shades, float64 (height, width), as an 8-bit grey PNG."""
+    """Encode values from 0 to `_SHADES`, float64 (height, width), as an 8-bit grey PNG."""
     from PIL import Image
 
     file = BytesIO()

@@ -1,7 +1,6 @@
-"""Splits from CSV and Parquet files: a folder with one file a split, or one file to cut.
+"""Read splits from CSV and Parquet files: a folder with one file per split, or a single file.
 
-A CSV names the files of its images, relative to its own folder; Parquet holds their bytes. Knows
-file names and file formats; what is wrong with a row or a label, `checks` says.
+A CSV file contains paths of images, relative to its own folder; Parquet contains their bytes.
 """
 
 from __future__ import annotations
@@ -11,11 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlflow_pt_deploy.columns import LABEL
-from mlflow_pt_deploy.data.checks import Pairs, check_columns, refuse, refuse_flags
-from mlflow_pt_deploy.data.delimited import DELIMITERS, read_csv
-from mlflow_pt_deploy.data.labels import listed
+from mlflow_pt_deploy.data.columns import LABEL
+from mlflow_pt_deploy.data.csv_reader import DELIMITERS, read_csv
+from mlflow_pt_deploy.data.label_kinds import format_list
 from mlflow_pt_deploy.data.splits import Splits, build_splits
+from mlflow_pt_deploy.data.validation import (
+    Pairs,
+    check_columns,
+    reject_indicator_columns,
+    reject_rows,
+)
 from mlflow_pt_deploy.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,35 +34,35 @@ STEMS = {
 
 _FORMATS = ", ".join(SUFFIXES)
 _LAYOUT = (
-    "Put train.csv, train.csv.gz or train.parquet there, and beside it, if you have them, "
-    "validation (or valid, val, dev) and test; or give one file itself as --data."
+    "Add train.csv, train.csv.gz or train.parquet, and optionally validation (or valid, val, dev) "
+    "and test; or give a single file as --data."
 )
-_PACKED = (".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".7z")
-_LOOKED_AT = 1000
-"""First rows that show what a table without labels holds instead."""
+_ARCHIVES = (".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".7z")
+_SAMPLE_ROWS = 1000
+"""Number of rows to inspect in a table without labels."""
 
 
 def read_files(path: Path, *, source: str, seed: int) -> Splits:
-    """Read a folder of splits, or one file as train.
+    """Read a folder of splits, or a single file as train.
 
     Args:
         path: The folder or the file.
-        source: What the user gave as ``--data``.
-        seed: Decides which rows are cut for a split that has no file.
+        source: The value of ``--data``.
+        seed: Random seed for cutting splits that have no file.
 
     Raises:
-        DataError: A file is missing, double, unreadable, or has rows that cannot be used.
+        DataError: A file is missing, ambiguous or unreadable, or has rows that cannot be used.
     """
     try:
         files = _find_files(path) if path.is_dir() else {"train": path}
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {_fault(error)}") from error
+        raise DataError(f"{path} cannot be read: {_describe_error(error)}") from error
     read = {split: _read_table(split, file) for split, file in files.items()}
     columns = {table.column for table in read.values()}
     if len(columns) > 1:
         raise DataError(
-            f"{path} has the column {listed(sorted(columns))}, one in each file. Give all splits "
-            "the same kind of rows."
+            f"{path} has different input columns in its files: {format_list(sorted(columns))}. Use "
+            "the same input column in all splits."
         )
     given = {split: table.pairs for split, table in read.items()}
     full_name = path.resolve().name
@@ -77,18 +81,18 @@ def read_files(path: Path, *, source: str, seed: int) -> Splits:
 
 
 def unused_columns(unused: Mapping[str, Sequence[str]]) -> list[str]:
-    """A note on columns that nothing reads, if there are any.
+    """Describe columns that are not used, if there are any.
 
     Args:
-        unused: Their names by split.
+        unused: Names of unused columns by split.
     """
     if not any(unused.values()):
         return []
     if len({tuple(sorted(names)) for names in unused.values()}) == 1:
         names = next(iter(unused.values()))
-        return [f"{'columns' if len(names) > 1 else 'column'} not used: {listed(names)}"]
-    each = "; ".join(f"{split}: {listed(names)}" for split, names in unused.items() if names)
-    return [f"columns not used, which differ between the splits: {each}"]
+        return [f"{'columns' if len(names) > 1 else 'column'} not used: {format_list(names)}"]
+    each = "; ".join(f"{split}: {format_list(names)}" for split, names in unused.items() if names)
+    return [f"columns not used (different between splits): {each}"]
 
 
 def _find_files(folder: Path) -> dict[str, Path]:
@@ -99,23 +103,23 @@ def _find_files(folder: Path) -> dict[str, Path]:
         if len(found) > 1:
             both = " and ".join(file.name for file in found)
             raise DataError(
-                f"{folder} has more than one file for {split}: {both}. Remove all but one."
+                f"{folder} has more than one file for {split}: {both}. Keep one of them."
             )
         if found:
             files[split] = found[0]
     if "train" not in files:
-        raise DataError(f"{folder} has no train file; {_what_is_there(folder)}. {_LAYOUT}")
+        raise DataError(f"{folder} has no train file; {_describe_contents(folder)}. {_LAYOUT}")
     return files
 
 
-def _what_is_there(folder: Path) -> str:
-    """What a folder holds, for a message."""
+def _describe_contents(folder: Path) -> str:
+    """List the contents of a folder for an error message."""
     names = sorted(f"{each.name}/" if each.is_dir() else each.name for each in folder.iterdir())
     if not names:
         return "it is empty"
     if all(name.endswith("/") for name in names):
-        return f"it holds the folders {listed(names)}, and folders are not read"
-    return f"it holds {listed(names)}"
+        return f"it contains the folders {format_list(names)}, and subfolders are not read"
+    return f"it contains {format_list(names)}"
 
 
 def _suffix(file: Path) -> str:
@@ -124,22 +128,22 @@ def _suffix(file: Path) -> str:
             return suffix
     hint = ""
     if file.name.endswith(".tsv"):
-        hint = " Tabs between the columns are understood: name it .csv."
-    elif file.suffix in _PACKED:
-        hint = " Unpack it first."
+        hint = " Tab-separated files are supported: rename it to .csv."
+    elif file.suffix in _ARCHIVES:
+        hint = " Extract it first."
     elif file.suffix in (".json", ".jsonl", ".ndjson"):
         hint = " Convert it, e.g. with pandas: read_json(..., lines=True).to_parquet(...)."
-    raise DataError(f"{file} is of no format that is read here. Allowed are {_FORMATS}.{hint}")
+    raise DataError(f"{file} has an unsupported format. Supported formats: {_FORMATS}.{hint}")
 
 
 class _Table(NamedTuple):
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
-        column: The name of the input column.
+        column: Name of the input column.
         pairs: Inputs and labels.
         unused: Names of the other columns.
-        note: What a reader should know of how it was read, or empty.
+        note: A remark on how the file was read, or empty.
     """
 
     column: str
@@ -153,11 +157,11 @@ def _read_table(split: str, file: Path) -> _Table:
     read = _read_parquet if _suffix(file) == ".parquet" else _read_csv
     try:
         table = read(where, file)
-    # What pyarrow raises derives from one of several of Python's own, gzip's from OSError.
+    # pyarrow's errors derive from several built-in types, gzip's from OSError.
     except (OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise DataError(f"{file} cannot be read: {_fault(error)}") from error
+        raise DataError(f"{file} cannot be read: {_describe_error(error)}") from error
     except (NotImplementedError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {_fault(error)}") from error
+        raise DataError(f"{file} cannot be read: {_describe_error(error)}") from error
     if table.column == "image":
         rows, labels = table.pairs
         return table._replace(pairs=(read_images(split, list(rows), file.parent), labels))
@@ -165,20 +169,22 @@ def _read_table(split: str, file: Path) -> _Table:
 
 
 def read_images(split: str, values: list[object], folder: Path) -> list[object]:
-    """The bytes of each image, from bytes, a path, or Hugging Face's struct of both.
+    """Load the bytes of each image from bytes, a path, or Hugging Face's struct of both.
 
     Args:
-        split: The split, for the message.
-        values: What a table holds; anything else is left as it is, for the checks to refuse.
-        folder: Where relative paths begin.
+        split: Name of the split, for error messages.
+        values: Cells of the table; other types are returned unchanged and rejected later.
+        folder: Base folder of relative paths.
 
     Raises:
-        DataError: A path names no file.
+        DataError: A path does not name a file.
     """
     found = [_bytes_or_path(value) for value in values]
     files = [folder / value if isinstance(value, str) and value else None for value in found]
-    fault = f"names no file in the folder {folder.name}"
-    refuse(split, "image", files, fault, lambda file: isinstance(file, Path) and not _exists(file))
+    fault = f"does not name a file in the folder {folder.name}"
+    reject_rows(
+        split, "image", files, fault, lambda file: isinstance(file, Path) and not _exists(file)
+    )
     return [
         value if file is None else file.read_bytes()
         for value, file in zip(found, files, strict=True)
@@ -188,7 +194,7 @@ def read_images(split: str, values: list[object], folder: Path) -> list[object]:
 def _exists(file: Path) -> bool:
     try:
         return file.is_file()
-    except OSError:  # no file can have such a name
+    except OSError:  # an invalid file name
         return False
 
 
@@ -203,14 +209,16 @@ def _read_csv(where: str, file: Path) -> _Table:
 
     def check(names: Sequence[str]) -> None:
         header.extend(names)
-        if LABEL in names:  # else the first rows may say what it is instead
+        if LABEL in names:  # without labels, the first rows are inspected for other tasks first
             check_columns(where, names, header=True)
 
     cells, delimiter = read_csv(where, file, check)
     if LABEL not in header:
-        refuse_flags(where, {name: column[:_LOOKED_AT] for name, column in cells.items()})
+        reject_indicator_columns(
+            where, {name: column[:_SAMPLE_ROWS] for name, column in cells.items()}
+        )
     column = check_columns(where, header, header=True)
-    note = "" if delimiter == "," else f"{where}: {DELIMITERS[delimiter]} between the columns"
+    note = "" if delimiter == "," else f"{where}: columns are separated by {DELIMITERS[delimiter]}"
     return _Table(column, (cells[column], cells[LABEL]), _others(header, column), note)
 
 
@@ -218,11 +226,11 @@ def _read_parquet(where: str, file: Path) -> _Table:
     import pandas as pd
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-    # The schema first, so that no other column is read.
+    # Read the schema first, so that no other column is loaded.
     names = pq.read_schema(file).names
     if LABEL not in names:
-        first = next(pq.ParquetFile(file).iter_batches(_LOOKED_AT), None)
-        refuse_flags(where, first.to_pydict() if first is not None else {})
+        first = next(pq.ParquetFile(file).iter_batches(_SAMPLE_ROWS), None)
+        reject_indicator_columns(where, first.to_pydict() if first is not None else {})
     column = check_columns(where, names)
     frame = pd.read_parquet(file, columns=[column, LABEL])
     rows, labels = _column(frame, column), _column(frame, LABEL)
@@ -230,7 +238,7 @@ def _read_parquet(where: str, file: Path) -> _Table:
 
 
 def _others(names: Sequence[str], column: str) -> list[str]:
-    """Columns that are not read; an index that pandas wrote is none."""
+    """Columns that are not used, except an index written by pandas."""
     return [
         name
         for name in names
@@ -244,10 +252,10 @@ def _column(frame: pd.DataFrame, name: str) -> list[object]:
     return values
 
 
-def _fault(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "permission denied. Make it readable for this user."
     return (
-        f"its content does not fit its name ({type(error).__name__}); it may be damaged or cut "
-        f"off. Write it anew, as one of {_FORMATS}."
+        f"its content does not match its name ({type(error).__name__}); it may be damaged or "
+        f"truncated. Write it again as one of {_FORMATS}."
     )

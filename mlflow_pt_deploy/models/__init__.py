@@ -1,9 +1,9 @@
-"""What teachers and students are made of."""
+"""Teachers and students: text and image classifiers."""
 
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.image import ImageClassifier, new_mobilenet, new_resnet
 from mlflow_pt_deploy.models.layers import shrink
-from mlflow_pt_deploy.models.load import (
+from mlflow_pt_deploy.models.loading import (
     blank_classifier,
     load_classifier,
     new_classifier,

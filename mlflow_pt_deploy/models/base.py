@@ -1,4 +1,4 @@
-"""What a classifier of any kind owes training, export and distillation."""
+"""Interface of classifiers for training, distillation and export."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from mlflow_pt_deploy.preprocess import Preprocessor
+from mlflow_pt_deploy.preprocessing import Preprocessor
 
-# transformers imports torchao wherever it is installed, and torchao complains of GPU kernels that
-# no CPU build can load; both say it to everybody, also to those who quantize nothing.
+# transformers imports torchao if it is installed. On CPU builds both log warnings about GPU kernels
+# that are irrelevant here.
 logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").addFilter(
     lambda record: "register_constant" not in record.getMessage()
@@ -23,17 +23,17 @@ logging.getLogger("torch.utils._pytree").addFilter(
 
 
 class Classifier(nn.Module, ABC):
-    """A classifier of the transformers library with what reads its rows.
+    """A transformers classifier with its preprocessor.
 
-    A subclass's `forward` takes one tensor for each of its preprocessor's inputs, in their order.
+    `forward` takes one tensor per input of the preprocessor, in the same order.
 
     Args:
         network: A transformers model with a classification head.
-        preprocessor: Raw rows to the network's inputs.
+        preprocessor: Converts raw rows to the inputs of the network.
 
     Attributes:
-        auto: transformers' Auto class that loads such networks.
-        pretrained: False where training starts from random weights.
+        auto: The transformers Auto class that loads the network.
+        pretrained: False if training starts from random weights.
     """
 
     auto: ClassVar[Any]
@@ -46,17 +46,17 @@ class Classifier(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def with_reader(cls, network: Any, folder: str) -> Classifier:
-        """A network with what reads its rows, from a Hugging Face folder or id.
+    def with_processor(cls, network: Any, folder: str) -> Classifier:
+        """Combine a network with the tokenizer or image processor of a Hugging Face folder.
 
         Raises:
-            OSError: Its files are missing.
-            ModelError: They cannot be used here.
+            OSError: Files are missing.
+            ModelError: The tokenizer or image processor is not supported.
         """
 
     @abstractmethod
-    def save_reader(self, folder: Path) -> None:
-        """Write a Hugging Face folder's tokenizer or image processor."""
+    def save_processor(self, folder: Path) -> None:
+        """Write the tokenizer or image processor in Hugging Face format."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -64,10 +64,10 @@ class Classifier(nn.Module, ABC):
         names = self.network.config.id2label
         return tuple(str(names[index]) for index in range(len(names)))
 
-    def vary(self, encoded: Sequence[Any], random: np.random.Generator) -> Sequence[Any]:
-        """Encoded rows as one epoch shows them to the network."""
+    def augment(self, encoded: Sequence[Any], random: np.random.Generator) -> Sequence[Any]:
+        """Augment encoded rows for one epoch of training."""
         return encoded
 
     def logits(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """What the network answers to its inputs, (batch, classes)."""
+        """Logits of the network, (batch, classes)."""
         return cast(torch.Tensor, self.network(**inputs).logits)

@@ -1,4 +1,4 @@
-"""What lies in a model folder: formats of other libraries, and files that are not what they say."""
+"""Inspect model folders: formats of other libraries, missing and damaged files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _LFS = b"version https://git-lfs.github.com"
-_MARKS = {
-    "adapter_config.json": "is a PEFT adapter without its base model. Merge the two first, with "
-    "peft's merge_and_unload, and give the result.",
-    "model_index.json": "is a diffusers pipeline, which makes images. Give a classifier of texts "
-    "or images.",
+_OTHER_LIBRARIES = {
+    "adapter_config.json": "is a PEFT adapter without its base model. Merge both first with peft's "
+    "merge_and_unload, and give the result.",
+    "model_index.json": "is a diffusers pipeline, which generates images. Give a text or image "
+    "classifier.",
 }
 _FORMATS = {
     "*.gguf": "GGUF (llama.cpp)",
@@ -34,32 +34,32 @@ _FORMATS = {
 }
 
 
-def other_format(folder: Path) -> str:
-    """What a folder is instead of a transformers model, and what to do; empty if it is one."""
-    for name, problem in _MARKS.items():
+def foreign_format(folder: Path) -> str:
+    """Why a folder is not a transformers model, and what to do; empty if it is one."""
+    for name, problem in _OTHER_LIBRARIES.items():
         if (folder / name).is_file():
             return problem
     if (folder / "config.json").is_file():
         return ""
     if (folder / "MLmodel").is_file():
         return (
-            "is MLflow's model folder. Give its address, e.g. models:/NAME/VERSION or "
-            "runs:/RUN_ID/NAME, or the folder inside that has a config.json."
+            "is an MLflow model folder. Give its URI, e.g. models:/NAME/VERSION or "
+            "runs:/RUN_ID/NAME, or the subfolder with config.json."
         )
     if inside := sorted(path.parent.name for path in folder.glob("*/config.json")):
         return (
-            f"has no config.json, but its folder {inside[-1]} has. Give that one: "
+            f"has no config.json, but its subfolder {inside[-1]} has one. Give that folder: "
             f"{folder / inside[-1]}"
         )
     found = _formats(folder)
     return found and (
-        f"holds {found} and no transformers model (config.json). Give the PyTorch model that it "
-        "was made from, as transformers' save_pretrained writes it."
+        f"contains {found} and no transformers model (config.json). Give the original PyTorch "
+        "model as written by transformers' save_pretrained."
     )
 
 
-def check_weights(folder: Path) -> str:
-    """What is wrong with the weights' files, and what to do; empty if they can be tried."""
+def weights_problem(folder: Path) -> str:
+    """Problem of the weight files and the remedy; empty if they look usable."""
     files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
     for path in [*files[:1], *folder.glob("model-*.safetensors"), *folder.glob("tokenizer.json")]:
         with path.open("rb") as file:
@@ -73,8 +73,8 @@ def check_weights(folder: Path) -> str:
     )
 
 
-def check_tokenizer(folder: Path) -> str:
-    """What is wrong with the tokenizer's files, and what to do; empty if they can be tried."""
+def tokenizer_problem(folder: Path) -> str:
+    """Problem of the tokenizer files and the remedy; empty if they look usable."""
     if (folder / "tokenizer.json").is_file():
         return ""
     names = {path.name for path in folder.iterdir()}
@@ -86,7 +86,7 @@ def check_tokenizer(folder: Path) -> str:
             "FOLDER).save_pretrained(FOLDER)"
         )
     if not names & {"vocab.txt", "vocab.json", "tokenizer_config.json"}:
-        return "it has no tokenizer; save it there too, with tokenizer.save_pretrained"
+        return "it has no tokenizer; save it in the folder with tokenizer.save_pretrained"
     return ""
 
 

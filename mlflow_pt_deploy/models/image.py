@@ -1,7 +1,4 @@
-"""Image classifiers of the transformers library: a teacher and a student made from scratch.
-
-Knows Hugging Face's image processors by their settings alone; pixels are `preprocess.image`'s.
-"""
+"""Image classifiers: transformers models, and untrained ResNet and MobileNetV2 networks."""
 
 from __future__ import annotations
 
@@ -26,52 +23,52 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.base import Classifier
-from mlflow_pt_deploy.preprocess.image import ImagePreprocessor, Pixels
-from mlflow_pt_deploy.preprocess.processors import complete
+from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor, Pixels
+from mlflow_pt_deploy.preprocessing.image_processors import complete
 
 _FILE = "preprocessor_config.json"
-_SMALLEST, _SMALL = 32, 48  # edges in pixels
+_MIN_EDGE, _SMALL_EDGE = 32, 48  # pixels
 _MOMENTUM = 0.1  # PyTorch's default
-_SHIFT = 8
-_LEAST_AREA, _STRETCH = 0.5, 0.15
+_MAX_SHIFT = 8  # 1/8 of an edge
+_MIN_AREA, _MAX_STRETCH = 0.5, 0.15
 
 
 class ImageClassifier(Classifier):
-    """An image classifier with its image processor and the names of its classes.
+    """An image classifier with its image processor.
 
     Args:
-        network: A transformers ``...ForImageClassification`` of three channels.
-        processor: The content of its preprocessor_config.json.
+        network: A transformers ``...ForImageClassification`` with three input channels.
+        processor: Content of preprocessor_config.json.
 
     Raises:
-        ModelError: The images are prepared in a way that is not known here.
+        ModelError: The image preprocessing is not supported.
     """
 
     auto: ClassVar[Any] = AutoModelForImageClassification
     preprocessor: ImagePreprocessor
 
     def __init__(self, network: Any, processor: Mapping[str, Any]) -> None:
-        # The layout in which CPUs convolve fastest, in training and in eager inference.
+        # The fastest memory layout for convolutions on CPUs, in training and eager inference.
         network.to(memory_format=torch.channels_last)
         self.processor = complete(processor)
         super().__init__(network, ImagePreprocessor.from_transformers(self.processor))
         if getattr(network.config, "num_channels", 3) != 3:
             raise ModelError(
-                f"{network.config.model_type}: it has {network.config.num_channels} channels; "
-                "choose a model for images of three."
+                f"{network.config.model_type} has {network.config.num_channels} input channels; "
+                "choose a model with three."
             )
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                # transformers' MobileNets took 0.997 over from TensorFlow, which counts the other
-                # way round: evaluation would rest on the last batch alone.
+                # transformers' MobileNets use 0.997 from TensorFlow, whose definition is 1 - x.
+                # Without this, evaluation would depend on the last batch only.
                 module.momentum = _MOMENTUM
 
     @classmethod
-    def with_reader(cls, network: Any, folder: str) -> ImageClassifier:
+    def with_processor(cls, network: Any, folder: str) -> ImageClassifier:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(folder)
         return cls(network, processor)
 
-    def save_reader(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         text = json.dumps(self.processor, indent=2)
         (folder / _FILE).write_text(text, encoding="utf8")
 
@@ -79,16 +76,15 @@ class ImageClassifier(Classifier):
         """Pixels, float32 (batch, 3, height, width), to logits (batch, classes)."""
         return self.logits(pixel_values=pixel_values.to(self.network.dtype))
 
-    def vary(self, encoded: Sequence[Pixels], random: np.random.Generator) -> list[Pixels]:
-        """Each image as it might as well have been taken.
+    def augment(self, encoded: Sequence[Pixels], random: np.random.Generator) -> list[Pixels]:
+        """Augment images for one epoch.
 
-        Photographs are cropped and mirrored (Szegedy et al. 2015), by less than half of their
-        area, because a network from scratch must see the thing itself. What has no colours may
-        well be a letter, a digit or a scan, which a mirror would spoil: it moves a little.
+        Color images are cropped to at least half of their area and mirrored at random (Szegedy et
+        al. 2015). Grey images may be letters, digits or scans, which must not be mirrored; they
+        are shifted by up to 1/8 of their size.
         """
         return [
-            _moved(image, random) if _is_grey(image) else _cropped(image, random)
-            for image in encoded
+            _shift(image, random) if _is_grey(image) else _crop(image, random) for image in encoded
         ]
 
 
@@ -96,22 +92,22 @@ def _is_grey(image: Pixels) -> bool:
     return bool((image == image[..., :1]).all())
 
 
-def _moved(image: Pixels, random: np.random.Generator) -> Pixels:
-    """Moved by at most an eighth of its edge, which is repeated where there is nothing."""
+def _shift(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Shift by at most 1/8 of the size; edge pixels are repeated."""
     height, width, _ = image.shape
-    most = (max(1, height // _SHIFT), max(1, width // _SHIFT))
-    down, right = random.integers(-np.asarray(most), np.asarray(most) + 1)
+    limit = np.array([max(1, height // _MAX_SHIFT), max(1, width // _MAX_SHIFT)])
+    down, right = random.integers(-limit, limit + 1)
     rows = np.clip(np.arange(height) + down, 0, height - 1)
     columns = np.clip(np.arange(width) + right, 0, width - 1)
-    moved: npt.NDArray[np.uint8] = image[rows[:, None], columns]
-    return moved
+    shifted: npt.NDArray[np.uint8] = image[rows[:, None], columns]
+    return shifted
 
 
-def _cropped(image: Pixels, random: np.random.Generator) -> Pixels:
-    """A part of it, stretched to the same size, in half of all cases mirrored."""
+def _crop(image: Pixels, random: np.random.Generator) -> Pixels:
+    """Crop at random, resize to the original size, and mirror with probability 0.5."""
     height, width, _ = image.shape
-    edge = np.sqrt(random.uniform(_LEAST_AREA, 1))
-    ratio = np.exp(random.uniform(-_STRETCH, _STRETCH))
+    edge = np.sqrt(random.uniform(_MIN_AREA, 1))
+    ratio = np.exp(random.uniform(-_MAX_STRETCH, _MAX_STRETCH))
     part = np.minimum((width * edge * ratio, height * edge / ratio), (width, height))
     left, top = random.uniform(0, (width, height) - part)
     picture = Image.fromarray(image).resize(
@@ -123,18 +119,18 @@ def _cropped(image: Pixels, random: np.random.Generator) -> Pixels:
 
 
 def new_resnet(labels: Sequence[str], size: int) -> ImageClassifier:
-    """A ResNet-18 (He et al. 2015) with random weights, half as wide for small images.
+    """Create a ResNet-18 (He et al. 2015) with random weights, half as wide for small images.
 
     Args:
         labels: Names of the classes.
-        size: Height and width in pixels at which it looks at images.
+        size: Height and width of the input in pixels.
 
     Raises:
-        ModelError: The size is below what five halvings leave something of.
+        ModelError: The size is below 32 pixels, the minimum for five downsampling steps.
     """
-    if size < _SMALLEST:
-        raise ModelError(f"image_size is {size}; give {_SMALLEST} pixels or more.")
-    width = 64 if size > _SMALL else 32
+    if size < _MIN_EDGE:
+        raise ModelError(f"image_size is {size}; give {_MIN_EDGE} pixels or more.")
+    width = 64 if size > _SMALL_EDGE else 32
     config = ResNetConfig(
         embedding_size=width,
         hidden_sizes=[width, 2 * width, 4 * width, 8 * width],
@@ -146,14 +142,14 @@ def new_resnet(labels: Sequence[str], size: int) -> ImageClassifier:
 
 
 def new_mobilenet(teacher: ImageClassifier, *, width: float = 1.0) -> ImageClassifier:
-    """A MobileNetV2 (Sandler et al. 2018) with random weights, that sees what the teacher sees.
+    """Create a MobileNetV2 (Sandler et al. 2018) with random weights and the teacher's inputs.
 
     Args:
-        teacher: The fine-tuned teacher; it is not changed.
-        width: Multiplier of the channels.
+        teacher: The fine-tuned teacher; not changed.
+        width: Multiplier of the number of channels.
 
     Raises:
-        ModelError: The width is not above 0, or above 2.
+        ModelError: The width is not above 0 and at most 2.
     """
     if not 0 < width <= 2:
         raise ModelError(f"student_width is {width:g}; give a number above 0, up to 2.")
@@ -161,8 +157,8 @@ def new_mobilenet(teacher: ImageClassifier, *, width: float = 1.0) -> ImageClass
     config = MobileNetV2Config(
         image_size=edge,
         depth_multiplier=width,
-        # Small images keep a grid of places to look at, instead of one.
-        output_stride=8 if edge <= _SMALL else 32,
+        # A smaller stride keeps more than one position for small images.
+        output_stride=8 if edge <= _SMALL_EDGE else 32,
         tf_padding=False,
         classifier_dropout_prob=0.1,
         **_named(teacher.labels),
@@ -171,10 +167,10 @@ def new_mobilenet(teacher: ImageClassifier, *, width: float = 1.0) -> ImageClass
 
 
 def _from_scratch(network: Any, processor: Mapping[str, Any]) -> ImageClassifier:
-    """He et al. 2015's random weights, under which batch statistics start where they belong.
+    """Initialize convolutions with Kaiming normal weights (He et al. 2015).
 
-    Under transformers' own, fifty times smaller, a deep network's running statistics take
-    hundreds of steps to get there, and it answers all images alike until then.
+    transformers' default weights are about 50 times smaller. With them, the running statistics of
+    batch norm need hundreds of steps, and all predictions are the same until then.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -190,7 +186,7 @@ def _named(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _processor(size: int) -> dict[str, Any]:
-    """An image processor that stretches to size x size and brings values to -1 to 1."""
+    """Settings that stretch images to size x size and scale values to -1 to 1."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,

@@ -1,10 +1,10 @@
-"""A student without attention: it sums embeddings of word pieces and of their n-grams.
+"""Static student: a classifier on the sum of token and n-gram embeddings, without attention.
 
     ids ─► pieces[id] + grams[hash(id, next id)] ─► sum ─► layer norm ─► hidden layer ─► logits
 
-A hundredth of a transformer's cost, on the same token ids and in the same kind of folder: once this
-module is imported, transformers' Auto classes know it. Follows fastText (Joulin et al. 2017), with
-hashed n-grams of pieces instead of words, on a teacher's soft labels.
+About 100 times cheaper than a transformer, with the same token ids and folder format. Importing
+this module registers it with transformers' Auto classes. Follows fastText (Joulin et al. 2017),
+with hashed n-grams of word pieces instead of words, trained on soft labels of a teacher.
 """
 
 from __future__ import annotations
@@ -23,28 +23,27 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mlflow_pt_deploy import interrupt
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models.text import TextClassifier
+from mlflow_pt_deploy.system import interrupt
 
 PRIMES = (1_000_003, 7_368_787, 39_916_801)
-"""Multiplier of the id at each place of an n-gram; with ids under 2^20 no product leaves int64."""
+"""Multiplier of the id at each position of an n-gram; ids below 2^20 do not overflow int64."""
 
-
-FREQUENT = 60_000  # pieces; large vocabularies begin with what occurs most
-_AT_ONCE = 512
+FREQUENT = 60_000  # pieces; large vocabularies are sorted by frequency
+_BATCH_ROWS = 512
 
 
 class StaticConfig(PreTrainedConfig):
-    """Shape of a static classifier.
+    """Config of a static classifier.
 
     Args:
-        vocab_size: Word pieces.
+        vocab_size: Number of word pieces.
         hidden_size: Width of the embeddings.
         intermediate_size: Width of the hidden layer.
-        buckets: Rows of the table that all n-grams share.
-        ngrams: Longest n-gram, 1 (pieces alone) to 3.
-        dropout: Before and after the hidden layer, in training.
+        buckets: Number of rows of the n-gram table.
+        ngrams: Maximum n-gram length, 1 (single pieces) to 3.
+        dropout: Dropout before and after the hidden layer.
     """
 
     model_type = "pt_deploy_static"
@@ -69,7 +68,7 @@ class StaticConfig(PreTrainedConfig):
 
 
 class StaticForSequenceClassification(PreTrainedModel):
-    """Token ids and mask to logits, without looking at one row's pieces together."""
+    """Classifier on the sum of piece and n-gram embeddings of a text."""
 
     config_class = StaticConfig
     base_model_prefix = "static"
@@ -102,7 +101,7 @@ class StaticForSequenceClassification(PreTrainedModel):
         return self.pieces
 
     def _bucket(self, ids: torch.Tensor, size: int) -> torch.Tensor:
-        """Row of the n-gram table for each place, int64 (batch, length - size + 1)."""
+        """Row of the n-gram table per position, int64 (batch, length - size + 1)."""
         end = ids.shape[1] - size + 1
         code = ids[:, :end] * PRIMES[0]
         for place in range(1, size):
@@ -114,7 +113,7 @@ class StaticForSequenceClassification(PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            # An n-gram that no training row holds says nothing instead of something random.
+            # Zero: n-grams that do not occur in training have no effect.
             nn.init.zeros_(module.weight)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -134,30 +133,28 @@ def new_static(
     ngrams: int = 2,
     frequent: int = FREQUENT,
 ) -> TextClassifier:
-    """A static student that starts from what the teacher makes of each word piece alone.
+    """Create a static student initialized from the teacher's last hidden state of each piece.
 
-    The teacher's last hidden state of a piece holds more of the task than its first embedding does;
-    Model2Vec (Tulkens & van Dongen 2024) starts from the same. Pieces that are neither in `rows`
-    nor frequent say nothing, like n-grams that were never seen.
+    The last hidden state contains more task information than the input embedding; Model2Vec
+    (Tulkens & van Dongen 2024) uses the same initialization. Pieces that are neither in `rows` nor
+    frequent are initialized with zeros, like n-grams.
 
     Args:
-        teacher: The fine-tuned teacher; it is not changed.
+        teacher: The fine-tuned teacher; not changed.
         rows: Texts of train.
         hidden: Width of the hidden layer.
-        buckets: Rows of the n-gram table.
-        ngrams: Longest n-gram, 1 to 3.
-        frequent: Pieces at the head of the vocabulary that count as frequent.
+        buckets: Number of rows of the n-gram table.
+        ngrams: Maximum n-gram length, 1 to 3.
+        frequent: Number of pieces at the start of the vocabulary that count as frequent.
 
     Raises:
-        ModelError: `ngrams` is out of range, or the teacher is static itself.
+        ModelError: `ngrams` is out of range, or the teacher is a static student.
     """
     if isinstance(teacher.network, StaticForSequenceClassification):
-        raise ModelError(
-            "the teacher is a static student itself. Distill from the model that taught it."
-        )
+        raise ModelError("the teacher is a static student itself. Use the original teacher.")
     if not 1 <= ngrams <= len(PRIMES):
         raise ModelError(f"ngrams {ngrams}: choose from 1 to {len(PRIMES)}.")
-    embedding = _pieces(teacher, rows, frequent)
+    embedding = _initial_pieces(teacher, rows, frequent)
     config = StaticConfig(
         vocab_size=embedding.shape[0],
         hidden_size=embedding.shape[1],
@@ -172,12 +169,12 @@ def new_static(
     with torch.no_grad():
         network.pieces.weight.copy_(embedding)
     tokenizer = copy.copy(teacher.tokenizer)
-    tokenizer.padding_side = "right"  # the network's n-grams rely on it
+    tokenizer.padding_side = "right"  # required by the n-grams
     return TextClassifier(network, tokenizer).eval()
 
 
-def _pieces(teacher: TextClassifier, rows: Sequence[str], frequent: int) -> torch.Tensor:
-    """What each piece means at the start, float (pieces, width), as widely spread as embeddings."""
+def _initial_pieces(teacher: TextClassifier, rows: Sequence[str], frequent: int) -> torch.Tensor:
+    """Initial piece embeddings, float (pieces, width), with the spread of the teacher's."""
     table: torch.Tensor = teacher.network.get_input_embeddings().weight.detach()
     used = {piece for ids in teacher.preprocessor.encode(rows) for piece in ids}
     ids = torch.tensor(sorted(used.union(range(min(frequent, len(table))))), device=table.device)
@@ -192,16 +189,16 @@ def _pieces(teacher: TextClassifier, rows: Sequence[str], frequent: int) -> torc
 def _last_states(teacher: TextClassifier, ids: torch.Tensor) -> torch.Tensor:
     """The teacher's last hidden state of each piece between its special tokens, (ids, width)."""
     empty, filled = teacher.preprocessor.encode(["", "a"])
-    place = sum(1 for one, other in zip(empty, filled, strict=False) if one == other)
-    place = min(place, len(empty) - 1) if empty else 0
+    position = sum(1 for one, other in zip(empty, filled, strict=False) if one == other)
+    position = min(position, len(empty) - 1) if empty else 0
     body = teacher.network.base_model.eval()
-    if teacher.network.config.is_encoder_decoder:  # the decoder wants texts of its own
+    if teacher.network.config.is_encoder_decoder:  # the decoder needs other inputs
         body = body.get_encoder()
     found: list[torch.Tensor] = []
-    for some in ids.split(_AT_ONCE):
+    for some in ids.split(_BATCH_ROWS):
         interrupt.check()
         around = torch.tensor(empty, dtype=some.dtype, device=some.device).repeat(len(some), 1)
-        inputs = torch.cat([around[:, :place], some.unsqueeze(1), around[:, place:]], dim=1)
+        inputs = torch.cat([around[:, :position], some.unsqueeze(1), around[:, position:]], dim=1)
         states = body(input_ids=inputs, attention_mask=torch.ones_like(inputs)).last_hidden_state
-        found.append(states[:, place])
+        found.append(states[:, position])
     return torch.cat(found)

@@ -1,7 +1,4 @@
-"""Text classifiers of the transformers library, with their tokenizer.
-
-Does not know how a model is trained or what runs it later.
-"""
+"""Text classifiers: transformers models with their tokenizer."""
 
 from __future__ import annotations
 
@@ -11,18 +8,18 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mlflow_pt_deploy.errors import ModelError, first_line
+from mlflow_pt_deploy.errors import ModelError, root_cause
 from mlflow_pt_deploy.models.base import Classifier
 from mlflow_pt_deploy.models.positions import longest_text
-from mlflow_pt_deploy.preprocess import TextPreprocessor
+from mlflow_pt_deploy.preprocessing import TextPreprocessor
 
 
 class TextClassifier(Classifier):
-    """A sequence classifier with its tokenizer and the names of its classes.
+    """A text classifier with its tokenizer.
 
     Args:
         network: A transformers ``...ForSequenceClassification``.
-        tokenizer: The fast tokenizer that belongs to it.
+        tokenizer: The fast tokenizer of the network.
     """
 
     auto: ClassVar[Any] = AutoModelForSequenceClassification
@@ -31,26 +28,27 @@ class TextClassifier(Classifier):
     def __init__(self, network: Any, tokenizer: Any) -> None:
         padding = declared_padding(network.config)
         if padding is None and tokenizer.pad_token_id is not None:
-            # Decoders find a row's last token by their config's padding.
+            # Decoders use the padding id of the config to find the last token of a row.
             network.config.pad_token_id = tokenizer.pad_token_id
         longest = longest_text(network, tokenizer)
         super().__init__(network, TextPreprocessor.from_transformers(tokenizer, longest, padding))
         self.tokenizer = tokenizer
 
     @classmethod
-    def with_reader(cls, network: Any, folder: str) -> TextClassifier:
+    def with_processor(cls, network: Any, folder: str) -> TextClassifier:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        except Exception as error:  # transformers, tokenizers, sentencepiece: each has its own
+        except Exception as error:  # transformers, tokenizers and sentencepiece differ
             raise ModelError(
-                f"{folder}: its tokenizer cannot be loaded ({first_line(error)}). Save it there "
-                "with tokenizer.save_pretrained, so that there is a tokenizer.json."
+                f"{folder}: its tokenizer cannot be loaded ({root_cause(error)}). Save the "
+                "tokenizer in the folder with tokenizer.save_pretrained, which writes "
+                "tokenizer.json."
             ) from error
         return cls(network, tokenizer)
 
-    def save_reader(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -59,6 +57,6 @@ class TextClassifier(Classifier):
 
 
 def declared_padding(config: Any) -> int | None:
-    """The id of padding by a network's config; None where it has none."""
+    """Padding id in the config of a network, or None."""
     padding = getattr(config, "pad_token_id", None)
     return padding if isinstance(padding, int) and padding >= 0 else None

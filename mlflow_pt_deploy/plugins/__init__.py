@@ -1,1 +1,1 @@
-"""What MLflow finds by entry point."""
+"""MLflow plugins: deployment target and run context."""

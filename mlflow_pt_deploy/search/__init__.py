@@ -1,32 +1,32 @@
-"""The search for students: many tried, those that nothing beats kept.
+"""Multi-objective hyperparameter and architecture search for students, on Optuna.
 
-Two objectives, validation accuracy (up) and measured latency (down). Knows Optuna; does not know
-how a student is trained or measured, nor MLflow: the caller gives a function.
+Maximizes validation accuracy and minimizes measured latency. The caller gives the function that
+trains and measures a student.
 """
 
-from mlflow_pt_deploy.search.front import (
-    Chosen,
-    Dropped,
-    Finished,
-    Found,
+from mlflow_pt_deploy.search.pareto import (
+    CompletedTrial,
+    FailedTrial,
     Outcome,
+    SelectedTrial,
+    StudyResult,
     choose_point,
     pareto,
 )
-from mlflow_pt_deploy.search.space import STATIC, TRANSFORMER, Point, Ranges, Space
-from mlflow_pt_deploy.search.study import Evaluate, Plan, Report, search
+from mlflow_pt_deploy.search.space import STATIC, TRANSFORMER, Ranges, Space, TrialParams
+from mlflow_pt_deploy.search.study import Evaluate, Report, StudyConfig, search
 
 __all__ = [
     "STATIC",
     "TRANSFORMER",
-    "Chosen",
-    "Dropped",
+    "SelectedTrial",
+    "FailedTrial",
     "Evaluate",
-    "Finished",
-    "Found",
+    "CompletedTrial",
+    "StudyResult",
     "Outcome",
-    "Plan",
-    "Point",
+    "StudyConfig",
+    "TrialParams",
     "Ranges",
     "Report",
     "Space",

@@ -1,7 +1,7 @@
-"""What a search may vary, and one point of it.
+"""Search space and the parameters of one trial.
 
-The space is conditional: each kind of student has ranges of its own, and layers only if it is a
-transformer.
+The space is conditional: each kind of student has its own ranges, and only transformers have
+layers.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from mlflow_pt_deploy.errors import SearchError
 if TYPE_CHECKING:
     import optuna
 
-_PAIRS = ("layers", "temperature", "soft_weight", "learning_rate", "epochs")
+_INTERVALS = ("layers", "temperature", "soft_weight", "learning_rate", "epochs")
 _CHOICES = ("variants", "batch_size", "threads", "heads", "width")
 
 
 @dataclass(frozen=True)
-class Point:
-    """One student to try: its shape, how it learns, and what runs it.
+class TrialParams:
+    """Parameters of one trial: the student's shape, its training, and its runtime.
 
     Attributes:
         kind: ``transformer`` or ``static``.
-        layers: Layers that it keeps of the teacher's; 0 for a static student.
-        temperature: Of the soft labels.
-        soft_weight: Share of the soft labels in the loss, 0 to 1.
-        learning_rate: Peak.
-        batch_size: Rows a training step.
+        layers: Number of the teacher's layers to keep; 0 for a static student.
+        temperature: Distillation temperature.
+        soft_weight: Weight of the soft labels in the loss, 0 to 1.
+        learning_rate: Peak learning rate.
+        batch_size: Rows per training step.
         epochs: Passes over train.
         variant: Runtime and precision, e.g. ``onnxruntime-fp32``.
-        threads: Threads for one call.
-        heads: Attention heads that it keeps in each layer; 0: all.
-        width: Share of the teacher's hidden width that it keeps; 1 for a static student.
+        threads: Threads per call.
+        heads: Attention heads to keep in each layer; 0 keeps all.
+        width: Share of the teacher's hidden size to keep; 1 for a static student.
     """
 
     kind: str
@@ -60,12 +60,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Ranges:
-    """What may vary within one kind of student; see `Point` for what each is.
+    """Ranges of the parameters of one kind of student, see `TrialParams`.
 
     Attributes:
-        variants, batch_size, threads, heads, width: The choices.
-        layers, temperature, soft_weight, learning_rate, epochs: Lowest and highest, both possible.
-            Temperature and learning rate are searched by their logarithm.
+        variants, batch_size, threads, heads, width: Choices.
+        layers, temperature, soft_weight, learning_rate, epochs: Inclusive lower and upper bound.
+            Temperature and learning rate are sampled on a logarithmic scale.
     """
 
     variants: tuple[str, ...]
@@ -80,20 +80,22 @@ class Ranges:
     width: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        for name in _PAIRS:
+        for name in _INTERVALS:
             low, high = getattr(self, name)
-            least = 0 if name in ("layers", "soft_weight") else 1 if name == "epochs" else 1e-12
-            if not least <= low <= high < float("inf"):
+            minimum = 0 if name in ("layers", "soft_weight") else 1 if name == "epochs" else 1e-12
+            if not minimum <= low <= high < float("inf"):
                 raise SearchError(
-                    f"{name} is searched from {low} to {high}; give the lowest value, at least "
-                    f"{least:g}, and then the highest."
+                    f"{name} is ({low}, {high}); give a lower bound of at least {minimum:g} and an "
+                    "upper bound that is not below it."
                 )
         if self.soft_weight[1] > 1:
-            raise SearchError(f"soft_weight goes up to {self.soft_weight[1]}; 1 is the most.")
+            raise SearchError(f"soft_weight goes up to {self.soft_weight[1]}; the maximum is 1.")
         for name in _CHOICES:
             choices = getattr(self, name)
             if not choices or len(set(choices)) < len(choices):
-                raise SearchError(f"{name} is {choices!r}; give at least one choice, each once.")
+                raise SearchError(
+                    f"{name} is {choices!r}; give at least one choice, without repetitions."
+                )
 
 
 TRANSFORMER = Ranges(("onnxruntime-fp32", "onnxruntime-int8-dynamic"), layers=(1, 6))
@@ -107,14 +109,14 @@ STATIC = Ranges(
 
 @dataclass(frozen=True)
 class Space:
-    """All that a search may try; a kind that is None is not tried.
+    """The search space; a kind that is None is excluded.
 
     Args:
-        transformer: Ranges of students made of the teacher's layers.
-        static: Ranges of students that sum embeddings.
+        transformer: Ranges of transformer students, made from the teacher's layers.
+        static: Ranges of static students, which sum embeddings.
 
     Raises:
-        SearchError: There is no kind, or layers do not fit a kind.
+        SearchError: Both kinds are None, or the range of layers does not fit a kind.
     """
 
     transformer: Ranges | None = TRANSFORMER
@@ -122,52 +124,58 @@ class Space:
 
     def __post_init__(self) -> None:
         if not self.kinds():
-            raise SearchError("the space is empty; give the ranges of at least one kind.")
+            raise SearchError("the search space is empty; give the ranges of at least one kind.")
         if self.transformer and self.transformer.layers[0] < 1:
-            raise SearchError(f"layers {self.transformer.layers}: a transformer has at least 1.")
+            raise SearchError(f"layers is {self.transformer.layers}; a transformer has at least 1.")
         if self.static and self.static.layers != (0, 0):
-            raise SearchError(f"layers {self.static.layers}: a static student has none; give 0, 0.")
+            raise SearchError(
+                f"layers is {self.static.layers}; a static student has none, give (0, 0)."
+            )
 
     def kinds(self) -> dict[str, Ranges]:
-        """The kinds that are tried, and their ranges."""
+        """Ranges of each kind that is not excluded."""
         both = {"transformer": self.transformer, "static": self.static}
         return {kind: ranges for kind, ranges in both.items() if ranges}
 
     def record(self) -> dict[str, Any]:
-        """The space as JSON gives it back, to compare it with that of a stored study."""
+        """Return the space as plain JSON data, to compare it with that of a stored study."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return plain
 
 
-def propose(trial: optuna.Trial, space: Space) -> Point:
-    """Let Optuna draw a point; a parameter is named by its kind, e.g. ``static.epochs``."""
+def propose(trial: optuna.Trial, space: Space) -> TrialParams:
+    """Sample a point with Optuna; parameter names contain the kind, e.g. ``static.epochs``."""
     kinds = space.kinds()
     kind = trial.suggest_categorical("kind", list(kinds))
-    within = kinds[kind]
+    ranges = kinds[kind]
 
     def number(name: str, log: bool = False) -> float:
-        low, high = getattr(within, name)
+        low, high = getattr(ranges, name)
         return trial.suggest_float(f"{kind}.{name}", low, high, log=log)
 
-    return Point(
+    return TrialParams(
         kind=kind,
-        layers=trial.suggest_int(f"{kind}.layers", *within.layers),
+        layers=trial.suggest_int(f"{kind}.layers", *ranges.layers),
         temperature=number("temperature", log=True),
         soft_weight=number("soft_weight"),
         learning_rate=number("learning_rate", log=True),
-        batch_size=trial.suggest_categorical(f"{kind}.batch_size", within.batch_size),
-        epochs=trial.suggest_int(f"{kind}.epochs", *within.epochs),
-        variant=trial.suggest_categorical(f"{kind}.variant", within.variants),
-        threads=trial.suggest_categorical(f"{kind}.threads", within.threads),
-        heads=trial.suggest_categorical(f"{kind}.heads", within.heads),
-        width=trial.suggest_categorical(f"{kind}.width", within.width),
+        batch_size=trial.suggest_categorical(f"{kind}.batch_size", ranges.batch_size),
+        epochs=trial.suggest_int(f"{kind}.epochs", *ranges.epochs),
+        variant=trial.suggest_categorical(f"{kind}.variant", ranges.variants),
+        threads=trial.suggest_categorical(f"{kind}.threads", ranges.threads),
+        heads=trial.suggest_categorical(f"{kind}.heads", ranges.heads),
+        width=trial.suggest_categorical(f"{kind}.width", ranges.width),
     )
 
 
-def read_point(params: Mapping[str, Any]) -> Point | None:
-    """The point of a stored trial; None if its process died while it was drawn."""
+def read_point(params: Mapping[str, Any]) -> TrialParams | None:
+    """Return the point of a stored trial; None if its process died while sampling."""
     values = {name.rpartition(".")[2]: value for name, value in params.items()}
-    return Point(**values) if set(values) == {field.name for field in fields(Point)} else None
+    return (
+        TrialParams(**values)
+        if set(values) == {field.name for field in fields(TrialParams)}
+        else None
+    )
 
 
 def _plural(count: int, word: str) -> str:

@@ -1,11 +1,9 @@
-"""The database that holds a study: opened, checked, and its errors in words.
-
-Knows what goes wrong with databases; does not know what a trial is.
-"""
+"""Study database: open and check a study, and translate database errors into `SearchError`."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,21 +17,22 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 _SPACE = "space"
+_migration_lock = threading.Lock()
 
 
 @contextmanager
 def open_study(name: str, url: str, space: Space, wait_s: float) -> Iterator[optuna.Study]:
-    """A study, made if there is none; what goes wrong with it inside is told in words.
+    """Open a study, or create it; database errors inside the block become `SearchError`.
 
     Args:
-        name: Of the study.
-        url: Of its database, as SQLAlchemy has it.
-        space: What it searches; must be what it was made with.
-        wait_s: How long to wait for an SQLite file that another process has locked.
+        name: Name of the study.
+        url: SQLAlchemy URL of the database.
+        space: Search space; must equal that of an existing study.
+        wait_s: Seconds to wait for an SQLite file that another process has locked.
 
     Raises:
-        SearchError: The database cannot be used, or the study has another space or other
-            objectives, or is deleted meanwhile.
+        SearchError: The database cannot be used, the study has another space or other objectives,
+            or the study was deleted.
         MissingExtraError: Optuna is not installed.
     """
     try:
@@ -42,20 +41,20 @@ def open_study(name: str, url: str, space: Space, wait_s: float) -> Iterator[opt
         raise MissingExtraError("optuna", "search") from error
 
     directions = [optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE]
-    with _in_words(name, url), _through_our_logging():
-        storage = _open(url, wait_s)
+    with _translate_errors(name, url), _redirect_optuna_logging():
+        storage = _open_storage(url, wait_s)
         try:
             study = optuna.create_study(
                 storage=storage, study_name=name, directions=directions, load_if_exists=True
             )
             if study.directions != directions:
                 raise SearchError(
-                    f"study {name} has other objectives than accuracy (up) and latency (down): it "
-                    "is not a search of pt-deploy. Give the search another name."
+                    f"study {name} has other objectives than accuracy and latency; pt-deploy did "
+                    "not create it. Give the search another name."
                 )
             if _SPACE not in study.user_attrs and not study.get_trials(deepcopy=False):
                 study.set_user_attr(_SPACE, space.record())
-            with _while_it_exists(storage, name):
+            with _detect_deletion(storage, name):
                 check_space(study, space)
                 yield study
         finally:
@@ -64,34 +63,34 @@ def open_study(name: str, url: str, space: Space, wait_s: float) -> Iterator[opt
 
 
 def check_space(study: optuna.Study, space: Space) -> None:
-    """Make sure that a study still exists, and searches this space.
+    """Check that a study exists and has this search space.
 
     Raises:
-        SearchError: It searches another.
-        KeyError: It is deleted.
+        SearchError: The study has another space.
+        KeyError: The study was deleted.
     """
     stored = study.user_attrs.get(_SPACE)
-    if stored != (ours := space.record()):
-        differing = ", ".join(_differences(stored or {}, ours))
+    if stored != (current := space.record()):
+        differences = ", ".join(_differences(stored or {}, current))
         raise SearchError(
-            f"study {study.study_name} searches another space ({differing}). Give the same ranges "
-            "to go on with it, or another name to start a new one."
+            f"study {study.study_name} has another search space ({differences}). Give the same "
+            "ranges to continue it, or another name to start a new study."
         )
 
 
-def _differences(stored: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
-    for kind, ranges in ours.items():
-        was = stored.get(kind)
-        if not (was and ranges):
-            if was != ranges:
-                yield f"{kind}: {'has' if was else 'has not'} been tried in it"
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> Iterator[str]:
+    for kind, ranges in current.items():
+        before = stored.get(kind)
+        if not (before and ranges):
+            if before != ranges:
+                yield f"{kind}: {'included' if before else 'excluded'} in the study"
             continue
         for name in ranges:
-            if was.get(name) != ranges[name]:
-                yield f"{kind}.{name}: {was.get(name)} in it, {ranges[name]} now"
+            if before.get(name) != ranges[name]:
+                yield f"{kind}.{name}: {before.get(name)} in the study, {ranges[name]} now"
 
 
-def _open(url: str, wait_s: float) -> RDBStorage:
+def _open_storage(url: str, wait_s: float) -> RDBStorage:
     import sqlalchemy
     from optuna.storages import RDBStorage
 
@@ -102,33 +101,36 @@ def _open(url: str, wait_s: float) -> RDBStorage:
         engine = sqlalchemy.create_engine(url, **options)
     except ImportError as error:
         raise SearchError(
-            f"{_public(url)} needs a driver that is not installed ({error.name}). Install it, or "
-            "give an address such as sqlite:///study.db."
+            f"{_redact(url)} needs a driver that is not installed ({error.name}). Install it, or "
+            "give a URL such as sqlite:///study.db."
         ) from error
     tables = sqlalchemy.inspect(engine).get_table_names()
     engine.dispose()
-    # Both keep their schema's version in a table of this name (mlflow#3374).
+    # MLflow and Optuna both store their schema version in this table (mlflow#3374).
     if "alembic_version" in tables and "studies" not in tables:
         raise SearchError(
-            f"{_public(url)} is the database of something else, MLflow for example, which a study "
-            "would spoil. Give the search a database of its own."
+            f"{_redact(url)} is the database of another application, e.g. MLflow, and a study "
+            "would damage it. Give the search its own database."
         )
-    for tries in (2, 1, 0):
+    for retries in (2, 1, 0):
         try:
-            return RDBStorage(url, engine_kwargs=options)
+            with _migration_lock, _loggers_kept():
+                return RDBStorage(url, engine_kwargs=options)
         except sqlalchemy.exc.DBAPIError as error:
-            # Another process makes the same tables at this moment.
-            if not tries or "locked" in str(error):
+            # Another process creates the same tables at the same time.
+            if not retries or "locked" in str(error):
                 raise
             time.sleep(0.2)
         except RuntimeError as error:
-            raise SearchError(f"{_public(url)} has another Optuna's tables: {error}") from error
+            raise SearchError(
+                f"{_redact(url)} has the tables of another Optuna version: {error}"
+            ) from error
     raise AssertionError("unreachable")
 
 
 @contextmanager
-def _in_words(name: str, url: str) -> Iterator[None]:
-    """Turn errors of the database and its drivers into one that says what to do."""
+def _translate_errors(name: str, url: str) -> Iterator[None]:
+    """Translate errors of the database and its drivers into `SearchError`."""
     import optuna
     import sqlalchemy.exc
 
@@ -136,27 +138,42 @@ def _in_words(name: str, url: str) -> Iterator[None]:
         yield
     except sqlalchemy.exc.ArgumentError as error:
         raise SearchError(
-            f"study {name} is to be stored at what is no database address. Give one such as "
+            f"the storage of study {name} is not a database URL. Give one such as "
             "sqlite:///study.db or postgresql://user@host/database."
         ) from error
     except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
         cause = error.__cause__ or error
         what = " ".join(str(getattr(cause, "orig", None) or cause).split()).rstrip("?.")
-        cure = "Check the address, that the database runs, and that you may write to it"
+        advice = "Check the URL, that the database runs, and that you have write permission"
         if "locked" in what:
-            cure = (
-                "Another process holds the file: let it finish or stop it. SQLite suits a few "
-                "processes on one machine; for more, give the search a PostgreSQL address"
+            advice = (
+                "Another process has locked the file: let it finish or stop it. SQLite supports a "
+                "few processes on one machine; for more, give the search a PostgreSQL URL"
             )
         raise SearchError(
-            f"study {name} in {_public(url)} cannot be used: {what}. {cure}; then give the same "
-            "command again, which goes on where it was."
+            f"study {name} in {_redact(url)} cannot be used: {what}. {advice}; then run the same "
+            "command again, which resumes the search."
         ) from error
 
 
 @contextmanager
-def _while_it_exists(storage: RDBStorage, name: str) -> Iterator[None]:
-    """Optuna has a KeyError without a name for records that are gone."""
+def _loggers_kept() -> Iterator[None]:
+    """Enable again the loggers that Optuna's migrations (`logging.config.fileConfig`) disable."""
+    enabled = [
+        logger
+        for logger in logging.Logger.manager.loggerDict.values()
+        if isinstance(logger, logging.Logger) and not logger.disabled
+    ]
+    try:
+        yield
+    finally:
+        for logger in enabled:
+            logger.disabled = False
+
+
+@contextmanager
+def _detect_deletion(storage: RDBStorage, name: str) -> Iterator[None]:
+    """Raise `SearchError` for a deleted study, where Optuna raises a KeyError without a name."""
     study_id = storage.get_study_id_from_name(name)
     try:
         yield
@@ -165,22 +182,22 @@ def _while_it_exists(storage: RDBStorage, name: str) -> Iterator[None]:
             storage.get_study_name_from_id(study_id)
         except KeyError:
             raise SearchError(
-                f"study {name} in {_public(storage.url)} was deleted while it was searched, and "
-                "with it what was tried. Start again, with a name that nobody else uses."
+                f"study {name} in {_redact(storage.url)} was deleted during the search, with all "
+                "its trials. Start again with an unused name."
             ) from error
         raise
 
 
-def _public(url: str) -> str:
-    """The address without its password."""
+def _redact(url: str) -> str:
+    """Return the URL without its password."""
     import sqlalchemy
 
     return sqlalchemy.make_url(url).render_as_string(hide_password=True)
 
 
 @contextmanager
-def _through_our_logging() -> Iterator[None]:
-    """Optuna prints a line a trial to a handler of its own; ours takes its warnings instead."""
+def _redirect_optuna_logging() -> Iterator[None]:
+    """Send Optuna's warnings to the root logger instead of its own handler, and drop the rest."""
     logger = logging.getLogger("optuna")
     before = logger.level, logger.propagate, logger.handlers[:]
     logger.setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""A trial as the study stores it: alive or dead, ended, tried again, and read back.
+"""Stored trials: heartbeats, final states, retries and results.
 
-Heartbeats are our own: Optuna's never give up a trial that was killed before its first one, and end
-the search of a process whose trial was given up (optuna#5470).
+Optuna's own heartbeats are not used: they never detect a trial that was killed before its first
+heartbeat, and they end the search of a process whose trial was marked as failed (optuna#5470).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mlflow_pt_deploy.search.front import Dropped, Finished, Found, Outcome
+from mlflow_pt_deploy.search.pareto import CompletedTrial, FailedTrial, Outcome, StudyResult
 from mlflow_pt_deploy.search.space import read_point
 
 if TYPE_CHECKING:
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _log = logging.getLogger(__name__)
-_ATTEMPTS = 3  # a trial that kills its process, for want of memory say, would do so for ever
+_MAX_ATTEMPTS = 3  # a trial may kill its process every time, e.g. by using too much memory
 
-# what is written beside a trial
-CURVE, _BEAT, _REASON, _STOPPED = "curve", "beat", "reason", "stopped"
+# user attributes of a trial
+CURVE, _HEARTBEAT, _REASON, _STOPPED = "curve", "beat", "reason", "stopped"
 _ATTEMPT, _RETRY_OF = "attempt", "retry_of"
 
 
 @contextmanager
-def beating(trial: optuna.Trial, every_s: float) -> Iterator[None]:
-    """Count up a number beside the trial, so that others see that its process lives."""
+def heartbeat(trial: optuna.Trial, every_s: float) -> Iterator[None]:
+    """Increment a user attribute of the trial every `every_s` seconds, from a thread."""
     import optuna
 
-    over = threading.Event()
+    stopped = threading.Event()
 
     def beat() -> None:
         for count in itertools.count(1):
-            if over.wait(every_s):
+            if stopped.wait(every_s):
                 break
-            # A missed beat is no fault: several must be missed before anyone acts on it.
+            # One missed heartbeat has no effect; only several in a row do.
             with suppress(optuna.exceptions.OptunaError, KeyError):
-                trial.set_user_attr(_BEAT, count)
+                trial.set_user_attr(_HEARTBEAT, count)
         trial.storage.remove_session()
 
     thread = threading.Thread(target=beat, name=f"heartbeat of trial {trial.number}", daemon=True)
@@ -51,40 +51,39 @@ def beating(trial: optuna.Trial, every_s: float) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
-class Watch:
-    """Finds trials whose process is dead: their heartbeat stood still for a while.
+class HeartbeatMonitor:
+    """Finds trials whose process is dead, by a heartbeat that has stopped.
 
-    The while is measured by this process alone, so clocks of other machines do not matter, nor how
-    early in its trial a process was killed.
+    The time is measured by this process only, so the clocks of other machines do not matter.
 
     Args:
-        patience_s: How long a heartbeat may stand still.
+        timeout_s: Seconds without a heartbeat after which a trial is_settled as dead.
     """
 
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._seen: dict[int, tuple[int, float]] = {}
 
-    def dead(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Those of a study's trials that nobody runs any more."""
-        now, found = time.monotonic(), []
+    def dead_trials(self, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+        """Return the running trials of a study whose process is dead."""
+        now, dead = time.monotonic(), []
         for trial in trials:
             if trial.state.name != "RUNNING":
                 continue
-            beat = trial.user_attrs.get(_BEAT, 0)
+            beat = trial.user_attrs.get(_HEARTBEAT, 0)
             before, since = self._seen.setdefault(trial.number, (beat, now))
             if beat != before:
                 self._seen[trial.number] = (beat, now)
-            elif now - since > self._patience_s:
-                found.append(trial)
-        return found
+            elif now - since > self._timeout_s:
+                dead.append(trial)
+        return dead
 
 
-def end(
+def finish(
     study: optuna.Study,
     trial: optuna.Trial,
     state: str,
@@ -92,18 +91,18 @@ def end(
     reason: str = "",
     values: Sequence[float] | None = None,
 ) -> None:
-    """End a trial of this process for good: ``COMPLETE``, ``PRUNED`` or ``FAIL``."""
+    """Record the final state of a trial of this process: ``COMPLETE``, ``PRUNED`` or ``FAIL``."""
     _tell(study, trial, state, values, {_REASON: reason} if reason else {})
 
 
-def stop(study: optuna.Study, trial: optuna.Trial, why: str) -> None:
-    """End a trial of this process that says nothing of its point, and have it tried again."""
-    if stopped := _tell(study, trial, "FAIL", None, {_STOPPED: why}):
+def stop(study: optuna.Study, trial: optuna.Trial, reason: str) -> None:
+    """Stop a trial of this process without a result, and queue a retry of its point."""
+    if stopped := _tell(study, trial, "FAIL", None, {_STOPPED: reason}):
         _retry(study, stopped)
 
 
-def give_up(study: optuna.Study, number: int) -> None:
-    """End a trial whose process is dead, and have its point tried again."""
+def abandon(study: optuna.Study, number: int) -> None:
+    """Mark a trial whose process is dead as failed, and queue a retry of its point."""
     if dead := _tell(study, number, "FAIL"):
         _retry(study, dead)
 
@@ -113,28 +112,30 @@ def _tell(
     trial: optuna.Trial | int,
     state: str,
     values: Sequence[float] | None = None,
-    notes: Mapping[str, str] = MappingProxyType({}),
+    attributes: Mapping[str, str] = MappingProxyType({}),
 ) -> FrozenTrial | None:
-    """End a trial in the study; None if another process already has, which only one can."""
+    """Set the final state of a trial; None if another process has already set it."""
     import optuna
 
     try:
-        for name, text in notes.items():
+        for name, text in attributes.items():
             assert not isinstance(trial, int)
             trial.set_user_attr(name, text[:2000])
         return study.tell(trial, values, optuna.trial.TrialState[state])
     except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
         number = trial if isinstance(trial, int) else trial.number
-        _log.warning("trial %d of study %s was ended by another process", number, study.study_name)
+        _log.warning(
+            "trial %d of study %s was already ended by another process", number, study.study_name
+        )
         return None
 
 
 def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Put a trial's point at the head of the queue, unless it was tried often enough."""
+    """Queue a trial's point again, unless it has reached the maximum number of attempts."""
     import optuna
 
     attempt = trial.user_attrs.get(_ATTEMPT, 1)
-    if _REASON in trial.user_attrs or attempt >= _ATTEMPTS:
+    if _REASON in trial.user_attrs or attempt >= _MAX_ATTEMPTS:
         return
     study.add_trial(
         optuna.create_trial(
@@ -146,8 +147,8 @@ def _retry(study: optuna.Study, trial: FrozenTrial) -> None:
     )
 
 
-def retry_forgotten(study: optuna.Study) -> None:
-    """Try points again whose process was killed between ending a trial and queueing it again."""
+def retry_lost_trials(study: optuna.Study) -> None:
+    """Queue retries that are missing because a process died between failure and retry."""
     trials = study.get_trials(deepcopy=False)
     retried = _retries(trials)
     for trial in trials:
@@ -155,55 +156,55 @@ def retry_forgotten(study: optuna.Study) -> None:
             _retry(study, trial)
 
 
-def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial is over for good; one whose point is tried again is not."""
+def is_settled(trial: FrozenTrial) -> bool:
+    """Whether a trial has its final state; a trial that is retried has not."""
     if trial.state.name == "FAIL":
         attrs = trial.user_attrs
-        return _REASON in attrs or attrs.get(_ATTEMPT, 1) >= _ATTEMPTS
+        return _REASON in attrs or attrs.get(_ATTEMPT, 1) >= _MAX_ATTEMPTS
     return trial.state.is_finished()
 
 
-def read_found(study: optuna.Study) -> Found:
-    """All trials of a study.
+def read_result(study: optuna.Study) -> StudyResult:
+    """Read all trials of a study.
 
-    By their state, which Optuna reads first: it reads a trial's parameters and values in selects of
-    their own, so a trial that another process ends meanwhile is running, and may have values but no
-    parameters yet.
+    Trials are classified by their state, which Optuna reads first. It reads parameters and values
+    with separate queries, so a trial that another process ends in between is still running here and
+    may have values but no parameters.
     """
     trials = study.get_trials(deepcopy=False)
     retried = _retries(trials)
     records = [
-        _finished(t) if t.state.name == "COMPLETE" else _dropped(t, retried.get(t.number))
+        _completed(t) if t.state.name == "COMPLETE" else _failed(t, retried.get(t.number))
         for t in trials
     ]
-    return Found(
-        tuple(record for record in records if isinstance(record, Finished)),
-        tuple(record for record in records if isinstance(record, Dropped)),
+    return StudyResult(
+        tuple(record for record in records if isinstance(record, CompletedTrial)),
+        tuple(record for record in records if isinstance(record, FailedTrial)),
     )
 
 
 def _retries(trials: Sequence[FrozenTrial]) -> dict[int, int]:
-    """Numbers of trials that were tried again, and of the trials that did."""
+    """Numbers of retried trials, mapped to the numbers of their retries."""
     return {t.user_attrs[_RETRY_OF]: t.number for t in trials if _RETRY_OF in t.user_attrs}
 
 
-def _finished(trial: FrozenTrial) -> Finished:
+def _completed(trial: FrozenTrial) -> CompletedTrial:
     point = read_point(trial.params)
-    assert point is not None, "a trial ends after its point is drawn"
+    assert point is not None, "a completed trial has all parameters"
     curve = tuple((step, accuracy) for step, accuracy in trial.user_attrs.get(CURVE, ()))
-    return Finished(trial.number, point, Outcome(*trial.values), curve)
+    return CompletedTrial(trial.number, point, Outcome(*trial.values), curve)
 
 
-def _dropped(trial: FrozenTrial, again: int | None) -> Dropped:
+def _failed(trial: FrozenTrial, retry: int | None) -> FailedTrial:
     attrs, point = trial.user_attrs, read_point(trial.params)
     if not trial.state.is_finished():
-        return Dropped(trial.number, point, "open", f"it is {trial.state.name.lower()}")
+        return FailedTrial(trial.number, point, "open", trial.state.name.lower())
     if reason := attrs.get(_REASON):
-        return Dropped(
+        return FailedTrial(
             trial.number, point, "pruned" if trial.state.name == "PRUNED" else "failed", reason
         )
-    why = attrs.get(_STOPPED, "its process died")
-    if counts(trial):
-        return Dropped(trial.number, point, "failed", f"{why}, {_ATTEMPTS} times")
-    following = "to be tried again" if again is None else f"tried again as trial {again}"
-    return Dropped(trial.number, point, "stopped", f"{why}; {following}")
+    cause = attrs.get(_STOPPED, "its process died")
+    if is_settled(trial):
+        return FailedTrial(trial.number, point, "failed", f"{cause}, {_MAX_ATTEMPTS} attempts")
+    next_step = "will be retried" if retry is None else f"retried as trial {retry}"
+    return FailedTrial(trial.number, point, "stopped", f"{cause}; {next_step}")

@@ -1,283 +1,372 @@
-"""The ASGI application of ``pt-deploy serve``: routes, limits, and who answers.
+"""The application of ``pt-deploy serve``: routes, authorization, and the path of a request.
 
-A request is read here and scored in a thread of its own, which waits in the batcher; common ones
-never come here (see `quick`). Knows nothing of registries: it asks a slot for its
-version, once for each request.
+An adapter (`rsgi`, `asgi`) passes it a `Request` and sends the `Response`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from mlflow_pt_deploy.serving.access import AccessLog
-from mlflow_pt_deploy.serving.body import CLOSE, MAX_BODY_BYTES, Receive, Watch, read_body
-from mlflow_pt_deploy.serving.front import Front
-from mlflow_pt_deploy.serving.guard import Guard
-from mlflow_pt_deploy.serving.metrics import Metrics
-from mlflow_pt_deploy.serving.openapi import document
-from mlflow_pt_deploy.serving.protocol import (
-    DEADLINE_HEADER,
-    LATER,
-    LEFT,
-    Answer,
-    answer,
-    deadline,
-    failure,
+from mlflow_pt_deploy.serving.batching.request import RequestContext
+from mlflow_pt_deploy.serving.http.auth import TokenAuth
+from mlflow_pt_deploy.serving.http.deadline import DEADLINE_HEADER, Deadline
+from mlflow_pt_deploy.serving.http.mlflow_protocol import (
+    PARQUET_READER,
+    error_to_response,
+    is_small,
+    media_type,
+    parse,
+    parse_and_encode,
 )
-from mlflow_pt_deploy.serving.quick import Quick
-from mlflow_pt_deploy.serving.siblings import Siblings
-from mlflow_pt_deploy.serving.slot import Slot
-from mlflow_pt_deploy.serving.spans import Spans
-from mlflow_pt_deploy.serving.ticket import Caller
+from mlflow_pt_deploy.serving.http.openapi import document
+from mlflow_pt_deploy.serving.http.request import (
+    BODY_TIMEOUT_S,
+    MAX_BODY_BYTES,
+    BodyTooLongError,
+    DisconnectedError,
+    Request,
+)
+from mlflow_pt_deploy.serving.http.request_id import RequestIds
+from mlflow_pt_deploy.serving.http.response import (
+    CLIENT_DISCONNECTED,
+    RETRY_AFTER,
+    Response,
+    error_response,
+    json_response,
+)
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
+from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Page = Callable[[], Answer]
+Page = Callable[[], Response]
 
-# A request holds a thread while it waits for its batch; asyncio's own pool (cores + 4) would keep
-# batches small. More requests than threads are refused, so that none waits outside the deadline.
-THREADS = 256
+_PARSER_THREADS = 2
+# A connection is watched for its end only while a response takes longer than this.
+_WATCH_AFTER_S = 0.05
 
 
-class App:
-    """The application for one or more models.
+class Rejection(Exception):
+    """A request is rejected before its body is parsed.
 
     Args:
-        slots: Models by name; ``/invocations`` is for the first.
-        guard: Who may score and who may look.
-        metrics: Told of each answer.
-        access: Told of each answer too, if anything.
-        spans: Told of each answer of a model too, if anything.
+        response: The response. The rest of the body is read and dropped before it is sent: a proxy
+            such as nginx treats an earlier response as a failure of the server.
+    """
+
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.error_code)
+        self.response = response
+
+
+class Application:
+    """Answers requests for one or more models.
+
+    Args:
+        models: Models by name; ``/invocations`` is served by the first.
+        auth: Tokens for scoring and for the admin pages.
+        metrics: Counts responses.
+        access_log: Writes a line for each response, if given.
+        tracer: Exports a span for each scoring request, if given.
         max_body_bytes: Longest request body.
-        siblings: The other replicas, where there are any.
-        hang_s: Seconds after which a model that computes the same batch still is taken to hang; 0:
-            never.
+        hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
+        states: State of all workers of this server.
+        on_start, on_stop: Called when the event loop starts and ends.
 
     Attributes:
-        spans: As given.
-        quick: Answers common requests.
-        front: Reads those, while the server runs, where there is one.
+        active: Requests that are being answered.
     """
 
     def __init__(
         self,
-        slots: Mapping[str, Slot],
+        models: Mapping[str, ServedModel],
         *,
-        guard: Guard | None = None,
+        auth: TokenAuth | None = None,
         metrics: Metrics | None = None,
-        access: AccessLog | None = None,
-        spans: Spans | None = None,
+        access_log: AccessLog | None = None,
+        tracer: RequestTracer | None = None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        siblings: Siblings | None = None,
         hang_s: float = 0.0,
+        states: WorkerStates | None = None,
+        on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self._slots = slots
-        self._guard = guard or Guard()
+        self._models = models
+        self._auth = auth or TokenAuth()
         self._metrics = metrics or Metrics()
-        self._access = access
-        self.spans = spans
+        self._access_log = access_log
+        self._tracer = tracer
         self._max_body_bytes = max_body_bytes
-        self._siblings = siblings
         self._hang_s = hang_s
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="score")
-        self._in_flight = dict.fromkeys(slots, 0)
-        self._in_threads = 0
-        first = next(iter(slots.values()))
-        self._scored = {f"/models/{name}/invocations": slot for name, slot in slots.items()}
-        self._scored["/invocations"] = first
+        self._states = states
+        self._on_start, self._on_stop = on_start, on_stop
+        self.active = 0
+        self._request_ids = RequestIds()
+        self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
+        self._in_flight = dict.fromkeys(models, 0)
+        first = next(iter(models.values()))
+        self._scoring = {f"/models/{name}/invocations": model for name, model in models.items()}
+        self._scoring["/invocations"] = first
         self._probes: dict[str, Page] = {
             "/ping": self._ping,
             "/health": self._ping,
             "/version": _mlflow_version,
-            "/livez": self._alive,
-            "/readyz": self._ready,
+            "/livez": self._livez,
+            "/readyz": self._readyz,
             "/openapi.json": self._openapi,
         }
-        self._looks: dict[str, Page] = {
-            "/metrics": self._exposed,
-            "/model": lambda: _page(first.about()),
-            "/models": lambda: _page([slot.about() for slot in slots.values()]),
-            **{f"/models/{name}": _about(slot) for name, slot in slots.items()},
+        self._admin: dict[str, Page] = {
+            "/metrics": self._exposition,
+            "/model": partial(self._status, first.name),
+            "/models": self._all_status,
+            **{f"/models/{name}": partial(self._status, name) for name in models},
         }
-        self._of_all = {"/ping", "/health", "/readyz", *self._looks}
-        self.quick = Quick(self._scored, self._guard, self._tell, self._in_flight)
-        self.front: Front | None = None
-        for name, slot in slots.items():
-            self._metrics.gauge("queue_rows", name, _queued(slot))
+        for name, model in models.items():
+            self._metrics.gauge("queue_rows", name, partial(_queued_rows, model))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
-            self._metrics.gauge("loaded", name, _is_loaded(slot))
+            self._metrics.gauge("loaded", name, partial(_is_loaded, model))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            return
-        start = time.perf_counter()
-        path = scope["path"]
-        slot = self._scored.get(path)
-        if slot is not None and scope["method"] == "POST":
-            result = await self._invoke(slot, dict(scope["headers"]), receive)
-        else:
-            result = self._read_only(path, scope)
-            if self._siblings and path in self._of_all and result.status in (200, 503):
-                result = await self._siblings.whole(path, result)
-        await _respond(send, result)
-        parent = dict(scope["headers"]).get(b"traceparent", b"") if self.spans else b""
-        self._tell(slot, path, result, time.perf_counter() - start, (parent,))
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Prepare for requests on an event loop."""
+        self._on_start(loop)
 
-    def own(self, path: str) -> Answer:
-        """What this replica by itself answers to a path that is read, whoever asks."""
-        page = self._probes.get(path) or self._looks.get(path)
-        return page() if page else failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
+    def stop(self) -> None:
+        """Release threads and connections; the event loop has ended."""
+        self._on_stop()
+        self._parsers.shutdown(wait=False, cancel_futures=True)
+        PARQUET_READER.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
-    def _tell(
-        self,
-        slot: Slot | None,
-        path: str,
-        result: Answer,
-        seconds: float,
-        parents: Sequence[bytes],
-    ) -> None:
-        """Count and log an answer that went to so many."""
-        version = result.version
-        label = version.label if version else ""
-        if slot is not None:
-            self._metrics.answered(slot.name, label, result, seconds, len(parents))
-            if version and result.status == 200:
-                version.seconds.append(seconds)
-            if self.spans is not None:
-                for parent in parents:
-                    self.spans.answered(slot.name, label, path, result, seconds, parent)
-        if self._access is not None and path not in self._probes:
-            route = path if slot or path in self._looks else "-"
-            for _ in parents:
-                self._access.write(route, label, result, seconds)
-
-    def _read_only(self, path: str, scope: Scope) -> Answer:
-        """Any path but a request to score."""
-        page = self._probes.get(path) or self._looks.get(path)
-        if page is None and path not in self._scored:
-            return failure(404, "ENDPOINT_NOT_FOUND", "there is no such path")
-        if page is None or scope["method"] not in ("GET", "HEAD"):
-            allowed = "GET, HEAD" if page else "POST"
-            header = (b"allow", allowed.encode())
-            return failure(405, "INVALID_PARAMETER_VALUE", f"this path takes {allowed}", header)
-        authorization = dict(scope["headers"]).get(b"authorization")
-        if path in self._looks and not self._guard.may_look(authorization):
-            return _who("an admin token")
-        return page()
-
-    async def _invoke(self, slot: Slot, headers: Mapping[bytes, bytes], receive: Receive) -> Answer:
-        """Read and score one request."""
-        if not self._guard.may_score(headers.get(b"authorization")):
-            return _who("a token")
-        body = await read_body(receive, headers.get(b"content-length"), self._max_body_bytes)
-        if isinstance(body, Answer):
-            return body
-        version = slot.ask()  # from here on this one, whatever is promoted meanwhile
-        if version is None:
-            return _absent(slot)
-        if self._in_threads >= THREADS:
-            message = f"{THREADS} requests are waiting already. Try again later."
-            return failure(429, "RESOURCE_EXHAUSTED", message, LATER)
-        caller = Caller(deadline(headers.get(DEADLINE_HEADER)))
-        media = headers.get(b"content-type", b"").decode("latin1")
-        self._in_flight[slot.name] += 1
-        self._in_threads += 1
-        watch = Watch(receive, caller)
+    async def respond(self, request: Request) -> Response:
+        """Answer one request; raises nothing."""
+        model = self._scoring.get(request.path)
+        self.active += 1
         try:
-            work = partial(answer, version, body, media, caller)
-            result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            if model is None or request.method != "POST":
+                response = await self._read_only(request)
+            else:
+                response = await self._score(model, request)
+        except Rejection as rejection:
+            await request.discard()
+            response = rejection.response
         finally:
-            self._in_flight[slot.name] -= 1
-            self._in_threads -= 1
-            watch.end()
-        return LEFT if caller.left else result
+            self.active -= 1
+        request_id = self._request_ids.of(request.headers)
+        self._record(model, request, response, request_id)
+        headers = (("x-request-id", request_id), *response.headers)
+        if response.model_version:
+            headers = (("x-model-version", response.model_version), *headers)
+        return response._replace(headers=headers)
 
-    def _alive(self) -> Answer:
-        hangs = any(_running_s(slot) > self._hang_s for slot in self._slots.values())
+    async def _score(self, model: ServedModel, request: Request) -> Response:
+        """Score the rows of one request.
+
+        Raises:
+            Rejection: It is rejected before its body is parsed.
+        """
+        version, context = self._admit(model, request)
+        self._in_flight[model.name] += 1
+        try:
+            return await self._predict(version, request, context)
+        except Exception as error:
+            return self._failure(error, version)
+        finally:
+            self._in_flight[model.name] -= 1
+
+    def _admit(self, model: ServedModel, request: Request) -> tuple[LoadedModel, RequestContext]:
+        """The version that answers this request, and its context with the deadline.
+
+        Raises:
+            Rejection: The token is wrong, no version is in memory, or the server is overloaded.
+        """
+        if not self._auth.can_score(request.headers.get("authorization")):
+            raise Rejection(_unauthorized("a token"))
+        version = model.acquire()
+        if version is None:
+            raise Rejection(_unavailable(model))
+        service = version.pyfunc.service
+        deadline = Deadline.from_header(
+            request.headers.get(DEADLINE_HEADER), service.options.deadline_ms
+        )
+        in_flight = self._in_flight[model.name]
+        if reason := service.rejection(deadline.remaining_s(), in_flight):
+            overloaded = error_response(429, "RESOURCE_EXHAUSTED", reason, RETRY_AFTER)
+            raise Rejection(overloaded._replace(model_version=version.label))
+        return version, RequestContext(deadline.expires_at)
+
+    def _failure(self, error: Exception, version: LoadedModel) -> Response:
+        """The response to a request that failed while it was read or scored.
+
+        Raises:
+            Rejection: The body is too long; its rest is still to be read.
+        """
+        if isinstance(error, BodyTooLongError):
+            message = f"the body is longer than {self._max_body_bytes} bytes; send fewer rows"
+            raise Rejection(error_response(413, "INVALID_PARAMETER_VALUE", message))
+        if isinstance(error, TimeoutError):
+            message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+            return error_response(408, "DEADLINE_EXCEEDED", message)
+        if isinstance(error, DisconnectedError):
+            return CLIENT_DISCONNECTED
+        return error_to_response(error, version.label)
+
+    async def _predict(
+        self, version: LoadedModel, request: Request, context: RequestContext
+    ) -> Response:
+        service = version.pyfunc.service
+        body = await request.read(self._max_body_bytes)
+        media = media_type(request.headers)
+        if is_small(service, body, media):
+            found = parse(service, body, media)
+        else:
+            loop = asyncio.get_running_loop()
+            work = partial(parse_and_encode, service, body, media)
+            found = await loop.run_in_executor(self._parsers, work)
+        predictions = service.submit(found.rows, found.top_k, context, found.encoded)
+        if service.runs_inline:
+            texts = await predictions
+        else:
+            texts = await self._watched(predictions, request, context)
+        text = f'{{"predictions": [{", ".join(texts)}]}}'
+        return Response(200, text.encode(), model_version=version.label)
+
+    async def _watched(
+        self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
+    ) -> list[str]:
+        """Wait for predictions; rows of a client that disconnects are dropped from the queue."""
+        await asyncio.wait([predictions], timeout=_WATCH_AFTER_S)
+        if predictions.done():
+            return predictions.result()
+        watcher: asyncio.Future[Any] = asyncio.ensure_future(request.disconnected())
+        try:
+            waited: list[asyncio.Future[Any]] = [predictions, watcher]
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not predictions.done():
+                context.disconnected = True
+                predictions.cancel()
+                raise DisconnectedError
+            return predictions.result()
+        finally:
+            watcher.cancel()
+
+    async def _read_only(self, request: Request) -> Response:
+        """Answer a request for a probe or an admin page.
+
+        Raises:
+            Rejection: There is no such page, its method is not allowed, or the token is wrong.
+        """
+        path = request.path
+        page = self._probes.get(path) or self._admin.get(path)
+        if page is None and path not in self._scoring:
+            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", "there is no such path"))
+        if page is None or request.method not in ("GET", "HEAD"):
+            allowed = "GET, HEAD" if page else "POST"
+            message = f"this path takes {allowed}"
+            raise Rejection(
+                error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
+            )
+        if path in self._probes:
+            response = page()
+        elif self._auth.can_read_admin(request.headers.get("authorization")):
+            response = await asyncio.get_running_loop().run_in_executor(self._parsers, page)
+        else:
+            raise Rejection(_unauthorized("an admin token"))
+        await request.discard()
+        return response
+
+    def _record(
+        self, model: ServedModel | None, request: Request, response: Response, request_id: str
+    ) -> None:
+        """Count, log and trace a response."""
+        seconds = time.perf_counter() - request.received_at
+        path, label = request.path, response.model_version
+        if model is not None:
+            self._metrics.response_sent(model.name, label, response, seconds)
+            if label and response.status == 200 and model.current is not None:
+                model.current.seconds.append(seconds)
+            if self._tracer is not None:
+                parent = request.headers.get("traceparent") or ""
+                self._tracer.response_sent(model.name, label, path, response, seconds, parent)
+        if self._access_log is not None and path not in self._probes:
+            route = path if model or path in self._admin else "-"
+            self._access_log.write(route, response, seconds, request_id)
+
+    def _livez(self) -> Response:
+        hangs = any(model.running_s > self._hang_s for model in self._models.values())
         if self._hang_s and hangs:
-            return Answer(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
-        return Answer(200, b"{}")
+            return Response(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
+        return Response(200, b"{}")
 
-    def _ready(self) -> Answer:
-        alive = self._alive()
+    def _readyz(self) -> Response:
+        alive = self._livez()
         if alive.status != 200:
             return alive
-        if all(slot.current or slot.unloaded for slot in self._slots.values()):
-            return Answer(200, b'{"status": "ready"}')
-        return Answer(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
+        if self._states is not None and self._states.draining:
+            return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
+        own = all(model.current or model.unloaded for model in self._models.values())
+        if own and (self._states is None or self._states.all_ready()):
+            return Response(200, b'{"status": "ready"}')
+        return Response(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
 
-    def _ping(self) -> Answer:
-        return Answer(self._ready().status, b"\n")
+    def _ping(self) -> Response:
+        return Response(self._readyz().status, b"\n")
 
-    def _openapi(self) -> Answer:
-        current = next(iter(self._slots.values())).current
+    def _openapi(self) -> Response:
+        current = next(iter(self._models.values())).current
         column = current.pyfunc.loaded.preprocessor.column if current else None
-        return _page(document(self._slots, column))
+        return json_response(document(self._models, column))
 
-    def _exposed(self) -> Answer:
+    def _status(self, name: str) -> Response:
+        status = self._models[name].status()
+        if self._states is not None:
+            status["replicas"] = self._states.of_model(name)
+        return json_response(status)
+
+    def _all_status(self) -> Response:
+        return json_response([model.status() for model in self._models.values()])
+
+    def _exposition(self) -> Response:
         text = self._metrics.expose()
         if text is None:
             message = "metrics need an extra: pip install 'mlflow-pt-deploy[serve]'"
-            return failure(501, "NOT_IMPLEMENTED", message)
-        return Answer(200, text, content_type=self._metrics.content_type)
+            return error_response(501, "NOT_IMPLEMENTED", message)
+        return Response(200, text, content_type=self._metrics.content_type)
 
 
-def _who(token: str) -> Answer:
+def _unauthorized(token: str) -> Response:
     message = f"send {token}: Authorization: Bearer ..."
-    return failure(401, "UNAUTHENTICATED", message, (b"www-authenticate", b"Bearer"), CLOSE)
+    return error_response(401, "UNAUTHENTICATED", message, ("www-authenticate", "Bearer"))
 
 
-def _absent(slot: Slot) -> Answer:
-    """Why no version answers, and when to ask again."""
-    code, later, message = "TEMPORARILY_UNAVAILABLE", LATER, "the model is still loading"
-    if slot.refused and slot.unloaded:
-        later = (b"retry-after", b"%d" % max(1, slot.refused.left_s))
-        message = "the model is not in memory and may not be loaded; /model says why"
-    elif slot.unloaded:
-        message = "the model is not in memory and is being loaded now. Try again in a moment."
-    return failure(503, code, message, later)
+def _unavailable(model: ServedModel) -> Response:
+    """The response while no version of a model is in memory."""
+    retry, message = RETRY_AFTER, "the model is still loading"
+    if model.rejected and model.unloaded:
+        retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
+        message = "the model is not in memory and its version was rejected; see /model"
+    elif model.unloaded:
+        message = "the model is not in memory and is being loaded; retry in a moment"
+    return error_response(503, "TEMPORARILY_UNAVAILABLE", message, retry)
 
 
-def _queued(slot: Slot) -> Callable[[], int]:
-    return lambda: version.pyfunc.batcher.queued_rows if (version := slot.current) else 0
+def _queued_rows(model: ServedModel) -> int:
+    version = model.current
+    return version.pyfunc.service.batcher.queued_rows if version else 0
 
 
-def _running_s(slot: Slot) -> float:
-    return version.pyfunc.batcher.calls.running_s if (version := slot.current) else 0.0
+def _is_loaded(model: ServedModel) -> int:
+    return int(model.current is not None)
 
 
-def _is_loaded(slot: Slot) -> Callable[[], int]:
-    return lambda: int(slot.current is not None)
-
-
-def _mlflow_version() -> Answer:
+def _mlflow_version() -> Response:
     from mlflow.version import VERSION
 
-    return Answer(200, VERSION.encode())
-
-
-def _about(slot: Slot) -> Page:
-    return lambda: _page(slot.about())
-
-
-def _page(content: object) -> Answer:
-    return Answer(200, json.dumps(content).encode())
-
-
-async def _respond(send: Send, result: Answer) -> None:
-    headers = [
-        (b"content-type", result.content_type),
-        (b"content-length", str(len(result.body)).encode()),
-        *result.headers,
-    ]
-    if result.version is not None:
-        headers.append(result.version.header)
-    await send({"type": "http.response.start", "status": result.status, "headers": headers})
-    await send({"type": "http.response.body", "body": result.body})
+    return Response(200, VERSION.encode())

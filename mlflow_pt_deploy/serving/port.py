@@ -1,69 +1,51 @@
-"""A port to listen on, alone or with other processes, each with a socket of its own (SO_REUSEPORT).
+"""Reserves the server's TCP port for its workers.
 
-Of one inherited socket the process that wakes first takes whatever waits, so that a pool of
-connections kept alive may end up with one of them; here the kernel spreads connections evenly, a
-process that does not listen yet gets none, and one that died takes only its own along.
+Each worker listens with its own socket (SO_REUSEPORT). The kernel then spreads connections evenly,
+a worker that does not listen yet gets none, and a worker that dies takes only its own connections.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
-from collections.abc import Sequence
+from contextlib import ExitStack
+from weakref import WeakSet
 
 from mlflow_pt_deploy.errors import ServingError
 
-_HANDLES = 16
 _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
-
-def take_port(host: str, port: int) -> list[socket.socket]:
-    """Sockets at a port for this process alone, ready to listen.
-
-    Args:
-        host, port: As for `hold_port`.
-
-    Raises:
-        ServingError: As for `hold_port`.
-    """
-    return _bind_in_words(host, port, shared=False)
-
-
-def several_handles(sockets: Sequence[socket.socket]) -> list[socket.socket]:
-    """The same sockets, each under several file descriptors, for an event loop to listen on all.
-
-    libuv takes one new connection a turn from each; where turns last milliseconds, a client that
-    opens hundreds of connections would wait for the last one for seconds.
-    """
-    return [
-        each for known in sockets for each in [known, *(known.dup() for _ in range(_HANDLES - 1))]
-    ]
+_reserved: WeakSet[socket.socket] = WeakSet()
 
 
 def hold_port(host: str, port: int) -> list[socket.socket]:
-    """Sockets that do not listen, but keep the port for this user's processes.
+    """Reserve a port for this user's processes until the returned sockets are closed.
+
+    A forked child closes them at once, so that it does not keep the port after the main process.
 
     Args:
-        host: A name may mean several addresses; there is a socket for each.
+        host: Name or address; there is one socket for each address of a name.
         port: 0 takes a free one.
 
+    Returns:
+        Sockets that are bound and do not listen.
+
     Raises:
-        ServingError: Somebody else listens there, or the address is not this machine's.
+        ServingError: The port is in use, or the address is not one of this machine.
     """
-    if port:  # else a second server would silently share the port of the first
-        for held in _bind_in_words(host, port, shared=False):
-            held.close()
-    return _bind_in_words(host, port, shared=True)
+    if port:  # otherwise a second server would share the port of the first without an error
+        for exclusive in _bind(host, port, shared=False):
+            exclusive.close()
+    sockets = _bind(host, port, shared=True)
+    _reserved.update(sockets)
+    return sockets
 
 
-def join_port(host: str, port: int) -> list[socket.socket]:
-    """Sockets at a port that this user's process holds, ready to listen."""
-    return _bind(host, port, shared=True)
-
-
-def _bind_in_words(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+    """`_bind_all` with errors that name the option to change."""
     try:
-        return _bind(host, port, shared=shared)
+        return _bind_all(host, port, shared=shared)
     except socket.gaierror as error:
         raise ServingError(
             f"the host {host} cannot be found ({error.strerror}); give an address of this machine "
@@ -73,33 +55,44 @@ def _bind_in_words(host: str, port: int, *, shared: bool) -> list[socket.socket]
         raise ServingError(
             f"{host}, port {port}: {error.strerror}; give another --port or --host"
         ) from error
-    except UnicodeError as error:  # what no name server can be asked
+    except OverflowError as error:
+        raise ServingError(f"port is {port}; give 1 to 65535, or 0 for any free one") from error
+    except UnicodeError as error:  # not a name that can be looked up
         raise ServingError(f"{host!r} is no host; give an address of this machine") from error
 
 
-def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
-    sockets: list[socket.socket] = []
+def _bind_all(host: str, port: int, *, shared: bool) -> list[socket.socket]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
     absent: OSError | None = None
-    for family, _, _, _, address in dict.fromkeys(found):
-        here = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if shared:
-                here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if family == socket.AF_INET6:
-                here.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            here.bind((address[0], port or address[1], *address[2:]))
-        except OSError as error:
-            here.close()
-            absent = error
-            if error.errno in _ABSENT:  # localhost may have an address that is switched off
+    with ExitStack() as stack:  # closes all of them on any error
+        for family, _, _, _, address in dict.fromkeys(found):
+            here = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            try:
+                here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if shared:
+                    here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    here.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                here.bind((address[0], port or address[1], *address[2:]))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise
+                absent = error  # localhost may have an address that is switched off
+                here.close()
                 continue
-            for other in sockets:
-                other.close()
-            raise
-        sockets.append(here)
-        port = port or here.getsockname()[1]
-    if not sockets and absent is not None:
-        raise absent
+            sockets.append(here)
+            port = port or here.getsockname()[1]
+        if absent is not None and not sockets:
+            raise absent
+        stack.pop_all()
     return sockets
+
+
+def _release_in_child() -> None:
+    for each in list(_reserved):
+        each.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_in_child)

@@ -1,4 +1,7 @@
-"""Where and how a server listens: names, defaults, checks. Imports nothing heavy."""
+"""Server settings of ``pt-deploy serve``, each declared once with default and help text.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,107 +10,118 @@ import socket
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.room import Room
+from mlflow_pt_deploy.option_fields import check_choices, option
+from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 
-_LONGEST_S = 1e9
-_LARGEST_MB = 4096
-_MOST_REPLICAS = 256
+_MAX_SECONDS = 1e9
+_MAX_BODY_MB = 4096
+_MAX_REPLICAS = 256
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Where and how a server listens.
+class ServerSettings:
+    """Settings of the server process and its workers.
 
-    Attributes:
-        host: Address to listen on; only this machine by default.
-        port: TCP port; 0 takes a free one.
-        poll_s: Seconds between looks at the registry; 0: serve what was found at the start.
-        grace_s: Seconds that requests in flight have to finish after the server was told to stop.
-        access_log: Write a line of JSON for each request to standard error.
-        insecure: Listen beyond this machine though no token is set.
-        tls_cert: A PEM file with the certificate and its chain; with `tls_key`, the server speaks
-            HTTPS and nothing else.
-        tls_key: A PEM file with its key.
-        max_body_mb: Longest request body.
-        max_connections: Most connections at a time; more are answered with 503. Replicas have an
-            equal share of it each.
-        max_models: Most models in memory, see `serving.room.Room`; the least recently used goes.
-        max_memory_mb: Resident memory of a process above which models go, likewise.
-        replicas: Processes that answer at the port, each with the model in its own memory; 0: as
-            many as suit the cores, see `shares`.
-        hang_s: Seconds without a sign of life, or for one batch of the model, after which a replica
-            is killed and started again, and a server alone says so at ``/livez``; 0: never.
-            Loading a model, in a thread of its own, does not count.
-        pin: Give each replica cores of its own, which it never leaves.
+    Raises:
+        ServingError: A setting is invalid; the message names it.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 5000
-    poll_s: float = 5.0
-    grace_s: int = 30
-    access_log: bool = False
-    insecure: bool = False
-    tls_cert: str = ""
-    tls_key: str = ""
-    max_body_mb: float = 4.0
-    max_connections: int = 1024
-    max_models: int = 0
-    max_memory_mb: float = 0.0
-    replicas: int = 0
-    hang_s: float = 30.0
-    pin: bool = False
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(5000, "TCP port; 0: any free port")
+    poll_s: float = option(
+        5.0, "seconds between polls of the registry; 0: keep the versions found at the start"
+    )
+    grace_s: int = option(30, "seconds that requests in flight have to finish after SIGTERM")
+    access_log: bool = option(
+        False, "write a line of JSON per request to standard error, without client data"
+    )
+    insecure: bool = option(False, "listen beyond this machine without PT_DEPLOY_TOKEN")
+    tls_cert: str = option("", "PEM file with the certificate chain; serves HTTPS only")
+    tls_key: str = option("", "PEM file with the private key of the certificate")
+    max_body_mb: float = option(4.0, "largest request body in MB (2^20 bytes)")
+    max_connections: int = option(
+        1024, "most concurrent connections, divided evenly between the replicas; further ones wait"
+    )
+    max_models: int = option(
+        0,
+        "most models in memory; others are loaded on demand and the least recently used one is "
+        "evicted; 0: no limit",
+    )
+    max_memory_mb: float = option(
+        0.0,
+        "resident memory of a process in MB (10^6 bytes) above which models are evicted; "
+        "0: no limit",
+    )
+    replicas: int = option(
+        0,
+        "worker processes, each with its own copy of the models; 0: one per 4 CPU cores, at most 8",
+    )
+    hang_s: float = option(
+        30.0,
+        "restart a replica after this many seconds without progress, also within one batch; "
+        "0: never",
+    )
+    pin: bool = option(False, "pin each replica to its own CPU cores")
+    keep_alive_s: float = option(
+        75.0, "close a connection that is idle or sends no complete headers for this many seconds"
+    )
+    drain_s: float = option(
+        0.0, "seconds between /readyz failing and the port closing after SIGTERM"
+    )
+    log_format: str = option("text", "format of log messages", choices=("text", "json"))
 
     def __post_init__(self) -> None:
+        check_choices(self, ServingError)
         if not 0 <= self.port <= 65535:
             raise ServingError(f"port is {self.port}; give 1 to 65535, or 0 for any free one")
         if bool(self.tls_cert) != bool(self.tls_key):
-            raise ServingError("tls_cert and tls_key belong together; give both, or neither")
+            raise ServingError("tls_cert and tls_key belong together; give both or neither")
         if self.tls_cert:
             _check_tls(self.tls_cert, self.tls_key)
-        for name in ("poll_s", "grace_s", "hang_s"):
-            if not 0 <= getattr(self, name) <= _LONGEST_S:
+        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s"):
+            if not 0 <= getattr(self, name) <= _MAX_SECONDS:
                 raise ServingError(
-                    f"{name} is {getattr(self, name):g}; give seconds from 0 to {_LONGEST_S:g}"
+                    f"{name} is {getattr(self, name):g}; give seconds from 0 to {_MAX_SECONDS:g}"
                 )
-        if not 0 < self.max_body_mb <= _LARGEST_MB:
+        if not 0 < self.max_body_mb <= _MAX_BODY_MB:
             raise ServingError(
-                f"max_body_mb is {self.max_body_mb:g}; give more than 0 and at most {_LARGEST_MB}"
+                f"max_body_mb is {self.max_body_mb:g}; give more than 0 and at most {_MAX_BODY_MB}"
             )
         if self.max_connections < 1:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
-        Room(self.max_models, self.max_memory_mb)  # checks them
-        if not 0 <= self.replicas <= _MOST_REPLICAS:
+        MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
+        if not 0 <= self.replicas <= _MAX_REPLICAS:
             raise ServingError(
-                f"replicas is {self.replicas}; give how many (at most {_MOST_REPLICAS}), or 0 to "
-                "let the cores decide"
+                f"replicas is {self.replicas}; give 1 to {_MAX_REPLICAS}, or 0 to choose by the "
+                "number of CPU cores"
             )
         if self.replicas > 1 and not hasattr(socket, "SO_REUSEPORT"):
             raise ServingError("replicas: this system has no SO_REUSEPORT; give 1")
         if self.pin and not hasattr(os, "sched_setaffinity"):
-            raise ServingError("pin: this system cannot bind a process to cores; leave it out")
+            raise ServingError("pin: this system has no CPU affinity; leave it out")
 
 
 def _check_tls(cert: str, key: str) -> None:
-    """Load a certificate and its key once, so that what is wrong is said before anything starts."""
+    """Load the certificate and its key, so that an error is reported before the server starts."""
     import ssl
 
     for path in (cert, key):
         if not os.path.isfile(path):
-            raise ServingError(f"{path} is no file; give a PEM file")
+            raise ServingError(f"{path} is not a file; give a PEM file")
         if not os.access(path, os.R_OK):
             raise ServingError(f"{path} cannot be read: permission denied; give a PEM file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # an encrypted key would ask for its password on the terminal
+        # OpenSSL would prompt for the password of an encrypted key
         context.load_cert_chain(cert, key, password=lambda: b"")
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise ServingError(
-                f"{key} is not the key of the certificate {cert}; give the two that belong together"
+                f"{key} is not the private key of the certificate {cert}; give a matching pair"
             ) from error
         raise ServingError(
-            f"{cert} and {key} are not a PEM certificate and its key, without a password "
-            f"({error.reason or 'unreadable'}); give those files"
+            f"{cert} and {key} are not a PEM certificate and its private key "
+            f"({error.reason or 'unreadable'}); give PEM files without a password"
         ) from error
     except (OSError, ValueError) as error:
         raise ServingError(f"{cert} and {key} cannot be used for TLS: {error}") from error

@@ -1,0 +1,180 @@
+"""Load a variant folder after verifying every digest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_pt_deploy.artifacts.golden import check_golden_rows
+from mlflow_pt_deploy.artifacts.manifest import LABELS, MANIFEST, Manifest, read_manifest
+from mlflow_pt_deploy.errors import (
+    ArtifactError,
+    PtDeployError,
+    UnsupportedError,
+    UntrustedError,
+    root_cause,
+)
+from mlflow_pt_deploy.preprocessing import (
+    Preprocessor,
+    Row,
+    load_preprocessor,
+)
+from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
+from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
+from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
+
+
+@dataclass(frozen=True)
+class LoadedVariant:
+    """A variant in memory, ready for inference.
+
+    Attributes:
+        manifest: Name, runtime, options and file digests.
+        preprocessor: Converts raw rows to named arrays.
+        labels: Class names, in the order of the logits.
+        predict: Maps named arrays to logits, float32 (batch, classes).
+    """
+
+    manifest: Manifest
+    preprocessor: Preprocessor
+    labels: tuple[str, ...]
+    predict: Predict
+
+    def logits(self, rows: Sequence[Row]) -> Logits:
+        """Compute the logits of raw rows as one batch, float32 (rows, classes)."""
+        return self.predict(self.preprocessor(rows))
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every file of a variant against its manifest.
+
+    Raises:
+        ArtifactError: A file is missing, added or changed; the message names it.
+    """
+    manifest = _read_complete_manifest(folder)
+    for name, digest in manifest.files.items():
+        if sha256(folder / name) != digest:
+            raise ArtifactError(
+                f"{manifest.name}: {name} is not the file that was exported (SHA-256 differs). "
+                "The artifact is corrupted; download or export it again."
+            )
+    return manifest
+
+
+def _read_complete_manifest(folder: Path) -> Manifest:
+    """Read the manifest; check that the folder holds exactly the files that it lists."""
+    manifest = read_manifest(folder)
+    found = {name for name in list_files(folder) if name != MANIFEST}
+    if different := sorted(found.symmetric_difference(manifest.files)):
+        raise ArtifactError(
+            f"{manifest.name}: {different[0]} is missing or unexpected. "
+            "The artifact is incomplete; download or export it again."
+        )
+    return manifest
+
+
+def load_variant(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    threads: int = 0,
+    allow_code: bool = False,
+    check_golden: bool = True,
+    verified: bool = False,
+) -> LoadedVariant:
+    """Load a variant after checking that it is complete, trusted and supported on this machine.
+
+    Args:
+        folder: Folder written by `write_variant`.
+        device: ``cpu``, or ``cuda`` if the runtime supports it.
+        threads: Threads per call; 0 uses all cores available to this process.
+        allow_code: Load formats that carry code. Allow only artifacts that you built yourself or
+            whose digest is trusted.
+        check_golden: Compare the logits of the golden rows with those stored at export; the same
+            integer kernels can give other results on another processor.
+        verified: The digests were verified before, as part of a cascade.
+
+    Raises:
+        ArtifactError: The folder is incomplete or changed, or the golden check fails.
+        UntrustedError: The variant carries code and `allow_code` is false.
+        UnsupportedError: This machine lacks the instruction set or the device.
+        MissingExtraError: The library of the runtime is not installed.
+    """
+    manifest = _read_complete_manifest(folder) if verified else verify(folder)
+    if manifest.carries_code and not allow_code:
+        raise UntrustedError(
+            f"{manifest.name} ({manifest.runtime}) carries executable code. Load it from a "
+            "registered version that pt-deploy promoted, or allow it: model_config "
+            "allow_code=true, or PT_DEPLOY_ALLOW_CODE=1."
+        )
+    if missing := sorted(set(manifest.cpu_flags) - cpu_flags()):
+        raise UnsupportedError(
+            f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
+            "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
+        )
+    loaded = _load_files(folder, manifest, device, threads or usable_cores())
+    if check_golden:
+        check_golden_rows(loaded, folder)
+    return loaded
+
+
+def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:
+    """Load the files of the runtime; library errors become `ArtifactError` with the cause."""
+    variant, labels = manifest.variant(), _read_labels(folder)
+    if manifest.runtime == "eager":
+        _check_shards(folder, manifest)
+    preprocessor = load_preprocessor(folder)
+    try:
+        if variant.stages:
+            predict = variant.combine(_load_stages(folder, variant, device, threads))
+        else:
+            predict = variant.load(folder, device=device, threads=threads)
+    except PtDeployError:
+        raise
+    except Exception as error:  # runtimes have no common base class for errors
+        raise ArtifactError(
+            f"{manifest.name}: {manifest.runtime} cannot load its files "
+            f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
+        ) from error
+    return LoadedVariant(manifest, preprocessor, labels, predict)
+
+
+def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:
+    """Load the stages of a cascade; their digests were verified with the cascade."""
+    return [
+        load_variant(
+            folder / stage,
+            device=device,
+            threads=threads,
+            allow_code=variant.allows_code,
+            check_golden=False,
+            verified=True,
+        ).predict
+        for stage in variant.stages
+    ]
+
+
+def _read_labels(folder: Path) -> tuple[str, ...]:
+    labels = read_json(folder / LABELS)
+    if not isinstance(labels, list) or not labels or not all(isinstance(n, str) for n in labels):
+        raise ArtifactError(
+            f"{folder.name}: {LABELS} is not a list of class names. Export the variant again."
+        )
+    return tuple(labels)
+
+
+def _check_shards(folder: Path, manifest: Manifest) -> None:
+    """Check that an index of sharded weights names only files of this variant."""
+    for name in manifest.files:
+        if not name.endswith(".index.json"):
+            continue
+        index = read_json(folder / name)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(
+            isinstance(shard, str) and shard in manifest.files for shard in shards.values()
+        ):
+            raise ArtifactError(
+                f"{manifest.name}: {name} names files outside of the variant. The "
+                "artifact is damaged; download it or export the variant again."
+            )

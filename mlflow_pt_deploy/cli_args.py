@@ -1,0 +1,101 @@
+"""Argument parser of ``pt-deploy``, generated from the options in `config` and `serving.settings`.
+
+Imports nothing heavy, so ``--help`` is fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mlflow_pt_deploy._version import __version__
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
+from mlflow_pt_deploy.serving.settings import ServerSettings
+
+STAGES = {
+    "run": "train, distill, optimize and promote in one run",
+    "train": "fine-tune a teacher",
+    "distill": "distill a student from a fine-tuned teacher",
+    "search": "search for students of a teacher",
+    "optimize": "build, measure and log every variant of a model",
+    "promote": "choose a variant of a run and move the alias champion",
+    "serve": "serve registered or logged models, and follow promotions",
+}
+"""Commands and their descriptions."""
+
+# A model that exists was trained on some data; measuring it on the demo's would be meaningless.
+_NO_DEFAULT_DATA = ("distill", "search", "optimize")
+_DEFAULTS = {("search", "trials"): 20, **{(stage, "data"): "" for stage in _NO_DEFAULT_DATA}}
+_REQUIRED = {("search", "teacher")}
+_MODEL_FORMS = "Hugging Face id or folder, runs:/... or models:/..."
+_DATA_FORMAT = (
+    "data: a folder with train.csv, train.csv.gz or train.parquet, optionally with validation and "
+    "test files (otherwise they are split off train), or one such file. Columns: `text`, or "
+    "`image` (file names in CSV, file contents in Parquet), and `label`, one class per row, a "
+    "string or an integer. CSV is UTF-8 with column names in the first line."
+)
+
+
+def stage_options(stage: str) -> tuple[OptionSpec, ...]:
+    """Options that a command has as flags."""
+    if stage == "serve":
+        return option_specs(ServerSettings)
+    return tuple(spec for spec in option_specs(Options) if stage in spec.stages)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the whole command; `stage` of its result is the command."""
+    command = argparse.ArgumentParser(
+        prog="pt-deploy",
+        description="Fine-tune, distill, optimize and serve text and image classifiers on MLflow.",
+    )
+    command.add_argument("--version", action="version", version=__version__)
+    stages = command.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, about in STAGES.items():
+        options = stage_options(name)
+        has_data = any(spec.name == "data" for spec in options)
+        stage = stages.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=_DATA_FORMAT if has_data else None,
+            allow_abbrev=False,
+        )
+        _add_special_arguments(name, stage)
+        for spec in options:
+            _add_option(name, stage, spec)
+        stage.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return command
+
+
+def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -> None:
+    if spec.type is bool:
+        parser.add_argument(spec.flag, action="store_true", help=spec.help)
+        return
+    default = _DEFAULTS.get((stage, spec.name), spec.default)
+    shown: dict[str, Any] = {"help": spec.help + (f" ({default})" if default else "")}
+    if spec.choices:
+        shown["metavar"] = f"{{{','.join(spec.choices)}}}"
+    if spec.name == "data" and not default:
+        shown["help"] = f"(required) data that the model was trained on: {spec.help}"
+    if (stage, spec.name) in _REQUIRED:
+        parser.add_argument(
+            spec.flag, required=True, type=spec.type, help=f"fine-tuned teacher: {_MODEL_FORMS}"
+        )
+        return
+    parser.add_argument(spec.flag, type=spec.type, default=default, **shown)
+
+
+def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
+    """Arguments of one command that are not options of `Options` or `ServerSettings`."""
+    if name == "optimize":
+        stage.add_argument("--model", required=True, help=f"model to optimize: {_MODEL_FORMS}")
+    if name == "promote":
+        stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
+    if name == "serve":
+        about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a name"
+        stage.add_argument("uri", help=about)
+        stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
+        about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
+        stage.add_argument("-C", dest="config", action="append", default=[], help=about)

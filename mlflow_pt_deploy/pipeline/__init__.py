@@ -1,0 +1,1 @@
+"""Stages of the pipeline, and the run of all of them."""

@@ -1,0 +1,135 @@
+"""The whole pipeline: all stages in order, as one parent run that can be resumed.
+
+rows → teacher → student → variants → measurements → MLflow models → choice → alias
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import mlflow
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
+from mlflow_pt_deploy.pipeline.search_stage import search_students
+from mlflow_pt_deploy.pipeline.stages import (
+    distill_stage,
+    distill_student,
+    optimize_models,
+    promote_choice,
+    run_or_resume,
+    train_teacher,
+)
+from mlflow_pt_deploy.pipeline.training_run import TrainedModel
+from mlflow_pt_deploy.registry.promotion import Promotion
+from mlflow_pt_deploy.runtimes.catalog import select
+from mlflow_pt_deploy.tracking_server import check_tracking
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
+
+
+@dataclass(frozen=True)
+class LifecycleResult:
+    """Outcome of the pipeline.
+
+    Attributes:
+        run_id: The parent run.
+        column: Input column, ``text`` or ``image``.
+        optimized: Results of all variants, and the choice.
+        promotion: The new champion.
+        seconds: Wall time of each stage.
+    """
+
+    run_id: str
+    column: str
+    optimized: OptimizationResult
+    promotion: Promotion
+    seconds: Mapping[str, float]
+
+
+def run_lifecycle(options: Options) -> LifecycleResult:
+    """Train, distill, optimize, choose and promote, as one parent run.
+
+    Args:
+        options: With `resume`, the saved options of that run are used instead.
+
+    Raises:
+        PtDeployError: A stage failed; finished stages are kept for `resume`.
+    """
+    check_tracking()
+    if options.resume:
+        saved = tracking.saved_options(options.resume)
+        options = replace(saved, resume=options.resume, storage=options.storage)
+    select(options.variants)  # reports a wrong name before training
+    splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
+    seconds: dict[str, float] = {}
+    train = partial(train_teacher, before=_dry_run(options))
+    with tracking.stage_run(
+        "run", f"{splits.name} lifecycle", resume=options.resume, options=options.to_json()
+    ) as parent:
+        run_id = parent.info.run_id
+        if options.resume:
+            tracking.terminate_abandoned_children(run_id)
+        tracking.log_dataset_facts(splits)
+        teacher = run_or_resume(run_id, "train", train, options, splits)
+        seconds["train"] = teacher.seconds
+        options = replace(options, teacher=teacher.model, epochs=0)
+        if not options.student:
+            started = time.monotonic()
+            students = _students(run_id, options, splits)
+            if options.trials:
+                seconds["search"] = round(time.monotonic() - started, 1)
+            elif students:
+                seconds["distill"] = sum(student.seconds for student in students)
+            options = replace(options, student=",".join(student.model for student in students))
+        with _timed("optimize", seconds):
+            optimized = optimize_models(replace(options, resume=""), splits)
+        with _timed("promote", seconds):
+            promotion = promote_choice(optimized, options.name)
+        mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
+    return LifecycleResult(run_id, splits.column, optimized, promotion, seconds)
+
+
+def _dry_run(options: Options) -> Callable[[Classifier, Splits], None] | None:
+    """Function that checks, before the teacher is trained, that its students can be built.
+
+    Call this before the run starts: the imports take seconds.
+    """
+    from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
+
+    if options.student:
+        return None
+    return lambda teacher, splits: dry_run_students(teacher, options, splits)
+
+
+def _students(parent: str, options: Options, splits: Splits) -> list[TrainedModel]:
+    """Students of a search, or one of each kind: a smaller one and, for texts, a static one."""
+    if options.trials:
+        earlier = tracking.latest_child_run(parent, "search") if options.resume else None
+        resumed = replace(options, resume=earlier.info.run_id if earlier else "")
+        return list(search_students(resumed, splits).students)
+    students = []
+    for layers, epochs in (
+        (options.student_layers, options.student_epochs),
+        (0, options.static_epochs if splits.column == "text" else 0),
+    ):
+        if epochs:
+            chosen = replace(options, student_layers=layers)
+            stage = distill_stage(chosen)
+            students.append(run_or_resume(parent, stage, distill_student, chosen, splits))
+    return students
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - started, 1)

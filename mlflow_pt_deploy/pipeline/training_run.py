@@ -1,0 +1,132 @@
+"""Train a model as a run: log each epoch, and save the trained model as the run's artifact."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import mlflow
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.data import Split, Splits
+from mlflow_pt_deploy.evaluation.chance import chance_note
+from mlflow_pt_deploy.system.paths import work_folder
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule
+
+EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
+"""Default epochs by stage and by whether the model is pretrained."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """Training data and loss of a model.
+
+    Attributes:
+        loss: Loss of a batch.
+        rows: Training rows; None: the train split.
+    """
+
+    loss: Loss
+    rows: Split | None = None
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model.
+
+    Attributes:
+        run_id: The run that trained it.
+        model: Its URI, ``runs:/RUN_ID/model``.
+        validation_accuracy: Share of validation rows that it classifies correctly.
+        seconds: Training time, without interruptions.
+    """
+
+    run_id: str
+    model: str
+    validation_accuracy: float
+    seconds: float
+
+
+def fit_in_run(
+    stage: str,
+    options: Options,
+    splits: Splits,
+    classifier: Classifier,
+    task: TrainingTask,
+    epochs: int,
+) -> TrainedModel:
+    """Train a model as a run with the model as its artifact.
+
+    Args:
+        stage: Stage tag of the run.
+        options: `resume` is the run to continue, if any.
+        splits: The data; `validation` is used for the accuracy.
+        classifier: The model, trained in place.
+        task: Training rows and loss.
+        epochs: Passes over the rows; 0: no training; below 0: see `EPOCHS`.
+    """
+    from mlflow_pt_deploy.models import save_classifier
+    from mlflow_pt_deploy.training.qat import int8_rounding
+    from mlflow_pt_deploy.training.trainer import fit, predict_logits
+
+    schedule = _schedule(stage, options, classifier, epochs)
+    int8_training = stage == "distill" and options.student_precision == "int8-qat"
+    with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
+        work = work_folder(run.info.run_id)
+        if not options.resume:
+            mlflow.log_params(asdict(schedule))
+        tracking.log_dataset_facts(splits)
+        history: list[Epoch] = []
+        if schedule.epochs:
+            with int8_rounding(classifier.network) if int8_training else nullcontext():
+                history = fit(
+                    classifier,
+                    replace(splits, train=task.rows or splits.train),
+                    task.loss,
+                    schedule,
+                    device=options.device,
+                    checkpoint=work / "checkpoint.pt",
+                    on_epoch=partial(_log_epoch, stage, schedule.epochs),
+                )
+        seconds = float(sum(epoch.seconds for epoch in history))
+        rows, targets = splits.validation.rows, splits.validation.targets
+        predicted = predict_logits(classifier, rows, device=options.device).argmax(axis=1)
+        accuracy = float((predicted == targets).mean())
+        if note := chance_note(targets, predicted, classifier.labels):
+            print(f"{stage}: the model {note}.", flush=True)
+        mlflow.log_metrics({"accuracy": accuracy}, dataset=tracking.dataset(splits, "validation"))
+        mlflow.log_metric("seconds", seconds)
+        save_classifier(classifier.to("cpu"), work / "model")
+        uri = tracking.log_folder(work / "model", "model")
+        shutil.rmtree(work, ignore_errors=True)
+    return TrainedModel(run.info.run_id, uri, accuracy, seconds)
+
+
+def _schedule(stage: str, options: Options, classifier: Classifier, epochs: int) -> Schedule:
+    from mlflow_pt_deploy.training.trainer import Schedule
+
+    return Schedule(
+        epochs=epochs if epochs >= 0 else EPOCHS[stage][classifier.pretrained],
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    ).resolved(classifier)
+
+
+def _log_epoch(stage: str, epochs: int, epoch: Epoch) -> None:
+    mlflow.log_metrics(
+        {"train_loss": epoch.train_loss, "validation_accuracy": epoch.validation_accuracy},
+        step=epoch.number,
+    )
+    print(
+        f"{stage}: epoch {epoch.number}/{epochs}, loss {epoch.train_loss:.4f}, "
+        f"validation accuracy {epoch.validation_accuracy:.4f}, {epoch.seconds:.0f} s",
+        flush=True,
+    )

@@ -1,0 +1,1 @@
+"""Models in MLflow: addresses, verified copies, the MLmodel file and promotion."""

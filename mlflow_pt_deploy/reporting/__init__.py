@@ -1,0 +1,1 @@
+"""Present results: tables, Markdown, plots and warnings."""

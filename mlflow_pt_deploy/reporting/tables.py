@@ -1,0 +1,197 @@
+"""Format results as tables for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from mlflow_pt_deploy.evaluation.result import Measurement, Result
+from mlflow_pt_deploy.reporting.plots import plot
+from mlflow_pt_deploy.reporting.remarks import remarks
+from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
+from mlflow_pt_deploy.selection.policy import Choice
+
+__all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
+
+_WIDTH = 138
+_REASON_CHARACTERS = 400
+
+
+class _Column(NamedTuple):
+    title: str
+    text: Callable[[Result], str]
+
+
+def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: str = "test") -> str:
+    """Format results as aligned plain text, fastest first, about 140 columns wide.
+
+    Args:
+        results: From `measure`.
+        choice: From `choose`; the variant is marked with ``*`` and the reason is added below.
+        dataset: Dataset of accuracy, drop and agreement.
+    """
+    chosen = choice.variant if choice else None
+    header = ["", *(column.title for column in _columns(dataset))]
+    rows = [["*" if r.variant == chosen else "", *_cells(r, dataset)] for r in _ranked(results)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [_line(row, widths) for row in [header, *rows]]
+    lines.insert(1, "-" * max(map(len, lines)))
+    for failed in _failed(results):
+        reason = f"{failed.variant}: {_shortened(failed.reason)}"
+        lines += textwrap.wrap(reason, _WIDTH, initial_indent="! ", subsequent_indent="    ")
+    for remark in remarks(results):
+        lines += textwrap.wrap(remark, _WIDTH, initial_indent="~ ", subsequent_indent="    ")
+    if choice is not None:
+        lines += ["", *textwrap.wrap(choice.reason, _WIDTH)]
+    return "\n".join(lines)
+
+
+def markdown(
+    results: Sequence[Result],
+    choice: Choice | None = None,
+    *,
+    dataset: str = "test",
+    notes: Iterable[str] = (),
+) -> str:
+    """Format the reason and the results as a GitHub table, the chosen variant in bold.
+
+    Args:
+        results: From `measure`.
+        choice: From `choose`.
+        dataset: Dataset of accuracy, drop and agreement.
+        notes: Lines to add below, e.g. the machine and the data.
+    """
+    columns = _columns(dataset)
+    lines = [
+        *([choice.reason, ""] if choice is not None else []),
+        "| " + " | ".join(column.title for column in columns) + " |",
+        "|---|" + "---:|" * (len(columns) - 1),
+    ]
+    for each in _ranked(results):
+        cells = _cells(each, dataset)
+        if choice is not None and each.variant == choice.variant:
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    failed = [f"- `{r.variant}` is missing: {_one_line(r.reason)}" for r in _failed(results)]
+    below = [*failed, *(f"- {_one_line(note)}" for note in (*remarks(results), *notes))]
+    return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
+
+
+def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
+    """Format finished trials as aligned plain text, fastest first, then failed ones with reason.
+
+    Args:
+        found: From `search`.
+        chosen: Selected trials, marked with ``*``; the rest of the front is marked with ``+``.
+    """
+    header, *rows = _trial_rows(found, chosen)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [_line(row, widths) for row in [header, *rows]]
+    lines.insert(1, "-" * max(map(len, lines)))
+    for trial in found.dropped:
+        text = f"trial {trial.number}: {trial.state}: {_shortened(trial.reason)}"
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="! ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def trials_markdown(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
+    """Format the trials as a GitHub table."""
+    header, *rows = _trial_rows(found, chosen)
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
+    dropped = [f"- trial {t.number}: {t.state}: {_one_line(t.reason)}" for t in found.dropped]
+    return "\n".join([*lines, *(["", *dropped] if dropped else [])]) + "\n"
+
+
+_TRIAL_TITLES = ("", "trial", "ms", "accuracy", "epochs", "rate", "batch", "T", "soft")
+
+
+def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[list[str]]:
+    selected, front = ({trial.number for trial in some} for some in (chosen, found.front))
+    rows = [list(_TRIAL_TITLES)]
+    for trial in sorted(found.finished, key=lambda each: each.outcome.latency_ms):
+        point, outcome = trial.point, trial.outcome
+        mark = "*" if trial.number in selected else "+" if trial.number in front else ""
+        numbers = (
+            f"{outcome.latency_ms:#.3g}",
+            f"{outcome.accuracy:.4f}",
+            str(point.epochs),
+            f"{point.learning_rate:.1e}",
+            str(point.batch_size),
+            f"{point.temperature:.2g}",
+            f"{point.soft_weight:.2f}",
+        )
+        rows.append([mark, f"{trial.number}: {point}", *numbers])
+    return rows
+
+
+def _columns(dataset: str) -> tuple[_Column, ...]:
+    def on(name: str, of: str, form: Callable[[float], str]) -> Callable[[Result], str]:
+        return lambda result: _formatted(result.value(name, of), form)
+
+    def drop(result: Result) -> str:
+        return _with_interval(result.get("accuracy_drop", dataset), _points)
+
+    return (
+        _Column("variant", lambda result: result.variant),
+        _Column("p50 ms", on("latency_p50_ms", "", _significant)),
+        _Column("p95 ms", on("latency_p95_ms", "", _significant)),
+        _Column("rows/s", on("throughput_rows_per_s", "", "{:,.0f}".format)),
+        _Column("speedup", lambda result: _with_interval(result.get("speedup"), _significant)),
+        _Column("MB", on("artifact_mb", "", _significant)),
+        _Column("RSS MB", on("peak_rss_mb", "", "{:.0f}".format)),
+        _Column(f"acc ({dataset})", on("accuracy", dataset, "{:.4f}".format)),
+        _Column("drop, points", drop),
+        _Column("agree", on("agreement", dataset, "{:.4f}".format)),
+    )
+
+
+def _significant(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def _formatted(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)
+
+
+def _points(share: float) -> str:
+    # + 0.0 turns -0.0 into 0.0
+    return f"{round(100 * share, 2) + 0.0:+.2f}"
+
+
+def _with_interval(found: Measurement | None, form: Callable[[float], str]) -> str:
+    if found is None:
+        return "-"
+    if found.low is None or found.high is None:
+        return form(found.value)
+    return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
+
+
+def _cells(result: Result, dataset: str) -> list[str]:
+    return [column.text(result) for column in _columns(dataset)]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    mark, name, *numbers = cells
+    left = f"{mark:<1} {name:<{widths[1]}}"
+    right = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[2:], strict=True))
+    return "  ".join([left, *right]).rstrip()
+
+
+def _ranked(results: Sequence[Result]) -> list[Result]:
+    """Return successful results, shortest median latency first."""
+    succeeded = [each for each in results if not each.reason]
+    return sorted(succeeded, key=lambda each: each.value("latency_p50_ms") or float("inf"))
+
+
+def _failed(results: Sequence[Result]) -> list[Result]:
+    return [each for each in results if each.reason]
+
+
+def _one_line(reason: str) -> str:
+    return " ".join(reason.split())
+
+
+def _shortened(reason: str) -> str:
+    return textwrap.shorten(reason, _REASON_CHARACTERS, placeholder=" ...")

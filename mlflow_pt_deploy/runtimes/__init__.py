@@ -1,0 +1,1 @@
+"""Runtimes: one `Variant` class per runtime that exports and loads a model."""

@@ -1,0 +1,102 @@
+"""Catalog of all runtimes and of the variants that are built by default or on request."""
+
+from __future__ import annotations
+
+from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.model_types import CONVOLUTIONAL, STATIC
+from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.cascade import Cascade
+from mlflow_pt_deploy.runtimes.eager import Eager
+from mlflow_pt_deploy.runtimes.numpy_static import NumPy
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.runtimes.torchscript import TorchScript
+
+RUNTIMES: dict[str, type[Variant]] = {
+    kind.runtime: kind
+    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade)
+}
+
+VARIANTS: tuple[Variant, ...] = (
+    Eager("fp32"),
+    Eager("bf16"),
+    Eager("int8-dynamic"),
+    TorchScript("fp32"),
+    TorchScript("int8-dynamic"),
+    AOTInductor("fp32"),
+    AOTInductor("bf16"),
+    OnnxRuntime("fp32"),
+    OnnxRuntime("int8-dynamic"),
+    OnnxRuntime("int8-static"),
+    OpenVino("fp32"),
+    OpenVino("bf16"),
+    OpenVino("int8-static"),
+)
+
+# Slow to build, slower than a similar one in VARIANTS in all measurements, or for a GPU.
+ON_REQUEST: tuple[Variant, ...] = (
+    Eager("fp16"),
+    AOTInductor("int8-static"),
+    OpenVino("int8-accuracy"),
+)
+# For a static student the overhead of the runtime dominates.
+STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
+
+# These quantize linear layers only; a convolutional network has one.
+_LINEAR_ONLY = {variant for variant in VARIANTS if variant.precision == "int8-dynamic"} | {
+    AOTInductor("int8-static")
+}
+
+
+def select(names: str) -> tuple[Variant, ...]:
+    """Return the requested variants, and eager fp32 as the baseline.
+
+    Args:
+        names: Runtimes or runtimes with a precision, separated by commas, e.g.
+            ``onnxruntime,openvino-fp32``, and ``cascade``; empty selects all but `ON_REQUEST`.
+            Those need their precision: ``openvino`` does not select ``openvino-int8-accuracy``.
+
+    Raises:
+        VariantError: A name is not in the catalog.
+    """
+    regular = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    known = {Cascade.runtime} | {v.runtime for v in regular}
+    known |= {_short_name(v) for v in (*regular, *ON_REQUEST)}
+    if unknown := sorted(wanted - known):
+        raise VariantError(
+            f"variants: unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}."
+        )
+    default = (
+        variant
+        for variant in regular
+        if not wanted or wanted & {variant.runtime, _short_name(variant)} or variant == VARIANTS[0]
+    )
+    return (*default, *(variant for variant in ON_REQUEST if _short_name(variant) in wanted))
+
+
+def wants_cascades(names: str) -> bool:
+    """Whether `names` (see `select`) include cascades."""
+    return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
+
+
+def supports(variant: Variant, model_type: str) -> bool:
+    """Whether a variant supports a model type (`model_type` in config.json)."""
+    if model_type == STATIC:
+        return variant in STATIC_VARIANTS
+    return not isinstance(variant, NumPy)
+
+
+def skip_reason(variant: Variant, model_type: str) -> str:
+    """Reason why a variant has no benefit for a model type, or an empty string."""
+    if model_type in CONVOLUTIONAL and variant in _LINEAR_ONLY:
+        return (
+            f"skipped: {_short_name(variant)} quantizes linear layers only, and all layers but the "
+            "last are convolutions; int8-static of ONNX Runtime and OpenVINO quantizes convolutions"
+        )
+    return ""
+
+
+def _short_name(variant: Variant) -> str:
+    return f"{variant.runtime}-{variant.precision}"

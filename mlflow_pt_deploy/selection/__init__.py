@@ -1,0 +1,1 @@
+"""Select a variant by limits and objective; plan cascades of two variants."""

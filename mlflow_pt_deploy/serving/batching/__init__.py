@@ -1,0 +1,1 @@
+"""Micro-batching: requests, queue, admission, execution. Imports neither MLflow nor HTTP."""

@@ -1,0 +1,1 @@
+"""HTTP: requests, responses, MLflow's scoring protocol, tokens."""

@@ -1,0 +1,156 @@
+"""The OpenAPI 3.1 document of the server.
+
+Written by hand; a test sends requests to every path and compares the responses with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_ERRORS = {
+    400: "The request is invalid; the message names the field without its content",
+    401: "The token is missing or wrong",
+    404: "There is no such path",
+    405: "The method is not allowed for this path",
+    408: "The body did not arrive in time",
+    413: "The body is too long",
+    415: "The content type or encoding is not part of MLflow's protocol",
+    429: "The server is overloaded; retry later",
+    500: "The model failed on this request",
+    503: "The model is loading, for the first time or after an eviction; retry after Retry-After",
+    504: "The deadline passed",
+}
+_SCORING = (400, 401, 405, 408, 413, 415, 429, 500, 503, 504)
+_ADMIN = (401, 405, 501)
+_PROBES = {
+    "/ping": "Readiness, as an empty line",
+    "/health": "Readiness, as an empty line",
+    "/version": "MLflow's version",
+    "/livez": "Liveness: the process answers and no model hangs",
+    "/readyz": "Readiness: in every replica all models are loaded and warm, or evicted",
+    "/openapi.json": "This document",
+}
+
+
+def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
+    """The document of a server.
+
+    Args:
+        models: Names of its models.
+        column: Input column of the first model; None while it is loading.
+    """
+    from mlflow_pt_deploy._version import __version__
+
+    names = list(models)
+    admin = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
+    scoring = ["/invocations", *(f"/models/{name}/invocations" for name in names)]
+    probes = {path: {"get": _read(about, (405, 503))} for path, about in _PROBES.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pt-deploy serve", "version": __version__},
+        "paths": {
+            **{path: {"post": _score()} for path in scoring},
+            **probes,
+            **{path: {"get": _read("Admin page", _ADMIN)} for path in admin},
+        },
+        "components": {
+            "schemas": _schemas(column or "text"),
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _score() -> dict[str, Any]:
+    """The operation that scores rows."""
+    request = {
+        "application/json": {"schema": {"$ref": "#/components/schemas/Request"}},
+        "text/csv": {"schema": {"type": "string"}},
+        "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
+    }
+    good = {
+        "description": "One prediction per row, in order",
+        "headers": {"X-Model-Version": {"schema": {"type": "string"}}},
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Predictions"}}},
+    }
+    return {
+        "summary": "Score rows",
+        "security": [{}, {"token": []}],
+        "parameters": [
+            {
+                "name": "X-Deadline-Ms",
+                "in": "header",
+                "description": "Milliseconds that the client waits; ignored if not a number",
+                "schema": {"type": "string"},
+            }
+        ],
+        "requestBody": {"required": True, "content": request},
+        "responses": {"200": good} | _failures(_SCORING),
+    }
+
+
+def _read(about: str, errors: Iterable[int]) -> dict[str, Any]:
+    return {
+        "summary": about,
+        "security": [{}, {"token": []}],
+        "responses": {"200": {"description": about}} | _failures(errors),
+    }
+
+
+def _failures(statuses: Iterable[int]) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    found: dict[str, Any] = {}
+    for status in statuses:
+        about = _ERRORS.get(status, "Needs an extra that is not installed")
+        # probes answer 503 with a status instead of an error
+        found[str(status)] = {"description": about} | ({} if status == 503 else {"content": error})
+    return found
+
+
+def _schemas(column: str) -> dict[str, Any]:
+    cell = {"type": "string"}
+    record = {"type": "object", "properties": {column: cell}, "required": [column]}
+    rows = {"oneOf": [cell, _rows(cell), _rows(record), record | {"properties": {column: {}}}]}
+    table = {
+        "type": "object",
+        "properties": {"columns": _rows(cell), "data": _rows(_rows({}))},
+        "required": ["columns", "data"],
+    }
+    forms: Mapping[str, Any] = {
+        "inputs": rows,
+        "instances": rows,
+        "dataframe_split": table,
+        "dataframe_records": _rows(record),
+    }
+    params = {"type": "object", "properties": {"top_k": {"type": "integer", "minimum": 1}}}
+    label = {
+        "type": "object",
+        "properties": {"label": cell, "score": {"type": "number", "minimum": 0, "maximum": 1}},
+        "required": ["label", "score"],
+    }
+    return {
+        "Request": {
+            "oneOf": [
+                {
+                    "type": "object",
+                    "properties": {name: form, "params": {"oneOf": [params, {"type": "null"}]}},
+                    "required": [name],
+                }
+                for name, form in forms.items()
+            ]
+        },
+        "Predictions": {
+            "type": "object",
+            "properties": {"predictions": _rows({"oneOf": [label, _rows(label)]})},
+            "required": ["predictions"],
+        },
+        "Error": {
+            "type": "object",
+            "properties": {"error_code": cell, "message": cell},
+            "required": ["error_code", "message"],
+        },
+    }
+
+
+def _rows(of: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": of}

@@ -1,0 +1,1 @@
+"""Versions of a model over time: hot swap, registry polls, model cache."""

@@ -1,0 +1,349 @@
+"""One model of the server and its hot swap.
+
+A new version is loaded and warmed up beside the current one. Then one assignment activates it, so
+every request is answered by exactly one version. Requests in flight keep the version they started
+with; its memory is freed after the last of them. Where memory is limited a model may be unloaded
+until it is requested; see `model_cache`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mlflow_pt_deploy.errors import PtDeployError, root_cause
+from mlflow_pt_deploy.registry.addresses import (
+    ModelSpec,
+    ResolvedVersion,
+    ServedVersion,
+    SpecProvider,
+    resolve,
+)
+from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version, now
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
+
+RETRY_S, MAX_RETRY_S = 60.0, 3600.0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RejectedVersion:
+    """A version that cannot serve.
+
+    Attributes:
+        version: The version.
+        spec: The specification it was loaded for.
+        reason: Why it was rejected.
+        since: Time of the first rejection.
+        retry_s: Seconds until the next try; doubles each time.
+        tried_at: Time of the last try, by `time.monotonic`, seconds.
+    """
+
+    version: ResolvedVersion
+    spec: ModelSpec
+    reason: str
+    since: str
+    retry_s: float
+    tried_at: float
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the next try."""
+        return max(0.0, self.tried_at + self.retry_s - time.monotonic())
+
+    def status(self) -> dict[str, Any]:
+        """Its entry in ``/model``."""
+        return {
+            "uri": self.spec.uri,
+            "version": self.version.version,
+            "model_config": dict(self.spec.model_config),
+            "reason": self.reason,
+            "since": self.since,
+            "tried_again_in_s": round(self.remaining_s),
+        }
+
+
+class EvictionNote(NamedTuple):
+    """Since when a model is not in memory, and why."""
+
+    since: str
+    reason: str
+
+
+class Preparation(NamedTuple):
+    """A version that is being fetched and loaded, and since when."""
+
+    version: str | None
+    since: str
+
+
+class ServedModel:
+    """A model under its name.
+
+    Args:
+        name: Part of the path ``/models/NAME/invocations``.
+        provider: Returns the specification that is to be served now.
+        metrics: Counts swaps and rejections.
+        last_served: The version that another worker served under this name; it is opened first.
+        find: Resolves a URI to a version.
+        load: Loads a version, or raises.
+
+    Attributes:
+        current: The version that answers; None before the first is ready, and while unloaded.
+        unloaded: Why no version is in memory although none was rejected, or None.
+        rejected: The version that is wanted but cannot serve, or None.
+        preparing: The version that is being loaded, or None.
+        uri: The URI that `current` was resolved from.
+        registry_down_since: Since when the registry has not answered; None while it does.
+        registry_error: The registry's last error.
+        polls: Number of polls of the registry.
+        used_at: Time of the last request, by `time.perf_counter`, seconds.
+        requested_at: Time of the first request since it was unloaded; 0: there is none.
+        loaded_at: When the current version was loaded, by `time.perf_counter`.
+        load_s: Seconds that the load took.
+        wake: Called when it is requested while it is unloaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        provider: SpecProvider,
+        *,
+        metrics: Metrics | None = None,
+        last_served: ServedVersion | None = None,
+        find: Callable[[str], ResolvedVersion] = resolve,
+        load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
+    ) -> None:
+        self.name = name
+        self.current: LoadedModel | None = None
+        self.rejected: RejectedVersion | None = None
+        self.preparing: Preparation | None = None
+        self.registry_down_since: str | None = None
+        self.registry_error = ""
+        self.uri = ""
+        self.polls = 0
+        self.unloaded: EvictionNote | None = None
+        self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
+        self.wake: Callable[[], None] = lambda: None
+        self._unloaded_version: ResolvedVersion | None = None
+        self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
+        self._provider = provider
+        self._metrics = metrics or Metrics()
+        self._last_served = last_served
+        self._find = find
+        self._load = load
+
+    def open(self) -> None:
+        """Load the first version: the one that was served before, or the one wanted now.
+
+        Raises:
+            PtDeployError: The version cannot serve.
+            MlflowException: It cannot be found or fetched.
+        """
+        if self._last_served is not None:
+            self._try(self._last_served.version, self._last_served.spec)
+        if self.current is None:
+            spec, version = self._wanted()
+            self._activate(self._prepare(version, spec), 0.0)
+
+    def register_unloaded(self, reason: str) -> None:
+        """Check that the wanted version exists; it is loaded on the first request.
+
+        Raises:
+            PtDeployError: The specification or the MLmodel file cannot be read.
+            MlflowException: There is no such model.
+        """
+        spec, version = self._wanted()
+        check_exists(version)
+        self.uri, self._unloaded_version = spec.uri, version
+        self.unloaded = EvictionNote(now(), reason)
+
+    @property
+    def running_s(self) -> float:
+        """Seconds since the oldest running batch of any version began; 0 if none is running.
+
+        Versions that were replaced or unloaded count as long as a batch of theirs is running.
+        """
+        executors = [reference() for reference in self._executors]
+        return max((each.running_s for each in executors if each is not None), default=0.0)
+
+    def acquire(self) -> LoadedModel | None:
+        """The version for a request; None if none is in memory, it is then loaded soon."""
+        self.used_at = time.perf_counter()
+        version = self.current
+        if version is None and self.unloaded and not self.requested_at:
+            blocked = self.rejected is not None and self.rejected.remaining_s > 0
+            if not blocked:
+                self.requested_at = self.used_at
+                self.wake()
+        return version
+
+    def unload(self, reason: str) -> Callable[[], LoadedModel | None]:
+        """Drop the version; requests in flight keep it until they are answered.
+
+        Returns:
+            A weak reference; it returns None once the version is freed.
+        """
+        version = self.current
+        assert version is not None
+        self._unloaded_version = version.resolved
+        self.unloaded = EvictionNote(now(), reason)
+        self.current = None
+        self._metrics.version_unloaded(self.name)
+        _logger.info("%s: version %s was unloaded: %s", self.name, version.label, reason)
+        return weakref.ref(version)
+
+    def reload(self) -> None:
+        """Load an unloaded model in the version that is wanted now; never raises."""
+        try:
+            self._poll(load=True)
+        finally:
+            self.requested_at = 0.0
+
+    def poll(self) -> None:
+        """Look the wanted version up in the registry and swap to it; never raises.
+
+        If the registry does not answer, the current version stays. For an unloaded model only the
+        wanted version is recorded.
+        """
+        try:
+            self._poll(load=self.unloaded is None)
+        finally:
+            self.polls += 1
+
+    def status(self) -> dict[str, Any]:
+        """The content of ``/model``."""
+        version = self.current
+        return {
+            "model": self.name,
+            "uri": self.uri,
+            **(version.status() if version else self._unloaded_status()),
+            "unloaded": self.unloaded._asdict() if self.unloaded else None,
+            "refused": self.rejected.status() if self.rejected else None,
+            "preparing": self.preparing._asdict() if self.preparing else None,
+            "registry_lost_since": self.registry_down_since,
+            "registry_error": self.registry_error or None,
+            "looks": self.polls,
+        }
+
+    def _poll(self, *, load: bool) -> None:
+        try:
+            spec, version = self._wanted()
+        except Exception as error:
+            self._mark_registry_down(error)
+            return
+        if self.registry_down_since:
+            _logger.info("%s: the registry answers again", self.name)
+            self.registry_down_since, self.registry_error = None, ""
+            self._metrics.registry_reachable(self.name, True)
+        if self.current and self.current.matches(version, spec):
+            self.uri, self.rejected = spec.uri, None
+        elif self._is_blocked(version, spec):
+            return
+        elif load:
+            self._try(version, spec)
+        else:
+            self.uri, self._unloaded_version, self.rejected = spec.uri, version, None
+
+    def _unloaded_status(self) -> dict[str, Any]:
+        version = self._unloaded_version
+        return {"registered_model": version.name, "version": version.version} if version else {}
+
+    def _wanted(self) -> tuple[ModelSpec, ResolvedVersion]:
+        spec = self._provider()
+        return spec, self._find(spec.uri)
+
+    def _mark_registry_down(self, error: Exception) -> None:
+        cause = _explain(error)
+        if self.registry_down_since and cause == self.registry_error:
+            return
+        self.registry_down_since = self.registry_down_since or now()
+        self.registry_error = cause
+        self._metrics.registry_reachable(self.name, False)
+        _logger.warning(
+            "%s: the wanted version cannot be looked up; version %s stays: %s",
+            self.name,
+            self.current.label if self.current else "none",
+            cause,
+        )
+
+    def _is_blocked(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
+        rejected = self.rejected
+        return (
+            rejected is not None
+            and (rejected.version, rejected.spec) == (version, spec)
+            and rejected.remaining_s > 0
+        )
+
+    def _prepare(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+        """Load a version; `preparing` is set meanwhile."""
+        self.preparing = Preparation(version.version, now())
+        try:
+            return self._load(version, spec)
+        finally:
+            self.preparing = None
+
+    def _try(self, version: ResolvedVersion, spec: ModelSpec) -> None:
+        start = time.perf_counter()
+        _logger.info("%s: version %s is being prepared", self.name, version.version)
+        try:
+            loaded = self._prepare(version, spec)
+        except Exception as error:
+            self._reject(version, spec, error)
+        else:
+            self._activate(loaded, time.perf_counter() - start)
+
+    def _activate(self, version: LoadedModel, seconds: float) -> None:
+        self._metrics.version_activated(self.name, version, seconds)
+        live = (reference for reference in self._executors if reference() is not None)
+        self._executors = (*live, weakref.ref(version.pyfunc.service.batcher.executor))
+        self.loaded_at, self.load_s = time.perf_counter(), seconds
+        self.used_at = self.used_at or self.loaded_at
+        before, self.current = self.current, version
+        self.uri, self.rejected = version.spec.uri, None
+        if self.unloaded:
+            self.unloaded = None  # after `current`: /readyz succeeds if either is set
+            _logger.info("%s: version %s was loaded in %.1f s", self.name, version.label, seconds)
+        if before:
+            _logger.info(
+                "%s: version %s replaced %s after %.1f s of preparation",
+                self.name,
+                version.label,
+                before.label,
+                seconds,
+            )
+
+    def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
+        before = self.rejected
+        again = before is not None and (before.version, before.spec) == (version, spec)
+        retry_s = min(before.retry_s * 2, MAX_RETRY_S) if before and again else RETRY_S
+        since = before.since if before and again else now()
+        reason = _explain(error)
+        self.rejected = RejectedVersion(version, spec, reason, since, retry_s, time.monotonic())
+        self._metrics.version_rejected(self.name)
+        known = isinstance(error, PtDeployError)
+        _logger.error(
+            "%s: version %s was rejected, version %s stays; next try in %.0f s or when another "
+            "version is wanted: %s",
+            self.name,
+            version.version,
+            self.current.label if self.current else "none",
+            retry_s,
+            reason,
+            exc_info=None if known else error,
+        )
+
+
+def _explain(error: Exception) -> str:
+    """The message of our own error, or the root cause of a library's, without passwords."""
+    if isinstance(error, PtDeployError):
+        return str(error)
+    text = re.sub(r"://[^/@\s]+@", "://", root_cause(error))  # user and password in a URI
+    return f"{type(error).__name__}: {text}"

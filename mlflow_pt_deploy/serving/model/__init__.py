@@ -1,0 +1,1 @@
+"""A loaded model: inputs, outputs, pyfunc, inference service."""

@@ -1,0 +1,164 @@
+"""One version of a model in memory: loaded, checked and warmed up, with its status."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlflow_pt_deploy.errors import ModelError
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
+from mlflow_pt_deploy.registry.fetch import fetch, fetch_mlmodel
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
+from mlflow_pt_deploy.system.hardware import library_versions
+
+if TYPE_CHECKING:
+    from mlflow.pyfunc import PyFuncModel
+
+_logger = logging.getLogger(__name__)
+
+_OBSERVED = 2048
+_LOGGED = ("accuracy", "latency_p50_ms", "speedup")
+
+
+class LoadedModel:
+    """A model version that is ready to serve.
+
+    Args:
+        model: A pyfunc of the `pt_deploy` flavor.
+        resolved: The version, resolved from a URI.
+        spec: The specification it was loaded for.
+        tags: Its tags in the registry.
+
+    Attributes:
+        label: Version number in the registry, or the first 12 digits of the digest.
+        seconds: Durations of the last responses.
+
+    Raises:
+        ModelError: The model is of another flavor.
+    """
+
+    def __init__(
+        self,
+        model: PyFuncModel,
+        resolved: ResolvedVersion,
+        spec: ModelSpec | None = None,
+        tags: dict[str, str] | None = None,
+    ) -> None:
+        inner = model._model_impl
+        if not isinstance(inner, PtDeployPyFunc):
+            raise ModelError(
+                "the model does not have the pt_deploy flavor. Serve it with mlflow models serve, "
+                "or build one with pt-deploy optimize."
+            )
+        self.pyfunc = inner
+        self.resolved = resolved
+        self.spec = spec or ModelSpec(resolved.uri)
+        self.inputs = model.metadata.signature and model.metadata.signature.inputs
+        self.label = resolved.version or inner.loaded.manifest.digest[:12]
+        self.since = now()
+        self.seconds: deque[float] = deque(maxlen=_OBSERVED)
+        self._tags = tags or {}
+
+    @property
+    def name(self) -> str:
+        """The variant's name, e.g. ``student-openvino-fp32``."""
+        return self.pyfunc.loaded.manifest.name
+
+    def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
+        """Whether this is the version and configuration given."""
+        return self.resolved == resolved and self.spec.model_config == spec.model_config
+
+    def compare_libraries(self) -> None:
+        """Log libraries whose versions differ from those that the model was exported with."""
+        then, here = self.pyfunc.loaded.manifest.libraries, library_versions()
+        different = [
+            f"{name} {then[name]} (here {here[name]})"
+            for name in sorted(then.keys() & here.keys())
+            if then[name] != here[name]
+        ]
+        if different:
+            _logger.warning("%s was exported with %s", self.name, ", ".join(different))
+
+    def status(self) -> dict[str, Any]:
+        """Its part of ``/model``; times in milliseconds."""
+        manifest = self.pyfunc.loaded.manifest
+        facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
+        return facts | {
+            "registered_model": self.resolved.name,
+            "version": self.label,
+            "since": self.since,
+            "model_config": dict(self.spec.model_config),
+            "logged": _numbers(self._tags),
+            "observed": _percentiles(list(self.seconds)),
+        }
+
+
+def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+    """Load a version, check it and warm it up; an error leaves no files.
+
+    The MLmodel file and the digest of the promotion are checked before the model is loaded; the
+    flavor checks the digests of the files and the golden rows.
+
+    Raises:
+        PtDeployError: The model is damaged, its predictions differ from those at export, its digest
+            is not trusted, or it cannot run here.
+        MlflowException: It cannot be fetched.
+    """
+    folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
+    try:
+        fetched = fetch(resolved, Path(folder))
+        model = fetched.load(spec.model_config)
+        version = LoadedModel(model, resolved, spec, dict(fetched.tags))
+        version.compare_libraries()
+        version.pyfunc.warm_up()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(version, shutil.rmtree, folder, ignore_errors=True)
+    return version
+
+
+def _numbers(tags: dict[str, str]) -> dict[str, float]:
+    """Logged metrics among a version's tags; tags that are not numbers are left out."""
+    found = {}
+    for key in _LOGGED:
+        with suppress(KeyError, ValueError):
+            found[key] = float(tags[key])
+    return found
+
+
+def check_exists(resolved: ResolvedVersion) -> None:
+    """Fetch and check the MLmodel file of a version, without its other files.
+
+    Raises:
+        PtDeployError: It is damaged or needs code.
+        MlflowException: It does not exist.
+    """
+    with tempfile.TemporaryDirectory(prefix="pt-deploy-serve-") as folder:
+        fetch_mlmodel(resolved.uri, Path(folder))
+
+
+def now() -> str:
+    """Current time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {"answers": 0}
+    p50, p95, p99 = (np.percentile(seconds, [50, 95, 99]) * 1000).round(3).tolist()
+    return {
+        "answers": len(seconds),
+        "latency_p50_ms": p50,
+        "latency_p95_ms": p95,
+        "latency_p99_ms": p99,
+    }

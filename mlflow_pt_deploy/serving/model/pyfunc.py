@@ -1,0 +1,109 @@
+"""MLflow's interface of a model: ``predict`` and the signature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlflow_pt_deploy.errors import RequestError
+from mlflow_pt_deploy.model_config import ServingOptions
+from mlflow_pt_deploy.serving.model.errors import scoring_error
+from mlflow_pt_deploy.serving.model.inference_service import InferenceService
+from mlflow_pt_deploy.serving.model.inputs import parse_rows
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+
+    from mlflow_pt_deploy.artifacts import LoadedVariant
+
+__all__ = ["PtDeployPyFunc", "signature"]
+
+
+class PtDeployPyFunc:
+    """A loaded variant behind MLflow's ``predict``.
+
+    Used in notebooks, in batch scoring and in the stock `mlflow models serve`, where many threads
+    call `predict` concurrently and share one micro-batcher.
+
+    Args:
+        loaded: The variant with its preprocessor and labels.
+        model_config: Serving options; see `MODEL_CONFIG`.
+
+    Attributes:
+        service: Scores the rows.
+
+    Raises:
+        ServingError: An option is invalid; the message names it.
+    """
+
+    def __init__(
+        self, loaded: LoadedVariant, model_config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.loaded = loaded
+        self.options = ServingOptions.from_config(model_config)
+        self.service = InferenceService(loaded, self.options)
+
+    def warm_up(self) -> None:
+        """See `InferenceService.warm_up`."""
+        self.service.warm_up()
+
+    def predict(self, data: object, params: Mapping[str, Any] | None = None) -> list[Any]:
+        """Score rows.
+
+        Args:
+            data: See `inputs.parse_rows`.
+            params: ``top_k``: labels per row, in descending order.
+
+        Returns:
+            A ``{"label", "score"}`` per row, in order, see `outputs.Predictions`; with `top_k`
+            above 1 a list of them per row. The score is the softmax probability.
+
+        Raises:
+            MlflowException: 400 for an invalid request, 429 if the queue is full, 504 after the
+                deadline, 500 for an error of the model.
+        """
+        serving = _is_serving()
+        column = self.loaded.preprocessor.column
+        try:
+            top_k = self.service.formatter.top_k(params)
+            rows = parse_rows(data, column)
+            if serving and len(rows) > self.options.queue_rows:
+                raise RequestError(
+                    f"'{column}' has {len(rows)} rows; one request may have "
+                    f"{self.options.queue_rows} (queue_rows). Send several smaller requests."
+                )
+            formatter = self.service.formatter
+            objects: list[Any] = []
+            for logits in self.service.predict(rows, bounded=serving):
+                objects += formatter.to_objects(logits, top_k)
+            return formatter.as_predictions(objects) if top_k == 1 else objects
+        except Exception as error:
+            raise scoring_error(error) from error
+
+    def get_raw_model(self) -> LoadedVariant:
+        """The result of ``PyFuncModel.get_raw_model``."""
+        return self.loaded
+
+
+def signature() -> ModelSignature:
+    """The model signature: outputs and `top_k`, no inputs, so that MLflow passes every format on.
+
+    With a declared input MLflow rejects some formats (a plain list in a notebook, or
+    ``{"inputs": "a"}``), converts null to the text ``None``, repeats client data in the error for a
+    missing column, and takes 0.9 instead of 0.2 ms per request. `inputs.parse_rows` checks rows
+    instead, and decodes base64 without the type `binary`.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+        params=ParamSchema([ParamSpec("top_k", "long", 1)]),
+    )
+
+
+def _is_serving() -> bool:
+    """Whether a scoring server runs in this process; the variable is set after the model loads."""
+    from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
+
+    return bool(_MLFLOW_IS_IN_SERVING_ENVIRONMENT.get())

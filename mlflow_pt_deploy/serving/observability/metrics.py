@@ -1,0 +1,41 @@
+"""Metrics interface; the base class records nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.serving.http.response import Response
+    from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+
+
+class Metrics:
+    """Observer of events that `prometheus` counts; this one does nothing."""
+
+    content_type = "application/json"
+
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
+        """Record a response for model `name` from version `label` (empty: none)."""
+
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
+        """Record that a version was activated after `seconds` of preparation."""
+
+    def version_unloaded(self, name: str) -> None:
+        """Record that a model was evicted from memory."""
+
+    def version_rejected(self, name: str) -> None:
+        """Record that a version was rejected."""
+
+    def registry_reachable(self, name: str, answers: bool) -> None:
+        """Record whether the registry answers."""
+
+    def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
+        """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
+
+    def sample(self) -> None:
+        """Sample all gauges."""
+
+    def expose(self) -> bytes | None:
+        """All series in Prometheus' text format; None if nothing is recorded."""
+        return None

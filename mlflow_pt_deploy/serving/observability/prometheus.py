@@ -1,0 +1,177 @@
+"""Metrics in Prometheus format, by model and version, with the official client library.
+
+The client's multiprocess mode adds up all workers: `PROMETHEUS_MULTIPROC_DIR` must be set before
+this module is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from mlflow_pt_deploy.serving.http.response import Response
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.system.process_memory import resident_mb
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_VERSION = ("model", "version")
+_STATUSES = ("200", "400", "401", "413", "429", "500", "503", "504")
+
+MAX_VERSIONS = 20
+"""Versions of a model with their own series in one process; later ones share ``other``."""
+
+
+class PrometheusMetrics(Metrics):
+    """Counters, histograms and gauges in a private registry, so that several servers do not mix."""
+
+    content_type = "text/plain; version=0.0.4; charset=utf-8"
+
+    def __init__(self) -> None:
+        self._multiprocess = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self._registry = registry = CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(f"pt_deploy_{name}", about, labels, registry=registry)
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(
+                f"pt_deploy_{name}", about, _VERSION, buckets=buckets, registry=registry
+            )
+
+        def gauge(name: str, about: str, *labels: str, mode: str = "livesum") -> Gauge:
+            return Gauge(
+                f"pt_deploy_{name}",
+                about,
+                labels,
+                registry=registry,
+                multiprocess_mode=mode,  # type: ignore[arg-type]
+            )
+
+        self._requests = counter("requests", "Requests answered", *_VERSION, "status")
+        self._errors = counter("errors", "Requests not answered with 200", *_VERSION, "error")
+        self._seconds = histogram("request_seconds", "Headers read to response sent", _SECONDS)
+        self._rows = histogram("batch_rows", "Rows in a call of the model", _ROWS)
+        self._tokens = counter("batch_tokens", "Tokens computed, without padding", *_VERSION)
+        self._padding = counter("batch_padding_tokens", "Padding tokens computed", *_VERSION)
+        self._compute = histogram("compute_seconds", "One call of the model", _SECONDS)
+        self._swaps = counter("swaps", "Versions activated or rejected", "model", "result")
+        self._unloads = counter("unloads", "Models evicted from memory", "model")
+        self._preparation = gauge(
+            "swap_seconds", "Preparation of the last version", "model", mode="livemax"
+        )
+        self._streams = gauge("streams", "Concurrent calls of the model", "model")
+        self._registry_up = gauge(
+            "registry_up", "1 while the registry answers", "model", mode="livemin"
+        )
+        self._info = gauge(
+            "model_info", "Workers that serve this version", *_VERSION, "variant", "digest"
+        )
+        self._up = gauge("replica_up", "Workers that run")
+        self._resident = gauge("resident_memory_bytes", "Resident memory of all workers")
+        self._sampled = {
+            "queue_rows": gauge("queue_rows", "Rows in the queue", "model"),
+            "in_flight": gauge("in_flight", "Requests being answered", "model"),
+            "loaded": gauge("loaded", "Workers that hold the model in memory", "model"),
+        }
+        self._samplers: list[tuple[Gauge, Callable[[], int]]] = []
+        self._observers: dict[tuple[str, str, int, str], tuple[list[Counter], Histogram]] = {}
+        self._versions: dict[str, set[str]] = {}
+        self._serving: dict[str, tuple[str, str, str, str]] = {}
+        self._up.set(1)
+
+    def response_sent(self, name: str, label: str, response: Response, seconds: float) -> None:
+        """See `Metrics`."""
+        key = (name, label, response.status, response.error_code)
+        found = self._observers.get(key)
+        if found is None:
+            version = self._version(name, label)
+            counters = [self._requests.labels(name, version, str(response.status))]
+            if response.error_code:
+                counters.append(self._errors.labels(name, version, response.error_code))
+            found = self._observers[key] = counters, self._seconds.labels(name, version)
+        for counter in found[0]:
+            counter.inc()
+        found[1].observe(seconds)
+
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
+        """See `Metrics`."""
+        label = self._version(name, version.label)
+        rows, compute = self._rows.labels(name, label), self._compute.labels(name, label)
+        tokens, padding = self._tokens.labels(name, label), self._padding.labels(name, label)
+        for status in _STATUSES:
+            self._requests.labels(name, label, status)
+
+        def on_call(batch_rows: int, real: int, padded: int, took_s: float) -> None:
+            rows.observe(batch_rows)
+            tokens.inc(real)
+            padding.inc(max(0, padded - real))
+            compute.observe(took_s)
+
+        batcher = version.pyfunc.service.batcher
+        batcher.executor.on_call = on_call
+        self._streams.labels(name).set(batcher.concurrency.streams)
+        manifest = version.pyfunc.loaded.manifest
+        for result in ("done", "refused"):
+            self._swaps.labels(name, result)
+        if self._retire(name):
+            self._swaps.labels(name, "done").inc()
+        self._serving[name] = (name, version.label, manifest.name, manifest.digest)
+        self._info.labels(*self._serving[name]).set(1)
+        self._preparation.labels(name).set(seconds)
+        self._registry_up.labels(name).set(1)
+
+    def version_unloaded(self, name: str) -> None:
+        """See `Metrics`."""
+        self._retire(name)
+        self._unloads.labels(name).inc()
+
+    def version_rejected(self, name: str) -> None:
+        """See `Metrics`."""
+        self._swaps.labels(name, "refused").inc()
+
+    def registry_reachable(self, name: str, answers: bool) -> None:
+        """See `Metrics`."""
+        self._registry_up.labels(name).set(int(answers))
+
+    def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
+        """See `Metrics`."""
+        self._samplers.append((self._sampled[kind].labels(name), value))
+
+    def forget_process(self, pid: int) -> None:
+        """Drop the gauges of a worker that died; its counters stay."""
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+    def sample(self) -> None:
+        """See `Metrics`."""
+        self._resident.set(round(resident_mb() * 1e6))
+        for gauge, value in self._samplers:
+            gauge.set(value())
+
+    def expose(self) -> bytes:
+        """See `Metrics`."""
+        self.sample()
+        registry = self._registry
+        if self._multiprocess:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        text: bytes = generate_latest(registry)
+        return text
+
+    def _retire(self, name: str) -> bool:
+        before = self._serving.pop(name, None)
+        if before is not None:
+            self._info.labels(*before).set(0)
+        return before is not None
+
+    def _version(self, name: str, label: str) -> str:
+        """Label value of a version; the number of different values is bounded."""
+        known = self._versions.setdefault(name, set())
+        if label not in known and len(known) >= MAX_VERSIONS:
+            return "other"
+        known.add(label)
+        return label

@@ -1,0 +1,239 @@
+"""A worker process: models, registry watcher, watchdog, application.
+
+Forked or spawned by granian. What libraries read once at import, such as the number of threads, is
+set before they are imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlflow_pt_deploy.registry.addresses import explain_load_error
+from mlflow_pt_deploy.serving.settings import ServerSettings
+from mlflow_pt_deploy.serving.worker_state import WorkerStates
+from mlflow_pt_deploy.system.cpu_allocation import Share
+from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
+
+if TYPE_CHECKING:
+    from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+    from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
+
+SWITCH_S = 0.5e-3
+"""Seconds that a busy thread may hold the interpreter. Python's default of 5 ms delays the event
+loop by ten times the time that a fast model takes."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """Configuration of a worker; picklable.
+
+    Attributes:
+        models: Model arguments of the command line.
+        model_config: Serving options of all models.
+        settings: Server settings; the port is not 0.
+        folder: The run directory.
+        shares: CPU share of each worker.
+        environment: Environment variables that locate the registry.
+        main_pid: Process id of the main process.
+    """
+
+    models: Sequence[str]
+    model_config: Mapping[str, Any]
+    settings: ServerSettings
+    folder: Path
+    shares: Sequence[Share]
+    environment: Mapping[str, str]
+    main_pid: int
+
+
+def load_worker(job: WorkerJob) -> RsgiAdapter:
+    """Build the RSGI application of this process.
+
+    A worker that replaces another one loads its models before this returns, and so before it
+    listens. Until then connections go to the other workers.
+    """
+    states = WorkerStates(job.folder, len(job.shares))
+    index = states.claim()
+    _prepare_process(job, states, index)
+    from mlflow_pt_deploy.serving.app import Application
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
+    from mlflow_pt_deploy.serving.model_names import name_models
+    from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+    from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
+    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
+    from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
+    from mlflow_pt_deploy.serving.watchdog import Watchdog
+
+    settings = job.settings
+    metrics = PrometheusMetrics()
+    if predecessor := states.predecessor():
+        metrics.forget_process(predecessor)
+    served = states.served()
+    models = name_models(job.models, job.model_config, metrics, served)
+    publisher = _StatePublisher(states, models, settings)
+    watcher = RegistryWatcher(
+        list(models.values()),
+        settings.poll_s,
+        budget=MemoryBudget(settings.max_models, settings.max_memory_mb),
+        on_opened=publisher.opened,
+        on_failed=publisher.failed,
+        on_polled=publisher.publish,
+    )
+    watchdog = Watchdog(
+        models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
+    )
+
+    def stop() -> None:
+        watchdog.stop()
+        watcher.stop()
+
+    application = Application(
+        models,
+        auth=auth_from_environment(),
+        metrics=metrics,
+        access_log=AccessLog() if settings.access_log else None,
+        tracer=tracer_from_environment(),
+        max_body_bytes=int(settings.max_body_mb * 2**20),
+        hang_s=settings.hang_s,
+        states=states,
+        on_start=lambda loop: watchdog.watch(application, loop),
+        on_stop=stop,
+    )
+    watcher.start()
+    if served:
+        publisher.ready.wait()
+    return RsgiAdapter(application)
+
+
+class _StatePublisher:
+    """Writes the state of this worker to the run directory."""
+
+    def __init__(
+        self,
+        states: WorkerStates,
+        models: Mapping[str, ServedModel],
+        settings: ServerSettings,
+    ) -> None:
+        self._states = states
+        self._models = models
+        self._settings = settings
+        self.ready = threading.Event()
+        self._banner: Sequence[str] = ()
+
+    def opened(self) -> None:
+        """Record that all models are loaded, or left unloaded within the memory budget."""
+        self._banner = _banner(self._models, self._settings)
+        self.publish()
+        self.ready.set()
+
+    def failed(self, error: Exception) -> None:
+        """Record that a model cannot be opened."""
+        self._states.write({"failed": str(explain_load_error(error))})
+        self.ready.set()
+
+    def publish(self) -> None:
+        """Write the state file."""
+        versions = {name: model.current for name, model in self._models.items()}
+        self._states.write(
+            {
+                "ready": True,
+                "banner": list(self._banner),
+                "served": {
+                    name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
+                    for name, version in versions.items()
+                    if version
+                },
+                "models": {name: model.status() for name, model in self._models.items()},
+            }
+        )
+
+
+def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
+    """Set signals, CPU share, folders and logging before any library is imported."""
+    import signal
+
+    from mlflow_pt_deploy.serving.observability.server_log import configure_log, log_granian
+
+    os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
+    _end_with_main_process(signal.SIGKILL)
+    share = job.shares[index % len(job.shares)]
+    if share.pinned:
+        os.sched_setaffinity(0, share.pinned)
+    threads = {name: str(share.cores) for name in THREAD_VARIABLES if name not in os.environ}
+    os.environ.update(
+        {
+            **threads,
+            **job.environment,
+            CORES_ENV: str(share.cores),
+            "TMPDIR": str(states.scratch),
+            "PROMETHEUS_MULTIPROC_DIR": str(job.folder / "metrics"),
+            # MLflow's own server sets it; the pyfunc and the flavor read it
+            "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        }
+    )
+    tempfile.tempdir = None  # drop the main process's cached value
+    sys.setswitchinterval(SWITCH_S)
+    replica = index if len(job.shares) > 1 else None
+    configure_log(job.settings.log_format, replica)
+    log_granian()
+
+
+def _end_with_main_process(number: int) -> None:
+    """Get this signal at once when the main process dies; elsewhere the watchdog notices it.
+
+    SIGTERM does not do: granian's handler waits, with the GIL held, for a worker whose pipe to the
+    main process is gone.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+
+
+def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list[str]:
+    """The startup banner."""
+    from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http{'s' if settings.tls_cert else ''}://{host}:{settings.port}"
+    first = next(iter(models.values()))
+    assert first.current is not None
+    row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
+    example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
+    return [
+        f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
+        *(f"  {_describe(model, settings.poll_s)}" for model in models.values()),
+    ]
+
+
+def _describe(model: ServedModel, poll_s: float) -> str:
+    """One line of the banner: the version served under a name, and its limits."""
+    version = model.current
+    if version is None:
+        assert model.unloaded is not None
+        return f"/models/{model.name}: {model.uri}, loaded on demand ({model.unloaded.reason})"
+    options = version.pyfunc.options
+    followed = version.resolved.uri != model.uri and poll_s
+    follows = f", follows {model.uri} every {poll_s:g} s" if followed else ""
+    return (
+        f"/models/{model.name}: {version.name}, version {version.label}{follows}; "
+        f"{options.device}, {options.num_threads or usable_cores()} threads a call, batches up to "
+        f"{options.max_batch_rows} rows and {options.max_batch_tokens} tokens, queue of "
+        f"{options.queue_rows} rows, deadline {options.deadline_ms:g} ms"
+    )

@@ -1,0 +1,158 @@
+"""State that the workers of one server share through files in its run directory.
+
+    RUN_DIR/
+    ├── worker-<index>.lock    held (flock) by the worker with this index; free once it has died
+    ├── worker-<index>.json    its state: versions, readiness, failure
+    ├── tmp-<index>/           its model copies; emptied when it starts
+    ├── metrics/               prometheus_client's multiprocess files
+    ├── draining               exists once readiness is off
+    └── stopping               exists once the port is being closed
+
+Files are written under another name and renamed, so a reader never sees an incomplete one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PREFIX = "pt-deploy-run-"
+
+
+class WorkerStates:
+    """State files of a server's workers.
+
+    Args:
+        folder: The run directory.
+        count: Workers of the server.
+
+    Attributes:
+        index: Index of this worker; None in the main process.
+    """
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.count = count
+        self.index: int | None = None
+        self._lock: Any = None
+
+    def claim(self) -> int:
+        """Take the first free worker index for this process, and empty its scratch folder."""
+        for index in range(self.count):
+            lock = (self.folder / f"worker-{index}.lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                continue
+            self._lock, self.index = lock, index
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir(mode=0o700)
+            return index
+        raise RuntimeError("every worker index is taken")
+
+    def predecessor(self) -> int | None:
+        """Process id of the worker that had this index before, if it wrote its state."""
+        try:
+            text = (self.folder / f"worker-{self.index}.json").read_text(encoding="utf8")
+        except FileNotFoundError:
+            return None
+        return int(json.loads(text)["pid"])
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for this worker's temporary files."""
+        return self.folder / f"tmp-{self.index}"
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is about to shut down."""
+        return (self.folder / "draining").exists()
+
+    def start_draining(self) -> None:
+        """Make every worker's ``/readyz`` fail."""
+        (self.folder / "draining").touch()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the workers are ending."""
+        return (self.folder / "stopping").exists()
+
+    def start_stopping(self) -> None:
+        """Let workers end as soon as they answer no request."""
+        (self.folder / "stopping").touch()
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Publish this worker's state."""
+        path = self.folder / f"worker-{self.index}.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"pid": os.getpid(), **state}), encoding="utf8")
+        os.replace(temporary, path)
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """The states of all workers that run, by index."""
+        found = {}
+        for index in range(self.count):
+            try:
+                text = (self.folder / f"worker-{index}.json").read_text(encoding="utf8")
+            except FileNotFoundError:
+                continue
+            state = json.loads(text)
+            if _runs(state["pid"]):
+                found[index] = state
+        return found
+
+    def all_ready(self) -> bool:
+        """Whether every worker runs and is ready."""
+        states = self.read()
+        return len(states) == self.count and all(state.get("ready") for state in states.values())
+
+    def served(self) -> dict[str, Any]:
+        """The last served version of each model, in any worker; for a worker that restarts."""
+        found: dict[str, Any] = {}
+        for index in range(self.count):
+            path = self.folder / f"worker-{index}.json"
+            if path.exists():
+                found |= json.loads(path.read_text(encoding="utf8")).get("served", {})
+        return found
+
+    def of_model(self, name: str) -> list[dict[str, Any]]:
+        """State of one model in each running worker."""
+        return [
+            {"replica": index, "pid": state["pid"], **state.get("models", {}).get(name, {})}
+            for index, state in sorted(self.read().items())
+        ]
+
+    def failure(self) -> str:
+        """Why a worker could not open a model at the first start; empty if none failed."""
+        for index in range(self.count):
+            path = self.folder / f"worker-{index}.json"
+            if path.exists() and (reason := json.loads(path.read_text()).get("failed")):
+                return str(reason)
+        return ""
+
+
+def new_run_folder() -> Path:
+    """Create a run directory, and remove those of servers that were killed."""
+    root = Path(tempfile.gettempdir())
+    for old in root.glob(f"{_PREFIX}*"):
+        pid = old.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not _runs(int(pid)) and old.stat().st_uid == os.getuid():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Training: the training loop, distillation, text augmentation and quantization-aware training."""

@@ -1,0 +1,136 @@
+"""Timing and benchmarks in real worker processes with tiny ONNX Runtime variants."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny.votes import LABELS, PREDICTIONS, ROWS, export, start_worker
+
+from mlflow_pt_deploy.data.splits import Split, Splits
+from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.evaluation import Bench, Result, Worker, measure
+from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
+from mlflow_pt_deploy.runtimes.onnxruntime import FILE
+
+
+def test_rounds_time_both_sides_on_the_same_rows(folder: Path, worker: Worker) -> None:
+    with start_worker(folder) as other:
+        warm_up(worker, [0, 1, 2, 3])
+        rounds = interleave(other, worker, [0, 1, 2, 3], seconds=0.3)
+    assert len(rounds.ratios) >= 7
+    assert len(rounds.samples_ms) % (4 * len(rounds.ratios)) == 0
+    assert 0.3 < float(np.median(rounds.ratios)) < 3  # the same variant on both sides
+
+
+def test_throughput_is_measured_at_each_batch_size(worker: Worker) -> None:
+    rates = throughput(worker, [0, 1, 2, 3] * 40, row_s=0.3e-3, seconds=0.1)
+    assert sorted(rates) == [8, 32, 128]
+    assert all(rate > 100 for found in rates.values() for rate in found)
+    # One pass of 128 rows would take longer than the budget.
+    assert sorted(throughput(worker, [0, 1, 2, 3] * 40, row_s=1e-3, seconds=0.1)) == [8, 32]
+
+
+def test_sampled_rows_are_distinct_and_reproducible() -> None:
+    assert sorted(sample_rows(10, among=4)) == [0, 1, 2, 3]
+    assert sample_rows(5, among=100) == sample_rows(5, among=100)
+    assert len(set(sample_rows(5, among=100))) == 5
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    validation = Split(ROWS * 5, np.array(PREDICTIONS * 5))  # the teacher is always correct
+    test = Split(ROWS, np.array([0, 1, 1, 1]))  # the teacher is correct on two rows
+    return Splits("colours", "here", LABELS, validation, validation, test)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, splits: Splits) -> list[Result]:
+    student = export(folder.parent / "student-onnxruntime-fp32", always_green=True)
+    broken = folder.parent / "student-onnxruntime-broken"
+    shutil.copytree(student, broken)
+    (broken / FILE).write_bytes(b"not a graph")
+    folders = {path.name: path for path in (student, broken, folder)}
+    return measure(folders, baseline=folder.name, splits=splits, seconds=0.4, threads=1)
+
+
+def test_a_broken_variant_does_not_affect_the_others(results: list[Result]) -> None:
+    student, broken, teacher = results
+    assert [each.reason for each in (student, teacher)] == ["", ""]
+    assert "model.onnx is not the file that was exported" in broken.reason
+    assert (broken.model, broken.runtime, broken.measurements) == ("student", "onnxruntime", ())
+
+
+def test_quality_is_compared_with_targets_and_baseline(
+    results: list[Result],
+) -> None:
+    student, _, teacher = results
+    assert teacher.value("accuracy", "validation") == 1
+    assert teacher.value("accuracy", "test") == 0.5
+    assert student.value("accuracy", "validation") == 0.25  # one of ROWS is green
+    assert student.value("accuracy", "test") == 0.75
+    assert student.value("agreement", "test") == 0.25
+    assert student.value("accuracy_drop", "test") == -0.25
+    assert student.get("accuracy", "test").samples == (0, 1, 1, 1)
+
+
+def test_the_speedup_of_the_baseline_is_about_one(results: list[Result]) -> None:
+    speedup = results[2].get("speedup")
+    assert 0.3 < speedup.value < 3
+    assert speedup.low <= speedup.value <= speedup.high
+
+
+def test_all_metrics_are_measured(results: list[Result]) -> None:
+    assert sorted(results[0].metrics()) == [
+        "artifact_mb",
+        "best_batch_rows",
+        "latency_mean_ms",
+        "latency_p50_ms",
+        "latency_p95_ms",
+        "latency_p99_ms",
+        "load_s",
+        "peak_rss_mb",
+        "speedup",
+        "speedup_high",
+        "speedup_low",
+        "throughput_rows_per_s",
+    ]
+    assert sorted(results[0].metrics("test")) == [
+        "accuracy",
+        "accuracy_drop",
+        "accuracy_drop_high",
+        "accuracy_drop_low",
+        "agreement",
+        "confidence",
+        "macro_f1",
+    ]
+
+
+def test_results_round_trip_through_json(results: list[Result]) -> None:
+    assert [Result.from_json(json.loads(json.dumps(r.to_json()))) for r in results] == results
+
+
+def test_the_baseline_must_be_among_the_variants(folder: Path, splits: Splits) -> None:
+    with pytest.raises(VariantError, match="baseline teacher-eager-fp32 is not among"):
+        measure({folder.name: folder}, baseline="teacher-eager-fp32", splits=splits)
+
+
+def test_a_missing_baseline_is_an_error(tmp_path: Path, splits: Splits) -> None:
+    gone = tmp_path / "teacher-eager-fp32"
+    with pytest.raises(VariantError, match="is not a variant"):
+        measure({gone.name: gone}, baseline=gone.name, splits=splits)
+
+
+def test_a_killed_baseline_is_restarted(folder: Path, splits: Splits) -> None:
+    with Bench(folder, splits, seconds=0.2, threads=1) as bench:
+        first = bench.worker.pid
+        os.kill(first, signal.SIGKILL)
+        (result,) = bench.measure({folder.name: folder})
+        assert bench.worker.pid != first
+    assert not result.reason
+    assert result.value("speedup")

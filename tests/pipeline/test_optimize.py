@@ -1,0 +1,88 @@
+"""Optimize: the finalists are measured with fewer threads too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.evaluation import Measurement, Result
+from mlflow_pt_deploy.pipeline import optimize
+from mlflow_pt_deploy.tracking import _serving_config
+
+BenchCalls = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
+BASELINE = "teacher-eager-fp32"
+
+
+def _result(variant: str, speedup: float, threads: int = 4) -> Result:
+    measurements = (
+        Measurement("latency_p50_ms", 10 / speedup, "ms"),
+        Measurement("latency_p95_ms", 20 / speedup, "ms"),
+        Measurement.from_samples(
+            "throughput_rows_per_s", (90 * speedup, 100 * speedup, 110 * speedup), "rows/s"
+        ),
+        Measurement("best_batch_rows", 32, "rows"),
+        Measurement("speedup", speedup, "x", low=0.9 * speedup, high=1.1 * speedup),
+        Measurement("artifact_mb", 10, "MB"),
+        Measurement("peak_rss_mb", 100, "MB"),
+        Measurement("accuracy", 0.9, "fraction", "validation"),
+        Measurement("accuracy_drop", 0.0, "fraction", "validation"),
+    )
+    parts = variant.split("-", 2)
+    return Result(variant, *parts, "cpu", threads, Path(variant), "", measurements, BASELINE)
+
+
+@pytest.fixture
+def bench_calls(monkeypatch: pytest.MonkeyPatch) -> BenchCalls:
+    """Four cores; one thread is enough for the static student, two for the other."""
+    calls: list[tuple[int, tuple[str, ...]]] = []
+    speedups = {("static-numpy-fp32", 1): 100.0, ("static-numpy-fp32", 2): 95.0}
+    speedups |= {("student-openvino-fp32", 1): 5.0, ("student-openvino-fp32", 2): 9.5}
+
+    class Bench:
+        def measure(self, folders: Any, *, threads: int, **_: Any) -> list[Result]:
+            calls.append((threads, tuple(folders)))
+            return [_result(name, speedups.get((name, threads), 0.5), threads) for name in folders]
+
+    monkeypatch.setattr(optimize, "usable_cores", lambda: 4)
+    return cast("optimize.Bench", Bench()), calls
+
+
+MEASURED = [
+    _result(BASELINE, 1.0),
+    _result("static-numpy-fp32", 100.0),
+    _result("student-openvino-fp32", 10.0),
+]
+
+
+def test_each_finalist_gets_the_fewest_threads_it_needs(bench_calls: BenchCalls) -> None:
+    bench, calls = bench_calls
+    found = optimize._with_fewer_threads(bench, MEASURED, Options())
+    assert [threads for threads, _ in calls] == [2, 1]
+    assert {each.variant: each.threads for each in found} == {
+        BASELINE: 4,
+        "static-numpy-fp32": 1,
+        "student-openvino-fp32": 2,
+    }
+
+
+def test_threads_set_by_the_user_are_kept(bench_calls: BenchCalls) -> None:
+    bench, calls = bench_calls
+    assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4)) == MEASURED
+    assert not calls
+
+
+def test_a_variant_is_served_with_its_measured_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow_pt_deploy.tracking.usable_cores", lambda: 4)
+    assert _serving_config(_result("a-b-c", 2, threads=1)) == {
+        "num_threads": 1,
+        "max_batch_rows": 32,
+    }
+    every_core = _result("a-b-c", 2, threads=4)
+    assert _serving_config(every_core) == {
+        "max_batch_rows": 32
+    }  # and on other machines all of theirs
+    assert _serving_config(replace(every_core, measurements=())) == {}

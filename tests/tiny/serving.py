@@ -1,0 +1,146 @@
+"""Real, tiny models for the serving tests: word counts, or colours, to three classes, in NumPy.
+
+It is also a loader module, so that both MLflow and we load what `save_tiny` wrote; child processes
+learn of it by `sitecustomize`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.model_config import MODEL_CONFIG
+from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
+from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
+from mlflow_pt_deploy.registry import mlmodel
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits
+from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
+
+mlmodel.LOADERS |= {"tiny.serving"}
+
+WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan", "slow")
+WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)
+WEIGHTS[2, 0] = WEIGHTS[3, 1] = WEIGHTS[4, 2] = 1.0
+
+
+@dataclass(frozen=True)
+class TinyManifest:
+    name: str = "tiny-numpy-fp32"
+    model: str = "tiny"
+    runtime: str = "numpy"
+    precision: str = "fp32"
+    digest: str = "0" * 64
+    libraries: Mapping[str, str] = field(default_factory=lambda: {"python": "2.7"})
+
+
+def predict(inputs: Inputs) -> Logits:
+    """float32 (batch, 3): how often each class's word stands in the text."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    if (ids == WORDS.index("explode")).any():
+        raise RuntimeError("secret /path/to/model exploded")
+    logits = (WEIGHTS[ids] * mask[:, :, None]).sum(axis=1)
+    logits[(ids == WORDS.index("nan")).any(axis=1)] = np.nan
+    return logits.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class TinyVariant:
+    manifest: TinyManifest
+    preprocessor: Preprocessor
+    labels: tuple[str, ...] = ("red", "green", "blue")
+    predict: Any = staticmethod(predict)
+
+
+def tiny_variant() -> TinyVariant:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return TinyVariant(TinyManifest(), TextPreprocessor(tokenizer, max_length=64, pad_id=0))
+
+
+def tiny_images() -> TinyVariant:
+    """How red, green or blue an image is."""
+
+    def colours(inputs: Inputs) -> Logits:
+        return inputs["pixel_values"].mean(axis=(2, 3)).astype(np.float32)
+
+    return TinyVariant(TinyManifest(), ImagePreprocessor(height=4, width=4), predict=colours)
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PtDeployPyFunc:
+    habits = json.loads((Path(path) / "habits.json").read_text())
+    time.sleep(habits.get("load_s", 0))
+    if "refuse" in habits:
+        raise ArtifactError(habits["refuse"])
+    variant = tiny_images() if habits.get("images") else tiny_variant()
+    if "label" in habits:
+        variant = replace(variant, labels=(habits["label"], "green", "blue"))
+    if "predict_s" in habits:
+
+        def slow(inputs: Inputs) -> Logits:
+            time.sleep(habits["predict_s"])
+            return predict(inputs)
+
+        variant = replace(variant, predict=slow)
+    if "slow_s" in habits:
+        fast = variant.predict
+
+        def sometimes_slow(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == WORDS.index("slow")).any():
+                time.sleep(habits["slow_s"])
+            return fast(inputs)
+
+        variant = replace(variant, predict=sometimes_slow)
+    if "unsure_below" in habits:
+        variant = replace(
+            variant, predict=CascadePredictor(predict, predict, habits["unsure_below"])
+        )
+    return PtDeployPyFunc(variant, model_config)  # type: ignore[arg-type]
+
+
+def load_checked(root: Path, checked: mlmodel.MLmodel, config: Mapping[str, Any]) -> PtDeployPyFunc:
+    return _load_pyfunc(str(root), config)
+
+
+def save_tiny(folder: Path, **habits: Any) -> Path:
+    """Write an MLmodel that loads the tiny model.
+
+    Args:
+        folder: Must not exist.
+        **habits: `images`: classify colours of images; `label`: name of the class red; `load_s`,
+            `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch
+            with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
+            be a cascade of the model and itself.
+    """
+    from mlflow import pyfunc
+    from mlflow.models import Model
+
+    folder.mkdir()
+    model = Model(signature=signature())
+    manifest = TinyManifest()
+    model.add_flavor(
+        mlmodel.FLAVOR_NAME,
+        version="0",
+        variant=manifest.name,
+        runtime=manifest.runtime,
+        precision=manifest.precision,
+        digest=manifest.digest,
+        data=mlmodel.FOLDER,
+    )
+    pyfunc.add_to_model(model, loader_module="tiny.serving", model_config=MODEL_CONFIG)
+    model.save(str(folder / "MLmodel"))
+    (folder / mlmodel.FOLDER).mkdir()
+    (folder / mlmodel.MANIFEST).write_text("{}")  # of which a promotion takes the digest
+    (folder / "habits.json").write_text(json.dumps(habits))
+    return folder
