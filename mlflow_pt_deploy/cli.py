@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if parsed.json:
                 print(json.dumps(document))
             sys.stdout.flush()
-            return int(document.get("exit_status", 0))
+            status = int(document.get("exit_status", 0))
+            if own and parsed.stage == "serve":
+                os._exit(status)  # the workers are gone; the rest of this process holds nothing
+            return status
     except KeyboardInterrupt as interrupted:
         number = getattr(interrupted, "number", signal.SIGINT)
         print(f"pt-deploy {parsed.stage}: {describe_signal(number)}", file=sys.stderr, flush=True)

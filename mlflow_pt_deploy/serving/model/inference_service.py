@@ -12,7 +12,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -204,11 +204,24 @@ class InferenceService:
                 self._expire(request)
             elif self._encode(request):
                 active.append(request)
-        if active:
-            self._score(active)
+        for group in self._groups(active):
+            self._score(group)
         self._loop_cost.end_iteration(len(requests))
         if self._pending:
             self._loop_cost.begin_iteration()
+
+    def _groups(self, requests: Sequence[PendingRequest]) -> Iterator[list[PendingRequest]]:
+        """Consecutive requests that fit one call of the model together."""
+        group: list[PendingRequest] = []
+        rows = 0
+        for request in requests:
+            rows += len(request.rows)
+            if group and rows > self.options.max_batch_rows:
+                yield group
+                group, rows = [], len(request.rows)
+            group.append(request)
+        if group:
+            yield group
 
     def _next_batch(self) -> list[PendingRequest]:
         count = rows = 0

@@ -97,6 +97,23 @@ def test_requests_of_one_event_loop_iteration_are_one_batch(way: str) -> None:
     assert model.batches == ([4] if way == "inline" else [1, 3])
 
 
+def test_more_rows_than_a_batch_holds_run_inline_in_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They had all gone to the micro-batcher's threads."""
+    model = GatedModel()
+    service = new_service(model, "inline", max_batch_rows=4)
+    monkeypatch.setattr(service.batcher, "submit_nowait", None)
+
+    async def test() -> None:
+        futures = [submit(service, f"red {number}", f"tan {number}") for number in range(5)]
+        for each in futures:
+            assert labels(await each) == ["red", "red"]
+
+    run(test)
+    assert model.batches == [4, 4, 2]
+
+
 def test_an_inline_batch_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_INLINE_ROWS", 3)
     model = GatedModel()
