@@ -9,6 +9,7 @@ import atexit
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ REASON_TAG = "pt_deploy.reason"
 SLICES = "slices.json"
 _CHANGED = "changed_rows.json"
 _MAX_CHANGED, _MAX_CHARACTERS = 500, 500
+_INPUT_ATTEMPTS, _INPUT_PAUSE_S = 3, 0.5
 _NOTE_TAG = "mlflow.note.content"
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
 
@@ -131,11 +133,28 @@ def terminate_abandoned_children(parent: str) -> None:
 def log_dataset_facts(splits: Splits) -> None:
     """Log the MLflow datasets of a run, the name of the data, and its notes."""
     for split in ("train", "validation", "test"):
-        mlflow.log_input(dataset(splits, split), context=split)
+        _log_input(dataset(splits, split), split)
     mlflow.set_tag("pt_deploy.data", splits.name)
     mlflow.set_tag("pt_deploy.synthetic", str(splits.synthetic).lower())
     if splits.notes:
         mlflow.set_tag("pt_deploy.data_notes", "; ".join(splits.notes)[:5000])
+
+
+def _log_input(found: MetaDataset, context: str) -> None:
+    """Log a dataset; try again if another process has just stored the same one.
+
+    MLflow looks a dataset up and then inserts it. Two processes that do so at once violate the
+    uniqueness of its digest, and one of them gets an error.
+    """
+    for attempt in range(_INPUT_ATTEMPTS):
+        try:
+            mlflow.log_input(found, context=context)
+        except Exception:  # of SQLAlchemy or MLflow, depending on the store
+            if attempt == _INPUT_ATTEMPTS - 1:
+                raise
+            time.sleep(_INPUT_PAUSE_S)
+        else:
+            return
 
 
 def dataset(splits: Splits, split: str) -> MetaDataset:

@@ -71,9 +71,8 @@ def _copy(parsed: argparse.Namespace) -> dict[str, Any]:
         parsed.name, parsed.to or parsed.name, parsed.registry_uri, verify=parsed.verify
     )
     where = f" in {parsed.registry_uri}" if parsed.registry_uri else ""
-    print(
-        f"{promotion.uri}{where} is version {promotion.version}, a verified copy of {parsed.name}"
-    )
+    copied = f"a verified copy of the champion of {parsed.name}"
+    print(f"{promotion.uri}{where} is version {promotion.version}, {copied}")
     return {"stage": "promote", **promotion_document(promotion)}
 
 

@@ -17,7 +17,7 @@ from mlflow_pt_deploy.errors import TrackingError
 
 EVENT_PREFIX = "pt_deploy.event."
 _MAX_EVENTS = 200
-_MAX_WHY = 1500  # characters; a tag holds 5000
+_MAX_WHY = 400  # characters; the version's description holds everything
 _MEASURED = ("accuracy", "latency_p50_ms", "speedup")
 _WIDTH = 130
 

@@ -35,6 +35,11 @@ RUN_TAG = "pt_deploy.run"
 """Tag of a version: run of the optimize stage that measured it."""
 
 _FORBIDDEN = "/:"
+_ABOUT = (
+    "Aliases: `champion` is served, `previous` was served before, `challenger` is compared next. "
+    "Move `champion` to promote or to go back. `pt-deploy history` lists the promotions; they are "
+    "kept in the tags `pt_deploy.event.*`."
+)
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         try:
-            client.create_registered_model(name)
+            client.create_registered_model(name, description=_ABOUT)
         except MlflowException as raced:
             if raced.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

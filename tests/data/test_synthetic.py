@@ -16,7 +16,7 @@ def catalog() -> Splits:
 
 def test_sizes_and_classes(catalog: Splits) -> None:
     sizes = (len(catalog.train), len(catalog.validation), len(catalog.test))
-    assert sizes == (TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS) == (1000, 200, 300)
+    assert sizes == (TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS) == (1000, 800, 400)
     assert len(catalog.labels) == 12
     assert np.bincount(catalog.train.targets).min() >= 50
 

@@ -14,6 +14,9 @@ from tiny.artifact import SAVED
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.plugins.latency_evaluator import _quantile
 
+# MLflow 3.17 uses what pandas deprecates
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+
 DATA = pd.DataFrame({"text": ["my card", "please refund me"] * 4, "label": ["card", "refund"] * 4})
 QUICK = {"seconds": 0.05, "rows": 4, "batch_rows": 4}
 PLAIN = {"log_model_explainability": False}

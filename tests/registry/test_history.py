@@ -91,7 +91,7 @@ def test_a_long_history_keeps_the_newest(tracking: str, monkeypatch: pytest.Monk
     client.set_registered_model_tag("shop", "pt_deploy.event.zzz", "by hand")
     found = read_history("shop").events
     assert [event.after for event in found] == ["2", "3", "4"]
-    assert len(found[0].why) == 1500
+    assert len(found[0].why) == 400
     with pytest.raises(TrackingError, match="the history of none cannot be read"):
         read_history("none")
 
