@@ -6,6 +6,8 @@ A lifecycle is one parent run; teacher, student and variants are its child runs.
 from __future__ import annotations
 
 import atexit
+import base64
+import io
 import re
 import shutil
 import tempfile
@@ -27,6 +29,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.evaluation.slices import Change, Slice, changed_rows, slice_accuracy
+from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
 from mlflow_pt_deploy.tracking_server import redact_uri
@@ -202,10 +205,22 @@ def log_result(
             params=params,
             step=step,
             model_type=result.model,
+            input_example=_input_example(splits.column),
             model_config=_serving_config(result),
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
+
+
+def _input_example(column: str) -> list[str]:
+    """A request's rows, for people and tools that read the logged model; no row of the user's."""
+    if column == "text":
+        return [EXAMPLES["text"]]
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).save(file, "PNG")
+    return [base64.b64encode(file.getvalue()).decode()]
 
 
 def log_differences(result: Result, baseline: Result, splits: Splits) -> None:

@@ -15,8 +15,9 @@ from mlflow_pt_deploy.artifacts.builder import BuildResult, build, golden_rows, 
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import PtDeployError, VariantError
+from mlflow_pt_deploy.errors import ModelError, PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result
+from mlflow_pt_deploy.pipeline.pyfunc_timer import PYFUNC_ROWS, pyfunc_latency_ms
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
@@ -28,6 +29,8 @@ from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
 from mlflow_pt_deploy.system.progress import progress
+
+PYFUNC_METRIC = "pyfunc_latency_p50_ms"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def optimize(
     uris = _log_results(results, splits)
     choice = choose(results, policy)
     conditions = tracking.conditions(splits)
-    _log_outcome(results, choice, splits, uris, work, policy)
+    notes = [*splits.notes, *_pyfunc_note(choice, results, uris, splits)]
+    _log_outcome(results, choice, splits, uris, work, policy, notes)
     shutil.rmtree(work, ignore_errors=True)
     return OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
 
@@ -195,6 +199,24 @@ def _smaller_thread_counts(cores: int) -> list[int]:
     return [cores >> step for step in range(1, cores.bit_length())]
 
 
+def _pyfunc_note(
+    choice: Choice, results: Sequence[Result], models: Mapping[str, str], splits: Splits
+) -> list[str]:
+    """Time the chosen variant through `mlflow.pyfunc`, log it, and say it beside its own time."""
+    chosen = next((each for each in results if each.variant == choice.variant), None)
+    if chosen is None or chosen.variant not in models:
+        return []
+    try:
+        latency_ms = pyfunc_latency_ms(models[chosen.variant], splits.validation.rows)
+    except ModelError as error:
+        return [str(error)]
+    mlflow.log_metric(PYFUNC_METRIC, latency_ms)
+    return [
+        f"{chosen.variant} takes {chosen.value('latency_p50_ms'):.3g} ms per row by itself, and "
+        f"{latency_ms:.3g} ms through mlflow.pyfunc's predict (median of {PYFUNC_ROWS} rows)"
+    ]
+
+
 def _log_outcome(
     results: list[Result],
     choice: Choice,
@@ -202,10 +224,11 @@ def _log_outcome(
     models: Mapping[str, str],
     work: Path,
     policy: Policy,
+    notes: Sequence[str],
 ) -> None:
     figure = work / "accuracy_latency.png"
     plot(results, figure, choice, retain=policy.retain)
-    report = markdown(results, choice, notes=splits.notes, policy=policy)
+    report = markdown(results, choice, notes=notes, policy=policy)
     tracking.log_results(results, splits, {"report.md": report}, figure)
     chosen, baseline = (
         next((each for each in results if each.variant == name), None)

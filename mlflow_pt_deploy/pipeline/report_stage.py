@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation.slices import Slice
+from mlflow_pt_deploy.pipeline.optimize import PYFUNC_METRIC
 from mlflow_pt_deploy.pipeline.promotion_stage import read_optimized
 from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.history import read_history
@@ -140,10 +141,12 @@ def _commands(name: str) -> list[str]:
 
 
 def _facts(run_id: str, conditions: Mapping[str, str]) -> dict[str, str]:
-    tags = MlflowClient().get_run(run_id).data.tags
+    data = MlflowClient().get_run(run_id).data
+    tags, latency_ms = data.tags, data.metrics.get(PYFUNC_METRIC)
     hardware = {
         key.removeprefix("hardware."): value
         for key, value in sorted(tags.items())
         if key.startswith("hardware.")
     }
-    return {"run": run_id, **conditions, **hardware}
+    timed = {} if latency_ms is None else {"mlflow.pyfunc": f"{latency_ms:.3g} ms per row (p50)"}
+    return {"run": run_id, **timed, **conditions, **hardware}

@@ -120,6 +120,8 @@ def _check_tracking(document: dict) -> None:
     assert tags["hardware.cores"]
     parent = MlflowClient().get_run(document["run_id"])
     assert document["choice"] in parent.data.tags["mlflow.note.content"]
+    assert parent.data.metrics["pyfunc_latency_p50_ms"] > 0
+    assert "through mlflow.pyfunc's predict" in parent.data.tags["mlflow.note.content"]
     files = {f.path for f in MlflowClient().list_artifacts(document["run_id"])}
     assert {"accuracy_latency.png", "report.md", "report.html", "results.json"} <= files
     assert {"models.json", "slices.json", "changed_rows.json"} <= files
@@ -138,6 +140,8 @@ def _check_champion(document: dict) -> None:
     version = MlflowClient().get_model_version_by_alias("tiny", "champion")
     assert version.description.startswith(document["reason"])
     assert version.tags["pt_deploy.variant"] == document["choice"]
+    info = mlflow.models.get_model_info("models:/tiny@champion")
+    assert info.saved_input_example_info["serving_input_path"] == "serving_input_example.json"
 
 
 def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
