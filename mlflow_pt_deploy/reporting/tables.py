@@ -40,8 +40,9 @@ def table(
         policy: Of the choice; whether the test rows keep its promise is added.
     """
     chosen = choice.variant if choice else None
-    header = ["", *(column.title for column in _columns(dataset))]
-    rows = [["*" if r.variant == chosen else "", *_cells(r, dataset)] for r in _ranked(results)]
+    columns = _columns(dataset, results)
+    header = ["", *(column.title for column in columns)]
+    rows = [["*" if r.variant == chosen else "", *_cells(r, columns)] for r in _ranked(results)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [_line(row, widths) for row in [header, *rows]]
     lines.insert(1, "-" * max(map(len, lines)))
@@ -73,7 +74,7 @@ def markdown(
         notes: Lines to add below, e.g. the machine and the data.
         policy: See `table`.
     """
-    columns = _columns(dataset)
+    columns = _columns(dataset, results)
     warning = headline(results, _result_of(results, choice), policy)
     lines = [
         *([f"**{warning}**", ""] if warning else []),
@@ -82,7 +83,7 @@ def markdown(
         "|---|" + "---:|" * (len(columns) - 1),
     ]
     for each in _ranked(results):
-        cells = _cells(each, dataset)
+        cells = _cells(each, columns)
         if choice is not None and each.variant == choice.variant:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
@@ -96,8 +97,9 @@ def ranked_cells(
 ) -> tuple[list[str], list[tuple[bool, list[str]]]]:
     """Return the titles of the table, and for each variant whether it was chosen and its cells."""
     chosen = choice.variant if choice else None
-    rows = [(each.variant == chosen, _cells(each, dataset)) for each in _ranked(results)]
-    return [column.title for column in _columns(dataset)], rows
+    columns = _columns(dataset, results)
+    rows = [(each.variant == chosen, _cells(each, columns)) for each in _ranked(results)]
+    return [column.title for column in columns], rows
 
 
 def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
@@ -148,13 +150,20 @@ def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[li
     return rows
 
 
-def _columns(dataset: str) -> tuple[_Column, ...]:
+def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
+    """Columns of the table; ``flips`` only if a label of some variant depends on the batch."""
+
     def on(name: str, of: str, form: Callable[[float], str]) -> Callable[[Result], str]:
         return lambda result: _formatted(result.value(name, of), form)
 
     def drop(result: Result) -> str:
         return _with_interval(result.get("accuracy_drop", dataset), _points)
 
+    def flips(result: Result) -> str:
+        share = result.value("batch_invariance")
+        return "-" if share is None else f"{100 * (1 - share):.1f}%"
+
+    depends = any((each.value("batch_invariance") or 1.0) < 1 for each in results)
     return (
         _Column("variant", lambda result: result.variant),
         _Column("p50 ms", on("latency_p50_ms", "", _significant)),
@@ -166,6 +175,7 @@ def _columns(dataset: str) -> tuple[_Column, ...]:
         _Column(f"acc ({dataset})", on("accuracy", dataset, "{:.4f}".format)),
         _Column("drop, points", drop),
         _Column("agree", on("agreement", dataset, "{:.4f}".format)),
+        *([_Column("flips", flips)] if depends else []),
     )
 
 
@@ -204,8 +214,8 @@ def _with_interval(found: Measurement | None, form: Callable[[float], str]) -> s
     return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
 
 
-def _cells(result: Result, dataset: str) -> list[str]:
-    return [column.text(result) for column in _columns(dataset)]
+def _cells(result: Result, columns: Sequence[_Column]) -> list[str]:
+    return [column.text(result) for column in columns]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
