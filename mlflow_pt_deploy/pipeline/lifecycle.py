@@ -19,7 +19,7 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.errors import NotPromotedError
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
-from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice
+from mlflow_pt_deploy.pipeline.promotion_stage import check_champion, promote_choice
 from mlflow_pt_deploy.pipeline.report_stage import log_report
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
@@ -74,11 +74,14 @@ def run_lifecycle(options: Options) -> LifecycleResult:
     check_tracking()
     if options.resume:
         saved = tracking.saved_options(options.resume)
-        options = replace(saved, resume=options.resume, storage=options.storage)
+        kept = "yes" if "yes" in (saved.replace, options.replace) else "no"
+        options = replace(saved, resume=options.resume, storage=options.storage, replace=kept)
     select(options.variants)  # reports a wrong name before training, as do the next two
     options.selection_policy()
     check_name(options.name)
     splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
+    if options.replace == "no":
+        check_champion(options.name, tracking.conditions(splits))
     seconds: dict[str, float] = {}
     train = partial(train_teacher, before=_dry_run(options))
     with tracking.stage_run(

@@ -31,6 +31,9 @@ from mlflow_pt_deploy.system.paths import work_folder
 from mlflow_pt_deploy.system.progress import progress
 
 PYFUNC_METRIC = "pyfunc_latency_p50_ms"
+_MIN_SECONDS = (
+    0.5  # with a smaller timing budget mlflow.pyfunc is not timed: its imports take longer
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def optimize(
     uris = _log_results(results, splits)
     choice = choose(results, policy)
     conditions = tracking.conditions(splits)
-    notes = [*splits.notes, *_pyfunc_note(choice, results, uris, splits)]
+    timed = options.seconds >= _MIN_SECONDS
+    notes = [*splits.notes, *(_pyfunc_note(choice, results, uris, splits) if timed else ())]
     _log_outcome(results, choice, splits, uris, work, policy, notes)
     shutil.rmtree(work, ignore_errors=True)
     return OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)

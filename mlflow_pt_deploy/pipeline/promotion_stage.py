@@ -9,7 +9,7 @@ import mlflow
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.errors import ModelError, NotPromotedError, PtDeployError
+from mlflow_pt_deploy.errors import ModelError, NotPromotedError, PolicyError, PtDeployError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.registry.aliases import timestamp
@@ -93,6 +93,27 @@ def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = 
             baseline=others.get("baseline"),
             challenger=others.get("challenger"),
         )
+
+
+def check_champion(name: str, conditions: Mapping[str, str]) -> None:
+    """Check, before anything is trained, that a champion can be compared with what will be chosen.
+
+    Args:
+        name: Name of the registered model; it may not exist.
+        conditions: See `tracking.conditions`.
+
+    Raises:
+        PolicyError: The champion was measured on other data or other hardware.
+    """
+    current = _current_champion(name)
+    for key, what in (("data", "data"), ("hardware", "hardware")):
+        before = current.tags.get(f"pt_deploy.{key}") if current else conditions[key]
+        if before != conditions[key]:
+            raise PolicyError(
+                f"{name} has a champion that was measured on other {what} ({before or 'unknown'} "
+                f"instead of {conditions[key]}), so it could not be compared with a new one. Give "
+                "another --name, or --replace. Nothing was trained."
+            )
 
 
 def read_optimized(run_id: str, policy: Policy | None = None) -> OptimizationResult:

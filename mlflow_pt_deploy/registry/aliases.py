@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ STALE_S = 120.0
 
 _ATTEMPTS = 4
 
-Placement = Mapping[str, str | None]
+Placement = dict[str, str | None]
 """Version of each alias; None: the alias is not set."""
 
 
@@ -78,7 +78,7 @@ def alias_move(
         MlflowException: The registry rejects a change.
     """
     key = _reserve(client, name)
-    before = placement(client.get_registered_model(name))
+    before: Placement = {}
 
     def move(after: Placement, event: Event | None) -> None:
         if placement(client.get_registered_model(name)) != before:
@@ -93,6 +93,7 @@ def alias_move(
             append_event(client, name, event)
 
     try:
+        before |= placement(client.get_registered_model(name))
         yield move
     except BaseException:
         with suppress(TrackingError):  # the plan stays, for a later `repair`

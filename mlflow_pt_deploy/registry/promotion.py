@@ -118,7 +118,7 @@ def promote(
         with alias_move(client, name) as move:
             versions = {
                 each.uri: _register(client, name, each, digests[each.uri])
-                for each in (baseline, challenger, chosen)
+                for each in (chosen, baseline, challenger)
                 if each
             }
             version = versions[chosen.uri]

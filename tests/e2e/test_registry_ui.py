@@ -32,16 +32,24 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 FASTER = {**VARIANTS, "student-openvino-int8": Made(359, 358, 20.0)}
 
 
-@pytest.fixture
-def ui(tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """MLflow's server on the empty database of `tracking`."""
-    with mlflow_server(tmp_path, tracking) as (url, _):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-        monkeypatch.setenv("MLFLOW_REGISTRY_URI", url)
-        mlflow.set_tracking_uri(url)
-        mlflow.set_registry_uri(url)
-        mlflow.set_experiment("shop")  # its artifacts go through the server
+@pytest.fixture(scope="module")
+def server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow's server on an empty database."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    database = shutil.copyfile(empty_database, folder / "ui.db")
+    with mlflow_server(folder, f"sqlite:///{database}") as (url, _):
         yield url
+
+
+@pytest.fixture
+def ui(server: str, tracking: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The server, as MLflow's tracking server of this process and of its children."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", server)
+    mlflow.set_tracking_uri(server)
+    mlflow.set_registry_uri(server)
+    mlflow.set_experiment("shop")  # its artifacts go through the server
+    return server
 
 
 @pytest.fixture
@@ -143,20 +151,20 @@ def test_a_person_reads_the_reason_and_moves_the_alias(
 
 def test_promote_model_in_the_ui_is_a_promotion(ui: str, page: object, tmp_path: Path) -> None:
     """The button copies a version to another registered model; a server follows its latest."""
-    promote_choice(read_optimized(optimized_run()), "shop")
+    promote_choice(read_optimized(optimized_run()), "boutique")
     client = MlflowClient()
-    version = str(client.get_model_version_by_alias("shop", "champion").version)
-    client.copy_model_version(f"models:/shop/{version}", "shop-prod")
-    words = ("models:/shop-prod/latest", "--replicas", "1", "--poll-s", "1")
+    version = str(client.get_model_version_by_alias("boutique", "champion").version)
+    client.copy_model_version(f"models:/boutique/{version}", "boutique-prod")
+    words = ("models:/boutique-prod/latest", "--replicas", "1", "--poll-s", "1")
     with started(tmp_path / "scratch", *words) as served:
         load = Load(served.url)
         load.start()
         try:
-            page.goto(f"{ui}/#/models/shop/versions/{version}")  # type: ignore[attr-defined]
+            page.goto(f"{ui}/#/models/boutique/versions/{version}")  # type: ignore[attr-defined]
             page.get_by_role("button", name="Promote model").click()  # type: ignore[attr-defined]
             dialog = page.locator('[role="dialog"]')  # type: ignore[attr-defined]
             dialog.locator("input").first.click()
-            page.get_by_text("shop-prod").last.click()  # type: ignore[attr-defined]
+            page.get_by_text("boutique-prod").last.click()  # type: ignore[attr-defined]
             shot(page, "promote-model")
             dialog.get_by_role("button", name="Promote").last.click()
             until(lambda: load.versions and load.versions[-1] == "2", 60)

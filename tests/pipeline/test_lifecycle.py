@@ -120,8 +120,6 @@ def _check_tracking(document: dict) -> None:
     assert tags["hardware.cores"]
     parent = MlflowClient().get_run(document["run_id"])
     assert document["choice"] in parent.data.tags["mlflow.note.content"]
-    assert parent.data.metrics["pyfunc_latency_p50_ms"] > 0
-    assert "through mlflow.pyfunc's predict" in parent.data.tags["mlflow.note.content"]
     files = {f.path for f in MlflowClient().list_artifacts(document["run_id"])}
     assert {"accuracy_latency.png", "report.md", "report.html", "results.json"} <= files
     assert {"models.json", "slices.json", "changed_rows.json"} <= files
@@ -206,8 +204,11 @@ def test_text_options_are_rejected_for_images(
 
 def test_optimize_an_existing_model(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
     done = optimize_models(
-        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.1)
+        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.5)
     )
+    run = MlflowClient().get_run(done.run_id)
+    assert run.data.metrics["pyfunc_latency_p50_ms"] > 0
+    assert "through mlflow.pyfunc's predict" in run.data.tags["mlflow.note.content"]
     assert [result.variant for result in done.results] == ["model-eager-fp32"]
     assert not done.results[0].reason
 

@@ -64,7 +64,7 @@ def test_a_promotion_registers_three_and_says_everything(
     }
     # the runner-up is the baseline itself
     assert roles == {"student-openvino-int8": "champion", BASELINE: "challenger"}
-    assert aliases() == {"previous": None, "champion": "2", "challenger": "1"}
+    assert aliases() == {"previous": None, "champion": "1", "challenger": "2"}
 
 
 def test_a_dry_run_lists_every_variant_and_changes_nothing(
@@ -111,19 +111,19 @@ def test_a_champion_is_replaced_only_by_a_better_one(
     command(capsys, *words, first)
     same = optimized_run()
     shown, _ = command(capsys, *words, same, status=3)
-    assert "version 2 of shop stays the champion. student-openvino-int8 is version 3" in shown
+    assert "version 1 of shop stays the champion. student-openvino-int8 is version 3" in shown
     assert "its latency is not better beyond noise: 1 against 1 ms per row" in shown
-    assert aliases() == {"previous": None, "champion": "2", "challenger": "3"}
+    assert aliases() == {"previous": None, "champion": "1", "challenger": "3"}
     better = optimized_run(FASTER)
     command(capsys, *words, better)
-    assert aliases()["champion"] == "4" or aliases()["previous"] == "2"
+    assert (aliases()["champion"], aliases()["previous"]) == ("4", "1")
     version = MlflowClient().get_model_version_by_alias("shop", "champion")
-    assert "Compared with version 2, the champion: its latency is better" in version.description
+    assert "Compared with version 1, the champion: its latency is better" in version.description
     command(capsys, *words, first, status=3)
     command(capsys, *words, first, "--replace")
     events = read_history("shop").events
     assert [event.action for event in events] == ["promote"] * 3
-    assert events[-1].after == "2"
+    assert events[-1].after == "1"
 
 
 def test_the_same_champion_again_changes_nothing_but_the_description(tracking: str) -> None:
@@ -150,6 +150,18 @@ def test_other_rows_or_hardware_are_refused_with_the_cure(
     command(capsys, *words, optimized_run(FASTER), "--replace", "yes")
 
 
+def test_a_champion_of_other_data_is_reported_before_training(
+    tracking: str, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(capsys, "promote", "--run", optimized_run(), "--name", "shop")
+    words = ("run", "--data", str(tiny_data), "--name", "shop", "--teacher", "nowhere")
+    shown, _ = command(capsys, *words, status=1)
+    assert "shop has a champion that was measured on other data" in shown
+    assert "Nothing was trained" in shown
+    shown, _ = command(capsys, *words, "--replace", status=1)
+    assert "nowhere" in shown
+
+
 def test_a_champion_registered_by_hand_needs_replace(
     tracking: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,15 +182,15 @@ def test_commands_on_a_registered_model(
     command(capsys, "promote", "--run", optimized_run(), "--name", "my shop")
     command(capsys, "promote", "--run", optimized_run(FASTER), "--name", "my shop")
     shown, document = command(capsys, "rollback", "my shop")
-    assert "is version 2 again" in shown
+    assert "is version 1 again" in shown
     shown, document = command(capsys, "history", "my shop")
     assert [event["action"] for event in document["events"]] == ["promote", "promote", "rollback"]
     assert not document["moved_by_hand"]
     shown, document = command(capsys, "compare", "my shop@champion", "my shop@previous")
     assert "both give the same label to 100.00% of the rows" in shown
     assert document["metrics"]["p50 ms"] == [1.0, 0.5]
-    shown, _ = command(capsys, "compare", "my shop@champion", "my shop/1")
-    assert "validation: my shop/1 is +0.25 points" in shown
+    shown, _ = command(capsys, "compare", "my shop@champion", "my shop/2")
+    assert "validation: my shop/2 is +0.25 points" in shown
     out = tmp_path / "page.html"
     command(capsys, "report", "my shop", "--out", str(out))
     text = out.read_text()
