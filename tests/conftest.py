@@ -97,10 +97,15 @@ def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def enabled_loggers() -> None:
-    """A test that opens a study with Optuna itself disables every logger; the next one has ours."""
+    """Libraries that a test before used may have configured logging: the next one has ours.
+
+    Alembic, for example, disables every logger when Optuna or MLflow makes its tables.
+    """
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
     for name, logger in logging.Logger.manager.loggerDict.items():
         if name.startswith("mlflow_pt_deploy") and isinstance(logger, logging.Logger):
-            logger.disabled = False
+            logger.disabled, logger.propagate = False, True
 
 
 @pytest.fixture(scope="session")
