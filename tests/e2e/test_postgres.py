@@ -30,7 +30,10 @@ from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.registry.promotion import Candidate, promote
 
 pytest.importorskip("psycopg")
-pytestmark = pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,6 @@ def lifecycle(data: Path, model: Path, name: str) -> tuple[str, ...]:
     return ("run", *flags)
 
 
-@pytest.mark.slow
 def test_two_lifecycles_at_once_and_a_server_restarted_in_the_middle(
     database: str, tiny_data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +141,6 @@ def test_a_rollback_behind_basic_auth(database: str, tmp_path: Path) -> None:
         assert "the history of team cannot be read" in out and "Traceback" not in out
 
 
-@pytest.mark.slow
 def test_a_search_of_two_processes_over_postgres(
     database: str, tiny_data: Path, tiny_model: Path, tmp_path: Path, tracking: str
 ) -> None:

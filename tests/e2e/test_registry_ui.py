@@ -27,7 +27,10 @@ from mlflow_pt_deploy.registry.refusal import REFUSED_TAG
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
+]
 
 FASTER = {**VARIANTS, "student-openvino-int8": Made(359, 358, 20.0)}
 
