@@ -1,5 +1,6 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
 # make test   the test suite          make check   ruff, mypy, layers, docs
+# make slow   tests in MLflow's UI and on PostgreSQL, minutes
 # make CI     what CI runs
 # make gpu    tests and benchmark on a CUDA device, by a python3 that has torch and transformers
 
@@ -11,7 +12,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: demo test check format clean CI gpu
+.PHONY: demo test slow check format clean CI gpu
 
 demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
@@ -22,6 +23,9 @@ demo: $(VENV)/.all
 test: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 2 --dist worksteal
+
+slow: $(VENV)/.dev
+	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -m slow
 
 check: $(VENV)/.dev
 	ruff check

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
-from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
+from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 STAGES = {
@@ -19,10 +19,20 @@ STAGES = {
     "distill": "distill a student from a fine-tuned teacher",
     "search": "search for students of a teacher",
     "optimize": "build, measure and log every variant of a model",
-    "promote": "choose a variant of a run and move the alias champion",
+    "promote": "choose a variant of a run, or copy a champion, and move the alias champion",
     "serve": "serve registered or logged models, and follow promotions",
 }
-"""Commands and their descriptions."""
+"""Stages: commands that are entry points of MLproject too, and their descriptions."""
+
+COMMANDS = {
+    **STAGES,
+    "rollback": "move the alias champion back to an earlier version",
+    "history": "list the promotions of a registered model",
+    "compare": "compare two versions on the same rows",
+    "verify": "compare a model on this machine with what was logged",
+    "report": "write one HTML page about a run, or about the champion of a registered model",
+}
+"""All commands and their descriptions."""
 
 # A model that exists was trained on some data; measuring it on the demo's would be meaningless.
 _NO_DEFAULT_DATA = ("distill", "search", "optimize")
@@ -52,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--version", action="version", version=__version__)
     stages = command.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, about in STAGES.items():
+    for name, about in COMMANDS.items():
         options = stage_options(name)
         has_data = any(spec.name == "data" for spec in options)
         stage = stages.add_parser(
@@ -74,11 +84,14 @@ def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -
         parser.add_argument(spec.flag, action="store_true", help=spec.help)
         return
     default = _DEFAULTS.get((stage, spec.name), spec.default)
-    shown: dict[str, Any] = {"help": spec.help + (f" ({default})" if default else "")}
+    about = spec.help.replace("%", "%%")  # argparse formats it
+    shown: dict[str, Any] = {"help": about + (f" ({default})" if default else "")}
+    if spec.choices == SWITCH:
+        shown |= {"help": about, "nargs": "?", "const": "yes"}
     if spec.choices:
         shown["metavar"] = f"{{{','.join(spec.choices)}}}"
     if spec.name == "data" and not default:
-        shown["help"] = f"(required) data that the model was trained on: {spec.help}"
+        shown["help"] = f"(required) data that the model was trained on: {about}"
     if (stage, spec.name) in _REQUIRED:
         parser.add_argument(
             spec.flag, required=True, type=spec.type, help=f"fine-tuned teacher: {_MODEL_FORMS}"
@@ -92,7 +105,41 @@ def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
     if name == "optimize":
         stage.add_argument("--model", required=True, help=f"model to optimize: {_MODEL_FORMS}")
     if name == "promote":
-        stage.add_argument("--run", required=True, help="id of a run with an optimize stage")
+        stage.add_argument("--run", default="", help="id of a run with an optimize stage")
+        about = "print every variant with what it passed and failed; change nothing"
+        stage.add_argument("--dry-run", action="store_true", help=about)
+        about = "copy the champion of --name to this registered model, and promote it there"
+        stage.add_argument("--to", default="", metavar="NAME", help=about)
+        about = "with --to: MLflow server of the copy; empty: the same"
+        stage.add_argument("--registry-uri", default="", metavar="URI", help=about)
+        about = "with --to: compute the golden rows of the copy before it is promoted"
+        stage.add_argument("--verify", action="store_true", help=about)
+        about = "finish or undo interrupted promotions of this registered model"
+        stage.add_argument("--repair", default="", metavar="NAME", help=about)
+    if name in ("rollback", "history"):
+        stage.add_argument("name", help="registered model")
+    if name == "rollback":
+        about = "version to go back to; empty: that of the alias previous"
+        stage.add_argument("--to", default="", metavar="VERSION", help=about)
+    if name == "compare":
+        for place in ("first", "second"):
+            stage.add_argument(
+                place, help=f"{place} version: NAME@ALIAS, NAME/VERSION or models:/..."
+            )
+        about = "measure both anew, interleaved, on this data; empty: compare stored answers"
+        stage.add_argument("--data", default="", help=about)
+        about = "with --data: timing budget of each model in seconds (8)"
+        stage.add_argument("--seconds", type=float, default=8.0, help=about)
+    if name == "report":
+        stage.add_argument(
+            "subject", help="id of a run with an optimize stage, or registered model"
+        )
+        about = "file to write (report-SUBJECT.html)"
+        stage.add_argument("--out", default="", metavar="FILE", help=about)
+    if name == "verify":
+        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a folder")
+        about = "time single rows too; nothing else should run meanwhile"
+        stage.add_argument("--latency", action="store_true", help=about)
     if name == "serve":
         about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a name"
         stage.add_argument("uri", help=about)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
 
-from mlflow_pt_deploy.errors import DataError, ModelError
-from mlflow_pt_deploy.option_fields import check_choices, option
-from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
+from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
+from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
 from mlflow_pt_deploy.system.hardware import check_device
 
 _TRAIN = ("run", "train", "distill")
@@ -54,6 +56,12 @@ class Options:
     )
     name: str = option(
         "pt-deploy-demo", "registered model to promote into", stages=("run", "promote")
+    )
+    replace: str = option(
+        "no",
+        "replace the champion without comparing it with the chosen variant",
+        stages=("run", "promote"),
+        choices=SWITCH,
     )
     epochs: int = option(
         -1,
@@ -161,11 +169,20 @@ class Options:
         "fraction of the teacher's validation accuracy that a variant must keep",
         stages=(*_PROMOTE, "search"),
     )
+    retain_low: float = option(
+        -1.0,
+        "the same with 95 % confidence; 0: not required; -1: 0.02 below --retain",
+        stages=(*_PROMOTE, "search"),
+    )
     objective: str = option(
         "latency",
-        "what the selection optimizes, for one row at a time or for batches",
+        "what the selection optimizes: latency of one row, throughput in batches, artifact size, "
+        "or cost per row in batches",
         stages=_PROMOTE,
-        choices=("latency", "throughput"),
+        choices=get_args(Objective),
+    )
+    policy: str = option(
+        "", "YAML file with all limits and the objective, instead of flags", stages=_PROMOTE
     )
     max_latency_p95_ms: float = option(
         0.0, "limit of the 95th percentile latency of a row in ms; 0: no limit", stages=_PROMOTE
@@ -176,6 +193,24 @@ class Options:
     max_peak_rss_mb: float = option(
         0.0, "limit of peak resident memory in MB (10^6 bytes); 0: no limit", stages=_PROMOTE
     )
+    min_throughput_rows_per_s: float = option(
+        0.0, "minimum rows per second in batches; 0: no limit", stages=_PROMOTE
+    )
+    min_class_recall: float = option(
+        0.0, "minimum share of correct rows in every class; 0: no limit", stages=_PROMOTE
+    )
+    min_agreement_perturbed: float = option(
+        0.0, "minimum agreement with the teacher on perturbed rows; 0: no limit", stages=_PROMOTE
+    )
+    min_batch_invariance: float = option(
+        0.0,
+        "minimum share of rows whose label does not depend on the batch; 0: no limit",
+        stages=_PROMOTE,
+    )
+    runtimes: str = option("", "allowed runtimes, separated by commas; empty: all", stages=_PROMOTE)
+    price_per_core_hour: float = option(
+        0.0, "price of a core for an hour, for --objective cost", stages=_PROMOTE
+    )
     resume: str = option("", "id of an interrupted run to resume", stages=_DATA)
 
     def __post_init__(self) -> None:
@@ -185,7 +220,7 @@ class Options:
                 "of CSV or Parquet with the columns `text` (or `image`) and `label`, "
                 "hf:OWNER/NAME, or catalog for a model of the demo."
             )
-        self.policy()
+        self._given_policy()  # a file is read when it is needed: it may be gone on a resume
         check_choices(self, ModelError)
         if self.device != "cpu":
             check_device(self.device)
@@ -195,18 +230,30 @@ class Options:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ModelError(f"{name} is {getattr(self, name)}; give a number of at least 0.")
 
-    def policy(self) -> Policy:
+    def selection_policy(self) -> Policy:
         """Limits and objective of the selection.
 
         Raises:
-            PolicyError: One of them is invalid.
+            PolicyError: One of them is invalid, or flags are given beside a file.
         """
+        given = self._given_policy()
+        if not self.policy:
+            return given
+        if given != Policy():
+            raise PolicyError(
+                "--policy is given beside flags for limits or the objective; give one or the other."
+            )
+        return read_policy(Path(self.policy))
+
+    def _given_policy(self) -> Policy:
+        limits = {name: getattr(self, name) or None for name in LIMITS}
         return Policy(
             retain=self.retain,
-            max_latency_p95_ms=self.max_latency_p95_ms or None,
-            max_artifact_mb=self.max_artifact_mb or None,
-            max_peak_rss_mb=self.max_peak_rss_mb or None,
+            retain_low=self.retain_low,
             objective=self.objective,  # type: ignore[arg-type]  # checked by Policy
+            runtimes=tuple(name.strip() for name in self.runtimes.split(",") if name.strip()),
+            price_per_core_hour=self.price_per_core_hour or None,
+            **limits,
         )
 
     def to_json(self) -> str:

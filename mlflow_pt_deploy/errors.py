@@ -9,7 +9,8 @@
     │   └── UnsupportedError    this machine cannot run the variant
     ├── ArtifactError      a variant folder that must not be loaded
     │   └── UntrustedError      the folder contains code whose digest is not trusted
-    ├── PolicyError        limits that are invalid, or that no variant meets
+    ├── PolicyError        limits that are invalid, or results that cannot be compared
+    │   └── NotPromotedError    no variant meets the limits, or the champion stays
     ├── SearchError        an invalid search space, or a study that cannot be used
     ├── TrackingError      the MLflow server or registry failed or cannot be reached
     └── ServingError       a scoring request that is not answered
@@ -29,6 +30,7 @@ __all__ = [
     "DeadlineError",
     "MissingExtraError",
     "ModelError",
+    "NotPromotedError",
     "OverloadedError",
     "PolicyError",
     "PtDeployError",
@@ -100,7 +102,20 @@ class UntrustedError(ArtifactError):
 
 
 class PolicyError(PtDeployError):
-    """Limits that are invalid, or that no variant meets."""
+    """Limits that are invalid, or results that cannot be compared."""
+
+
+class NotPromotedError(PolicyError):
+    """No variant meets the limits, or the champion stays.
+
+    Args:
+        message: What the variants lack, or why the champion stays.
+        champion_stays: Whether a variant was chosen that does not replace the champion.
+    """
+
+    def __init__(self, message: str, *, champion_stays: bool = False) -> None:
+        super().__init__(message)
+        self.champion_stays = champion_stays
 
 
 class SearchError(PtDeployError):

@@ -12,6 +12,9 @@ from typing import Any, TypeVar, get_type_hints
 
 _T = TypeVar("_T")
 
+SWITCH = ("no", "yes")
+"""Choices of an option that is a flag without a value, or ``yes`` in MLproject."""
+
 
 @dataclass(frozen=True)
 class OptionSpec:

@@ -6,9 +6,12 @@ A lifecycle is one parent run; teacher, student and variants are its child runs.
 from __future__ import annotations
 
 import atexit
+import base64
+import io
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +28,20 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.evaluation.slices import Change, Slice, changed_rows, slice_accuracy
+from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 from mlflow_pt_deploy.system import interrupt
-from mlflow_pt_deploy.system.hardware import hardware_tags, usable_cores
+from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
 from mlflow_pt_deploy.tracking_server import redact_uri
 
 STAGE_TAG = "pt_deploy.stage"
 VARIANT_TAG = "pt_deploy.variant"
 OPTIONS_TAG = "pt_deploy.options"
 REASON_TAG = "pt_deploy.reason"
+SLICES = "slices.json"
+_CHANGED = "changed_rows.json"
+_MAX_CHANGED, _MAX_CHARACTERS = 500, 500
+_INPUT_ATTEMPTS, _INPUT_PAUSE_S = 3, 0.5
 _NOTE_TAG = "mlflow.note.content"
 _MLFLOW_SCHEMES = ("runs:/", "models:/", "mlflow-artifacts:/", "file:")
 
@@ -127,11 +136,28 @@ def terminate_abandoned_children(parent: str) -> None:
 def log_dataset_facts(splits: Splits) -> None:
     """Log the MLflow datasets of a run, the name of the data, and its notes."""
     for split in ("train", "validation", "test"):
-        mlflow.log_input(dataset(splits, split), context=split)
+        _log_input(dataset(splits, split), split)
     mlflow.set_tag("pt_deploy.data", splits.name)
     mlflow.set_tag("pt_deploy.synthetic", str(splits.synthetic).lower())
     if splits.notes:
         mlflow.set_tag("pt_deploy.data_notes", "; ".join(splits.notes)[:5000])
+
+
+def _log_input(found: MetaDataset, context: str) -> None:
+    """Log a dataset; try again if another process has just stored the same one.
+
+    MLflow looks a dataset up and then inserts it. Two processes that do so at once violate the
+    uniqueness of its digest, and one of them gets an error.
+    """
+    for attempt in range(_INPUT_ATTEMPTS):
+        try:
+            mlflow.log_input(found, context=context)
+        except Exception:  # of SQLAlchemy or MLflow, depending on the store
+            if attempt == _INPUT_ATTEMPTS - 1:
+                raise
+            time.sleep(_INPUT_PAUSE_S)
+        else:
+            return
 
 
 def dataset(splits: Splits, split: str) -> MetaDataset:
@@ -142,12 +168,15 @@ def dataset(splits: Splits, split: str) -> MetaDataset:
     return MetaDataset(source, name=name, digest=digest)  # type: ignore[abstract]  # MLflow does the same
 
 
-def log_result(result: Result, splits: Splits, step: int) -> str | None:
+def log_result(
+    result: Result, splits: Splits, step: int, baseline: Result | None = None
+) -> str | None:
     """Log one variant as a child run, with a logged model if it was built and measured.
 
     Args:
         result: Result of the variant.
         splits: Data of the measurements.
+        baseline: Result whose labels are compared with those of the variant, as a table.
         step: Distinct for each variant, because MLflow copies metrics of one step to its models.
 
     Returns:
@@ -167,6 +196,8 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             mlflow.end_run("FAILED")
             return None
         mlflow.log_dict(result.to_json(), "measurements.json")
+        if baseline is not None:
+            log_differences(result, baseline, splits)
         interrupt.check()
         info = flavor.log_model(
             result.folder,
@@ -174,10 +205,40 @@ def log_result(result: Result, splits: Splits, step: int) -> str | None:
             params=params,
             step=step,
             model_type=result.model,
+            input_example=_input_example(splits.column),
             model_config=_serving_config(result),
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"
+
+
+def _input_example(column: str) -> list[str]:
+    """A request's rows, for people and tools that read the logged model; no row of the user's."""
+    if column == "text":
+        return [EXAMPLES["text"]]
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).save(file, "PNG")
+    return [base64.b64encode(file.getvalue()).decode()]
+
+
+def log_differences(result: Result, baseline: Result, splits: Splits) -> None:
+    """Log two tables of the validation rows: accuracy by slice, and rows with another label."""
+    reference, predicted = (each.predicted.get("validation") for each in (baseline, result))
+    if not reference or not predicted:
+        return
+    slices = slice_accuracy(splits.validation, splits.labels, reference, predicted)
+    changed = changed_rows(splits.validation, splits.labels, reference, predicted)
+    short = [each._replace(text=each.text[:_MAX_CHARACTERS]) for each in changed[:_MAX_CHANGED]]
+    _log_table(slices, Slice._fields, SLICES)
+    _log_table(short, Change._fields, _CHANGED)
+
+
+def _log_table(rows: Sequence[tuple[object, ...]], columns: Sequence[str], name: str) -> None:
+    """Log a table in the form that MLflow's UI shows."""
+    table = {"columns": list(columns), "data": [list(row) for row in rows]}
+    mlflow.log_dict(table, name)
 
 
 def _serving_config(result: Result) -> dict[str, int]:
@@ -266,9 +327,54 @@ def log_folder(folder: Path, name: str) -> str:
     return f"runs:/{run.info.run_id}/{name}"
 
 
-def log_results(results: Sequence[Result], texts: Mapping[str, str], figure: Path) -> None:
+def conditions(splits: Splits) -> dict[str, str]:
+    """Return the data and the machine of measurements made now.
+
+    Results can be compared if the digests of the ``validation`` rows and the ``hardware`` are
+    equal.
+    """
+    facts = hardware()
+    machine = f"{facts['cpu']}, {facts['cores']} cores"
+    return {
+        "data": f"{splits.name}, {len(splits.validation)} validation and {len(splits.test)} test "
+        "rows",
+        "validation": splits.validation.digest,
+        "test": splits.test.digest,
+        "hardware": machine,
+    }
+
+
+def read_results(run_id: str) -> tuple[tuple[Result, ...], dict[str, str]]:
+    """Read the results of an optimize stage, and their conditions (empty for old runs).
+
+    Raises:
+        ModelError: The run has no finished optimize stage.
+    """
+    try:
+        document = mlflow.artifacts.load_dict(f"runs:/{run_id}/results.json")
+    except Exception as error:  # differs by artifact store
+        raise no_results(run_id) from error
+    results = tuple(map(Result.from_json, document["results"]))
+    return results, document.get("conditions", {})
+
+
+def no_results(run_id: str) -> ModelError:
+    """The error of a run without a finished optimize stage."""
+    return ModelError(
+        f"run {run_id} has no finished optimize stage. Finish it with "
+        f"pt-deploy run --resume {run_id}"
+    )
+
+
+def log_results(
+    results: Sequence[Result], splits: Splits, texts: Mapping[str, str], figure: Path
+) -> None:
     """Log all results to the active run, as JSON, as texts and as a figure."""
-    mlflow.log_dict({"results": [result.to_json() for result in results]}, "results.json")
+    document = {
+        "results": [result.to_json() for result in results],
+        "conditions": conditions(splits),
+    }
+    mlflow.log_dict(document, "results.json")
     for name, text in texts.items():
         mlflow.log_text(text, name)
     mlflow.log_artifact(str(figure))

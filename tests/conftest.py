@@ -97,10 +97,15 @@ def private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def enabled_loggers() -> None:
-    """A test that opens a study with Optuna itself disables every logger; the next one has ours."""
+    """Libraries that a test before used may have configured logging: the next one has ours.
+
+    Alembic, for example, disables every logger when Optuna or MLflow makes its tables.
+    """
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
     for name, logger in logging.Logger.manager.loggerDict.items():
         if name.startswith("mlflow_pt_deploy") and isinstance(logger, logging.Logger):
-            logger.disabled = False
+            logger.disabled, logger.propagate = False, True
 
 
 @pytest.fixture(scope="session")
@@ -232,9 +237,15 @@ def eager_variant(exported: Callable[[Variant], Path]) -> Path:
     return exported(Eager())
 
 
+@pytest.fixture(scope="session")
+def empty_database(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """MLflow's SQLite file without runs, to be copied: its schema takes 5 s to create."""
+    return once("mlflow.db", _write_database)
+
+
 @pytest.fixture
 def tracking(
-    once: Callable[[str, Callable[[Path], object]], Path],
+    empty_database: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[str]:
@@ -242,8 +253,7 @@ def tracking(
     import mlflow
     from mlflow.tracking import fluent
 
-    empty = once("mlflow.db", _write_database)  # its schema takes 5 s to create
-    database = Path(shutil.copyfile(empty, tmp_path / "mlflow.db"))
+    database = Path(shutil.copyfile(empty_database, tmp_path / "mlflow.db"))
     artifacts = tmp_path / "artifacts"
     with sqlite3.connect(database) as connection:
         connection.execute("UPDATE experiments SET artifact_location = ?", (f"{artifacts}/0",))

@@ -11,8 +11,9 @@ import mlflow
 import pytest
 import yaml
 
-from mlflow_pt_deploy.cli import _path_prefix, _tracking_commands, main
+from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.cli_args import STAGES, build_parser, stage_options
+from mlflow_pt_deploy.commands.pipeline import _path_prefix, _tracking_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,7 +100,11 @@ def test_mlproject_has_the_options_of_each_command(stage: str) -> None:
         (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
         (["run", "--retain", "2"], "retain is 2.0; give the fraction"),
         (["run", "--variants", "tensorrt"], "variants: unknown tensorrt; choose from aotinductor"),
-        (["run", "--objective", "size"], "objective is 'size'"),
+        (["run", "--objective", "fun"], "objective is 'fun'"),
+        (["run", "--policy", "none.yaml"], "the policy file none.yaml cannot be read"),
+        (["run", "--name", "a/b"], "'a/b' cannot be the name of a registered model"),
+        (["run", "--retain", "0.9", "--retain-low", "0.95"], "retain_low is 0.95, above retain"),
+        (["promote", "--run", "0123", "--replace", "maybe"], "replace is 'maybe'; choose from no"),
         (["train", "--teacher", "no/such-model"], "no/such-model: no classifier"),
         (["optimize", "--model", "runs:/0123/model", "--data", "digits"], "cannot be fetched from"),
         (["optimize", "--model", "mine"], "--data is missing. Give the data that the model was"),

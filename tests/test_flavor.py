@@ -13,7 +13,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ArtifactError, ServingError, UntrustedError
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
-from mlflow_pt_deploy.registry.promotion import promote
+from mlflow_pt_deploy.registry.promotion import Candidate, promote
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
@@ -90,7 +90,7 @@ def test_code_is_loaded_only_if_allowed_or_promoted(
     monkeypatch.setenv(flavor.ALLOW_CODE_ENV, "1")
     mlflow.pyfunc.load_model(uri)
     monkeypatch.delenv(flavor.ALLOW_CODE_ENV)
-    promotion = promote(uri, "tiny", "reviewed")
+    promotion = promote(Candidate(uri, "reviewed"), "tiny", "reviewed")
     mlflow.pyfunc.load_model(promotion.uri)
     client = MlflowClient()
     client.set_model_version_tag("tiny", promotion.version, DIGEST_TAG, "0" * 64)

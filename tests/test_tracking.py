@@ -16,13 +16,14 @@ from mlflow.models.model import ModelInfo
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.config import Options
+from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier, new_classifier
 from mlflow_pt_deploy.pipeline.stages import train_teacher
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
-from mlflow_pt_deploy.tracking import fetch_model, log_folder
+from mlflow_pt_deploy.tracking import _log_input, dataset, fetch_model, log_folder
 
 ROWS = ("please refund me", "my card pin", "send it abroad")
 
@@ -215,3 +216,27 @@ def test_a_stage_starts_from_a_logged_model(
     trained = train_teacher(Options(data=str(tiny_data), teacher=teacher, epochs=0))
     assert trained.validation_accuracy > 0.9
     np.testing.assert_array_equal(_logits(fetch_model(trained.model)), _logits(tiny_model))
+
+
+def test_a_dataset_that_another_process_stores_at_once(
+    tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow looks a dataset up and then inserts it; the second process gets an error."""
+    monkeypatch.setattr("mlflow_pt_deploy.tracking._INPUT_PAUSE_S", 0.01)
+    real, calls = mlflow.log_input, []
+
+    def log_input(*args: object, **more: object) -> None:
+        calls.append(args)
+        if len(calls) in (1, 4, 5, 6):
+            raise RuntimeError("UNIQUE constraint failed: datasets.experiment_id")
+        real(*args, **more)
+
+    monkeypatch.setattr(mlflow, "log_input", log_input)
+    splits = load_data("catalog", limit=20)
+    with mlflow.start_run() as run:
+        _log_input(dataset(splits, "train"), "train")
+        with pytest.raises(RuntimeError, match="UNIQUE"):
+            for _ in range(2):
+                _log_input(dataset(splits, "test"), "test")
+    inputs = MlflowClient().get_run(run.info.run_id).inputs.dataset_inputs
+    assert sorted(each.dataset.name for each in inputs) == ["catalog-test", "catalog-train"]

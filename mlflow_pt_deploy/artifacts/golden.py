@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,27 @@ _TOLERANCE = {
     "int8-accuracy": 1e-1,
     "mixed": 1e-1,
 }
+
+
+class GoldenComparison(NamedTuple):
+    """Golden rows on this machine against those at export.
+
+    Attributes:
+        rows: The golden rows.
+        changed: Number of rows with another label.
+        difference: Largest difference of a logit.
+        allowed: Largest difference that rounding explains.
+    """
+
+    rows: tuple[Row, ...]
+    changed: int
+    difference: float
+    allowed: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether the logits differ by rounding only; False for NaN."""
+        return self.difference <= self.allowed
 
 
 def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits]:
@@ -55,10 +76,25 @@ def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits
 
 
 def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
-    """Compare the logits of the golden rows with the stored ones.
+    """Check that the logits of the golden rows differ from the stored ones by rounding only.
 
     Raises:
-        ArtifactError: They differ by more than rounding, or golden.json is invalid.
+        ArtifactError: They differ by more, or golden.json is invalid.
+    """
+    compared = compare_golden_rows(loaded, folder)
+    if not compared.equal:
+        raise ArtifactError(
+            f"{loaded.manifest.name} gives other logits on this machine than at export: the "
+            f"difference is {compared.difference:.3g}, the tolerance {compared.allowed:.3g}. Run "
+            "pt-deploy optimize on this machine."
+        )
+
+
+def compare_golden_rows(loaded: LoadedVariant, folder: Path) -> GoldenComparison:
+    """Compute the golden rows and compare their logits with the stored ones.
+
+    Raises:
+        ArtifactError: golden.json is invalid, or the variant fails on its rows.
     """
     rows, expected = _read_golden(loaded, folder)
     try:
@@ -75,9 +111,7 @@ def check_golden_rows(loaded: LoadedVariant, folder: Path) -> None:
         )
     difference = float(np.abs(actual - expected).max())
     allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
-    if not (difference <= allowed and np.isfinite(expected).all()):  # also true for NaN
-        raise ArtifactError(
-            f"{loaded.manifest.name} gives other logits on this machine than at export: the "
-            f"difference is {difference:.3g}, the tolerance {allowed:.3g}. Run pt-deploy optimize "
-            "on this machine."
-        )
+    if not np.isfinite(expected).all():
+        difference = float("nan")
+    changed = int(np.sum(actual.argmax(axis=1) != expected.argmax(axis=1)))
+    return GoldenComparison(tuple(rows), changed, difference, allowed)

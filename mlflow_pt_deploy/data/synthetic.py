@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.data.splits import Splits, build_splits
 
 TRAIN_ROWS = 1000
-VALIDATION_ROWS = 200
-TEST_ROWS = 300
+VALIDATION_ROWS = 800
+TEST_ROWS = 400
 WRONG_LABELS = 0.02
 """Share of rows with the label of another type of the same family."""
 

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from mlflow_pt_deploy.data.perturbation import perturb
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation.chance import chance_note
 from mlflow_pt_deploy.evaluation.result import UNITS, Measurement, Result
-from mlflow_pt_deploy.evaluation.statistics import macro_f1, paired_drop, paired_speedup, percentile
+from mlflow_pt_deploy.evaluation.statistics import (
+    calibration_error,
+    lowest_recall,
+    macro_f1,
+    mcnemar_p,
+    paired_drop,
+    paired_ratio,
+    paired_speedup,
+    percentile,
+    proportion,
+)
 from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
 from mlflow_pt_deploy.evaluation.worker_client import Predictions, Worker
 from mlflow_pt_deploy.system import interrupt
@@ -21,8 +33,10 @@ from mlflow_pt_deploy.system.hardware import usable_cores
 
 _TIMED_ROWS = (16, 256)
 _BATCHED_ROWS = 4096
+_MATES_ROWS, _MATES = 128, 8  # rows that are predicted alone and in batches of random others
 _LATENCY_SHARE = 0.6  # of the time budget; the rest is for throughput
 _WARM_UP_SHARE = 0.25  # of the time budget, to run each timed row once
+_PERTURBED = "perturbed"
 
 
 class Bench:
@@ -58,9 +72,11 @@ class Bench:
         self._folder, self._device = baseline, device
         self._threads = threads or usable_cores()
         self.batched = sample_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
+        self.mates = sample_rows(_MATES_ROWS, len(splits.validation), seed=2)
+        self.perturbed = perturb(splits.validation.rows)
         self.worker = self._start_baseline()
         try:
-            predictions = _predict_all(self.worker, splits)
+            predictions = _predict_all(self.worker, self)
         except BaseException:
             self.worker.close()
             raise
@@ -121,7 +137,7 @@ class Bench:
 
     def _start_baseline(self) -> Worker:
         try:
-            worker = _start(self._folder, self.splits, self._device, self._threads)
+            worker = _start(self._folder, self, self._device, self._threads)
         except PtDeployError as error:
             raise VariantError(f"the baseline cannot be measured: {error}") from error
         try:
@@ -186,27 +202,32 @@ def measure(
         return bench.measure(selected)
 
 
-def _start(folder: Path, splits: Splits, device: str, threads: int) -> Worker:
+def _start(folder: Path, bench: Bench, device: str, threads: int) -> Worker:
+    splits = bench.splits
     worker = Worker(folder, splits.validation.rows[0], device=device, threads=threads)
+    perturbed = tuple(chain.from_iterable(bench.perturbed.values()))
     try:
-        worker.load_rows(splits.validation.rows + splits.test.rows)
+        worker.load_rows(splits.validation.rows + splits.test.rows + perturbed)
     except BaseException:
         worker.close()
         raise
     return worker
 
 
-def _predict_all(worker: Worker, splits: Splits) -> dict[str, Predictions]:
-    boundary = len(splits.validation)
-    return {
-        "validation": worker.predict(0, boundary),
-        "test": worker.predict(boundary, boundary + len(splits.test)),
+def _predict_all(worker: Worker, bench: Bench) -> dict[str, Predictions]:
+    """Predictions of the validation, test and perturbed rows."""
+    sizes = {
+        "validation": len(bench.splits.validation),
+        "test": len(bench.splits.test),
+        _PERTURBED: sum(map(len, bench.perturbed.values())),
     }
+    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+    return {name: worker.predict(ends[name] - size, ends[name]) for name, size in sizes.items()}
 
 
 def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
-    with _start(folder, bench.splits, blank.device, blank.threads) as worker:
-        timing, predictions = _timing(worker, bench), _predict_all(worker, bench.splits)
+    with _start(folder, bench, blank.device, blank.threads) as worker:
+        timing, predictions = _timing(worker, bench), _predict_all(worker, bench)
         validation, labels = bench.splits.validation, bench.splits.labels
         note = chance_note(validation.targets, predictions["validation"].labels, labels)
         measurements = [
@@ -214,6 +235,8 @@ def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
             _measurement("artifact_mb", _folder_bytes(folder) / 1e6),
             _measurement("load_s", worker.load_s),
             *_quality(predictions, bench),
+            *_perturbed_agreement(predictions[_PERTURBED], bench),
+            _measurement("batch_invariance", _batch_invariance(worker, bench)),
             _measurement("peak_rss_mb", worker.memory() / 1e6),
         ]
         return replace(
@@ -223,6 +246,9 @@ def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
             precision=worker.precision,
             measurements=tuple(measurements),
             notes=(note,) if note else (),
+            predicted={
+                name: tuple(predictions[name].labels.tolist()) for name in ("validation", "test")
+            },
         )
 
 
@@ -247,10 +273,13 @@ def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
 
 def _quality(predictions: Mapping[str, Predictions], bench: Bench) -> list[Measurement]:
     found: list[Measurement] = []
-    for dataset, (labels, confidence) in predictions.items():
+    for dataset in ("validation", "test"):
+        labels, confidence = predictions[dataset]
         split: Split = getattr(bench.splits, dataset)
         if len(split):
             found += _scores(dataset, split.targets, labels, bench.reference[dataset])
+            error = calibration_error(confidence, labels == split.targets)
+            found.append(_measurement("calibration_error", error, dataset))
             samples = tuple(round(value, 6) for value in confidence.tolist())
             mean = float(confidence.mean())
             found.append(Measurement("confidence", mean, "fraction", dataset, samples=samples))
@@ -263,15 +292,37 @@ def _scores(
     predicted: npt.NDArray[np.int64],
     reference: npt.NDArray[np.int64],
 ) -> list[Measurement]:
-    correct = predicted == targets
-    drop, low, high = paired_drop(reference == targets, correct)
+    correct, expected = predicted == targets, reference == targets
+    drop, low, high = paired_drop(expected, correct)
+    kept, kept_low = paired_ratio(expected, correct)
     samples = tuple(map(float, correct))
     return [
         Measurement("accuracy", float(correct.mean()), "fraction", dataset, samples=samples),
         _measurement("macro_f1", macro_f1(targets, predicted), dataset),
         _measurement("agreement", float((predicted == reference).mean()), dataset),
         Measurement("accuracy_drop", drop, "fraction", dataset, low, high),
+        Measurement("accuracy_kept", kept, "fraction", dataset, kept_low),
+        _measurement("mcnemar_p", mcnemar_p(expected, correct), dataset),
+        _measurement("class_recall", lowest_recall(targets, predicted), dataset),
     ]
+
+
+def _perturbed_agreement(predictions: Predictions, bench: Bench) -> list[Measurement]:
+    """Agreement with the baseline on the perturbed rows: of all, and of each kind."""
+    equal = predictions.labels == bench.reference[_PERTURBED]
+    found, start = [], 0
+    parts = {kind: len(rows) for kind, rows in bench.perturbed.items()}
+    for name, size in {"": len(equal), **parts}.items():
+        part = equal if not name else equal[start : start + size]
+        start += size if name else 0
+        share, low, high = proportion(int(part.sum()), size)
+        found.append(Measurement("agreement_perturbed", share, "fraction", name, low, high))
+    return found
+
+
+def _batch_invariance(worker: Worker, bench: Bench) -> float:
+    """Share of rows that get the same label alone and in a batch of random others."""
+    return 1 - worker.alone(bench.mates, _MATES) / len(bench.mates)
 
 
 def _measurement(name: str, value: float, dataset: str = "") -> Measurement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,13 @@ UNITS: Mapping[str, str] = {
     "accuracy": "fraction",
     "macro_f1": "fraction",
     "agreement": "fraction",
+    "agreement_perturbed": "fraction",
     "accuracy_drop": "fraction",
+    "accuracy_kept": "fraction",
+    "mcnemar_p": "probability",
+    "class_recall": "fraction",
+    "calibration_error": "fraction",
+    "batch_invariance": "fraction",
     "confidence": "fraction",
     "latency_mean_ms": "ms",
     "latency_p50_ms": "ms",
@@ -38,8 +44,9 @@ class Measurement:
         name: Metric, a key of `UNITS`.
         value: Value in `unit`.
         unit: Unit of `value`, `low`, `high` and usually of `samples`.
-        dataset: ``validation`` or ``test``; empty for metrics without a dataset.
-        low: Lower end of the 95 % interval, or None.
+        dataset: ``validation``, ``test``, a kind of perturbed rows, or empty: no dataset, or all
+            perturbed rows.
+        low: Lower end of the 95 % interval (of `accuracy_kept`: one-sided bound), or None.
         high: Upper end of the 95 % interval, or None.
         samples: Raw samples, e.g. milliseconds per row, or 1 for each correct row and 0 else.
     """
@@ -105,6 +112,7 @@ class Result:
         measurements: The measurements.
         baseline: Variant that `speedup`, `accuracy_drop` and `agreement` compare with.
         notes: Warnings about the variant, e.g. that it is at chance level.
+        predicted: Predicted class of each row, by dataset.
     """
 
     variant: str
@@ -118,6 +126,7 @@ class Result:
     measurements: tuple[Measurement, ...] = ()
     baseline: str = ""
     notes: tuple[str, ...] = ()
+    predicted: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def get(self, name: str, dataset: str = "") -> Measurement | None:
         """Return the measurement of a metric on a dataset, or None."""
@@ -151,6 +160,7 @@ class Result:
             "folder": None if self.folder is None else str(self.folder),
             "measurements": [each.to_json() for each in self.measurements],
             "notes": list(self.notes),
+            "predicted": {name: list(labels) for name, labels in self.predicted.items()},
         }
 
     @classmethod
@@ -163,11 +173,12 @@ class Result:
         try:
             folder = document["folder"]
             measurements = tuple(map(Measurement.from_json, document["measurements"]))
-            notes = tuple(document.get("notes", ()))  # missing in older documents
+            predicted = document.get("predicted", {})  # missing in older documents, as are notes
             parsed = {
                 "folder": folder and Path(folder),
                 "measurements": measurements,
-                "notes": notes,
+                "notes": tuple(document.get("notes", ())),
+                "predicted": {name: tuple(labels) for name, labels in predicted.items()},
             }
             return cls(**{**document, **parsed})
         except (KeyError, TypeError) as error:

@@ -93,6 +93,18 @@ class Session:
                 results[position] = result
         return results
 
+    def alone(self, indices: list[int], size: int) -> int:
+        """Return how many rows get another label in a batch of `size` than alone."""
+        preprocessor, flipped = self._loaded.preprocessor, 0
+        for start in range(0, len(indices), size):
+            rows = [self._rows[index] for index in indices[start : start + size]]
+            logits = self._loaded.predict(preprocessor.collate(preprocessor.encode(rows)))
+            labels = [self._loaded.labels[index] for index in logits.argmax(axis=1).tolist()]
+            flipped += sum(
+                self._label(row) != label for row, label in zip(rows, labels, strict=True)
+            )
+        return flipped
+
     def memory(self) -> int:
         """Return the peak resident memory of this process, in bytes."""
         try:
@@ -139,7 +151,7 @@ def _serve(session: Session, requests: TextIO, replies: TextIO) -> None:
     """Handle requests until ``quit`` or the end of the input."""
     operations: dict[str, Callable[..., Any]] = {
         name: getattr(session, name)
-        for name in ("first", "rows", "time", "batch", "predict", "memory")
+        for name in ("first", "rows", "time", "batch", "predict", "alone", "memory")
     }
     for line in requests:
         request = json.loads(line)

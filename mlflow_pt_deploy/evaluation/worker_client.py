@@ -129,6 +129,10 @@ class Worker:
         confidence = np.asarray([value for _, value in results], dtype=np.float32)
         return Predictions(labels, confidence)
 
+    def alone(self, indices: Sequence[int], size: int) -> int:
+        """Return how many rows get another label alone than in a batch of `size`, in this order."""
+        return int(self._request("alone", indices=list(indices), size=size))
+
     def memory(self) -> int:
         """Return the peak resident memory of the process, in bytes."""
         return int(self._request("memory"))

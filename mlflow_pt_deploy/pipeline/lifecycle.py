@@ -17,18 +17,20 @@ import mlflow
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
+from mlflow_pt_deploy.errors import NotPromotedError
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
+from mlflow_pt_deploy.pipeline.promotion_stage import check_champion, promote_choice
+from mlflow_pt_deploy.pipeline.report_stage import log_report
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
     distill_stage,
     distill_student,
     optimize_models,
-    promote_choice,
     run_or_resume,
     train_teacher,
 )
 from mlflow_pt_deploy.pipeline.training_run import TrainedModel
-from mlflow_pt_deploy.registry.promotion import Promotion
+from mlflow_pt_deploy.registry.promotion import Promotion, check_name
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.tracking_server import check_tracking
 
@@ -44,15 +46,19 @@ class LifecycleResult:
         run_id: The parent run.
         column: Input column, ``text`` or ``image``.
         optimized: Results of all variants, and the choice.
-        promotion: The new champion.
+        promotion: The new champion, or None if the earlier one stays.
         seconds: Wall time of each stage.
+        why_not: Why the earlier champion stays; empty if it was replaced.
+        name: Name of the registered model.
     """
 
     run_id: str
     column: str
     optimized: OptimizationResult
-    promotion: Promotion
+    promotion: Promotion | None
     seconds: Mapping[str, float]
+    why_not: str = ""
+    name: str = ""
 
 
 def run_lifecycle(options: Options) -> LifecycleResult:
@@ -62,14 +68,20 @@ def run_lifecycle(options: Options) -> LifecycleResult:
         options: With `resume`, the saved options of that run are used instead.
 
     Raises:
+        NotPromotedError: No variant meets the limits.
         PtDeployError: A stage failed; finished stages are kept for `resume`.
     """
     check_tracking()
     if options.resume:
         saved = tracking.saved_options(options.resume)
-        options = replace(saved, resume=options.resume, storage=options.storage)
-    select(options.variants)  # reports a wrong name before training
+        kept = "yes" if "yes" in (saved.replace, options.replace) else "no"
+        options = replace(saved, resume=options.resume, storage=options.storage, replace=kept)
+    select(options.variants)  # reports a wrong name before training, as do the next two
+    options.selection_policy()
+    check_name(options.name)
     splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
+    if options.replace == "no":
+        check_champion(options.name, tracking.conditions(splits))
     seconds: dict[str, float] = {}
     train = partial(train_teacher, before=_dry_run(options))
     with tracking.stage_run(
@@ -93,9 +105,22 @@ def run_lifecycle(options: Options) -> LifecycleResult:
         with _timed("optimize", seconds):
             optimized = optimize_models(replace(options, resume=""), splits)
         with _timed("promote", seconds):
-            promotion = promote_choice(optimized, options.name)
+            promotion, why_not = _promote(optimized, options)
+            log_report(run_id, options.name, optimized.policy)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
-    return LifecycleResult(run_id, splits.column, optimized, promotion, seconds)
+    return LifecycleResult(
+        run_id, splits.column, optimized, promotion, seconds, why_not, options.name
+    )
+
+
+def _promote(optimized: OptimizationResult, options: Options) -> tuple[Promotion | None, str]:
+    """Promote the choice; a champion that stays is a result, not an error."""
+    try:
+        return promote_choice(optimized, options.name, replace=options.replace == "yes"), ""
+    except NotPromotedError as error:
+        if not error.champion_stays:
+            raise
+        return None, str(error)
 
 
 def _dry_run(options: Options) -> Callable[[Classifier, Splits], None] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -15,18 +15,25 @@ from mlflow_pt_deploy.artifacts.builder import BuildResult, build, golden_rows, 
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import PtDeployError, VariantError
+from mlflow_pt_deploy.errors import ModelError, PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result
+from mlflow_pt_deploy.pipeline.pyfunc_timer import PYFUNC_ROWS, pyfunc_latency_ms
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
 from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
-from mlflow_pt_deploy.selection.cascade_planner import plan_cascades
-from mlflow_pt_deploy.selection.policy import Choice, choose, finalists, not_slower_than
+from mlflow_pt_deploy.selection.cascade_planner import CascadePlan, cross_fitted, plan_cascades
+from mlflow_pt_deploy.selection.choice import Choice, choose, finalists, not_slower_than
+from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
 from mlflow_pt_deploy.system.progress import progress
+
+PYFUNC_METRIC = "pyfunc_latency_p50_ms"
+_MIN_SECONDS = (
+    0.5  # with a smaller timing budget mlflow.pyfunc is not timed: its imports take longer
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,20 @@ class OptimizationResult:
         results: One result per variant, failed ones included.
         models: Variant name to model URI, ``models:/m-...``.
         choice: Chosen variant and the reason.
+        policy: Policy of the choice.
+        conditions: Data and machine of the measurements, see `tracking.conditions`.
     """
 
     run_id: str
     results: tuple[Result, ...]
     models: Mapping[str, str]
     choice: Choice
+    policy: Policy = field(default_factory=Policy)
+    conditions: Mapping[str, str] = field(default_factory=dict)
+
+    def result(self, variant: str | None) -> Result | None:
+        """Return the result of a variant, or None."""
+        return next((each for each in self.results if each.variant == variant), None)
 
 
 def optimize(
@@ -62,25 +77,33 @@ def optimize(
     folders = work / "variants"
     built = _build(models, splits, select(options.variants), folders)
     baseline = VARIANTS[0].name(next(iter(models)))
+    policy = options.selection_policy()
     with _bench(built, baseline, splits, options) as bench:
         results = _measure(bench, built)
+        plans: dict[str, CascadePlan] = {}
         if wants_cascades(options.variants):
-            results += _measure(bench, _cascade(results, splits, options.retain, folders))
-        results = _with_fewer_threads(bench, results, options)
+            plans = {_name(plan): plan for plan in plan_cascades(results, policy)}
+            cascades = _cascades(plans, splits, folders)
+            results = _judge(results + _measure(bench, cascades), plans, baseline)
+        results = _judge(_with_fewer_threads(bench, results, options), plans, baseline)
     uris = _log_results(results, splits)
-    choice = choose(results, options.policy())
-    _log_outcome(results, choice, splits, uris, work, options.retain)
+    choice = choose(results, policy)
+    conditions = tracking.conditions(splits)
+    timed = options.seconds >= _MIN_SECONDS
+    notes = [*splits.notes, *(_pyfunc_note(choice, results, uris, splits) if timed else ())]
+    _log_outcome(results, choice, splits, uris, work, policy, notes)
     shutil.rmtree(work, ignore_errors=True)
-    return OptimizationResult(run_id, tuple(results), uris, choice)
+    return OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
     """Log each result; returns the model URIs by variant name."""
     uris = {}
+    baseline = next((each for each in results if each.variant == each.baseline), None)
     with progress("logging", len(results), "variants") as shown:
         for step, result in enumerate(results):
             interrupt.check()
-            uri = tracking.log_result(result, splits, step)
+            uri = tracking.log_result(result, splits, step, baseline)
             if uri is not None:
                 uris[result.variant] = uri
             shown.update(note=result.variant)
@@ -98,14 +121,27 @@ def _build(
         return build(models, splits, target, variants=variants, progress=note)
 
 
-def _cascade(
-    results: Sequence[Result], splits: Splits, retain: float, target: Path
-) -> list[BuildResult]:
+def _name(plan: CascadePlan) -> str:
+    return Cascade(fast=plan.fast, strong=plan.strong).name(CASCADE)
+
+
+def _judge(
+    results: Sequence[Result], plans: Mapping[str, CascadePlan], baseline: str
+) -> list[Result]:
+    """Replace the accuracy of cascades, whose threshold was set on the validation rows."""
+    reference = next(each for each in results if each.variant == baseline)
+    return [
+        cross_fitted(each, plans[each.variant], reference) if each.variant in plans else each
+        for each in results
+    ]
+
+
+def _cascades(plans: Mapping[str, CascadePlan], splits: Splits, target: Path) -> list[BuildResult]:
     """Build the cascades that are expected to be faster than every single variant."""
     built = []
-    for plan in plan_cascades(results, retain):
+    for name, plan in plans.items():
         cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
-        name, folder, reason = cascade.name(CASCADE), target / cascade.name(CASCADE), ""
+        folder, reason = target / name, ""
         try:
             write_cascade(
                 folder,
@@ -145,7 +181,7 @@ def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:
 def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
     """Replace the finalists' results by those with the fewest threads that are not slower."""
     kept = {each.variant: each for each in results}
-    names = finalists(results, options.policy())
+    names = finalists(results, options.selection_policy())
     counts = [] if options.threads or not names else _smaller_thread_counts(usable_cores())
     folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
     with _progress_of("fewer threads", len(folders) * len(counts)) as on_result:
@@ -167,17 +203,42 @@ def _smaller_thread_counts(cores: int) -> list[int]:
     return [cores >> step for step in range(1, cores.bit_length())]
 
 
+def _pyfunc_note(
+    choice: Choice, results: Sequence[Result], models: Mapping[str, str], splits: Splits
+) -> list[str]:
+    """Time the chosen variant through `mlflow.pyfunc`, log it, and say it beside its own time."""
+    chosen = next((each for each in results if each.variant == choice.variant), None)
+    if chosen is None or chosen.variant not in models:
+        return []
+    try:
+        latency_ms = pyfunc_latency_ms(models[chosen.variant], splits.validation.rows)
+    except ModelError as error:
+        return [str(error)]
+    mlflow.log_metric(PYFUNC_METRIC, latency_ms)
+    return [
+        f"{chosen.variant} takes {chosen.value('latency_p50_ms'):.3g} ms per row by itself, and "
+        f"{latency_ms:.3g} ms through mlflow.pyfunc's predict (median of {PYFUNC_ROWS} rows)"
+    ]
+
+
 def _log_outcome(
     results: list[Result],
     choice: Choice,
     splits: Splits,
     models: Mapping[str, str],
     work: Path,
-    retain: float,
+    policy: Policy,
+    notes: Sequence[str],
 ) -> None:
     figure = work / "accuracy_latency.png"
-    plot(results, figure, choice, retain=retain)
-    report = markdown(results, choice, notes=splits.notes)
-    tracking.log_results(results, {"report.md": report}, figure)
+    plot(results, figure, choice, retain=policy.retain)
+    report = markdown(results, choice, notes=notes, policy=policy)
+    tracking.log_results(results, splits, {"report.md": report}, figure)
+    chosen, baseline = (
+        next((each for each in results if each.variant == name), None)
+        for name in (choice.variant, results[0].baseline)
+    )
+    if chosen is not None and baseline is not None:
+        tracking.log_differences(chosen, baseline, splits)
     mlflow.log_dict(dict(models), "models.json")
     tracking.set_run_description(report)

@@ -34,6 +34,7 @@ from mlflow_pt_deploy.search import (
     choose_point,
     search,
 )
+from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import home, work_folder
 from mlflow_pt_deploy.tracking_server import check_tracking
@@ -166,7 +167,7 @@ def _explore(
     work = work_folder(run_id)
     accuracy = evaluate(teacher, splits.validation, device=options.device)
     found = search(Evaluator(teacher, splits, options, work), space, config, on_trial=_print_trial)
-    chosen = _choose(found, options.retain, accuracy)
+    chosen = _choose(found, options.selection_policy(), accuracy)
     _log_outcome(found, chosen, options.retain * accuracy, work)
     shutil.rmtree(work, ignore_errors=True)
     return found, chosen
@@ -177,14 +178,14 @@ def _default_storage() -> str:
     return f"sqlite:///{home() / 'studies.db'}"
 
 
-def _choose(found: StudyResult, retain: float, accuracy: float) -> tuple[SelectedTrial, ...]:
+def _choose(found: StudyResult, policy: Policy, accuracy: float) -> tuple[SelectedTrial, ...]:
     """The best trial of each kind, so that `optimize` can build a cascade of them."""
-    best = choose_point(found, retain, accuracy)
+    best = choose_point(found, policy, accuracy)
     others = []
     for kind in KINDS:
         finished = tuple(trial for trial in found.finished if trial.point.kind == kind)
         if finished and kind != best.trial.point.kind:
-            others.append(choose_point(StudyResult(finished, found.dropped), retain, accuracy))
+            others.append(choose_point(StudyResult(finished, found.dropped), policy, accuracy))
     return (best, *others)
 
 

@@ -1,4 +1,4 @@
-"""The stages train → distill → optimize → promote; each can run on its own.
+"""The stages train → distill → optimize; each can run on its own.
 
 A stage opens a run (or joins the active one), trains or measures, and logs the result.
 """
@@ -17,14 +17,11 @@ from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
-from mlflow_pt_deploy.errors import ModelError, PolicyError
-from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
 from mlflow_pt_deploy.pipeline.training_run import TrainedModel, TrainingTask, fit_in_run
-from mlflow_pt_deploy.registry.promotion import Promotion, promote
 from mlflow_pt_deploy.runtimes.catalog import select
-from mlflow_pt_deploy.selection.policy import Policy, choose
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.paths import home
 from mlflow_pt_deploy.tracking_server import check_tracking
@@ -189,48 +186,6 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimizat
     ) as run:
         tracking.log_dataset_facts(splits)
         return optimize(run.info.run_id, models, splits, options)
-
-
-def promote_choice(optimized: OptimizationResult, name: str) -> Promotion:
-    """Move the alias `champion` of a registered model to the chosen variant.
-
-    Raises:
-        PolicyError: Nothing was chosen.
-        TrackingError: The registry rejected the change.
-    """
-    choice = optimized.choice
-    if choice.variant is None:
-        raise PolicyError(f"nothing is promoted. {choice.reason}")
-    result = next(each for each in optimized.results if each.variant == choice.variant)
-    metrics = {**result.metrics(""), **result.metrics("validation")}
-    tags = {
-        "pt_deploy.variant": choice.variant,
-        "pt_deploy.run": optimized.run_id,
-        **{key: f"{metrics[key]:.6g}" for key in ("accuracy", "latency_p50_ms", "speedup")},
-    }
-    interrupt.check()
-    with interrupt.shielded():  # the alias and the tags of the version change together
-        return promote(optimized.models[choice.variant], name, choice.reason, tags)
-
-
-def read_optimized(run_id: str, policy: Policy | None = None) -> OptimizationResult:
-    """Read the results of an earlier run, and choose again with a policy (default: its own).
-
-    Raises:
-        TrackingError: The run is not on this tracking server.
-        ModelError: The run has no finished optimize stage.
-    """
-    saved = tracking.saved_options(run_id)
-    try:
-        results = mlflow.artifacts.load_dict(f"runs:/{run_id}/results.json")
-        models = mlflow.artifacts.load_dict(f"runs:/{run_id}/models.json")
-    except Exception as error:  # differs by artifact store
-        raise ModelError(
-            f"run {run_id} has no finished optimize stage. Finish it with "
-            f"pt-deploy run --resume {run_id}"
-        ) from error
-    rows = tuple(Result.from_json(result) for result in results["results"])
-    return OptimizationResult(run_id, rows, models, choose(rows, policy or saved.policy()))
 
 
 def _students(uris: str) -> dict[str, Path]:

@@ -145,7 +145,8 @@ class Evaluator:
         accuracy, latency = result.value("accuracy", "validation"), result.value("latency_p50_ms")
         if accuracy is None or latency is None:
             raise VariantError(f"{built.name}: {result.reason}")
-        return Outcome(accuracy, latency)
+        kept = result.get("accuracy_kept", "validation")
+        return Outcome(accuracy, latency, kept.low if kept else None)
 
     def _built_baseline(self) -> Path:
         """Folder of the eager teacher, built when the first trial needs it."""

@@ -1,13 +1,16 @@
-"""Promote a logged model: register a version, describe it and move the alias `champion`.
+"""Promote logged models: register versions, describe them, and move the aliases.
 
-Which variant to promote is decided in `selection.policy`.
+Which variant to promote is decided in `selection`.
 """
 
 from __future__ import annotations
 
+import getpass
+import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -16,26 +19,63 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
+from mlflow_pt_deploy.registry.aliases import (
+    CHALLENGER,
+    CHAMPION,
+    PREVIOUS,
+    alias_move,
+    placement,
+    timestamp,
+)
 from mlflow_pt_deploy.registry.fetch import fetch_digest
+from mlflow_pt_deploy.registry.history import Event
 from mlflow_pt_deploy.registry.mlmodel import FLAVOR_NAME
 
-CHAMPION = "champion"
-PREVIOUS = "previous"
+RUN_TAG = "pt_deploy.run"
+"""Tag of a version: run of the optimize stage that measured it."""
+
+_FORBIDDEN = "/:"
+_ABOUT = (
+    "Aliases: `champion` is served, `previous` was served before, `challenger` is compared next. "
+    "Move `champion` to promote or to go back. `pt-deploy history` lists the promotions; they are "
+    "kept in the tags `pt_deploy.event.*`."
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A logged model that is registered.
+
+    Attributes:
+        uri: ``models:/m-...`` of a logged pt_deploy model.
+        description: Markdown for people, shown by the UI.
+        tags: Tags of the version, e.g. its latency.
+        measured: Measurements for the history.
+    """
+
+    uri: str
+    description: str
+    tags: Mapping[str, str] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """Result of a promotion.
+    """Result of a promotion or a rollback.
 
     Attributes:
         name: Name of the registered model.
-        version: The new `champion` version.
+        version: The `champion` version.
         previous: The former `champion` version, or None if there was none or it is the same.
+        baseline: Version of the baseline, or None if none was registered.
+        challenger: Version of the runner-up, or None.
     """
 
     name: str
     version: str
     previous: str | None
+    baseline: str | None = None
+    challenger: str | None = None
 
     @property
     def uri(self) -> str:
@@ -44,43 +84,129 @@ class Promotion:
 
 
 def promote(
-    model_uri: str, name: str, reason: str, tags: Mapping[str, str] | None = None
+    chosen: Candidate,
+    name: str,
+    why: str,
+    *,
+    baseline: Candidate | None = None,
+    challenger: Candidate | None = None,
+    instead_of: str | None = None,
 ) -> Promotion:
-    """Register a logged model and move the alias `champion` to it.
+    """Register logged models and move the alias `champion` to the chosen one.
 
-    The former champion gets the alias `previous`. If the logged model is already registered under
-    this name, its version is reused.
+    The former champion gets the alias `previous`. A logged model that is already registered under
+    this name keeps its version.
 
     Args:
-        model_uri: ``models:/m-...`` of a logged pt_deploy model.
+        chosen: The new champion.
         name: Name of the registered model; created if it does not exist.
-        reason: Why the model is promoted; stored as the description of the version.
-        tags: Additional tags of the version, e.g. its latency.
+        why: Reason, for the history.
+        baseline: Registered beside it, to go back to.
+        challenger: Gets the alias `challenger`.
+        instead_of: Version that the decision was made against: fails if `champion` has moved.
 
     Raises:
-        TrackingError: The registry rejects the request, or the model lacks the `pt_deploy` flavor.
-        ArtifactError: The MLmodel file asks for code, or is damaged.
+        TrackingError: The registry rejects the request, another promotion is under way, or a model
+            lacks the `pt_deploy` flavor.
+        ArtifactError: An MLmodel file asks for code, or is damaged.
+    """
+    check_name(name)
+    client = MlflowClient()
+    with _registry_errors(f"{name} was not promoted"):
+        digests = {each.uri: _digest(each.uri) for each in (chosen, baseline, challenger) if each}
+        _create_model(client, name)
+        with alias_move(client, name) as move:
+            versions = {
+                each.uri: _register(client, name, each, digests[each.uri])
+                for each in (chosen, baseline, challenger)
+                if each
+            }
+            version = versions[chosen.uri]
+            current = placement(client.get_registered_model(name))[CHAMPION]
+            if instead_of not in (None, current):
+                raise TrackingError(
+                    f"{CHAMPION} of {name} was moved to version {current} meanwhile; nothing was "
+                    "changed. Run the command again to compare with it."
+                )
+            previous = current if current != version else None
+            after: dict[str, str | None] = {CHAMPION: version}
+            if previous is not None:
+                after[PREVIOUS] = previous
+            if challenger is not None:
+                after[CHALLENGER] = versions[challenger.uri]
+            event = Event(
+                "promote", current, version, why, user(), timestamp(), dict(chosen.measured)
+            )
+            move(after, event)
+    return Promotion(
+        name,
+        version,
+        previous,
+        versions[baseline.uri] if baseline else None,
+        versions[challenger.uri] if challenger else None,
+    )
+
+
+def nominate(candidate: Candidate, name: str) -> str:
+    """Register a logged model and give it the alias `challenger`; return its version.
+
+    Raises:
+        As `promote`.
     """
     client = MlflowClient()
-    try:
-        digest = _digest(model_uri)
-        version = _registered_version(client, model_uri, name)
-        if version is None:
-            version = str(mlflow.register_model(model_uri, name).version)
-        client.update_model_version(name, version, reason)
-        for key, value in {DIGEST_TAG: digest, **(tags or {})}.items():
-            client.set_model_version_tag(name, version, key, value)
-        current = champion(name)
-        previous = current if current != version else None
-        if previous is not None:
-            client.set_registered_model_alias(name, PREVIOUS, previous)
-        client.set_registered_model_alias(name, CHAMPION, version)
-    except MlflowException as error:
-        raise TrackingError(
-            f"{name} was not promoted: {error.message} Check the alias {CHAMPION} in the registry "
-            "and run pt-deploy promote again."
-        ) from error
-    return Promotion(name, version, previous)
+    with _registry_errors(f"{candidate.uri} was not registered as {name}"):
+        digest = _digest(candidate.uri)
+        with alias_move(client, name) as move:
+            version = _register(client, name, candidate, digest)
+            move({CHALLENGER: version}, None)
+    return version
+
+
+def promote_version(name: str, version: str, why: str) -> Promotion:
+    """Move the alias `champion` to a version that is registered already.
+
+    Raises:
+        TrackingError: See `promote`.
+    """
+    client = MlflowClient()
+    with _registry_errors(f"{name} was not promoted"), alias_move(client, name) as move:
+        current = placement(client.get_registered_model(name))[CHAMPION]
+        measured = _numbers(client.get_model_version(name, version).tags)
+        event = Event("promote", current, version, why, user(), timestamp(), measured)
+        after: dict[str, str | None] = {CHAMPION: version}
+        move({**after, PREVIOUS: current} if current not in (None, version) else after, event)
+    return Promotion(name, version, current if current != version else None)
+
+
+def rollback(name: str, to: str = "") -> Promotion:
+    """Move the alias `champion` back; the version that it leaves becomes `previous`.
+
+    Args:
+        name: Name of the registered model.
+        to: Version to go to; empty: that of the alias `previous`.
+
+    Raises:
+        TrackingError: There is nothing to go back to, the version does not exist, or the registry
+            rejects the change.
+    """
+    check_name(name)
+    client = MlflowClient()
+    with _registry_errors(f"{name} was not rolled back"), alias_move(client, name) as move:
+        now = placement(client.get_registered_model(name))
+        target = to or now[PREVIOUS]
+        if target is None:
+            raise TrackingError(
+                f"{name} has no version with the alias {PREVIOUS}, so there is nothing to go back "
+                "to. Name one with --to; pt-deploy history lists the promotions."
+            )
+        if target == now[CHAMPION]:
+            raise TrackingError(f"version {target} of {name} is the champion already.")
+        version = client.get_model_version(name, target)
+        measured = _numbers(version.tags)
+        why = f"rollback from version {now[CHAMPION]}"
+        event = Event("rollback", now[CHAMPION], target, why, user(), timestamp(), measured)
+        move({CHAMPION: target, PREVIOUS: now[CHAMPION]}, event)
+    return Promotion(name, target, now[CHAMPION])
 
 
 def champion(name: str) -> str | None:
@@ -89,6 +215,60 @@ def champion(name: str) -> str | None:
         return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
     except MlflowException:
         return None
+
+
+def check_name(name: str) -> None:
+    """Check the name of a registered model.
+
+    Raises:
+        TrackingError: It is empty, or has a character that MLflow does not allow.
+    """
+    if not name.strip() or any(character in name for character in _FORBIDDEN):
+        raise TrackingError(
+            f"{name!r} cannot be the name of a registered model; give a name without / and :."
+        )
+
+
+def user() -> str:
+    """The user as MLflow knows it: of the tracking server, or else of this machine."""
+    try:
+        return os.environ.get("MLFLOW_TRACKING_USERNAME") or getpass.getuser()
+    except (OSError, KeyError):  # a container's user without a name
+        return "unknown"
+
+
+@contextmanager
+def _registry_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(
+            f"{what}: {error.message} Check the model in the registry and run the command again."
+        ) from error
+
+
+def _create_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        try:
+            client.create_registered_model(name, description=_ABOUT)
+        except MlflowException as raced:
+            if raced.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def _register(client: MlflowClient, name: str, candidate: Candidate, digest: str) -> str:
+    """Register a logged model and describe it; return its version."""
+    version = _registered_version(client, candidate.uri, name)
+    if version is None:
+        version = str(mlflow.register_model(candidate.uri, name).version)
+    client.update_model_version(name, version, candidate.description)
+    for key, value in {DIGEST_TAG: digest, **candidate.tags}.items():
+        client.set_model_version_tag(name, version, key, value)
+    return version
 
 
 def _digest(model_uri: str) -> str:
@@ -104,5 +284,16 @@ def _digest(model_uri: str) -> str:
 
 
 def _registered_version(client: MlflowClient, model_uri: str, name: str) -> str | None:
-    versions = client.search_model_versions(f"name = '{name}'")
+    quote = '"' if "'" in name else "'"
+    versions = client.search_model_versions(f"name = {quote}{name}{quote}")
     return next((str(v.version) for v in versions if v.source == model_uri), None)
+
+
+def _numbers(tags: Mapping[str, str]) -> dict[str, float]:
+    found = {}
+    for key in ("accuracy", "latency_p50_ms", "speedup"):
+        try:
+            found[key] = float(tags[key])
+        except (KeyError, ValueError):
+            continue
+    return found

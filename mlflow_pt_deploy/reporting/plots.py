@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
-from mlflow_pt_deploy.selection.policy import Choice
+from mlflow_pt_deploy.selection.choice import Choice
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

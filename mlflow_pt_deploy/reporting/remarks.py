@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 
 from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.selection.policy import Policy
 
 _MAX_RATIO = 1.5  # of the p50 ratio to the interleaved speedup
 _MIN_EFFECT = 1.1
 _MAX_NAMES = 3
+_MAX_NOISE = 1.2  # of the baseline's speedup over itself
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
@@ -20,6 +22,56 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """
     succeeded = [each for each in results if not each.reason]
     return [*_model_remarks(succeeded), *_timing_remarks(succeeded)]
+
+
+def headline(results: Sequence[Result], chosen: Result | None, policy: Policy | None) -> str:
+    """Return what a reader must know before the table: worthless timings, a broken promise.
+
+    Args:
+        results: From `measure`.
+        chosen: The chosen variant.
+        policy: Of the choice.
+    """
+    warnings = [_noise_warning(results)]
+    if chosen is not None and policy is not None:
+        kept, text = promise_on_test(chosen, policy)
+        warnings.append("" if kept else text)
+    return " ".join(filter(None, warnings))
+
+
+def promise_on_test(chosen: Result, policy: Policy) -> tuple[bool, str]:
+    """Compare the accuracy on the test rows, which decided nothing, with the policy's promise.
+
+    Returns:
+        Whether the test rows keep `retain_low` of the baseline's accuracy (also if there are none),
+        and a sentence with both numbers, empty for the baseline.
+    """
+    kept, accuracy = chosen.get("accuracy_kept", "test"), chosen.value("accuracy", "test")
+    if chosen.variant == chosen.baseline or not policy.retain_low or kept is None:
+        return True, ""
+    held = kept.value >= policy.retain_low
+    verdict = "the promise is kept" if held else "THE PROMISE IS NOT KEPT"
+    return held, (
+        f"On the test rows, which decided nothing, {chosen.variant} keeps {kept.value:.1%} of the "
+        f"baseline's accuracy (accuracy {accuracy:.4f}); promised are {policy.retain_low:.0%} "
+        f"(retain_low): {verdict}."
+    )
+
+
+def _noise_warning(results: Sequence[Result]) -> str:
+    """Warn if the baseline, measured against itself, is not about as fast as itself."""
+    baseline = next((r for r in results if r.variant == r.baseline and not r.reason), None)
+    speedup = baseline.get("speedup") if baseline else None
+    if speedup is None or speedup.low is None or speedup.high is None:
+        return ""
+    noise = max(speedup.value, 1 / speedup.value)
+    if noise <= _MAX_NOISE:
+        return ""
+    return (
+        "The timings are unreliable: the baseline, measured against itself, is "
+        f"{speedup.value:.3g}x as fast [{speedup.low:.3g}, {speedup.high:.3g}] instead of 1x. Do "
+        f"not trust speedups under {noise:.2g}x; measure again on a quiet machine."
+    )
 
 
 def _model_remarks(results: Sequence[Result]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Format results as tables for the terminal and as Markdown."""
+"""Format results as tables: for the terminal, as Markdown, as cells."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from mlflow_pt_deploy.evaluation.result import Measurement, Result
 from mlflow_pt_deploy.reporting.plots import plot
-from mlflow_pt_deploy.reporting.remarks import remarks
+from mlflow_pt_deploy.reporting.remarks import headline, promise_on_test, remarks
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
-from mlflow_pt_deploy.selection.policy import Choice
+from mlflow_pt_deploy.selection.choice import Choice
+from mlflow_pt_deploy.selection.policy import Policy
 
-__all__ = ["markdown", "plot", "table", "trials_markdown", "trials_table"]
+__all__ = ["markdown", "plot", "ranked_cells", "table", "trials_markdown", "trials_table"]
 
 _WIDTH = 138
 _REASON_CHARACTERS = 400
@@ -23,17 +24,25 @@ class _Column(NamedTuple):
     text: Callable[[Result], str]
 
 
-def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: str = "test") -> str:
+def table(
+    results: Sequence[Result],
+    choice: Choice | None = None,
+    *,
+    dataset: str = "test",
+    policy: Policy | None = None,
+) -> str:
     """Format results as aligned plain text, fastest first, about 140 columns wide.
 
     Args:
         results: From `measure`.
         choice: From `choose`; the variant is marked with ``*`` and the reason is added below.
         dataset: Dataset of accuracy, drop and agreement.
+        policy: Of the choice; whether the test rows keep its promise is added.
     """
     chosen = choice.variant if choice else None
-    header = ["", *(column.title for column in _columns(dataset))]
-    rows = [["*" if r.variant == chosen else "", *_cells(r, dataset)] for r in _ranked(results)]
+    columns = _columns(dataset, results)
+    header = ["", *(column.title for column in columns)]
+    rows = [["*" if r.variant == chosen else "", *_cells(r, columns)] for r in _ranked(results)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [_line(row, widths) for row in [header, *rows]]
     lines.insert(1, "-" * max(map(len, lines)))
@@ -43,8 +52,9 @@ def table(results: Sequence[Result], choice: Choice | None = None, *, dataset: s
     for remark in remarks(results):
         lines += textwrap.wrap(remark, _WIDTH, initial_indent="~ ", subsequent_indent="    ")
     if choice is not None:
-        lines += ["", *textwrap.wrap(choice.reason, _WIDTH)]
-    return "\n".join(lines)
+        lines += ["", *textwrap.wrap(_explained(results, choice, policy), _WIDTH)]
+    warning = headline(results, _result_of(results, choice), policy)
+    return "\n".join([*(f"! {line}" for line in textwrap.wrap(warning, _WIDTH)), *lines])
 
 
 def markdown(
@@ -53,6 +63,7 @@ def markdown(
     *,
     dataset: str = "test",
     notes: Iterable[str] = (),
+    policy: Policy | None = None,
 ) -> str:
     """Format the reason and the results as a GitHub table, the chosen variant in bold.
 
@@ -61,21 +72,34 @@ def markdown(
         choice: From `choose`.
         dataset: Dataset of accuracy, drop and agreement.
         notes: Lines to add below, e.g. the machine and the data.
+        policy: See `table`.
     """
-    columns = _columns(dataset)
+    columns = _columns(dataset, results)
+    warning = headline(results, _result_of(results, choice), policy)
     lines = [
-        *([choice.reason, ""] if choice is not None else []),
+        *([f"**{warning}**", ""] if warning else []),
+        *([_explained(results, choice, policy), ""] if choice is not None else []),
         "| " + " | ".join(column.title for column in columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),
     ]
     for each in _ranked(results):
-        cells = _cells(each, dataset)
+        cells = _cells(each, columns)
         if choice is not None and each.variant == choice.variant:
             cells = [f"**{cell}**" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
     failed = [f"- `{r.variant}` is missing: {_one_line(r.reason)}" for r in _failed(results)]
     below = [*failed, *(f"- {_one_line(note)}" for note in (*remarks(results), *notes))]
     return "\n".join([*lines, *(["", *below] if below else [])]) + "\n"
+
+
+def ranked_cells(
+    results: Sequence[Result], choice: Choice | None, *, dataset: str = "test"
+) -> tuple[list[str], list[tuple[bool, list[str]]]]:
+    """Return the titles of the table, and for each variant whether it was chosen and its cells."""
+    chosen = choice.variant if choice else None
+    columns = _columns(dataset, results)
+    rows = [(each.variant == chosen, _cells(each, columns)) for each in _ranked(results)]
+    return [column.title for column in columns], rows
 
 
 def trials_table(found: StudyResult, chosen: Sequence[CompletedTrial]) -> str:
@@ -126,13 +150,20 @@ def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[li
     return rows
 
 
-def _columns(dataset: str) -> tuple[_Column, ...]:
+def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
+    """Columns of the table; ``flips`` only if a label of some variant depends on the batch."""
+
     def on(name: str, of: str, form: Callable[[float], str]) -> Callable[[Result], str]:
         return lambda result: _formatted(result.value(name, of), form)
 
     def drop(result: Result) -> str:
         return _with_interval(result.get("accuracy_drop", dataset), _points)
 
+    def flips(result: Result) -> str:
+        share = result.value("batch_invariance")
+        return "-" if share is None else f"{100 * (1 - share):.1f}%"
+
+    depends = any((each.value("batch_invariance") or 1.0) < 1 for each in results)
     return (
         _Column("variant", lambda result: result.variant),
         _Column("p50 ms", on("latency_p50_ms", "", _significant)),
@@ -144,7 +175,22 @@ def _columns(dataset: str) -> tuple[_Column, ...]:
         _Column(f"acc ({dataset})", on("accuracy", dataset, "{:.4f}".format)),
         _Column("drop, points", drop),
         _Column("agree", on("agreement", dataset, "{:.4f}".format)),
+        *([_Column("flips", flips)] if depends else []),
     )
+
+
+def _result_of(results: Sequence[Result], choice: Choice | None) -> Result | None:
+    name = choice.variant if choice else None
+    return next((each for each in results if each.variant == name), None)
+
+
+def _explained(results: Sequence[Result], choice: Choice, policy: Policy | None) -> str:
+    """The reason, and whether the test rows keep the promise; a broken one is in the headline."""
+    chosen = _result_of(results, choice)
+    if chosen is None or policy is None:
+        return choice.reason
+    kept, text = promise_on_test(chosen, policy)
+    return f"{choice.reason} {text}".strip() if kept else choice.reason
 
 
 def _significant(value: float) -> str:
@@ -168,8 +214,8 @@ def _with_interval(found: Measurement | None, form: Callable[[float], str]) -> s
     return f"{form(found.value)} [{form(found.low)}, {form(found.high)}]"
 
 
-def _cells(result: Result, dataset: str) -> list[str]:
-    return [column.text(result) for column in _columns(dataset)]
+def _cells(result: Result, columns: Sequence[_Column]) -> list[str]:
+    return [column.text(result) for column in columns]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlflow_pt_deploy.errors import PolicyError, SearchError
+from mlflow_pt_deploy.errors import SearchError
 from mlflow_pt_deploy.search.space import TrialParams
+from mlflow_pt_deploy.selection.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Outcome:
     Attributes:
         accuracy: Accuracy on validation, 0 to 1.
         latency_ms: Measured latency of one row in milliseconds.
+        kept_low: Share of the teacher's accuracy that is kept with 95 % confidence; None: unknown.
 
     Raises:
         SearchError: A value is NaN or out of range.
@@ -25,6 +27,7 @@ class Outcome:
 
     accuracy: float
     latency_ms: float
+    kept_low: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy <= 1:
@@ -119,29 +122,30 @@ def pareto(outcomes: Sequence[Outcome]) -> list[int]:
     return front
 
 
-def choose_point(result: StudyResult, retain: float, reference: float) -> SelectedTrial:
+def choose_point(result: StudyResult, policy: Policy, reference: float) -> SelectedTrial:
     """Select the fastest trial that reaches the required accuracy, or else the most accurate.
 
     Args:
         result: Result of `search`.
-        retain: Share of `reference` that the trial must reach, 0 to 1.
+        policy: `retain` and `retain_low` are required of the trial.
         reference: Accuracy of the teacher on validation.
 
     Raises:
-        PolicyError: `retain` is out of range.
         SearchError: No trial finished; the message contains the first failure.
     """
-    if not 0 <= retain <= 1:
-        raise PolicyError(
-            f"retain is {retain!r}; give the share of the teacher's accuracy to keep as a number "
-            "from 0 to 1, e.g. 0.99."
-        )
     if not (front := result.front):
         raise SearchError(_no_trial_message(result))
-    minimum = retain * reference
-    required = f"{minimum:.4f} ({retain:g} of the teacher's {reference:.4f})"
-    # tolerance for rounding, as in `selection.policy`
-    accurate = [trial for trial in front if trial.outcome.accuracy >= minimum - 1e-9]
+    minimum = policy.retain * reference
+    required = f"{minimum:.4f} ({policy.retain:g} of the teacher's {reference:.4f})"
+    if policy.retain_low:
+        required += f" and of {policy.retain_low:g} of it with 95 % confidence"
+    # tolerance for rounding, as in `selection.choice`
+    accurate = [
+        trial
+        for trial in front
+        if trial.outcome.accuracy >= minimum - 1e-9
+        and (trial.outcome.kept_low is None or trial.outcome.kept_low >= policy.retain_low)
+    ]
     chosen = accurate[0] if accurate else front[-1]
     outcome = chosen.outcome
     what = (

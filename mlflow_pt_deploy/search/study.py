@@ -24,6 +24,7 @@ from mlflow_pt_deploy.search.space import Space, TrialParams, propose
 from mlflow_pt_deploy.search.storage import check_space, open_study
 from mlflow_pt_deploy.search.trials import (
     CURVE,
+    KEPT_LOW,
     HeartbeatMonitor,
     abandon,
     finish,
@@ -181,6 +182,7 @@ def _run_trial(
         with heartbeat(trial, config.heartbeat_s):
             outcome = evaluate(point, report)
             values = [outcome.accuracy, outcome.latency_ms]
+            trial.set_user_attr(KEPT_LOW, outcome.kept_low)
     except optuna.TrialPruned as pruned:
         if report.timed_out:
             stop(study, trial, str(pruned))

@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 3  # a trial may kill its process every time, e.g. by using too much memory
 
 # user attributes of a trial
-CURVE, _HEARTBEAT, _REASON, _STOPPED = "curve", "beat", "reason", "stopped"
+CURVE, KEPT_LOW = "curve", "kept_low"
+_HEARTBEAT, _REASON, _STOPPED = "beat", "reason", "stopped"
 _ATTEMPT, _RETRY_OF = "attempt", "retry_of"
 
 
@@ -192,7 +193,9 @@ def _completed(trial: FrozenTrial) -> CompletedTrial:
     point = read_point(trial.params)
     assert point is not None, "a completed trial has all parameters"
     curve = tuple((step, accuracy) for step, accuracy in trial.user_attrs.get(CURVE, ()))
-    return CompletedTrial(trial.number, point, Outcome(*trial.values), curve)
+    accuracy, latency_ms = trial.values
+    outcome = Outcome(accuracy, latency_ms, trial.user_attrs.get(KEPT_LOW))
+    return CompletedTrial(trial.number, point, outcome, curve)
 
 
 def _failed(trial: FrozenTrial, retry: int | None) -> FailedTrial:

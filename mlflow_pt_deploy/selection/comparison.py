@@ -1,29 +1,37 @@
-"""Compare results by latency or throughput, with their noise."""
+"""Compare results by the objective of a policy, with their noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 from mlflow_pt_deploy.evaluation.result import Measurement, Result
+from mlflow_pt_deploy.selection.policy import Policy
 
-Objective = Literal["latency", "throughput"]
+_ALWAYS = (
+    ("latency_p50_ms", ""),
+    ("throughput_rows_per_s", ""),
+    ("artifact_mb", ""),
+    ("accuracy", "validation"),
+    ("accuracy_drop", "validation"),
+)
 
 
-def unusable_reason(result: Result, limited: Sequence[str]) -> str:
+def unusable_reason(result: Result, policy: Policy, limited: Sequence[tuple[str, str]]) -> str:
     """Explain why a result cannot be selected; empty if it can.
 
     Args:
         result: Of one variant.
-        limited: Metrics that the policy may limit.
+        policy: Its `retain_low` needs `accuracy_kept`.
+        limited: Metrics that the policy limits, with their datasets.
     """
     if result.reason:
         return f"failed: {result.reason}"
-    needed = ["latency_p50_ms", "throughput_rows_per_s", *limited]
-    missing = [name for name in needed if result.get(name) is None]
-    missing += [n for n in ("accuracy", "accuracy_drop") if result.get(n, "validation") is None]
-    return f"not measured: {', '.join(missing)}" if missing else ""
+    needed = [*_ALWAYS, *limited]
+    if policy.retain_low:
+        needed.append(("accuracy_kept", "validation"))
+    missing = [name for name, dataset in needed if result.get(name, dataset) is None]
+    return f"not measured: {', '.join(dict.fromkeys(missing))}" if missing else ""
 
 
 def required_value(result: Result, name: str, dataset: str = "") -> float:
@@ -52,9 +60,13 @@ def slowest_rate(rate: Measurement) -> float:
     return min(rate.samples, default=rate.value)
 
 
-def cost(result: Result, objective: Objective) -> float:
+def cost(result: Result, policy: Policy) -> float:
     """Return a number that is smaller for a better result."""
-    if objective == "latency":
+    if policy.objective == "size":
+        return required_value(result, "artifact_mb")
+    if policy.objective == "cost":
+        return price_per_million_rows(result, policy.price_per_core_hour or 0.0)
+    if policy.objective == "latency":
         # Not the median latency: for a cascade it does not include deferred rows, and medians
         # measured minutes apart on a noisy machine are not comparable, while speedups are.
         speedup = result.value("speedup")
@@ -62,20 +74,29 @@ def cost(result: Result, objective: Objective) -> float:
     return -required_value(result, "throughput_rows_per_s")
 
 
-def is_tied(one: Result, best: Result, objective: Objective) -> bool:
+def price_per_million_rows(result: Result, price_per_core_hour: float) -> float:
+    """Return the price of the cores that score a million rows in batches."""
+    core_s = result.threads * 1e6 / required_value(result, "throughput_rows_per_s")
+    return price_per_core_hour * core_s / 3600
+
+
+def is_tied(one: Result, best: Result, policy: Policy) -> bool:
     """Whether the difference to the best result is within noise."""
-    if objective == "throughput":
-        return cost(one, objective) == cost(best, objective)
+    if policy.objective != "latency":
+        return cost(one, policy) == cost(best, policy)
     interval, speedup = speedup_interval(best), one.value("speedup")
     # Only the interval of the best one counts: a noisy variant must not tie by a wide interval.
     return interval is not None and speedup is not None and interval[0] <= speedup
 
 
-def beats_baseline(result: Result, allowed: Sequence[Result], objective: Objective) -> bool:
+def beats_baseline(result: Result, allowed: Sequence[Result], policy: Policy) -> bool:
     """Whether the result is better than the baseline beyond noise."""
     if result.variant == result.baseline:
         return False
-    if objective == "latency":
+    if policy.objective == "size":
+        baseline = [each for each in allowed if each.variant == each.baseline]
+        return all(cost(result, policy) < cost(each, policy) for each in baseline)
+    if policy.objective == "latency":
         interval = speedup_interval(result)
         return interval is not None and interval[0] > 1
     rate = result.get("throughput_rows_per_s")

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.selection.comparison import (
-    Objective,
     accuracies,
     beats_baseline,
+    price_per_million_rows,
     required_value,
     speedup_interval,
 )
+from mlflow_pt_deploy.selection.policy import Policy
 
 _MAX_NEAREST = 3
 
@@ -24,18 +25,19 @@ class Violation:
     Attributes:
         text: Description with both numbers.
         excess: Distance to the limit as a fraction of it; used to rank near misses.
+        rows_needed: Validation rows with which the limit would be met, if only they are missing.
     """
 
     text: str
     excess: float
+    rows_needed: int | None = None
 
 
 def explain_choice(
     chosen: Result,
     tied: Sequence[Result],
     allowed: Sequence[Result],
-    retain: float,
-    objective: Objective,
+    policy: Policy,
 ) -> str:
     """Explain why a variant was chosen.
 
@@ -43,17 +45,14 @@ def explain_choice(
         chosen: The chosen variant.
         tied: Variants within noise of the best one, including `chosen`.
         allowed: All variants that meet the limits.
-        retain: Minimum fraction of the baseline's accuracy.
-        objective: What was optimized.
+        policy: Limits and objective.
     """
-    accuracy, reference = accuracies(chosen)
     others = ", ".join(each.variant for each in tied if each is not chosen)
     rank = "" if others else ", the best among the variants within the limits"
     sentences = [
-        f"{chosen.variant} {_performance(chosen, objective)}{rank}.",
+        f"{chosen.variant} {_performance(chosen, policy)}{rank}.",
         _comparison(chosen),
-        f"Its validation accuracy is {accuracy:.4f}, that of the baseline {reference:.4f}; "
-        f"the minimum is {retain * reference:.4f} (retain={retain:g}).",
+        *_quality(chosen, policy),
     ]
     if (rows := chosen.value("best_batch_rows")) is not None:
         sentences.append(
@@ -61,11 +60,14 @@ def explain_choice(
         )
     if others:
         sentences.append(
-            f"No difference in {objective} beyond noise to {others}: chosen for higher validation "
-            "accuracy, then for smaller artifact."
+            f"No difference in {policy.objective} beyond noise to {others}: chosen for higher "
+            "validation accuracy, then for smaller artifact."
         )
-    if not any(beats_baseline(each, allowed, objective) for each in allowed):
-        sentences.append("Nothing within the limits is faster than the baseline beyond noise.")
+    if not any(beats_baseline(each, allowed, policy) for each in allowed):
+        sentences.append(
+            f"Nothing within the limits has a better {policy.objective} than the baseline beyond "
+            "noise."
+        )
     return " ".join(sentences)
 
 
@@ -95,9 +97,51 @@ def quality_warning(chosen: Result, results: Sequence[Result]) -> str:
     return f"Warning: {''.join(notes)}" if notes else ""
 
 
-def _performance(chosen: Result, objective: Objective) -> str:
-    if objective == "latency":
+def _quality(chosen: Result, policy: Policy) -> list[str]:
+    """Both accuracies, and both fractions of the policy."""
+    if chosen.variant == chosen.baseline:
+        return []
+    accuracy, reference = accuracies(chosen)
+    kept = chosen.get("accuracy_kept", "validation")
+    sentence = (
+        f"Its validation accuracy is {accuracy:.4f}, that of the baseline {reference:.4f}; "
+        f"the minimum is {policy.retain * reference:.4f} (retain={policy.retain:g})."
+    )
+    sentences = [sentence]
+    if chosen.runtime == "cascade":
+        sentences.append(
+            "Its validation accuracy is cross-fitted: each half of the rows judges the threshold "
+            "that was set on the other half."
+        )
+    if not policy.retain_low or kept is None or kept.low is None:
+        return sentences
+    return [
+        *sentences,
+        f"With 95 % confidence it keeps at least {kept.low:.1%} of the baseline's accuracy "
+        f"(retain_low={policy.retain_low:g}).",
+    ]
+
+
+def explain_undecided(better: Result, chosen: Result, violation: Violation, policy: Policy) -> str:
+    """Explain that a better variant was not chosen for want of validation rows.
+
+    Args:
+        better: The variant.
+        chosen: The chosen variant.
+        violation: Why it was not chosen, with the number of rows that would decide.
+        policy: Limits and objective.
+    """
+    return f"{better.variant} {_performance(better, policy)} and is better, but {violation.text}."
+
+
+def _performance(chosen: Result, policy: Policy) -> str:
+    if policy.objective == "latency":
         return f"takes {required_value(chosen, 'latency_p50_ms'):.3g} ms per row (median)"
+    if policy.objective == "size":
+        return f"takes {required_value(chosen, 'artifact_mb'):.3g} MB"
+    if policy.objective == "cost":
+        price = price_per_million_rows(chosen, policy.price_per_core_hour or 0.0)
+        return f"costs {price:.3g} per million rows"
     return f"processes {required_value(chosen, 'throughput_rows_per_s'):,.0f} rows/s"
 
 

@@ -1,183 +1,201 @@
-"""Select a variant by the user's limits and objective, and explain the selection.
-
-Uses validation measurements only. Test rows never influence the selection, so that the test
-accuracy of the selected variant is unbiased.
-"""
+"""Limits and objective of a selection, from flags or a YAML file."""
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
 
 from mlflow_pt_deploy.errors import PolicyError
-from mlflow_pt_deploy.evaluation.result import Result
-from mlflow_pt_deploy.selection.comparison import (
-    Objective,
-    accuracies,
-    cost,
-    is_tied,
-    required_value,
-    slowest_rate,
-    speedup_interval,
-    unusable_reason,
-)
-from mlflow_pt_deploy.selection.explanation import (
-    Violation,
-    explain_choice,
-    explain_no_choice,
-    quality_warning,
-)
 
-_CAPS = {
-    "max_latency_p95_ms": ("latency_p95_ms", "p95 latency", "ms"),
-    "max_artifact_mb": ("artifact_mb", "artifact size", "MB"),
-    "max_peak_rss_mb": ("peak_rss_mb", "peak memory", "MB"),
+Objective = Literal["latency", "throughput", "size", "cost"]
+
+
+class LimitSpec(NamedTuple):
+    """What a limit of `Policy` is compared with."""
+
+    metric: str
+    dataset: str
+    title: str
+    unit: str
+
+
+LIMITS: Mapping[str, LimitSpec] = {
+    "max_latency_p95_ms": LimitSpec("latency_p95_ms", "", "p95 latency", "ms"),
+    "max_artifact_mb": LimitSpec("artifact_mb", "", "artifact size", "MB"),
+    "max_peak_rss_mb": LimitSpec("peak_rss_mb", "", "peak memory", "MB"),
+    "min_throughput_rows_per_s": LimitSpec("throughput_rows_per_s", "", "throughput", "rows/s"),
+    "min_class_recall": LimitSpec("class_recall", "validation", "lowest recall of a class", ""),
+    "min_agreement_perturbed": LimitSpec(
+        "agreement_perturbed", "", "agreement on perturbed rows", ""
+    ),
+    "min_batch_invariance": LimitSpec(
+        "batch_invariance", "", "share of labels independent of the batch", ""
+    ),
 }
+"""Limits of a policy by field name: ``max_METRIC`` or ``min_METRIC``."""
+
+_FRACTIONS = ("min_class_recall", "min_agreement_perturbed", "min_batch_invariance")
+_MAX_FILE_BYTES = 2**16
+_LOW_BELOW = 0.02
 
 
 @dataclass(frozen=True)
 class Policy:
     """Limits that a variant must meet, and the objective to optimize.
 
+    The baseline always meets `retain` and `retain_low`.
+
     Attributes:
         retain: Minimum validation accuracy as a fraction of the baseline's, 0 to 1; 0.99 of a
             baseline with 0.900 requires 0.891.
+        retain_low: The same with 95 % confidence (one-sided, paired), 0 to 1; 0: not required;
+            -1: 0.02 below `retain`, so 0.97 by default.
+        objective: ``latency`` (largest speedup, one row at a time), ``throughput`` (most rows/s),
+            ``size`` (smallest artifact) or ``cost`` (cheapest per row in batches).
         max_latency_p95_ms: Maximum 95th percentile of the latency of one row.
         max_artifact_mb: Maximum size of the folder, in 10^6 bytes.
         max_peak_rss_mb: Maximum peak resident memory, in 10^6 bytes.
-        objective: ``latency`` (largest speedup, one row at a time) or ``throughput`` (most rows/s).
+        min_throughput_rows_per_s: Minimum rows per second in batches.
+        min_class_recall: Minimum share of correct validation rows in every class with five rows.
+        min_agreement_perturbed: Minimum share of perturbed rows with the baseline's label.
+        min_batch_invariance: Minimum share of rows whose label does not depend on the other rows of
+            a batch.
+        runtimes: Allowed runtimes; empty: all.
+        price_per_core_hour: Price of one core for an hour, for the objective ``cost``.
 
     Raises:
-        PolicyError: A field is invalid; the message names it.
+        PolicyError: A field is invalid, or fields contradict each other; the message names them.
     """
 
     retain: float = 0.99
+    retain_low: float = -1.0
+    objective: Objective = "latency"
     max_latency_p95_ms: float | None = None
     max_artifact_mb: float | None = None
     max_peak_rss_mb: float | None = None
-    objective: Objective = "latency"
+    min_throughput_rows_per_s: float | None = None
+    min_class_recall: float | None = None
+    min_agreement_perturbed: float | None = None
+    min_batch_invariance: float | None = None
+    runtimes: tuple[str, ...] = ()
+    price_per_core_hour: float | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.retain) and 0 <= self.retain <= 1):
+        if self.retain_low == -1 and _is_number(self.retain):
+            object.__setattr__(self, "retain_low", round(max(self.retain - _LOW_BELOW, 0.0), 6))
+        for field in ("retain", "retain_low"):
+            value = getattr(self, field)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise PolicyError(
+                    f"{field} is {value!r}; give the fraction of the baseline's accuracy to keep "
+                    "as a number from 0 to 1, e.g. 0.99."
+                )
+        if self.retain_low > self.retain:
             raise PolicyError(
-                f"retain is {self.retain!r}; give the fraction of the baseline's accuracy to keep "
-                "as a number from 0 to 1, e.g. 0.99."
+                f"retain_low is {self.retain_low:g}, above retain ({self.retain:g}): the fraction "
+                "that is kept with 95 % confidence is never above the measured one. Lower "
+                "retain_low."
             )
-        for field in _CAPS:
+        for field in (*LIMITS, "price_per_core_hour"):
             limit = getattr(self, field)
             if limit is not None and not (_is_number(limit) and limit > 0):
                 raise PolicyError(
                     f"{field} is {limit!r}; give a number above 0, or leave it out for no limit."
                 )
-        if self.objective not in ("latency", "throughput"):
-            raise PolicyError(f"objective is {self.objective!r}; give 'latency' or 'throughput'.")
+            if field in _FRACTIONS and limit is not None and limit > 1:
+                raise PolicyError(f"{field} is {limit!r}; give a fraction of at most 1.")
+        if self.objective not in get_args(Objective):
+            allowed = ", ".join(map(repr, get_args(Objective)))
+            raise PolicyError(f"objective is {self.objective!r}; choose from {allowed}.")
+        if (self.objective == "cost") != (self.price_per_core_hour is not None):
+            raise PolicyError(
+                "objective cost and price_per_core_hour belong together; give both or neither."
+            )
+        _check_runtimes(self.runtimes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields that are set, as JSON values."""
+        document = {name: value for name, value in asdict(self).items() if value is not None}
+        return {**document, "runtimes": list(self.runtimes)}
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of a hash of all fields."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The selected variant and the reason.
+def read_policy(path: Path) -> Policy:
+    """Read a policy from a YAML file.
 
-    Attributes:
-        variant: Name of the variant, or None if no variant meets the limits.
-        reason: Explanation in one paragraph.
-        considered: Each variant with why it was kept or excluded, in the order of the results.
-    """
-
-    variant: str | None
-    reason: str
-    considered: tuple[tuple[str, str], ...]
-
-
-def choose(results: Sequence[Result], policy: Policy) -> Choice:
-    """Select the best variant that meets the limits.
-
-    For ``latency``, a variant whose speedup lies within the interval of the fastest is tied with
-    it. Ties are resolved by higher validation accuracy, then by smaller artifact, then by name.
+        objective: throughput
+        retain: 0.99
+        retain_low: 0.97
+        latency_p95_ms: {max: 20}
+        class_recall: {min: 0.5}
+        runtimes: [onnxruntime, numpy]
 
     Args:
-        results: From `measure`; failed results are skipped.
-        policy: Limits and objective.
+        path: The file; its keys are metrics with limits, or fields of `Policy` without one.
+
+    Raises:
+        PolicyError: The file cannot be read, or a key or value is invalid; the message names it
+            and the nearest known key.
     """
-    violations = {
-        each.variant: _violations(each, policy) for each in results if not _unusable(each)
-    }
-    allowed = [each for each in results if violations.get(each.variant) == []]
-    if not allowed:
-        reason = explain_no_choice(violations)
-        return Choice(None, reason, _considered(results, violations, [], None))
-    best = min(allowed, key=lambda each: cost(each, policy.objective))
-    tied = [each for each in allowed if each is best or is_tied(each, best, policy.objective)]
-    chosen = min(tied, key=_preference)
-    reason = explain_choice(chosen, tied, allowed, policy.retain, policy.objective)
-    return Choice(
-        chosen.variant,
-        quality_warning(chosen, results) + reason,
-        _considered(results, violations, tied, chosen),
-    )
+    import yaml
+
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise PolicyError(f"{path} is larger than {_MAX_FILE_BYTES} bytes; give a policy file.")
+        document = yaml.safe_load(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise PolicyError(f"the policy file {path} cannot be read: {reason}") from error
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise PolicyError(f"{path} is not a mapping of metrics to limits, e.g. 'retain: 0.99'.")
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        values |= _fields_of(str(path), key, value)
+    return Policy(**values)
 
 
-def finalists(results: Sequence[Result], policy: Policy, count: int = 2) -> list[str]:
-    """Return the names of the best variants that meet the limits, best first."""
-    usable = [each for each in results if not _unusable(each) and not _violations(each, policy)]
-    best = sorted(usable, key=lambda each: cost(each, policy.objective))
-    return [each.variant for each in best[:count]]
+def _fields_of(where: str, key: str, value: Any) -> dict[str, Any]:
+    """The fields of `Policy` that one key of a file sets."""
+    plain = {each.name for each in fields(Policy)} - set(LIMITS)
+    metrics = {spec.metric: field[:3] for field, spec in LIMITS.items()}
+    if key == "runtimes":
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise PolicyError(f"{where}: runtimes must be a list of names, e.g. [onnxruntime].")
+        return {key: tuple(value)}
+    if key in plain:
+        return {key: value}
+    if key not in metrics:
+        raise PolicyError(f"{where}: {key} is unknown{_nearest(key, [*plain, *metrics])}.")
+    bound = metrics[key]
+    if not isinstance(value, dict) or set(value) != {bound}:
+        raise PolicyError(f"{where}: {key} takes a {bound}, e.g. '{key}: {{{bound}: 1}}'.")
+    return {f"{bound}_{key}": value[bound]}
 
 
-def not_slower_than(one: Result, other: Result) -> bool:
-    """Whether `one` is not slower than `other` beyond noise, for single rows and in batches."""
-    speedup, interval = one.value("speedup"), speedup_interval(other)
-    rate, other_rate = one.get("throughput_rows_per_s"), other.get("throughput_rows_per_s")
-    if speedup is None or interval is None or rate is None or other_rate is None:
-        return False
-    return speedup >= interval[0] and rate.value >= slowest_rate(other_rate)
+def _check_runtimes(names: tuple[str, ...]) -> None:
+    for name in names:
+        from mlflow_pt_deploy.runtimes.catalog import RUNTIMES  # imports every runtime
+
+        if name not in RUNTIMES:
+            raise PolicyError(f"runtimes: {name} is unknown{_nearest(name, list(RUNTIMES))}.")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """Hint at the nearest known name, or at all of them."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else f"; known are {', '.join(sorted(known))}"
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _unusable(result: Result) -> str:
-    return unusable_reason(result, [metric for metric, *_ in _CAPS.values()])
-
-
-def _violations(result: Result, policy: Policy) -> list[Violation]:
-    found = []
-    accuracy, reference = accuracies(result)
-    minimum = policy.retain * reference
-    if accuracy < minimum - 1e-9:  # tolerate rounding of the sum of two fractions
-        text = (
-            f"validation accuracy {accuracy:.4f} is under {minimum:.4f} (retain={policy.retain:g})"
-        )
-        found.append(Violation(text, 1 - accuracy / minimum))
-    for field, (metric, title, unit) in _CAPS.items():
-        limit, value = getattr(policy, field), required_value(result, metric)
-        if limit is not None and value > limit:
-            text = f"{title} {value:.4g} {unit} is over {limit:g} {unit} ({field})"
-            found.append(Violation(text, value / limit - 1))
-    return found
-
-
-def _preference(result: Result) -> tuple[float, float, str]:
-    accuracy, _ = accuracies(result)
-    return -accuracy, required_value(result, "artifact_mb"), result.variant
-
-
-def _considered(
-    results: Sequence[Result],
-    violations: Mapping[str, list[Violation]],
-    tied: Sequence[Result],
-    chosen: Result | None,
-) -> tuple[tuple[str, str], ...]:
-    considered = []
-    for each in results:
-        if each is chosen:
-            why = "chosen"
-        elif each in tied:
-            why = "kept: tied with the best, but not preferred"
-        elif found := violations.get(each.variant):
-            why = "excluded: " + "; ".join(violation.text for violation in found)
-        else:
-            why = _unusable(each) or "kept: meets the limits, but another is better"
-        considered.append((each.variant, why))
-    return tuple(considered)

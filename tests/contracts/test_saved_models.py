@@ -10,7 +10,7 @@ from tiny.artifact import SAVED
 from tiny.server import running
 
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, resolve, source
-from mlflow_pt_deploy.registry.promotion import promote
+from mlflow_pt_deploy.registry.promotion import Candidate, promote
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import load_version
@@ -37,6 +37,8 @@ def test_a_saved_model_is_loaded() -> None:
 def test_a_saved_model_is_promoted(tracking: str) -> None:
     with mlflow.start_run() as run:
         mlflow.log_artifacts(str(SAVED), "model")
-    promotion = promote(f"runs:/{run.info.run_id}/model", "shop", "saved by an earlier version")
+    promotion = promote(
+        Candidate(f"runs:/{run.info.run_id}/model", "saved by an earlier version"), "shop", "why"
+    )
     model = load_version(resolve(promotion.uri), ModelSpec(promotion.uri))
     assert (model.label, model.name) == ("1", "student-numpy-fp32")

@@ -87,7 +87,11 @@ def test_the_speedup_of_the_baseline_is_about_one(results: list[Result]) -> None
 
 def test_all_metrics_are_measured(results: list[Result]) -> None:
     assert sorted(results[0].metrics()) == [
+        "agreement_perturbed",
+        "agreement_perturbed_high",
+        "agreement_perturbed_low",
         "artifact_mb",
+        "batch_invariance",
         "best_batch_rows",
         "latency_mean_ms",
         "latency_p50_ms",
@@ -105,10 +109,23 @@ def test_all_metrics_are_measured(results: list[Result]) -> None:
         "accuracy_drop",
         "accuracy_drop_high",
         "accuracy_drop_low",
+        "accuracy_kept",
+        "accuracy_kept_low",
         "agreement",
+        "calibration_error",
+        "class_recall",
         "confidence",
         "macro_f1",
+        "mcnemar_p",
     ]
+    student, _, teacher = results
+    assert teacher.value("agreement_perturbed") == 1
+    assert student.value("agreement_perturbed") < 1  # it says green to everything
+    kinds = ("typos", "case", "dropped", "swapped", "negated", "joined")
+    assert all(student.value("agreement_perturbed", kind) is not None for kind in kinds)
+    assert [each.value("batch_invariance") for each in (student, teacher)] == [1, 1]
+    assert student.value("accuracy_kept", "validation") == 0.25
+    assert student.predicted["test"] == (1,) * 4
 
 
 def test_results_round_trip_through_json(results: list[Result]) -> None:

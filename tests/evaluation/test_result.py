@@ -117,7 +117,7 @@ def test_the_package_exports_exactly_its_public_names() -> None:
 def test_imports_load_neither_mlflow_nor_a_runtime() -> None:
     code = (
         "import sys; from mlflow_pt_deploy.evaluation import measure; "
-        "import mlflow_pt_deploy.selection.policy, mlflow_pt_deploy.reporting.tables; "
+        "import mlflow_pt_deploy.selection.choice, mlflow_pt_deploy.reporting.tables; "
         "import mlflow_pt_deploy.system.hardware; "
         "heavy = {'mlflow', 'torch', 'transformers', 'onnxruntime', 'openvino', 'matplotlib'}; "
         "print(sorted(heavy & set(sys.modules)))"

@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlflow_pt_deploy.evaluation.statistics import macro_f1, paired_drop, paired_speedup, percentile
+from mlflow_pt_deploy.evaluation.statistics import (
+    calibration_error,
+    lowest_recall,
+    macro_f1,
+    mcnemar_p,
+    paired_drop,
+    paired_ratio,
+    paired_speedup,
+    percentile,
+    proportion,
+)
 
 
 def test_percentile_interpolates_between_order_statistics() -> None:
@@ -88,3 +98,71 @@ def test_macro_f1_agrees_with_scikit_learn() -> None:
     targets, predicted = np.random.default_rng(3).integers(7, size=(2, 200))
     expected = f1_score(targets, predicted, average="macro")
     assert macro_f1(targets, predicted) == pytest.approx(expected)
+
+
+def correct(*counts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference and variant: rows that both, the first, the second or none predicts correctly."""
+    reference = np.repeat([True, True, False, False], counts)
+    variant = np.repeat([True, False, True, False], counts)
+    return reference, variant
+
+
+def test_the_kept_share_and_its_bound() -> None:
+    value, low = paired_ratio(*correct(170, 10, 4, 16))
+    assert value == pytest.approx(174 / 180)
+    # Fieller by hand: the bound solves (v - r b)^2 = z^2 / n * var(v - r b) with half a row added
+    n, both, v, b = 202, 170.5, 175 / 202, 181 / 202
+    variance = v * (1 - v) - 2 * low * (both / n - v * b) + low**2 * b * (1 - b)
+    assert (v - low * b) ** 2 == pytest.approx(1.6448536269514722**2 / n * variance)
+    assert low < value
+
+
+def test_equal_answers_are_certain_only_with_enough_rows() -> None:
+    assert [paired_ratio(*correct(9 * n, 0, 0, n))[1] for n in (1, 2, 20, 200)] == pytest.approx(
+        [0.8452, 0.9163, 0.9909, 0.9991], abs=1e-3
+    )
+
+
+def test_a_reference_without_correct_rows() -> None:
+    assert paired_ratio(*correct(0, 0, 3, 3)) == (1.0, 0.0)
+    assert paired_ratio(*correct(1, 0, 0, 50))[1] == 0
+
+
+@pytest.mark.parametrize(("differing", "loss"), [(0.02, 0.01), (0.2, 0.05)])
+def test_the_bound_holds_in_about_95_percent_of_samples(differing: float, loss: float) -> None:
+    random, rows, missed = np.random.default_rng(0), 300, 0
+    truth = (0.9 - loss) / 0.9
+    for _ in range(1000):
+        draw = random.random(rows)
+        reference = draw < 0.9
+        lost, won = draw < (differing + loss) / 2, draw >= 1 - (differing - loss) / 2
+        missed += paired_ratio(reference, (reference & ~lost) | won)[1] > truth
+    assert missed / 1000 < 0.08
+
+
+def test_mcnemar_is_the_binomial_test_of_the_differing_rows() -> None:
+    assert mcnemar_p(*correct(50, 8, 1, 9)) == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar_p(*correct(50, 0, 0, 9)) == 1
+
+
+def test_wilson_interval() -> None:
+    # Wilson's worked value for 60 of 64
+    assert proportion(60, 64) == pytest.approx((0.9375, 0.8500, 0.9754), abs=1e-4)
+    assert proportion(4, 4).high == 1
+    assert proportion(0, 4).low == 0
+
+
+def test_calibration_error_by_hand() -> None:
+    confidence = np.array([0.95, 0.95, 0.55, 0.55], dtype=np.float32)
+    right = np.array([True, True, True, False])
+    # two bins: |1 - 0.95| and |0.5 - 0.55|, half of the rows each
+    assert calibration_error(confidence, right) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_lowest_recall_leaves_out_rare_classes() -> None:
+    targets = np.repeat([0, 1, 2], [10, 5, 2])
+    predicted = targets.copy()
+    predicted[:3] = 1
+    predicted[-2:] = 0
+    assert lowest_recall(targets, predicted) == pytest.approx(0.7)
+    assert lowest_recall(targets[-4:], predicted[-4:]) == pytest.approx(0.5)

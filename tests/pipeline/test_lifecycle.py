@@ -12,15 +12,15 @@ from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import ModelError, PolicyError, SearchError
+from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice, read_optimized
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
     OptimizationResult,
     distill_student,
     optimize_models,
-    promote_choice,
-    read_optimized,
 )
-from mlflow_pt_deploy.selection.policy import Choice, Policy
+from mlflow_pt_deploy.selection.choice import Choice
+from mlflow_pt_deploy.selection.policy import Policy
 
 FEW = "eager-bf16,onnxruntime-int8-dynamic,numpy"
 
@@ -121,7 +121,8 @@ def _check_tracking(document: dict) -> None:
     parent = MlflowClient().get_run(document["run_id"])
     assert document["choice"] in parent.data.tags["mlflow.note.content"]
     files = {f.path for f in MlflowClient().list_artifacts(document["run_id"])}
-    assert {"accuracy_latency.png", "report.md", "results.json", "models.json"} <= files
+    assert {"accuracy_latency.png", "report.md", "report.html", "results.json"} <= files
+    assert {"models.json", "slices.json", "changed_rows.json"} <= files
     row = next(r for r in document["variants"] if r["model"])
     model = mlflow.get_logged_model(row["model"].removeprefix("models:/"))
     by_dataset = {(m.key, m.dataset_name) for m in model.metrics}
@@ -135,8 +136,10 @@ def _check_champion(document: dict) -> None:
     answers = model.predict(["please refund me", "my card pin"], params={"top_k": 2})
     assert [len(answer) for answer in answers] == [2, 2]
     version = MlflowClient().get_model_version_by_alias("tiny", "champion")
-    assert version.description == document["reason"]
+    assert version.description.startswith(document["reason"])
     assert version.tags["pt_deploy.variant"] == document["choice"]
+    info = mlflow.models.get_model_info("models:/tiny@champion")
+    assert info.saved_input_example_info["serving_input_path"] == "serving_input_example.json"
 
 
 def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,14 +149,13 @@ def _check_promotion_again(run_id: str, capsys: pytest.CaptureFixture[str]) -> N
     done = read_optimized(run_id, Policy(retain=0.0, objective="throughput"))
     other = next(name for name in done.models if name != chosen)
     choice = type(done.choice)(other, "by hand", ())
-    promotion = promote_choice(
-        OptimizationResult(run_id, done.results, done.models, choice), "tiny"
-    )
+    by_hand = OptimizationResult(run_id, done.results, done.models, choice)
+    promotion = promote_choice(by_hand, "tiny", replace=True)
     assert promotion.previous == str(first)
     client = MlflowClient()
     assert str(client.get_model_version_by_alias("tiny", "previous").version) == str(first)
     limit = ["--max-latency-p95-ms", "0.000001"]
-    assert main(["promote", "--run", run_id, "--name", "tiny", *limit]) == 1
+    assert main(["promote", "--run", run_id, "--name", "tiny", *limit]) == 3
     assert "nothing is promoted" in capsys.readouterr().err
     assert str(client.get_model_version_by_alias("tiny", "champion").version) == promotion.version
 
@@ -202,8 +204,11 @@ def test_text_options_are_rejected_for_images(
 
 def test_optimize_an_existing_model(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
     done = optimize_models(
-        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.1)
+        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.5)
     )
+    run = MlflowClient().get_run(done.run_id)
+    assert run.data.metrics["pyfunc_latency_p50_ms"] > 0
+    assert "through mlflow.pyfunc's predict" in run.data.tags["mlflow.note.content"]
     assert [result.variant for result in done.results] == ["model-eager-fp32"]
     assert not done.results[0].reason
 
@@ -231,6 +236,7 @@ def test_a_cascade_is_built_measured_and_served(
             teacher=str(tiny_model),
             student=str(tmp_path / "weak"),
             variants="numpy,cascade",
+            retain_low=0.5,
             seconds=0.1,
         )
     )

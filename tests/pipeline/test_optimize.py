@@ -30,6 +30,7 @@ def _result(variant: str, speedup: float, threads: int = 4) -> Result:
         Measurement("peak_rss_mb", 100, "MB"),
         Measurement("accuracy", 0.9, "fraction", "validation"),
         Measurement("accuracy_drop", 0.0, "fraction", "validation"),
+        Measurement("accuracy_kept", 1.0, "fraction", "validation", low=0.99),
     )
     parts = variant.split("-", 2)
     return Result(variant, *parts, "cpu", threads, Path(variant), "", measurements, BASELINE)

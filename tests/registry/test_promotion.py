@@ -14,11 +14,17 @@ from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import read_manifest
 from mlflow_pt_deploy.errors import ArtifactError, TrackingError, UntrustedError
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ModelSpec, resolve
-from mlflow_pt_deploy.registry.promotion import champion, promote
+from mlflow_pt_deploy.registry.aliases import placement
+from mlflow_pt_deploy.registry.promotion import Candidate, Promotion, champion
+from mlflow_pt_deploy.registry.promotion import promote as promote_candidate
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.serving.model.loaded_model import load_version
+
+
+def promote(uri: str, name: str, why: str) -> Promotion:
+    return promote_candidate(Candidate(uri, why), name, why)
 
 
 def _logged(folder: Path) -> str:
@@ -40,6 +46,27 @@ def test_promotion_keeps_the_previous_champion_and_reuses_versions(
     assert str(client.get_model_version_by_alias("tiny", "previous").version) == "2"
     assert client.get_model_version("tiny", "1").description == "back again"
     assert len(client.search_model_versions("name = 'tiny'")) == 2
+
+
+def test_the_baseline_and_the_runner_up_are_registered_too(tracking: str) -> None:
+    uris = [_logged(SAVED / "variant") for _ in range(3)]
+    candidates = [Candidate(uri, uri, {"role": str(n)}) for n, uri in enumerate(uris)]
+    done = promote_candidate(
+        candidates[0], "it's ours", "why", baseline=candidates[1], challenger=candidates[2]
+    )
+    client = MlflowClient()
+    assert {str(v.version): v.tags["role"] for v in client.search_model_versions()} == {
+        done.version: "0",
+        done.baseline: "1",
+        done.challenger: "2",
+    }
+    assert placement(client.get_registered_model("it's ours")) == {
+        "previous": None,
+        "champion": done.version,
+        "challenger": done.challenger,
+    }
+    again = promote_candidate(candidates[0], "it's ours", "why", baseline=candidates[1])
+    assert (again.version, again.baseline, again.previous) == (done.version, done.baseline, None)
 
 
 def test_an_unknown_model_is_not_promoted(tracking: str) -> None:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny.optimized import VARIANTS, made_result
 
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.reporting.tables import markdown, plot, table
-from mlflow_pt_deploy.selection.policy import Choice
+from mlflow_pt_deploy.selection.choice import Choice
 
 BASELINE = "teacher-eager-fp32"
 
@@ -149,3 +150,14 @@ def test_the_chosen_variant_has_a_ring(tmp_path: Path) -> None:
     plot(ALL, tmp_path / "plot.png", CHOICE, retain=0.99)
     pixels = imread(tmp_path / "plot.png")
     assert (pixels[..., 1] > pixels[..., 0] + 0.3).sum() > 50  # only the ring is green
+
+
+def test_labels_that_depend_on_the_batch_have_a_column() -> None:
+    steady, flips = (made_result(name, made) for name, made in [*VARIANTS.items()][:2])
+    assert "flips" not in table([steady, flips])
+    found = tuple(
+        replace(m, value=0.984) if m.name == "batch_invariance" else m for m in flips.measurements
+    )
+    lines = table([steady, replace(flips, measurements=found)]).splitlines()
+    assert lines[0].endswith("flips")
+    assert [line.split()[-1] for line in lines[2:4]] == ["1.6%", "0.0%"]

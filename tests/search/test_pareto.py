@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from mlflow_pt_deploy.errors import PolicyError, SearchError
+from mlflow_pt_deploy.errors import SearchError
 from mlflow_pt_deploy.search import (
     CompletedTrial,
     FailedTrial,
@@ -14,8 +16,13 @@ from mlflow_pt_deploy.search import (
     choose_point,
     pareto,
 )
+from mlflow_pt_deploy.selection.policy import Policy
 
 POINT = TrialParams("transformer", 3, 2.0, 0.7, 2e-4, 32, 4, "onnxruntime-fp32", 1)
+
+
+def keeping(retain: float, retain_low: float = 0.0) -> Policy:
+    return Policy(retain=retain, retain_low=retain_low)
 
 
 def finished(
@@ -54,27 +61,36 @@ FOUND = StudyResult(
 
 
 def test_fastest_trial_with_the_required_accuracy_is_selected() -> None:
-    chosen = choose_point(FOUND, 0.99, 0.9)  # requires 0.891
+    chosen = choose_point(FOUND, keeping(0.99), 0.9)  # requires 0.891
     assert (chosen.trial.number, chosen.meets) == (1, True)
     assert chosen.reason == (
         "Trial 1, a transformer student of 3 layers on onnxruntime-fp32 with 1 thread, has a "
         "latency of 1.5 ms and a validation accuracy of 0.8910: the fastest of 4 finished trials "
         "with an accuracy of at least 0.8910 (0.99 of the teacher's 0.9000)."
     )
-    assert choose_point(FOUND, 0.5, 0.9).trial.number == 0
-    assert choose_point(FOUND, 1.0, 0.9).trial.number == 3
+    assert choose_point(FOUND, keeping(0.5), 0.9).trial.number == 0
+    assert choose_point(FOUND, keeping(1.0), 0.9).trial.number == 3
     # 0.8 * 0.51 is 0.40800000000000003 in floating point, which must not reject 0.408
-    assert choose_point(StudyResult((finished(0, 0.408, 1.0),), ()), 0.8, 0.51).meets
+    assert choose_point(StudyResult((finished(0, 0.408, 1.0),), ()), keeping(0.8), 0.51).meets
 
 
 def test_most_accurate_trial_is_selected_if_none_is_accurate_enough() -> None:
-    chosen = choose_point(FOUND, 0.99, 0.95)
+    chosen = choose_point(FOUND, keeping(0.99), 0.95)
     assert (chosen.trial.number, chosen.meets) == (3, False)
     assert "none of which reaches 0.9405 (0.99 of the teacher's 0.9500)" in chosen.reason
 
 
 def test_no_finished_trial_is_an_error_with_the_first_failure() -> None:
     with pytest.raises(SearchError, match="1 failed, 0 pruned.*First failure: out of memory"):
-        choose_point(StudyResult((), FOUND.dropped), 0.99, 0.9)
-    with pytest.raises(PolicyError, match="retain is 99"):
-        choose_point(FOUND, 99, 0.9)
+        choose_point(StudyResult((), FOUND.dropped), keeping(0.99), 0.9)
+
+
+def test_a_trial_must_keep_retain_low_with_confidence() -> None:
+    unsure, sure = finished(0, 0.9, 1.0), finished(1, 0.901, 2.0)
+    unsure = replace(unsure, outcome=replace(unsure.outcome, kept_low=0.95))
+    sure = replace(sure, outcome=replace(sure.outcome, kept_low=0.98))
+    found = StudyResult((unsure, sure), ())
+    chosen = choose_point(found, keeping(0.99, 0.97), 0.9)
+    assert chosen.trial.number == 1
+    assert "and of 0.97 of it with 95 % confidence" in chosen.reason
+    assert choose_point(found, keeping(0.99, 0.95), 0.9).trial.number == 0

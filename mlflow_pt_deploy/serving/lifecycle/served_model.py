@@ -24,6 +24,7 @@ from mlflow_pt_deploy.registry.addresses import (
     SpecProvider,
     resolve,
 )
+from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version, now
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
@@ -94,6 +95,7 @@ class ServedModel:
         last_served: The version that another worker served under this name; it is opened first.
         find: Resolves a URI to a version.
         load: Loads a version, or raises.
+        note: Notes in the registry why a version was rejected; an empty reason removes the note.
 
     Attributes:
         current: The version that answers; None before the first is ready, and while unloaded.
@@ -120,6 +122,7 @@ class ServedModel:
         last_served: ServedVersion | None = None,
         find: Callable[[str], ResolvedVersion] = resolve,
         load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
+        note: Callable[[ResolvedVersion, str], None] = note_refusal,
     ) -> None:
         self.name = name
         self.current: LoadedModel | None = None
@@ -139,6 +142,7 @@ class ServedModel:
         self._last_served = last_served
         self._find = find
         self._load = load
+        self._note = note
 
     def open(self) -> None:
         """Load the first version: the one that was served before, or the one wanted now.
@@ -308,6 +312,8 @@ class ServedModel:
         self.used_at = self.used_at or self.loaded_at
         before, self.current = self.current, version
         self.uri, self.rejected = version.spec.uri, None
+        if REFUSED_TAG in version.tags:
+            self._note(version.resolved, "")
         if self.unloaded:
             self.unloaded = None  # after `current`: /readyz succeeds if either is set
             _logger.info("%s: version %s was loaded in %.1f s", self.name, version.label, seconds)
@@ -328,6 +334,8 @@ class ServedModel:
         reason = _explain(error)
         self.rejected = RejectedVersion(version, spec, reason, since, retry_s, time.monotonic())
         self._metrics.version_rejected(self.name)
+        if not again:
+            self._note(version, reason)
         known = isinstance(error, PtDeployError)
         _logger.error(
             "%s: version %s was rejected, version %s stays; next try in %.0f s or when another "

@@ -41,6 +41,7 @@ class LoadedModel:
     Attributes:
         label: Version number in the registry, or the first 12 digits of the digest.
         seconds: Durations of the last responses.
+        tags: Tags in the registry when it was loaded.
 
     Raises:
         ModelError: The model is of another flavor.
@@ -66,7 +67,7 @@ class LoadedModel:
         self.label = resolved.version or inner.loaded.manifest.digest[:12]
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
-        self._tags = tags or {}
+        self.tags = tags or {}
 
     @property
     def name(self) -> str:
@@ -97,7 +98,7 @@ class LoadedModel:
             "version": self.label,
             "since": self.since,
             "model_config": dict(self.spec.model_config),
-            "logged": _numbers(self._tags),
+            "logged": _numbers(self.tags),
             "observed": _percentiles(list(self.seconds)),
         }
 

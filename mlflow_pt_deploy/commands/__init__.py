@@ -1,0 +1,1 @@
+"""One function for each command: parsed arguments to a JSON document."""

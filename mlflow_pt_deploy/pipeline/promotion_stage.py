@@ -1,0 +1,212 @@
+"""The stage `promote`: choose from a run's results, compare with the champion, and promote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlflow
+from mlflow import MlflowClient
+
+from mlflow_pt_deploy import tracking
+from mlflow_pt_deploy.errors import ModelError, NotPromotedError, PolicyError, PtDeployError
+from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
+from mlflow_pt_deploy.registry.aliases import timestamp
+from mlflow_pt_deploy.registry.promotion import (
+    RUN_TAG,
+    Candidate,
+    Promotion,
+    champion,
+    check_name,
+    nominate,
+    promote,
+    user,
+)
+from mlflow_pt_deploy.reporting.remarks import promise_on_test
+from mlflow_pt_deploy.selection.challenge import Measured, challenge
+from mlflow_pt_deploy.selection.choice import choose
+from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.hardware import library_versions
+
+_MEASURED = ("accuracy", "latency_p50_ms", "speedup")
+
+
+@dataclass(frozen=True)
+class _Champion:
+    """The current champion: its version, and the logged model and results behind it."""
+
+    version: str
+    source: str
+    tags: Mapping[str, str]
+
+
+def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = False) -> Promotion:
+    """Move the alias `champion` of a registered model to the chosen variant.
+
+    An existing champion is replaced only if the chosen variant is better, see `challenge`;
+    otherwise the chosen variant becomes the `challenger`.
+
+    Args:
+        optimized: Results with a choice.
+        name: Name of the registered model.
+        replace: Replace the champion without a comparison.
+
+    Raises:
+        NotPromotedError: Nothing was chosen, or the champion stays; the message says why.
+        PolicyError: The champion was measured under other conditions.
+        TrackingError: The registry rejected the change.
+    """
+    check_name(name)
+    chosen = optimized.result(optimized.choice.variant)
+    if chosen is None:
+        raise NotPromotedError(f"nothing is promoted. {optimized.choice.reason}")
+    current = _current_champion(name)
+    comparison = ""
+    if current is not None and current.source != optimized.models[chosen.variant] and not replace:
+        verdict = challenge(_measured(optimized, chosen), _read(current, name), optimized.policy)
+        comparison = f"Compared with version {current.version}, the champion: {verdict.reason}."
+        if not verdict.replaces:
+            candidate = _candidate(optimized, chosen, "challenger", comparison)
+            with interrupt.shielded():
+                version = nominate(candidate, name)
+            raise NotPromotedError(
+                f"version {current.version} of {name} stays the champion. {chosen.variant} is "
+                f"version {version}, the challenger: {verdict.reason}. To promote it all the "
+                "same: --replace",
+                champion_stays=True,
+            )
+    baseline, runner_up = optimized.result(chosen.baseline), optimized.choice.runner_up
+    others = {
+        role: _candidate(optimized, result, role)
+        for role, result in (("baseline", baseline), ("challenger", optimized.result(runner_up)))
+        if result is not None and result is not chosen
+    }
+    interrupt.check()
+    with interrupt.shielded():  # the aliases and the tags of the versions change together
+        return promote(
+            _candidate(optimized, chosen, "champion", comparison),
+            name,
+            f"{optimized.choice.reason} {comparison}".strip(),
+            instead_of=current.version if current else None,
+            baseline=others.get("baseline"),
+            challenger=others.get("challenger"),
+        )
+
+
+def check_champion(name: str, conditions: Mapping[str, str]) -> None:
+    """Check, before anything is trained, that a champion can be compared with what will be chosen.
+
+    Args:
+        name: Name of the registered model; it may not exist.
+        conditions: See `tracking.conditions`.
+
+    Raises:
+        PolicyError: The champion was measured on other data or other hardware.
+    """
+    current = _current_champion(name)
+    for key, what in (("data", "data"), ("hardware", "hardware")):
+        before = current.tags.get(f"pt_deploy.{key}") if current else conditions[key]
+        if before != conditions[key]:
+            raise PolicyError(
+                f"{name} has a champion that was measured on other {what} ({before or 'unknown'} "
+                f"instead of {conditions[key]}), so it could not be compared with a new one. Give "
+                "another --name, or --replace. Nothing was trained."
+            )
+
+
+def read_optimized(run_id: str, policy: Policy | None = None) -> OptimizationResult:
+    """Read the results of an earlier run, and choose again with a policy (default: its own).
+
+    Raises:
+        TrackingError: The run is not on this tracking server.
+        ModelError: The run has no finished optimize stage.
+    """
+    saved = tracking.saved_options(run_id)
+    results, conditions = tracking.read_results(run_id)
+    try:
+        models = mlflow.artifacts.load_dict(f"runs:/{run_id}/models.json")
+    except Exception as error:  # differs by artifact store
+        raise tracking.no_results(run_id) from error
+    policy = policy or saved.selection_policy()
+    return OptimizationResult(run_id, results, models, choose(results, policy), policy, conditions)
+
+
+def _current_champion(name: str) -> _Champion | None:
+    version = champion(name)
+    if version is None:
+        return None
+    found = MlflowClient().get_model_version(name, version)
+    return _Champion(version, str(found.source), dict(found.tags))
+
+
+def _measured(optimized: OptimizationResult, result: Result) -> Measured:
+    return Measured(result, optimized.run_id, optimized.conditions)
+
+
+def _read(current: _Champion, name: str) -> Measured:
+    """Read the measurements of the champion from its run.
+
+    Raises:
+        ModelError: It has none, e.g. because it was registered by hand.
+    """
+    run_id, variant = current.tags.get(RUN_TAG), current.tags.get(tracking.VARIANT_TAG)
+    remedy = "Replace it without a comparison: --replace"
+    if not run_id or not variant:
+        raise ModelError(
+            f"version {current.version} of {name}, the champion, was not promoted by pt-deploy, so "
+            f"there are no measurements to compare with. {remedy}"
+        )
+    try:
+        results, conditions = tracking.read_results(run_id)
+        result = next(each for each in results if each.variant == variant)
+    except (PtDeployError, StopIteration) as error:
+        raise ModelError(
+            f"the measurements of version {current.version} of {name}, the champion, cannot be "
+            f"read from run {run_id}. {remedy}"
+        ) from error
+    return Measured(result, run_id, conditions)
+
+
+def _candidate(
+    optimized: OptimizationResult, result: Result, role: str, comparison: str = ""
+) -> Candidate:
+    """The version of a variant: description for people, tags for programs."""
+    conditions, policy = optimized.conditions, optimized.policy
+    metrics = {**result.metrics(""), **result.metrics("validation")}
+    measured = {key: metrics[key] for key in _MEASURED if key in metrics}
+    commit = MlflowClient().get_run(optimized.run_id).data.tags.get("mlflow.source.git.commit", "")
+    versions = library_versions()
+    libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+    facts = {
+        "policy": f"{policy.objective}, digest {policy.digest}",
+        "data": conditions.get("data", ""),
+        "dataset": conditions.get("validation", ""),
+        "hardware": conditions.get("hardware", ""),
+        "libraries": libraries,
+        "git_commit": commit,
+        "promoted_by": user(),
+        "promoted_at": timestamp(),
+        "role": role,
+    }
+    tags = {
+        tracking.VARIANT_TAG: result.variant,
+        RUN_TAG: optimized.run_id,
+        **{key: f"{value:.6g}" for key, value in measured.items()},
+        **{f"pt_deploy.{key}": fact for key, fact in facts.items() if fact},
+        "pt_deploy.policy": policy.digest,
+    }
+    about = {
+        "champion": optimized.choice.reason,
+        "challenger": f"{result.variant}, the runner-up of {optimized.choice.variant}.",
+        "baseline": f"{result.variant}, the baseline of all comparisons.",
+    }[role]
+    _, promise = promise_on_test(result, policy)
+    table = "\n".join(
+        f"| {key.replace('_', ' ')} | {fact} |" for key, fact in facts.items() if fact
+    )
+    paragraphs = [about, promise, comparison, f"| | |\n|---|---|\n{table}"]
+    return Candidate(
+        optimized.models[result.variant], "\n\n".join(filter(None, paragraphs)), tags, measured
+    )
