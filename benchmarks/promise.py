@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.evaluation.result import Measurement, Result
+from mlflow_pt_deploy.evaluation.result import Measurement, Result, find_result
 from mlflow_pt_deploy.evaluation.statistics import paired_drop, paired_ratio, proportion
 from mlflow_pt_deploy.selection.cascade_planner import CascadePlan, plan_cascades
 from mlflow_pt_deploy.selection.choice import choose
@@ -113,7 +113,7 @@ def read(path: Path) -> tuple[list[Stored], str]:
 
 
 def simulate(variants: Sequence[Stored], policy: Policy, size: int, cuts: int) -> Iterator[Outcome]:
-    """Cut the rows `cuts` times, choose on `size` of them and judge on the others."""
+    """Split the rows `cuts` times; choose on `size` rows and evaluate on the rest."""
     rows = len(variants[0].correct)
     baseline = next(each for each in variants if each.result.variant == each.result.baseline)
     by_name = {each.result.variant: each for each in variants}
@@ -163,7 +163,8 @@ def _with_confidence(stored: Stored, baseline: Stored, inside: npt.NDArray[np.in
 
 def _cascade(name: str, plan: CascadePlan, results: Sequence[Result], reference: Bools) -> Result:
     """The cascade as `optimize` would measure it: cross-fitted, at the planned cost."""
-    fast = next(each for each in results if each.variant == plan.fast)
+    fast = find_result(results, plan.fast)
+    assert fast is not None
     measured = _measured(fast, np.array(plan.correct) > 0, reference)
     speedup = Measurement("speedup", 1 / plan.cost, "x", low=1 / plan.cost, high=1 / plan.cost)
     others = tuple(each for each in measured.measurements if each.name != "speedup")

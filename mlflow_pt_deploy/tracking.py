@@ -367,12 +367,15 @@ def no_results(run_id: str) -> ModelError:
 
 
 def log_results(
-    results: Sequence[Result], splits: Splits, texts: Mapping[str, str], figure: Path
+    results: Sequence[Result],
+    measured_under: Mapping[str, str],
+    texts: Mapping[str, str],
+    figure: Path,
 ) -> None:
-    """Log all results to the active run, as JSON, as texts and as a figure."""
+    """Log all results with their conditions to the active run: as JSON, as texts, as a figure."""
     document = {
         "results": [result.to_json() for result in results],
-        "conditions": conditions(splits),
+        "conditions": dict(measured_under),
     }
     mlflow.log_dict(document, "results.json")
     for name, text in texts.items():

@@ -10,7 +10,7 @@ from mlflow_pt_deploy.option_fields import option_specs
 
 
 def read_options(parsed: argparse.Namespace) -> Options:
-    """Return the options given as flags, with defaults for the others."""
+    """Build `Options` from the flags; options without a flag get their default."""
     known = {spec.name for spec in option_specs(Options)}
     given = {key: value for key, value in vars(parsed).items() if key in known}
     if not given.get("storage"):  # an environment variable, since it may hold a password

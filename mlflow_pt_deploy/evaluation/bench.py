@@ -310,14 +310,13 @@ def _scores(
 def _perturbed_agreement(predictions: Predictions, bench: Bench) -> list[Measurement]:
     """Agreement with the baseline on the perturbed rows: of all, and of each kind."""
     equal = predictions.labels == bench.reference[_PERTURBED]
-    found, start = [], 0
-    parts = {kind: len(rows) for kind, rows in bench.perturbed.items()}
-    for name, size in {"": len(equal), **parts}.items():
-        part = equal if not name else equal[start : start + size]
-        start += size if name else 0
-        share, low, high = proportion(int(part.sum()), size)
-        found.append(Measurement("agreement_perturbed", share, "fraction", name, low, high))
-    return found
+    ends = list(accumulate(map(len, bench.perturbed.values())))
+    parts = zip(bench.perturbed, np.split(equal, ends[:-1]), strict=True)
+    return [
+        Measurement("agreement_perturbed", share, "fraction", kind, low, high)
+        for kind, part in (("", equal), *parts)
+        for share, low, high in [proportion(int(part.sum()), len(part))]
+    ]
 
 
 def _batch_invariance(worker: Worker, bench: Bench) -> float:

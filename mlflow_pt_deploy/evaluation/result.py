@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,3 +183,13 @@ class Result:
             return cls(**{**document, **parsed})
         except (KeyError, TypeError) as error:
             raise VariantError(f"not the JSON of a result: {error}") from error
+
+
+def find_result(results: Iterable[Result], variant: str | None) -> Result | None:
+    """Return the result of a variant, or None."""
+    return next((each for each in results if each.variant == variant), None)
+
+
+def find_baseline(results: Iterable[Result]) -> Result | None:
+    """Return the result of the baseline, or None."""
+    return next((each for each in results if each.variant == each.baseline), None)

@@ -17,6 +17,7 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result
+from mlflow_pt_deploy.evaluation.result import find_baseline, find_result
 from mlflow_pt_deploy.pipeline.pyfunc_timer import PYFUNC_ROWS, pyfunc_latency_ms
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
@@ -31,9 +32,8 @@ from mlflow_pt_deploy.system.paths import work_folder
 from mlflow_pt_deploy.system.progress import progress
 
 PYFUNC_METRIC = "pyfunc_latency_p50_ms"
-_MIN_SECONDS = (
-    0.5  # with a smaller timing budget mlflow.pyfunc is not timed: its imports take longer
-)
+# With a smaller timing budget mlflow.pyfunc is not timed, because its imports take longer.
+_MIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OptimizationResult:
 
     def result(self, variant: str | None) -> Result | None:
         """Return the result of a variant, or None."""
-        return next((each for each in self.results if each.variant == variant), None)
+        return find_result(self.results, variant)
 
 
 def optimize(
@@ -85,21 +85,22 @@ def optimize(
             plans = {_name(plan): plan for plan in plan_cascades(results, policy)}
             cascades = _cascades(plans, splits, folders)
             results = _judge(results + _measure(bench, cascades), plans, baseline)
-        results = _judge(_with_fewer_threads(bench, results, options), plans, baseline)
+        results = _judge(_with_fewer_threads(bench, results, options, policy), plans, baseline)
     uris = _log_results(results, splits)
     choice = choose(results, policy)
     conditions = tracking.conditions(splits)
     timed = options.seconds >= _MIN_SECONDS
     notes = [*splits.notes, *(_pyfunc_note(choice, results, uris, splits) if timed else ())]
-    _log_outcome(results, choice, splits, uris, work, policy, notes)
+    done = OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
+    _log_outcome(done, splits, work, notes)
     shutil.rmtree(work, ignore_errors=True)
-    return OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
+    return done
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
     """Log each result; returns the model URIs by variant name."""
     uris = {}
-    baseline = next((each for each in results if each.variant == each.baseline), None)
+    baseline = find_baseline(results)
     with progress("logging", len(results), "variants") as shown:
         for step, result in enumerate(results):
             interrupt.check()
@@ -178,10 +179,12 @@ def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:
     return [measured.get(one.name) or bench.failed(one.name, one.reason) for one in built]
 
 
-def _with_fewer_threads(bench: Bench, results: Sequence[Result], options: Options) -> list[Result]:
+def _with_fewer_threads(
+    bench: Bench, results: Sequence[Result], options: Options, policy: Policy
+) -> list[Result]:
     """Replace the finalists' results by those with the fewest threads that are not slower."""
     kept = {each.variant: each for each in results}
-    names = finalists(results, options.selection_policy())
+    names = finalists(results, policy)
     counts = [] if options.threads or not names else _smaller_thread_counts(usable_cores())
     folders = {name: folder for name in names if (folder := kept[name].folder) is not None}
     with _progress_of("fewer threads", len(folders) * len(counts)) as on_result:
@@ -207,7 +210,7 @@ def _pyfunc_note(
     choice: Choice, results: Sequence[Result], models: Mapping[str, str], splits: Splits
 ) -> list[str]:
     """Time the chosen variant through `mlflow.pyfunc`, log it, and say it beside its own time."""
-    chosen = next((each for each in results if each.variant == choice.variant), None)
+    chosen = find_result(results, choice.variant)
     if chosen is None or chosen.variant not in models:
         return []
     try:
@@ -222,23 +225,14 @@ def _pyfunc_note(
 
 
 def _log_outcome(
-    results: list[Result],
-    choice: Choice,
-    splits: Splits,
-    models: Mapping[str, str],
-    work: Path,
-    policy: Policy,
-    notes: Sequence[str],
+    done: OptimizationResult, splits: Splits, work: Path, notes: Sequence[str]
 ) -> None:
     figure = work / "accuracy_latency.png"
-    plot(results, figure, choice, retain=policy.retain)
-    report = markdown(results, choice, notes=notes, policy=policy)
-    tracking.log_results(results, splits, {"report.md": report}, figure)
-    chosen, baseline = (
-        next((each for each in results if each.variant == name), None)
-        for name in (choice.variant, results[0].baseline)
-    )
+    plot(done.results, figure, done.choice, retain=done.policy.retain)
+    report = markdown(done.results, done.choice, notes=notes, policy=done.policy)
+    tracking.log_results(done.results, done.conditions, {"report.md": report}, figure)
+    chosen, baseline = done.result(done.choice.variant), find_baseline(done.results)
     if chosen is not None and baseline is not None:
         tracking.log_differences(chosen, baseline, splits)
-    mlflow.log_dict(dict(models), "models.json")
+    mlflow.log_dict(dict(done.models), "models.json")
     tracking.set_run_description(report)

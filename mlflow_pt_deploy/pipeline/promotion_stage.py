@@ -12,7 +12,7 @@ from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.errors import ModelError, NotPromotedError, PolicyError, PtDeployError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
-from mlflow_pt_deploy.registry.aliases import timestamp
+from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
 from mlflow_pt_deploy.registry.promotion import (
     RUN_TAG,
     Candidate,
@@ -28,9 +28,8 @@ from mlflow_pt_deploy.selection.challenge import Measured, challenge
 from mlflow_pt_deploy.selection.choice import choose
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
-
-_MEASURED = ("accuracy", "latency_p50_ms", "speedup")
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = 
     chosen = optimized.result(optimized.choice.variant)
     if chosen is None:
         raise NotPromotedError(f"nothing is promoted. {optimized.choice.reason}")
-    current = _current_champion(name)
+    current, facts = _current_champion(name), _facts(optimized)
     comparison = ""
     if current is not None and current.source != optimized.models[chosen.variant] and not replace:
         verdict = challenge(_measured(optimized, chosen), _read(current, name), optimized.policy)
         comparison = f"Compared with version {current.version}, the champion: {verdict.reason}."
         if not verdict.replaces:
-            candidate = _candidate(optimized, chosen, "challenger", comparison)
+            candidate = _candidate(optimized, chosen, "challenger", facts, comparison)
             with interrupt.shielded():
                 version = nominate(candidate, name)
             raise NotPromotedError(
@@ -79,14 +78,14 @@ def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = 
             )
     baseline, runner_up = optimized.result(chosen.baseline), optimized.choice.runner_up
     others = {
-        role: _candidate(optimized, result, role)
+        role: _candidate(optimized, result, role, facts)
         for role, result in (("baseline", baseline), ("challenger", optimized.result(runner_up)))
         if result is not None and result is not chosen
     }
     interrupt.check()
     with interrupt.shielded():  # the aliases and the tags of the versions change together
         return promote(
-            _candidate(optimized, chosen, "champion", comparison),
+            _candidate(optimized, chosen, "champion", facts, comparison),
             name,
             f"{optimized.choice.reason} {comparison}".strip(),
             instead_of=current.version if current else None,
@@ -106,11 +105,13 @@ def check_champion(name: str, conditions: Mapping[str, str]) -> None:
         PolicyError: The champion was measured on other data or other hardware.
     """
     current = _current_champion(name)
-    for key, what in (("data", "data"), ("hardware", "hardware")):
-        before = current.tags.get(f"pt_deploy.{key}") if current else conditions[key]
+    if current is None:
+        return
+    for key in ("data", "hardware"):
+        before = current.tags.get(f"pt_deploy.{key}")
         if before != conditions[key]:
             raise PolicyError(
-                f"{name} has a champion that was measured on other {what} ({before or 'unknown'} "
+                f"{name} has a champion that was measured on other {key} ({before or 'unknown'} "
                 f"instead of {conditions[key]}), so it could not be compared with a new one. Give "
                 "another --name, or --replace. Nothing was trained."
             )
@@ -169,17 +170,13 @@ def _read(current: _Champion, name: str) -> Measured:
     return Measured(result, run_id, conditions)
 
 
-def _candidate(
-    optimized: OptimizationResult, result: Result, role: str, comparison: str = ""
-) -> Candidate:
-    """The version of a variant: description for people, tags for programs."""
+def _facts(optimized: OptimizationResult) -> dict[str, str]:
+    """What all versions of a promotion have in common; unknown facts are empty."""
     conditions, policy = optimized.conditions, optimized.policy
-    metrics = {**result.metrics(""), **result.metrics("validation")}
-    measured = {key: metrics[key] for key in _MEASURED if key in metrics}
     commit = MlflowClient().get_run(optimized.run_id).data.tags.get("mlflow.source.git.commit", "")
     versions = library_versions()
     libraries = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
-    facts = {
+    return {
         "policy": f"{policy.objective}, digest {policy.digest}",
         "data": conditions.get("data", ""),
         "dataset": conditions.get("validation", ""),
@@ -187,9 +184,21 @@ def _candidate(
         "libraries": libraries,
         "git_commit": commit,
         "promoted_by": user(),
-        "promoted_at": timestamp(),
-        "role": role,
+        "promoted_at": now(),
     }
+
+
+def _candidate(
+    optimized: OptimizationResult,
+    result: Result,
+    role: str,
+    facts: Mapping[str, str],
+    comparison: str = "",
+) -> Candidate:
+    """The version of a variant: description for people, tags for programs."""
+    policy, facts = optimized.policy, {**facts, "role": role}
+    metrics = {**result.metrics(""), **result.metrics("validation")}
+    measured = {key: metrics[key] for key in LOGGED_METRICS if key in metrics}
     tags = {
         tracking.VARIANT_TAG: result.variant,
         RUN_TAG: optimized.run_id,

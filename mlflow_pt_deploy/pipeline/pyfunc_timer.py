@@ -2,8 +2,8 @@
 
     python -m mlflow_pt_deploy.pipeline.pyfunc_timer URI < ROWS
 
-Whoever times the model in a notebook finds this time, not that of the runtime alone: it includes
-the micro-batcher and MLflow's checks.
+A timing in a notebook shows this latency, not that of the runtime alone: it includes the
+micro-batcher and MLflow's checks.
 """
 
 from __future__ import annotations

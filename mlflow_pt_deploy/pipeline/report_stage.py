@@ -17,14 +17,13 @@ from mlflow.exceptions import MlflowException
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation.slices import Slice
-from mlflow_pt_deploy.pipeline.optimize import PYFUNC_METRIC
+from mlflow_pt_deploy.pipeline.optimize import PYFUNC_METRIC, OptimizationResult
 from mlflow_pt_deploy.pipeline.promotion_stage import read_optimized
 from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.history import read_history
 from mlflow_pt_deploy.registry.promotion import RUN_TAG
 from mlflow_pt_deploy.reporting.html import Page, render
 from mlflow_pt_deploy.reporting.plots import plot
-from mlflow_pt_deploy.selection.policy import Policy
 
 ARTIFACT = "report.html"
 
@@ -43,7 +42,8 @@ def write_report(subject: str, out: Path | None = None) -> Path:
         ModelError: The run has no finished optimize stage, or the champion no measurements.
     """
     name = "" if _RUN_ID.fullmatch(subject) else subject
-    text = report_html(_run_of_champion(name) if name else subject, name)
+    done = read_optimized(_run_of_champion(name) if name else subject)
+    text = report_html(done, name)
     out = out or Path(f"report-{re.sub(r'[^A-Za-z0-9_.-]+', '-', subject)}.html")
     temporary = out.with_name(f".{out.name}.new")
     try:
@@ -54,20 +54,19 @@ def write_report(subject: str, out: Path | None = None) -> Path:
     return out
 
 
-def log_report(run_id: str, name: str, policy: Policy) -> None:
+def log_report(done: OptimizationResult, name: str) -> None:
     """Log the report as an artifact of its run."""
-    MlflowClient().log_text(run_id, report_html(run_id, name, policy), ARTIFACT)
+    MlflowClient().log_text(done.run_id, report_html(done, name), ARTIFACT)
 
 
-def report_html(run_id: str, name: str = "", policy: Policy | None = None) -> str:
-    """Return the report of a run.
+def report_html(done: OptimizationResult, name: str = "") -> str:
+    """Return the report of an optimize stage.
 
     Args:
-        run_id: Run with an optimize stage.
+        done: Its results and choice.
         name: Registered model whose champion the report is about; empty: none.
-        policy: Policy of the choice; None: that of the run.
     """
-    done = read_optimized(run_id, policy)
+    run_id = done.run_id
     choice, tags = done.choice, _champion_tags(name)
     promoted = tags.get(tracking.VARIANT_TAG)
     if tags.get(RUN_TAG) == run_id and promoted and promoted != choice.variant:

@@ -17,7 +17,7 @@ from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
 from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch
 from mlflow_pt_deploy.registry.mlmodel import digest
-from mlflow_pt_deploy.registry.promotion import Promotion, check_name, promote_version
+from mlflow_pt_deploy.registry.promotion import Promotion, check_name, create_model, promote_version
 from mlflow_pt_deploy.tracking_server import redact_uri
 
 _EXPERIMENT = "pt-deploy promotions"
@@ -74,11 +74,7 @@ def _upload(fetched: Fetched, target: str, tags: Mapping[str, str], description:
     run = client.create_run(experiment_id, run_name=target)
     client.log_artifacts(run.info.run_id, str(fetched.root), _FOLDER)
     client.set_terminated(run.info.run_id)
-    try:
-        client.create_registered_model(target)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
+    create_model(client, target)
     version = client.create_model_version(
         target,
         f"{run.info.artifact_uri}/{_FOLDER}",

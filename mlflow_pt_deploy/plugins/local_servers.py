@@ -26,8 +26,8 @@ from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, registry_variables
-from mlflow_pt_deploy.serving.model.loaded_model import now
 from mlflow_pt_deploy.system.child_process import command, environment
+from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.paths import home
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,62}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError, TrackingError
 from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
+
+LOGGED_METRICS = ("accuracy", "latency_p50_ms", "speedup")
+"""Metrics that a promotion copies to the tags of a version."""
+
 _MAX_REASON = 1000
 
 
@@ -125,6 +130,19 @@ def version_tags(resolved: ResolvedVersion) -> dict[str, str]:
     from mlflow import MlflowClient
 
     return dict(MlflowClient().get_model_version(resolved.name, resolved.version).tags)
+
+
+def logged_metrics(tags: Mapping[str, str]) -> dict[str, float]:
+    """Metrics that a promotion copied to a version's tags; those that are not numbers are left out.
+
+    Args:
+        tags: See `version_tags`.
+    """
+    found = {}
+    for key in LOGGED_METRICS:
+        with suppress(KeyError, ValueError):
+            found[key] = float(tags[key])
+    return found
 
 
 def explain_load_error(error: Exception) -> PtDeployError:

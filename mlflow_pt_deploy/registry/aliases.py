@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from mlflow import MlflowClient
@@ -202,8 +201,3 @@ def _apply(client: MlflowClient, name: str, wanted: Placement) -> None:
             client.delete_registered_model_alias(name, alias)
         else:
             client.set_registered_model_alias(name, alias, version)
-
-
-def timestamp() -> str:
-    """Current time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import TrackingError
+from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
 
 EVENT_PREFIX = "pt_deploy.event."
 _MAX_EVENTS = 200
 _MAX_WHY = 400  # characters; the version's description holds everything
-_MEASURED = ("accuracy", "latency_p50_ms", "speedup")
 _WIDTH = 130
 
 
@@ -76,7 +76,7 @@ class History:
         if not self.events:
             return "No promotion by pt-deploy."
         newest = self.events[::-1]
-        rows = [("when", "who", "what", "version", "from", *_MEASURED), *map(_cells, newest)]
+        rows = [("when", "who", "what", "version", "from", *LOGGED_METRICS), *map(_cells, newest)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         reasons = [textwrap.indent(textwrap.fill(event.why, _WIDTH), "    ") for event in newest]
@@ -84,7 +84,7 @@ class History:
 
 
 def _cells(event: Event) -> tuple[str, ...]:
-    metrics = (event.measured.get(name) for name in _MEASURED)
+    metrics = (event.measured.get(name) for name in LOGGED_METRICS)
     numbers = ("-" if value is None else f"{value:.4g}" for value in metrics)
     return (event.when, event.who, event.action, event.after, event.before or "-", *numbers)
 

@@ -18,18 +18,18 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, logged_metrics
 from mlflow_pt_deploy.registry.aliases import (
     CHALLENGER,
     CHAMPION,
     PREVIOUS,
     alias_move,
     placement,
-    timestamp,
 )
 from mlflow_pt_deploy.registry.fetch import fetch_digest
 from mlflow_pt_deploy.registry.history import Event
 from mlflow_pt_deploy.registry.mlmodel import FLAVOR_NAME
+from mlflow_pt_deploy.system.clock import now
 
 RUN_TAG = "pt_deploy.run"
 """Tag of a version: run of the optimize stage that measured it."""
@@ -114,7 +114,7 @@ def promote(
     client = MlflowClient()
     with _registry_errors(f"{name} was not promoted"):
         digests = {each.uri: _digest(each.uri) for each in (chosen, baseline, challenger) if each}
-        _create_model(client, name)
+        create_model(client, name)
         with alias_move(client, name) as move:
             versions = {
                 each.uri: _register(client, name, each, digests[each.uri])
@@ -134,9 +134,7 @@ def promote(
                 after[PREVIOUS] = previous
             if challenger is not None:
                 after[CHALLENGER] = versions[challenger.uri]
-            event = Event(
-                "promote", current, version, why, user(), timestamp(), dict(chosen.measured)
-            )
+            event = Event("promote", current, version, why, user(), now(), dict(chosen.measured))
             move(after, event)
     return Promotion(
         name,
@@ -171,8 +169,8 @@ def promote_version(name: str, version: str, why: str) -> Promotion:
     client = MlflowClient()
     with _registry_errors(f"{name} was not promoted"), alias_move(client, name) as move:
         current = placement(client.get_registered_model(name))[CHAMPION]
-        measured = _numbers(client.get_model_version(name, version).tags)
-        event = Event("promote", current, version, why, user(), timestamp(), measured)
+        measured = logged_metrics(client.get_model_version(name, version).tags)
+        event = Event("promote", current, version, why, user(), now(), measured)
         after: dict[str, str | None] = {CHAMPION: version}
         move({**after, PREVIOUS: current} if current not in (None, version) else after, event)
     return Promotion(name, version, current if current != version else None)
@@ -192,21 +190,21 @@ def rollback(name: str, to: str = "") -> Promotion:
     check_name(name)
     client = MlflowClient()
     with _registry_errors(f"{name} was not rolled back"), alias_move(client, name) as move:
-        now = placement(client.get_registered_model(name))
-        target = to or now[PREVIOUS]
+        before = placement(client.get_registered_model(name))
+        target = to or before[PREVIOUS]
         if target is None:
             raise TrackingError(
                 f"{name} has no version with the alias {PREVIOUS}, so there is nothing to go back "
                 "to. Name one with --to; pt-deploy history lists the promotions."
             )
-        if target == now[CHAMPION]:
+        if target == before[CHAMPION]:
             raise TrackingError(f"version {target} of {name} is the champion already.")
         version = client.get_model_version(name, target)
-        measured = _numbers(version.tags)
-        why = f"rollback from version {now[CHAMPION]}"
-        event = Event("rollback", now[CHAMPION], target, why, user(), timestamp(), measured)
-        move({CHAMPION: target, PREVIOUS: now[CHAMPION]}, event)
-    return Promotion(name, target, now[CHAMPION])
+        measured = logged_metrics(version.tags)
+        why = f"rollback from version {before[CHAMPION]}"
+        event = Event("rollback", before[CHAMPION], target, why, user(), now(), measured)
+        move({CHAMPION: target, PREVIOUS: before[CHAMPION]}, event)
+    return Promotion(name, target, before[CHAMPION])
 
 
 def champion(name: str) -> str | None:
@@ -247,7 +245,12 @@ def _registry_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def _create_model(client: MlflowClient, name: str) -> None:
+def create_model(client: MlflowClient, name: str) -> None:
+    """Create a registered model if it does not exist.
+
+    Raises:
+        MlflowException: The registry rejects it.
+    """
     try:
         client.get_registered_model(name)
     except MlflowException as error:
@@ -287,13 +290,3 @@ def _registered_version(client: MlflowClient, model_uri: str, name: str) -> str 
     quote = '"' if "'" in name else "'"
     versions = client.search_model_versions(f"name = {quote}{name}{quote}")
     return next((str(v.version) for v in versions if v.source == model_uri), None)
-
-
-def _numbers(tags: Mapping[str, str]) -> dict[str, float]:
-    found = {}
-    for key in ("accuracy", "latency_p50_ms", "speedup"):
-        try:
-            found[key] = float(tags[key])
-        except (KeyError, ValueError):
-            continue
-    return found

@@ -1,4 +1,4 @@
-"""Note on a registered version that a server refused it, for whoever moved the alias in the UI."""
+"""Tag of a registered version with the reason why a server rejected it, shown in the UI."""
 
 from __future__ import annotations
 

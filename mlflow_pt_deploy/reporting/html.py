@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.evaluation.result import Result, find_result
 from mlflow_pt_deploy.evaluation.slices import Slice
 from mlflow_pt_deploy.reporting.remarks import headline, promise_on_test
 from mlflow_pt_deploy.reporting.tables import ranked_cells
@@ -56,7 +56,7 @@ def render(page: Page) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    chosen = next((r for r in page.results if r.variant == page.choice.variant), None)
+    chosen = find_result(page.results, page.choice.variant)
     warning = headline(page.results, chosen, page.policy)
     kept, promise = promise_on_test(chosen, page.policy) if chosen else (True, "")
     header, rows = ranked_cells(page.results, page.choice)

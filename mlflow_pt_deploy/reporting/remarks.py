@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.evaluation.result import Result, find_baseline
 from mlflow_pt_deploy.selection.policy import Policy
 
 _MAX_RATIO = 1.5  # of the p50 ratio to the interleaved speedup
@@ -60,7 +60,7 @@ def promise_on_test(chosen: Result, policy: Policy) -> tuple[bool, str]:
 
 def _noise_warning(results: Sequence[Result]) -> str:
     """Warn if the baseline, measured against itself, is not about as fast as itself."""
-    baseline = next((r for r in results if r.variant == r.baseline and not r.reason), None)
+    baseline = find_baseline(results)
     speedup = baseline.get("speedup") if baseline else None
     if speedup is None or speedup.low is None or speedup.high is None:
         return ""

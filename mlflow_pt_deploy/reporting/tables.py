@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from mlflow_pt_deploy.evaluation.result import Measurement, Result
+from mlflow_pt_deploy.evaluation.result import Measurement, Result, find_result
 from mlflow_pt_deploy.reporting.plots import plot
 from mlflow_pt_deploy.reporting.remarks import headline, promise_on_test, remarks
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
@@ -53,7 +53,7 @@ def table(
         lines += textwrap.wrap(remark, _WIDTH, initial_indent="~ ", subsequent_indent="    ")
     if choice is not None:
         lines += ["", *textwrap.wrap(_explained(results, choice, policy), _WIDTH)]
-    warning = headline(results, _result_of(results, choice), policy)
+    warning = headline(results, find_result(results, choice.variant if choice else None), policy)
     return "\n".join([*(f"! {line}" for line in textwrap.wrap(warning, _WIDTH)), *lines])
 
 
@@ -75,7 +75,7 @@ def markdown(
         policy: See `table`.
     """
     columns = _columns(dataset, results)
-    warning = headline(results, _result_of(results, choice), policy)
+    warning = headline(results, find_result(results, choice.variant if choice else None), policy)
     lines = [
         *([f"**{warning}**", ""] if warning else []),
         *([_explained(results, choice, policy), ""] if choice is not None else []),
@@ -179,14 +179,9 @@ def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
     )
 
 
-def _result_of(results: Sequence[Result], choice: Choice | None) -> Result | None:
-    name = choice.variant if choice else None
-    return next((each for each in results if each.variant == name), None)
-
-
 def _explained(results: Sequence[Result], choice: Choice, policy: Policy | None) -> str:
     """The reason, and whether the test rows keep the promise; a broken one is in the headline."""
-    chosen = _result_of(results, choice)
+    chosen = find_result(results, choice.variant)
     if chosen is None or policy is None:
         return choice.reason
     kept, text = promise_on_test(chosen, policy)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.evaluation.result import Result, find_baseline
 from mlflow_pt_deploy.evaluation.statistics import mcnemar_p, paired_drop, paired_ratio
 from mlflow_pt_deploy.selection.policy import Policy
 
@@ -65,7 +65,7 @@ def plan_cascades(results: Sequence[Result], policy: Policy) -> list[CascadePlan
         policy: `retain` and `retain_low` are required of the cross-fitted accuracy.
     """
     usable = [each for each in results if not each.reason and _cost(each) is not None]
-    baseline = next((each for each in usable if each.variant == each.baseline), None)
+    baseline = find_baseline(usable)
     if baseline is None:
         return []
     reference = _correct(baseline)

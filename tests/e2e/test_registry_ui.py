@@ -102,7 +102,11 @@ class Load(threading.Thread):
                 else:
                     self.failed.append(answer.status_code)
 
-    def end(self) -> None:
+    def __enter__(self) -> Load:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stop_now.set()
         self.join()
 
@@ -118,35 +122,30 @@ def test_a_person_reads_the_reason_and_moves_the_alias(
         for alias in ("champion", "previous")
     )
     words = ("models:/shop@champion", "--replicas", "1", "--poll-s", "1")
-    with started(tmp_path / "scratch", *words) as served:
-        load = Load(served.url)
-        load.start()
-        try:
-            page.goto(f"{ui}/#/models/shop")  # type: ignore[attr-defined]
-            page.get_by_text("@ champion").first.wait_for()  # type: ignore[attr-defined]
-            shot(page, "model")
-            page.goto(f"{ui}/#/models/shop/versions/{champion}")  # type: ignore[attr-defined]
-            page.get_by_text("Compared with version").first.wait_for()  # type: ignore[attr-defined]
-            page.get_by_text("the promise is kept").first.wait_for()  # type: ignore[attr-defined]
-            shot(page, "version")
-            until(lambda: load.versions)
-            assert load.versions[-1] == champion
-            move_champion(page, ui, before)
-            moved = time.monotonic()
-            until(lambda: load.versions[-1] == before)
-            assert time.monotonic() - moved < 10
-            assert read_history("shop").moved_by_hand
+    with started(tmp_path / "scratch", *words) as served, Load(served.url) as load:
+        page.goto(f"{ui}/#/models/shop")  # type: ignore[attr-defined]
+        page.get_by_text("@ champion").first.wait_for()  # type: ignore[attr-defined]
+        shot(page, "model")
+        page.goto(f"{ui}/#/models/shop/versions/{champion}")  # type: ignore[attr-defined]
+        page.get_by_text("Compared with version").first.wait_for()  # type: ignore[attr-defined]
+        page.get_by_text("the promise is kept").first.wait_for()  # type: ignore[attr-defined]
+        shot(page, "version")
+        until(lambda: load.versions)
+        assert load.versions[-1] == champion
+        move_champion(page, ui, before)
+        moved = time.monotonic()
+        until(lambda: load.versions[-1] == before)
+        assert time.monotonic() - moved < 10
+        assert read_history("shop").moved_by_hand
 
-            # a version that is not what was promoted is refused, with the reason for the person
-            client.set_model_version_tag("shop", champion, DIGEST_TAG, f"v2:{'0' * 64}")
-            move_champion(page, ui, champion)
-            until(lambda: REFUSED_TAG in client.get_model_version("shop", champion).tags)
-            assert load.versions[-1] == before
-            page.goto(f"{ui}/#/models/shop/versions/{champion}")  # type: ignore[attr-defined]
-            page.get_by_text("differs from the promoted one").first.wait_for()  # type: ignore[attr-defined]
-            shot(page, "refused")
-        finally:
-            load.end()
+        # a version that is not what was promoted is refused, with the reason for the person
+        client.set_model_version_tag("shop", champion, DIGEST_TAG, f"v2:{'0' * 64}")
+        move_champion(page, ui, champion)
+        until(lambda: REFUSED_TAG in client.get_model_version("shop", champion).tags)
+        assert load.versions[-1] == before
+        page.goto(f"{ui}/#/models/shop/versions/{champion}")  # type: ignore[attr-defined]
+        page.get_by_text("differs from the promoted one").first.wait_for()  # type: ignore[attr-defined]
+        shot(page, "refused")
     assert not load.failed
     assert len(load.versions) > 50
     assert set(load.versions) == {champion, before}
@@ -159,18 +158,13 @@ def test_promote_model_in_the_ui_is_a_promotion(ui: str, page: object, tmp_path:
     version = str(client.get_model_version_by_alias("boutique", "champion").version)
     client.copy_model_version(f"models:/boutique/{version}", "boutique-prod")
     words = ("models:/boutique-prod/latest", "--replicas", "1", "--poll-s", "1")
-    with started(tmp_path / "scratch", *words) as served:
-        load = Load(served.url)
-        load.start()
-        try:
-            page.goto(f"{ui}/#/models/boutique/versions/{version}")  # type: ignore[attr-defined]
-            page.get_by_role("button", name="Promote model").click()  # type: ignore[attr-defined]
-            dialog = page.locator('[role="dialog"]')  # type: ignore[attr-defined]
-            dialog.locator("input").first.click()
-            page.get_by_text("boutique-prod").last.click()  # type: ignore[attr-defined]
-            shot(page, "promote-model")
-            dialog.get_by_role("button", name="Promote").last.click()
-            until(lambda: load.versions and load.versions[-1] == "2", 60)
-        finally:
-            load.end()
+    with started(tmp_path / "scratch", *words) as served, Load(served.url) as load:
+        page.goto(f"{ui}/#/models/boutique/versions/{version}")  # type: ignore[attr-defined]
+        page.get_by_role("button", name="Promote model").click()  # type: ignore[attr-defined]
+        dialog = page.locator('[role="dialog"]')  # type: ignore[attr-defined]
+        dialog.locator("input").first.click()
+        page.get_by_text("boutique-prod").last.click()  # type: ignore[attr-defined]
+        shot(page, "promote-model")
+        dialog.get_by_role("button", name="Promote").last.click()
+        until(lambda: load.versions and load.versions[-1] == "2", 60)
     assert not load.failed

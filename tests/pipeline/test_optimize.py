@@ -11,6 +11,7 @@ import pytest
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.pipeline import optimize
+from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.tracking import _serving_config
 
 BenchCalls = tuple[optimize.Bench, list[tuple[int, tuple[str, ...]]]]
@@ -61,7 +62,7 @@ MEASURED = [
 
 def test_each_finalist_gets_the_fewest_threads_it_needs(bench_calls: BenchCalls) -> None:
     bench, calls = bench_calls
-    found = optimize._with_fewer_threads(bench, MEASURED, Options())
+    found = optimize._with_fewer_threads(bench, MEASURED, Options(), Policy())
     assert [threads for threads, _ in calls] == [2, 1]
     assert {each.variant: each.threads for each in found} == {
         BASELINE: 4,
@@ -72,7 +73,7 @@ def test_each_finalist_gets_the_fewest_threads_it_needs(bench_calls: BenchCalls)
 
 def test_threads_set_by_the_user_are_kept(bench_calls: BenchCalls) -> None:
     bench, calls = bench_calls
-    assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4)) == MEASURED
+    assert optimize._with_fewer_threads(bench, MEASURED, Options(threads=4), Policy()) == MEASURED
     assert not calls
 
 

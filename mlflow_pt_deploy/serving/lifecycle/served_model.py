@@ -26,8 +26,9 @@ from mlflow_pt_deploy.registry.addresses import (
 )
 from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
-from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version, now
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.system.clock import now
 
 RETRY_S, MAX_RETRY_S = 60.0, 3600.0
 

@@ -7,17 +7,16 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
+from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import fetch, fetch_mlmodel
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
+from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _OBSERVED = 2048
-_LOGGED = ("accuracy", "latency_p50_ms", "speedup")
 
 
 class LoadedModel:
@@ -98,7 +96,7 @@ class LoadedModel:
             "version": self.label,
             "since": self.since,
             "model_config": dict(self.spec.model_config),
-            "logged": _numbers(self.tags),
+            "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
         }
 
@@ -128,15 +126,6 @@ def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
     return version
 
 
-def _numbers(tags: dict[str, str]) -> dict[str, float]:
-    """Logged metrics among a version's tags; tags that are not numbers are left out."""
-    found = {}
-    for key in _LOGGED:
-        with suppress(KeyError, ValueError):
-            found[key] = float(tags[key])
-    return found
-
-
 def check_exists(resolved: ResolvedVersion) -> None:
     """Fetch and check the MLmodel file of a version, without its other files.
 
@@ -146,11 +135,6 @@ def check_exists(resolved: ResolvedVersion) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="pt-deploy-serve-") as folder:
         fetch_mlmodel(resolved.uri, Path(folder))
-
-
-def now() -> str:
-    """Current time in UTC, ISO 8601, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float]:

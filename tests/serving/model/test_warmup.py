@@ -17,7 +17,7 @@ BATCH = {"input_ids": np.ones((4, 40), np.int64), "attention_mask": np.ones((4, 
 
 
 class ShapeModel:
-    """A model whose first batch of a shape takes more CPU time than the others."""
+    """A model whose first batch of a shape takes more CPU time than later ones."""
 
     def __init__(self, first_s: float, again_s: float) -> None:
         self.first_s, self.again_s = first_s, again_s
