@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from mlflow.exceptions import MlflowException
 
-from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError, PolicyError, TrackingError
 from mlflow_pt_deploy.evaluation import Result, measure
 from mlflow_pt_deploy.evaluation.statistics import mcnemar_p, paired_drop
+from mlflow_pt_deploy.pipeline.stored_results import read_measured
 from mlflow_pt_deploy.registry.addresses import ResolvedVersion, resolve, version_tags
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import FOLDER
-from mlflow_pt_deploy.registry.promotion import RUN_TAG
+from mlflow_pt_deploy.selection.challenge import Measured
 
 _METRICS = (
     ("accuracy", "validation", "validation accuracy"),
@@ -81,8 +81,8 @@ def compare_models(first: str, second: str, data: str = "", *, seconds: float = 
         same_machine = True
     else:
         stored = [_stored(version) for version in versions]
-        results = [result for result, _ in stored]
-        conditions = [found for _, found in stored]
+        results = [each.result for each in stored]
+        conditions = [each.conditions for each in stored]
         if conditions[0].get("validation") != conditions[1].get("validation"):
             raise PolicyError(
                 f"{names[0]} and {names[1]} were measured on other validation rows, so their "
@@ -114,19 +114,9 @@ def _short(version: ResolvedVersion) -> str:
     return f"{version.name}/{version.version}" if version.name else version.uri
 
 
-def _stored(version: ResolvedVersion) -> tuple[Result, dict[str, str]]:
+def _stored(version: ResolvedVersion) -> Measured:
     """Measurements of a version, from the run that its tags name."""
-    tags = version_tags(version)
-    run_id, variant = tags.get(RUN_TAG), tags.get(tracking.VARIANT_TAG)
-    if run_id and variant:
-        results, conditions = tracking.read_results(run_id)
-        for each in results:
-            if each.variant == variant:
-                return each, conditions
-    raise ModelError(
-        f"{_short(version)} has no stored measurements: it was not promoted by pt-deploy. Measure "
-        "both anew: --data"
-    )
+    return read_measured(_short(version), version_tags(version), "Measure both anew: --data")
 
 
 def _measure(versions: list[ResolvedVersion], data: str, seconds: float) -> list[Result]:

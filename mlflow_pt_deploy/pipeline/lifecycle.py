@@ -106,7 +106,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
             optimized = optimize_models(replace(options, resume=""), splits)
         with _timed("promote", seconds):
             promotion, why_not = _promote(optimized, options)
-            log_report(optimized, options.name)
+            log_report(optimized, options.name, why_not)
         mlflow.log_metrics({f"{stage}_seconds": value for stage, value in seconds.items()})
     return LifecycleResult(
         run_id, splits.column, optimized, promotion, seconds, why_not, options.name

@@ -9,9 +9,10 @@ import mlflow
 from mlflow import MlflowClient
 
 from mlflow_pt_deploy import tracking
-from mlflow_pt_deploy.errors import ModelError, NotPromotedError, PolicyError, PtDeployError
+from mlflow_pt_deploy.errors import NotPromotedError, PolicyError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
+from mlflow_pt_deploy.pipeline.stored_results import read_measured
 from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
 from mlflow_pt_deploy.registry.promotion import (
     RUN_TAG,
@@ -34,11 +35,20 @@ from mlflow_pt_deploy.system.hardware import library_versions
 
 @dataclass(frozen=True)
 class _Champion:
-    """The current champion: its version, and the logged model and results behind it."""
+    """The current champion: its version, the logged model behind it, its tags."""
 
     version: str
     source: str
     tags: Mapping[str, str]
+
+    def measured(self, name: str) -> Measured:
+        """Its stored measurements.
+
+        Raises:
+            ModelError: It has none.
+        """
+        subject = f"version {self.version} of {name}, the champion"
+        return read_measured(subject, self.tags, "Replace it without a comparison: --replace")
 
 
 def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = False) -> Promotion:
@@ -64,7 +74,7 @@ def promote_choice(optimized: OptimizationResult, name: str, *, replace: bool = 
     current, facts = _current_champion(name), _facts(optimized)
     comparison = ""
     if current is not None and current.source != optimized.models[chosen.variant] and not replace:
-        verdict = challenge(_measured(optimized, chosen), _read(current, name), optimized.policy)
+        verdict = challenge(_measured(optimized, chosen), current.measured(name), optimized.policy)
         comparison = f"Compared with version {current.version}, the champion: {verdict.reason}."
         if not verdict.replaces:
             candidate = _candidate(optimized, chosen, "challenger", facts, comparison)
@@ -144,30 +154,6 @@ def _current_champion(name: str) -> _Champion | None:
 
 def _measured(optimized: OptimizationResult, result: Result) -> Measured:
     return Measured(result, optimized.run_id, optimized.conditions)
-
-
-def _read(current: _Champion, name: str) -> Measured:
-    """Read the measurements of the champion from its run.
-
-    Raises:
-        ModelError: It has none, e.g. because it was registered by hand.
-    """
-    run_id, variant = current.tags.get(RUN_TAG), current.tags.get(tracking.VARIANT_TAG)
-    remedy = "Replace it without a comparison: --replace"
-    if not run_id or not variant:
-        raise ModelError(
-            f"version {current.version} of {name}, the champion, was not promoted by pt-deploy, so "
-            f"there are no measurements to compare with. {remedy}"
-        )
-    try:
-        results, conditions = tracking.read_results(run_id)
-        result = next(each for each in results if each.variant == variant)
-    except (PtDeployError, StopIteration) as error:
-        raise ModelError(
-            f"the measurements of version {current.version} of {name}, the champion, cannot be "
-            f"read from run {run_id}. {remedy}"
-        ) from error
-    return Measured(result, run_id, conditions)
 
 
 def _facts(optimized: OptimizationResult) -> dict[str, str]:

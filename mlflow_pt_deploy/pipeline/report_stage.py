@@ -54,17 +54,18 @@ def write_report(subject: str, out: Path | None = None) -> Path:
     return out
 
 
-def log_report(done: OptimizationResult, name: str) -> None:
-    """Log the report as an artifact of its run."""
-    MlflowClient().log_text(done.run_id, report_html(done, name), ARTIFACT)
+def log_report(done: OptimizationResult, name: str, why_not: str = "") -> None:
+    """Log the report as an artifact of its run; `why_not`: why the earlier champion stays."""
+    MlflowClient().log_text(done.run_id, report_html(done, name, why_not), ARTIFACT)
 
 
-def report_html(done: OptimizationResult, name: str = "") -> str:
+def report_html(done: OptimizationResult, name: str = "", why_not: str = "") -> str:
     """Return the report of an optimize stage.
 
     Args:
         done: Its results and choice.
         name: Registered model whose champion the report is about; empty: none.
+        why_not: Why the earlier champion stays; empty: the report does not say.
     """
     run_id = done.run_id
     choice, tags = done.choice, _champion_tags(name)
@@ -76,19 +77,28 @@ def report_html(done: OptimizationResult, name: str = "") -> str:
         image = Path(folder, "plot.png")
         plot(done.results, image, choice, retain=done.policy.retain)
         page = Page(
-            title=f"{choice.variant or 'Nothing'} was chosen"
-            + (f" as the champion of {name}" if name else ""),
+            title=f"{choice.variant or 'Nothing'} was chosen" + _role(name, run_id, tags),
             results=done.results,
             choice=choice,
             policy=done.policy,
             commands=_commands(name or "NAME"),
             facts=_facts(run_id, done.conditions),
             image=image.read_bytes(),
+            comparison=why_not,
             slices=_slices(run_id),
             name=name,
             history=_events(name),
         )
     return render(page)
+
+
+def _role(name: str, run_id: str, tags: Mapping[str, str]) -> str:
+    """What became of the chosen variant in the registry, as the end of a title."""
+    if not tags:
+        return ""
+    if tags.get(RUN_TAG) == run_id:
+        return f" as the champion of {name}"
+    return f"; {name} keeps its earlier champion"
 
 
 def _run_of_champion(name: str) -> str:

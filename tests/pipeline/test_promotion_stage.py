@@ -12,6 +12,7 @@ from tiny.optimized import BASELINE, CONDITIONS, VARIANTS, Made, optimized_run
 
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice, read_optimized
+from mlflow_pt_deploy.pipeline.report_stage import report_html
 from mlflow_pt_deploy.registry.aliases import placement
 from mlflow_pt_deploy.registry.history import read_history
 from mlflow_pt_deploy.selection.policy import Policy
@@ -114,6 +115,8 @@ def test_a_champion_is_replaced_only_by_a_better_one(
     assert "version 1 of shop stays the champion. student-openvino-int8 is version 3" in shown
     assert "its latency is not better beyond noise: 1 against 1 ms per row" in shown
     assert aliases() == {"previous": None, "champion": "1", "challenger": "3"}
+    html = report_html(read_optimized(same), "shop", "version 1 stays")
+    assert "was chosen; shop keeps its earlier champion" in html and "version 1 stays" in html
     better = optimized_run(FASTER)
     command(capsys, *words, better)
     assert (aliases()["champion"], aliases()["previous"]) == ("4", "1")
@@ -171,7 +174,7 @@ def test_a_champion_registered_by_hand_needs_replace(
     MlflowClient().set_registered_model_alias("shop", "champion", version)
     words = ("promote", "--run", run_id, "--name", "shop")
     shown, _ = command(capsys, *words, status=1)
-    assert "was not promoted by pt-deploy, so there are no measurements" in shown
+    assert "has no stored measurements: it was not promoted by pt-deploy" in shown
     _, document = command(capsys, *words, "--replace")
     assert document["previous"] == str(version)
 
