@@ -19,7 +19,10 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,7 +33,8 @@ from servers import machine, running
 NAME = "swaps"
 _POLL_S = 0.5
 _SETTLE_S = 3.0
-_AFTER_KILL_S = 4.0
+_AFTER_KILL_S = 12.0
+_WORKER_BYTES = 100e6
 
 
 @dataclass
@@ -111,12 +115,15 @@ def register(folder: Path, models: Sequence[Path]) -> list[str]:
 
 
 def workers_of(pid: int) -> list[int]:
-    """Process ids of the workers: children of the main process that hold a model, largest first."""
-    import psutil
+    """Process ids of the workers that run: children of the main process that hold a model."""
+    import psutil  # type: ignore[import-untyped]  # MLflow brings it
 
-    children = psutil.Process(pid).children(recursive=True)
-    found = sorted(children, key=lambda child: -child.memory_info().rss)
-    return [child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.Error):  # it has just ended
+            if child.status() != psutil.STATUS_ZOMBIE and child.memory_info().rss > _WORKER_BYTES:
+                found.append(child.pid)
+    return found
 
 
 def p99_ms(seen: Sequence[Seen], start: float, end: float) -> float:
@@ -145,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve"]
         command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", str(_POLL_S)]
         with running(command, folder / "serve.log") as server:
+            _wait_until_ready(server.url)
             clients = [Client(server.url, parsed.text) for _ in range(parsed.clients)]
             for client in clients:
                 client.start()
@@ -154,15 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _swap(registry, versions[at % 2], clients) for at in range(1, parsed.swaps + 1)
             ]
             swapped = (steady[1], time.monotonic())
-            killed = []
             for _ in range(parsed.kills):
                 os.kill(workers_of(server.pid)[0], signal.SIGKILL)
-                killed.append(time.monotonic())
                 time.sleep(_AFTER_KILL_S)
             seen = [client.end() for client in clients]
     cut_by_swaps = sum(at < swapped[1] - 0.5 for each in seen for at in each.cut)
     cut_by_kills = sum(len(each.cut) for each in seen) - cut_by_swaps
-    failed = sum(len(each.failed) for each in seen)
+    failed = Counter(status for each in seen for _, status in each.failed)
     document = {
         **machine(),
         "clients": parsed.clients,
@@ -171,12 +177,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "swap_delay_s": {"median": float(np.median(delays)), "most": max(delays)},
         "p99_ms": {"steady": p99_ms(seen, *steady), "while_swapping": p99_ms(seen, *swapped)},
         "kills": parsed.kills,
-        "failed": failed,
+        "failed": dict(failed),
         "cut_by_swaps": cut_by_swaps,
         "cut_by_kills": cut_by_kills,
     }
     print(json.dumps(document, indent=1))
-    return int(failed > 0 or cut_by_swaps > 0 or cut_by_kills > parsed.kills * parsed.clients)
+    return int(bool(failed) or cut_by_swaps > 0 or cut_by_kills > parsed.kills * parsed.clients)
+
+
+def _wait_until_ready(url: str) -> None:
+    """Return when all workers have loaded the model."""
+    for _ in range(600):
+        with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=60):
+            return
+        time.sleep(0.1)
+    raise SystemExit("the server was not ready within 60 s")
 
 
 def _swap(registry: object, version: str, clients: Sequence[Client]) -> float:

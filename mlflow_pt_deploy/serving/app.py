@@ -312,7 +312,7 @@ class Application:
         if self._states is not None and self._states.draining:
             return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
         own = all(model.current or model.unloaded for model in self._models.values())
-        if own and (self._states is None or self._states.all_ready()):
+        if own and (self._states is None or self._states.started()):
             return Response(200, b'{"status": "ready"}')
         return Response(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
 

@@ -177,7 +177,7 @@ class _MainProcess:
                 self._failure = failure
                 self._stopping.set()
                 self._stop_granian()
-            elif self._states.all_ready():
+            elif self._states.started():
                 self._announced = True
                 self._on_ready(self._states.read()[0]["banner"])
             time.sleep(_POLL_S)

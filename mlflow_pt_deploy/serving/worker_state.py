@@ -108,10 +108,14 @@ class WorkerStates:
                 found[index] = state
         return found
 
-    def all_ready(self) -> bool:
-        """Whether every worker runs and is ready."""
-        states = self.read()
-        return len(states) == self.count and all(state.get("ready") for state in states.values())
+    def started(self) -> bool:
+        """Whether every worker has been ready.
+
+        From then on the server is ready although a worker has died: the one that replaces it does
+        not listen before it is ready.
+        """
+        paths = [self.folder / f"worker-{index}.json" for index in range(self.count)]
+        return all(path.exists() and json.loads(path.read_text()).get("ready") for path in paths)
 
     def served(self) -> dict[str, Any]:
         """The last served version of each model, in any worker; for a worker that restarts."""
