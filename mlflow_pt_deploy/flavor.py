@@ -29,7 +29,7 @@ from mlflow.utils.file_utils import get_total_file_size
 from mlflow.utils.model_utils import _validate_and_prepare_target_save_path
 
 from mlflow_pt_deploy._version import __version__
-from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_variant, read_manifest, verify
+from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
@@ -50,11 +50,11 @@ from mlflow_pt_deploy.registry.mlmodel import (
     FLAVOR_NAME,
     FOLDER,
     LOADER,
-    MLmodel,
     check_digest,
     read_mlmodel,
 )
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
+from mlflow_pt_deploy.serving.model.loader import load_checked, load_logged_variant
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 from mlflow_pt_deploy.system.regular_files import (
     list_files,
@@ -162,7 +162,7 @@ def load_model(
     try:
         fetched = fetch(resolve(model_uri), Path(folder))
         options = ServingOptions.from_config(fetched.options(model_config))
-        loaded = _load(fetched.root, fetched.mlmodel, options)
+        loaded = load_logged_variant(fetched.root, fetched.mlmodel, options)
     except BaseException:
         if dst_path is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -170,22 +170,6 @@ def load_model(
     if dst_path is None:
         weakref.finalize(loaded, shutil.rmtree, folder, ignore_errors=True)
     return loaded
-
-
-def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PtDeployPyFunc:
-    """Load a model with a validated MLmodel file.
-
-    Args:
-        root: Folder of the model, writable only by this user.
-        mlmodel: The validated MLmodel file.
-        config: All serving options; `allow_code` was set by the operator or by a promotion.
-
-    Raises:
-        PtDeployError: The model is damaged, contains code that is not allowed, or is not supported
-            on this machine.
-    """
-    options = ServingOptions.from_config(config)
-    return PtDeployPyFunc(_load(root, mlmodel, options), config)
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PtDeployPyFunc:
@@ -204,22 +188,6 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> PtDep
         bool(config.get("allow_code")) or environment_allows_code() or _is_promoted(root)
     )
     return load_checked(root, mlmodel, config)
-
-
-def _load(root: Path, mlmodel: MLmodel, options: ServingOptions) -> LoadedVariant:
-    folder = root / FOLDER
-    manifest = read_manifest(folder)  # the other files are verified on load
-    if manifest.digest != mlmodel.logged_digest:
-        raise ArtifactError(
-            f"{manifest.name}: manifest.json is not the one that was logged (SHA-256 differs). "
-            "The artifact is corrupted; log the variant again."
-        )
-    return load_variant(
-        folder,
-        device=options.device,
-        threads=options.num_threads,
-        allow_code=options.allow_code,
-    )
 
 
 def _is_promoted(root: Path) -> bool:

@@ -8,4 +8,4 @@ from contextlib import suppress
 with suppress(ImportError):  # an interpreter of another environment
     from mlflow_pt_deploy.registry import mlmodel
 
-    mlmodel.LOADERS |= {"tiny.serving"}
+    mlmodel.LOADERS["tiny.serving"] = "tiny.serving"

@@ -25,7 +25,7 @@ from mlflow_pt_deploy.registry.mlmodel import (
 from mlflow_pt_deploy.system.regular_files import copy_file, copy_files, list_files
 
 if TYPE_CHECKING:
-    from mlflow.pyfunc import PyFuncModel
+    from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 ALLOW_CODE_ENV = "PT_DEPLOY_ALLOW_CODE"
 
@@ -60,8 +60,8 @@ class Fetched:
         config["allow_code"] |= DIGEST_TAG in self.tags  # `fetch` has verified the digest
         return config
 
-    def load(self, model_config: Mapping[str, Any] | None) -> PyFuncModel:
-        """Load the copy as MLflow would, with the options of the operator.
+    def load(self, model_config: Mapping[str, Any] | None) -> PtDeployPyFunc:
+        """Load the copy with the options of the operator.
 
         Raises:
             PtDeployError: The model is damaged, contains code that is not allowed, or is not
@@ -130,6 +130,8 @@ def fetch_digest(uri: str, folder: Path) -> str:
 
 def _copy(uri: str, folder: Path, part: str = "") -> Path:
     """Copy a model folder, or one file of it, into `folder` without verification."""
+    if os.path.isdir(uri):  # without MLflow, whose import takes a second
+        return _copy_local(Path(uri, part), folder)
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -144,10 +146,14 @@ def _copy(uri: str, folder: Path, part: str = "") -> Path:
         repository = getattr(repository, "repo", repository)
     if not isinstance(repository, LocalArtifactRepository):
         return Path(repository.download_artifacts(path, str(folder)))
-    # MLflow's own copy follows links and opens devices.
     source = Path(repository.artifact_dir, path)
     if not source.exists():
         raise MlflowException(f"{source} does not exist.", error_code=RESOURCE_DOES_NOT_EXIST)
+    return _copy_local(source, folder)
+
+
+def _copy_local(source: Path, folder: Path) -> Path:
+    """Copy regular files only: MLflow's own copy follows links and opens devices."""
     if source.is_dir():
         source = source.resolve()  # the folder itself may be a link, its content may not
         copy_files(source, folder / source.name)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import logging
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ from mlflow_pt_deploy.model_config import MODEL_CONFIG, ServingOptions
 from mlflow_pt_deploy.system.regular_files import parse_yaml, read_regular
 
 if TYPE_CHECKING:
-    from mlflow.models import ModelSignature
-    from mlflow.pyfunc import PyFuncModel
+    from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 FLAVOR_NAME = "pt_deploy"
 LOADER = "mlflow_pt_deploy.flavor"
-LOADERS = frozenset({LOADER})
-"""Modules whose `load_checked` may be called; the tests add their own."""
+LOADERS = {LOADER: "mlflow_pt_deploy.serving.model.loader"}
+"""Loaders that an MLmodel file may name, and the module whose `load_checked` is called instead:
+the flavor imports MLflow, which takes a second. The tests add their own."""
 
 FILE = "MLmodel"
 FOLDER = "variant"
@@ -36,7 +37,27 @@ MAX_BYTES = 256 * 2**10
 _DIGEST_PREFIX = "v2:"
 
 _PYFUNC = "python_function"
+_CONFIG_ENV = "MLFLOW_PYFUNC_INFERENCE_CONFIG"
 _ENVIRONMENT = {"conda": "conda.yaml", "virtualenv": "python_env.yaml"}
+_TOP_LEVEL_KEYS = frozenset(
+    {
+        "artifact_path",
+        "flavors",
+        "is_signature_from_type_hint",
+        "metadata",
+        "mlflow_version",
+        "model_id",
+        "model_size_bytes",
+        "model_uuid",
+        "prompts",
+        "run_id",
+        "saved_input_example_info",
+        "signature",
+        "type_hint_from_example",
+        "utc_time_created",
+    }
+)
+# what MLflow 3.17 writes; for another key, MLflow is asked
 _FLAVOR_KEYS = ("version", "variant", "runtime", "precision", "digest")
 _ONNX = {
     "data": f"{FOLDER}/model.onnx",
@@ -63,8 +84,8 @@ class MLmodel:
     logged_digest: str
     content: Mapping[str, Any]
 
-    def load(self, root: Path, config: Mapping[str, Any]) -> PyFuncModel:
-        """Call the loader, as ``mlflow.pyfunc.load_model`` does after reading the file.
+    def load(self, root: Path, config: Mapping[str, Any]) -> PtDeployPyFunc:
+        """Call the loader.
 
         Args:
             root: Folder of the model.
@@ -73,29 +94,9 @@ class MLmodel:
         Raises:
             PtDeployError: The loader fails.
         """
-        from mlflow.models import Model
-        from mlflow.pyfunc import PyFuncModel
-
-        loader = importlib.import_module(self.loader)
-        implementation = loader.load_checked(root, self, dict(config))
-        meta = Model(flavors=dict(self.content["flavors"]), signature=self.signature())
-        return PyFuncModel(model_meta=meta, model_impl=implementation)
-
-    def signature(self) -> ModelSignature | None:
-        """Return the signature, or None.
-
-        Raises:
-            ArtifactError: The signature is invalid.
-        """
-        from mlflow.models import ModelSignature
-
-        if (signature := self.content.get("signature")) is None:
-            return None
-        try:
-            parsed: ModelSignature = ModelSignature.from_dict(signature)
-        except Exception as error:  # errors of MLflow, and type errors
-            raise _invalid("signature", f"cannot be read ({type(error).__name__})") from error
-        return parsed
+        loader = importlib.import_module(LOADERS[self.loader])
+        loaded: PtDeployPyFunc = loader.load_checked(root, self, dict(config))
+        return loaded
 
     def operator_config(self, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the serving options of the artifact, overridden by those of the operator.
@@ -107,19 +108,14 @@ class MLmodel:
         Raises:
             ServingError: An option of the operator is invalid.
         """
-        from mlflow.utils.model_utils import _get_overridden_pyfunc_model_config
-
+        text = os.environ.get(_CONFIG_ENV) or "{}"
         try:
-            config = _get_overridden_pyfunc_model_config(
-                {**MODEL_CONFIG, **self.config},
-                dict(model_config or {}),
-                logging.getLogger(__name__),
-            )
+            operator = dict(json.loads(text))
         except (ValueError, TypeError) as error:
             raise ServingError(
-                f"MLFLOW_PYFUNC_INFERENCE_CONFIG is not a JSON object of serving options: {error}"
+                f"{_CONFIG_ENV} is not a JSON object of serving options: {error}"
             ) from error
-        return dict(config)
+        return {**MODEL_CONFIG, **self.config, **operator, **(model_config or {})}
 
     def check_claim(self, allowed: bool) -> None:
         """Reject an artifact that allows its own code, unless the operator allows it.
@@ -157,7 +153,9 @@ def read_mlmodel(root: Path) -> MLmodel:
             "the model does not have the pt_deploy flavor. Serve it with mlflow models serve, or "
             "build one with pt-deploy optimize."
         )
-    _check_keys("", content, _top_level_keys())
+    if not content.keys() <= _TOP_LEVEL_KEYS:
+        _check_keys("", content, _keys_of_mlflow())
+    _check_signature(content.get("signature"))
     _check_keys("flavors", flavors, {_PYFUNC, FLAVOR_NAME, "onnx"})
     _check_flavor(flavors[FLAVOR_NAME])
     _check_onnx(flavors.get("onnx"))
@@ -268,12 +266,25 @@ def _check_keys(section: str, mapping: Mapping[Any, Any], known: set[str]) -> No
             raise _invalid(name, "is not written by pt-deploy")
 
 
-def _top_level_keys() -> set[str]:
-    """Return the keys that this MLflow version writes beside the flavors."""
+def _keys_of_mlflow() -> set[str]:
+    """Return the keys that this MLflow version may write beside the flavors."""
     from mlflow.models import Model
 
     known = {name for name in inspect.signature(Model.__init__).parameters if name != "self"}
     return known | {"is_signature_from_type_hint", "type_hint_from_example", "databricks_runtime"}
+
+
+def _check_signature(signature: object) -> None:
+    """Check the form of the signature: the JSON of inputs, outputs and params as strings."""
+    if signature is None:
+        return
+    if not isinstance(signature, dict):
+        raise _invalid("signature", "cannot be read: it is not a mapping")
+    for key in ("inputs", "outputs", "params"):
+        try:
+            json.loads(signature.get(key) or "null")
+        except (ValueError, TypeError) as error:
+            raise _invalid("signature", f"cannot be read: {key} is not JSON") from error
 
 
 _CURE = "Do not serve this artifact; log the variant again with pt-deploy optimize."

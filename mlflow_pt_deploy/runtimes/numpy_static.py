@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 
-_MAX_DENSE_ROWS = 12  # up to this size creating a sparse matrix costs more than it saves
 _WEIGHTS = "static.safetensors"
 _SHAPE = "static.json"
 
@@ -154,17 +153,9 @@ class _StaticPredictor:
     def _sums(self, indices: Array, ends: Array) -> Array:
         """Sum of the embeddings of each text, float32 (batch, width)."""
         table, ones = self._embeddings, np.ones(len(indices), dtype=np.float32)
-        if len(ends) <= _MAX_DENSE_ROWS:
-            total: Array = np.empty((len(ends), table.shape[1]), dtype=np.float32)
-            start = 0
-            for row, end in zip(total, ends.tolist(), strict=True):
-                np.dot(ones[start:end], table.take(indices[start:end], axis=0), out=row)
-                start = end
-            return total
-        from scipy.sparse import csr_array  # type: ignore[import-untyped]
-
-        # A sparse matrix of ones sums rows without a copy; int32 indices avoid a conversion.
-        structure = (indices.astype(np.int32), np.append(0, ends).astype(np.int32))
-        selection = csr_array((ones, *structure), shape=(len(ends), len(table)))
-        total = selection @ table
+        total: Array = np.empty((len(ends), table.shape[1]), dtype=np.float32)
+        start = 0
+        for row, end in zip(total, ends.tolist(), strict=True):
+            np.dot(ones[start:end], table.take(indices[start:end], axis=0), out=row)
+            start = end
         return total

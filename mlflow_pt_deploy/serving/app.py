@@ -367,6 +367,6 @@ def _is_loaded(model: ServedModel) -> int:
 
 
 def _mlflow_version() -> Response:
-    from mlflow.version import VERSION
+    from importlib.metadata import version
 
-    return Response(200, VERSION.encode())
+    return Response(200, version("mlflow-skinny").encode())

@@ -24,7 +24,7 @@ from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
-mlmodel.LOADERS |= {"tiny.serving"}
+mlmodel.LOADERS["tiny.serving"] = "tiny.serving"
 
 WORDS = ("[PAD]", "[UNK]", "red", "green", "blue", "explode", "nan", "slow")
 WEIGHTS = np.zeros((len(WORDS), 3), dtype=np.float32)

@@ -116,8 +116,7 @@ def error_to_response(error: Exception, model_version: str) -> Response:
     headers = (RETRY_AFTER,) if status == 429 else ()
     if unsupported:
         headers = (("accept-encoding", "identity"),)
-    body = known.serialize_as_json().encode()
-    return Response(status, body, str(known.error_code), headers, model_version=model_version)
+    return Response(status, known.body.encode(), known.code, headers, model_version=model_version)
 
 
 def _parse(service: InferenceService, body: bytes, media: str) -> ParsedBody:

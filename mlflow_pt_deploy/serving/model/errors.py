@@ -1,43 +1,48 @@
-"""Converts scoring errors to MLflow errors with HTTP status and code."""
+"""Scoring errors as they are answered: status, MLflow's error code, no client data."""
 
 from __future__ import annotations
 
 import json
 import logging
-
-from mlflow.exceptions import MlflowException
+from typing import NamedTuple
 
 from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, RequestError
 
 _logger = logging.getLogger(__name__)
 
+_INTERNAL = "INTERNAL_ERROR"
+_STATUSES = {
+    "INVALID_PARAMETER_VALUE": 400,
+    "RESOURCE_EXHAUSTED": 429,
+    _INTERNAL: 500,
+    "DEADLINE_EXCEEDED": 504,
+}
 
-class ScoringError(MlflowException):
-    """An MLflow error whose HTTP body holds the message only.
 
-    MLflow's scoring server prefixes the message of other errors with the request's data.
+class ScoringError(NamedTuple):
+    """An error as it is answered.
+
+    Attributes:
+        code: MLflow's error code.
+        message: For the client.
     """
 
-    def __init__(self, message: str, code: str = "INTERNAL_ERROR") -> None:
-        from mlflow.protos.databricks_pb2 import ErrorCode
-
-        super().__init__(message, error_code=ErrorCode.Value(code))
-        self._body = json.dumps({"error_code": code, "message": message})
+    code: str
+    message: str
 
     @property
     def status(self) -> int:
-        """The HTTP status."""
-        return int(self.get_http_status_code())  # type: ignore[no-untyped-call]
+        """The HTTP status that belongs to the code."""
+        return _STATUSES[self.code]
 
-    def serialize_as_json(self) -> str:
-        """The body of the response."""
-        return self._body
+    @property
+    def body(self) -> str:
+        """The body of the response, in MLflow's form."""
+        return json.dumps({"error_code": self.code, "message": self.message})
 
 
 def scoring_error(error: Exception) -> ScoringError:
-    """Convert any error to MLflow's, with its code and without client data."""
-    if isinstance(error, ScoringError):
-        return error
+    """Convert any error; an unexpected one is logged."""
     codes = {
         RequestError: "INVALID_PARAMETER_VALUE",
         OverloadedError: "RESOURCE_EXHAUSTED",
@@ -45,8 +50,6 @@ def scoring_error(error: Exception) -> ScoringError:
     }
     for kind, code in codes.items():
         if isinstance(error, kind):
-            return ScoringError(str(error), code)
+            return ScoringError(code, str(error))
     _logger.error("the model failed (%s)", type(error).__name__, exc_info=error)
-    return ScoringError(
-        "The model failed on this request; the server's log says why.", "INTERNAL_ERROR"
-    )
+    return ScoringError(_INTERNAL, "The model failed on this request; the server's log says why.")

@@ -8,19 +8,15 @@ import tempfile
 import weakref
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import fetch, fetch_mlmodel
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
-
-if TYPE_CHECKING:
-    from mlflow.pyfunc import PyFuncModel
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +27,7 @@ class LoadedModel:
     """A model version that is ready to serve.
 
     Args:
-        model: A pyfunc of the `pt_deploy` flavor.
+        pyfunc: The loaded variant.
         resolved: The version, resolved from a URI.
         spec: The specification it was loaded for.
         tags: Its tags in the registry.
@@ -40,29 +36,19 @@ class LoadedModel:
         label: Version number in the registry, or the first 12 digits of the digest.
         seconds: Durations of the last responses.
         tags: Tags in the registry when it was loaded.
-
-    Raises:
-        ModelError: The model is of another flavor.
     """
 
     def __init__(
         self,
-        model: PyFuncModel,
+        pyfunc: PtDeployPyFunc,
         resolved: ResolvedVersion,
         spec: ModelSpec | None = None,
         tags: dict[str, str] | None = None,
     ) -> None:
-        inner = model._model_impl
-        if not isinstance(inner, PtDeployPyFunc):
-            raise ModelError(
-                "the model does not have the pt_deploy flavor. Serve it with mlflow models serve, "
-                "or build one with pt-deploy optimize."
-            )
-        self.pyfunc = inner
+        self.pyfunc = pyfunc
         self.resolved = resolved
         self.spec = spec or ModelSpec(resolved.uri)
-        self.inputs = model.metadata.signature and model.metadata.signature.inputs
-        self.label = resolved.version or inner.loaded.manifest.digest[:12]
+        self.label = resolved.version or pyfunc.loaded.manifest.digest[:12]
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
         self.tags = tags or {}
@@ -115,8 +101,8 @@ def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
         fetched = fetch(resolved, Path(folder))
-        model = fetched.load(spec.model_config)
-        version = LoadedModel(model, resolved, spec, dict(fetched.tags))
+        pyfunc = fetched.load(spec.model_config)
+        version = LoadedModel(pyfunc, resolved, spec, dict(fetched.tags))
         version.compare_libraries()
         version.pyfunc.warm_up()
     except BaseException:

@@ -78,7 +78,9 @@ class PtDeployPyFunc:
                 objects += formatter.to_objects(logits, top_k)
             return formatter.as_predictions(objects) if top_k == 1 else objects
         except Exception as error:
-            raise scoring_error(error) from error
+            from mlflow_pt_deploy.serving.model.mlflow_error import MlflowScoringError
+
+            raise MlflowScoringError(scoring_error(error)) from error
 
     def get_raw_model(self) -> LoadedVariant:
         """The result of ``PyFuncModel.get_raw_model``."""

@@ -48,7 +48,7 @@ def stock(model: PyFuncModel, body: Any, media: str) -> Any:
 @pytest.fixture(scope="module")
 def url(model: PyFuncModel) -> Iterator[str]:
     served = ServedModel("tiny", source("tiny"))
-    served.current = LoadedModel(model, ResolvedVersion("tiny"))
+    served.current = LoadedModel(model._model_impl, ResolvedVersion("tiny"))
     with running(Application({"tiny": served})) as found:
         yield found
 

@@ -53,7 +53,7 @@ def model(folder: Path) -> Iterator[PyFuncModel]:
 @pytest.fixture(scope="module")
 def ours(model: PyFuncModel) -> Iterator[str]:
     served = ServedModel("tiny", source("tiny"))
-    served.current = LoadedModel(model, ResolvedVersion("tiny"))
+    served.current = LoadedModel(model._model_impl, ResolvedVersion("tiny"))
     served.current.pyfunc.warm_up()
     with running(Application({"tiny": served}, max_body_bytes=100_000)) as url:
         yield url
