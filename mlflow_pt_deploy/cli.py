@@ -103,6 +103,7 @@ _COMMANDS: dict[str, Command] = {
     "verify": registry.verify,
     "report": registry.report,
     "serve": serve.serve,
+    "package": serve.package,
 }
 
 if __name__ == "__main__":

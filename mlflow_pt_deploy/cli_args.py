@@ -30,6 +30,7 @@ COMMANDS = {
     "history": "list the promotions of a registered model",
     "compare": "compare two versions on the same rows",
     "verify": "compare a model on this machine with what was logged",
+    "package": "write a folder from which an image, Kubernetes objects or a function are built",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -38,6 +39,7 @@ COMMANDS = {
 _NO_DEFAULT_DATA = ("distill", "search", "optimize")
 _DEFAULTS = {("search", "trials"): 20, **{(stage, "data"): "" for stage in _NO_DEFAULT_DATA}}
 _REQUIRED = {("search", "teacher")}
+_URI = "models:/NAME@champion, runs:/... or a folder"
 _MODEL_FORMS = "Hugging Face id or folder, runs:/... or models:/..."
 _DATA_FORMAT = (
     "data: a folder with train.csv, train.csv.gz or train.parquet, optionally with validation and "
@@ -45,6 +47,150 @@ _DATA_FORMAT = (
     "`image` (file names in CSV, file contents in Parquet), and `label`, one class per row, a "
     "string or an integer. CSV is UTF-8 with column names in the first line."
 )
+
+
+_VERSION = "version: NAME@ALIAS, NAME/VERSION or models:/..."
+_ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "optimize": (("--model", {"required": True, "help": f"model to optimize: {_MODEL_FORMS}"}),),
+    "promote": (
+        ("--run", {"default": "", "help": "id of a run with an optimize stage"}),
+        (
+            "--dry-run",
+            {
+                "action": "store_true",
+                "help": "print every variant with what it passed and failed; change nothing",
+            },
+        ),
+        (
+            "--to",
+            {
+                "default": "",
+                "metavar": "NAME",
+                "help": "copy the champion of --name to this registered model, and promote it",
+            },
+        ),
+        (
+            "--registry-uri",
+            {
+                "default": "",
+                "metavar": "URI",
+                "help": "with --to: MLflow server of the copy; empty: the same",
+            },
+        ),
+        (
+            "--verify",
+            {
+                "action": "store_true",
+                "help": "with --to: compute the golden rows of the copy before it is promoted",
+            },
+        ),
+        (
+            "--repair",
+            {
+                "default": "",
+                "metavar": "NAME",
+                "help": "finish or undo interrupted promotions of this registered model",
+            },
+        ),
+    ),
+    "rollback": (
+        ("name", {"help": "registered model"}),
+        (
+            "--to",
+            {
+                "default": "",
+                "metavar": "VERSION",
+                "help": "version to go back to; empty: that of the alias previous",
+            },
+        ),
+    ),
+    "history": (("name", {"help": "registered model"}),),
+    "compare": (
+        ("first", {"help": f"first {_VERSION}"}),
+        ("second", {"help": f"second {_VERSION}"}),
+        (
+            "--data",
+            {
+                "default": "",
+                "help": "measure both anew on this data, interleaved; empty: stored answers",
+            },
+        ),
+        (
+            "--seconds",
+            {
+                "type": float,
+                "default": 8.0,
+                "help": "with --data: timing budget of each model in seconds (8)",
+            },
+        ),
+    ),
+    "report": (
+        ("subject", {"help": "id of a run with an optimize stage, or registered model"}),
+        (
+            "--out",
+            {"default": "", "metavar": "FILE", "help": "file to write (report-SUBJECT.html)"},
+        ),
+    ),
+    "verify": (
+        ("uri", {"help": _URI}),
+        (
+            "--latency",
+            {
+                "action": "store_true",
+                "help": "time single rows too; nothing else should run meanwhile",
+            },
+        ),
+    ),
+    "package": (
+        ("uri", {"help": _URI}),
+        (
+            "--target",
+            {
+                "choices": ("docker", "kubernetes", "kserve", "lambda"),
+                "default": "docker",
+                "help": "what it is for (docker)",
+            },
+        ),
+        ("--out", {"default": "", "metavar": "DIR", "help": "folder to create (package-TARGET)"}),
+        (
+            "--image",
+            {
+                "default": "",
+                "metavar": "NAME",
+                "help": "name of the image in Kubernetes objects and commands",
+            },
+        ),
+        (
+            "--without-golden-rows",
+            {
+                "action": "store_true",
+                "help": "replace the golden rows, which are validation rows, by made ones",
+            },
+        ),
+    ),
+    "serve": (
+        (
+            "models",
+            {
+                "nargs": "*",
+                "metavar": "MODEL",
+                "help": "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a "
+                "name. The first answers /invocations, each /models/NAME/invocations. None: "
+                "PT_DEPLOY_MODEL, or the folder where the platform puts the model",
+            },
+        ),
+        (
+            "-C",
+            {
+                "dest": "config",
+                "action": "append",
+                "default": [],
+                "help": "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64",
+            },
+        ),
+    ),
+}
+"""Arguments of a command that are not options of `Options` or `ServerSettings`."""
 
 
 def stage_options(stage: str) -> tuple[OptionSpec, ...]:
@@ -72,7 +218,8 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_DATA_FORMAT if has_data else None,
             allow_abbrev=False,
         )
-        _add_special_arguments(name, stage)
+        for word, settings in _ARGUMENTS.get(name, ()):
+            stage.add_argument(word, **settings)
         for spec in options:
             _add_option(name, stage, spec)
         stage.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -80,8 +227,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -> None:
+    # a setting that is not given comes from the environment, so it must be told from its default
+    missing: dict[str, Any] = {"default": argparse.SUPPRESS} if stage == "serve" else {}
     if spec.type is bool:
-        parser.add_argument(spec.flag, action="store_true", help=spec.help)
+        parser.add_argument(spec.flag, action="store_true", help=spec.help, **missing)
         return
     default = _DEFAULTS.get((stage, spec.name), spec.default)
     about = spec.help.replace("%", "%%")  # argparse formats it
@@ -97,52 +246,4 @@ def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -
             spec.flag, required=True, type=spec.type, help=f"fine-tuned teacher: {_MODEL_FORMS}"
         )
         return
-    parser.add_argument(spec.flag, type=spec.type, default=default, **shown)
-
-
-def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
-    """Arguments of one command that are not options of `Options` or `ServerSettings`."""
-    if name == "optimize":
-        stage.add_argument("--model", required=True, help=f"model to optimize: {_MODEL_FORMS}")
-    if name == "promote":
-        stage.add_argument("--run", default="", help="id of a run with an optimize stage")
-        about = "print every variant with what it passed and failed; change nothing"
-        stage.add_argument("--dry-run", action="store_true", help=about)
-        about = "copy the champion of --name to this registered model, and promote it there"
-        stage.add_argument("--to", default="", metavar="NAME", help=about)
-        about = "with --to: MLflow server of the copy; empty: the same"
-        stage.add_argument("--registry-uri", default="", metavar="URI", help=about)
-        about = "with --to: compute the golden rows of the copy before it is promoted"
-        stage.add_argument("--verify", action="store_true", help=about)
-        about = "finish or undo interrupted promotions of this registered model"
-        stage.add_argument("--repair", default="", metavar="NAME", help=about)
-    if name in ("rollback", "history"):
-        stage.add_argument("name", help="registered model")
-    if name == "rollback":
-        about = "version to go back to; empty: that of the alias previous"
-        stage.add_argument("--to", default="", metavar="VERSION", help=about)
-    if name == "compare":
-        for place in ("first", "second"):
-            stage.add_argument(
-                place, help=f"{place} version: NAME@ALIAS, NAME/VERSION or models:/..."
-            )
-        about = "measure both anew, interleaved, on this data; empty: compare stored answers"
-        stage.add_argument("--data", default="", help=about)
-        about = "with --data: timing budget of each model in seconds (8)"
-        stage.add_argument("--seconds", type=float, default=8.0, help=about)
-    if name == "report":
-        stage.add_argument(
-            "subject", help="id of a run with an optimize stage, or registered model"
-        )
-        about = "file to write (report-SUBJECT.html)"
-        stage.add_argument("--out", default="", metavar="FILE", help=about)
-    if name == "verify":
-        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a folder")
-        about = "time single rows too; nothing else should run meanwhile"
-        stage.add_argument("--latency", action="store_true", help=about)
-    if name == "serve":
-        about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a name"
-        stage.add_argument("uri", help=about)
-        stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
-        about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
-        stage.add_argument("-C", dest="config", action="append", default=[], help=about)
+    parser.add_argument(spec.flag, type=spec.type, **{"default": default, **missing, **shown})

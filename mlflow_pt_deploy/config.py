@@ -152,6 +152,12 @@ class Options:
         "variants to build, separated by commas, e.g. onnxruntime,openvino-fp32; empty: all",
         stages=_OPTIMIZE,
     )
+    wheel_url: str = option(
+        "",
+        "requirement that logged models name for this package, e.g. the URL of its wheel; empty: "
+        "each model carries the wheel",
+        stages=_OPTIMIZE,
+    )
     seconds: float = option(
         8.0, "timing budget of each variant in seconds", stages=(*_OPTIMIZE, "search")
     )

@@ -89,6 +89,32 @@ class MissingExtraError(VariantError):
         )
 
 
+_EXTRAS = {
+    "matplotlib": "train",
+    "mlflow": "train",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "optuna": "search",
+    "PIL": "images",
+    "scipy": "train",
+    "sklearn": "train",
+    "sqlalchemy": "train",
+    "torch": "train",
+    "tqdm": "train",
+    "transformers": "train",
+}
+"""Extra that installs a library, by import name."""
+
+
+def missing_extra(error: BaseException) -> MissingExtraError | None:
+    """The error for a failed import of a library of an extra; None for any other error."""
+    library = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or library not in _EXTRAS:
+        return None
+    return MissingExtraError(library, _EXTRAS[library])
+
+
 class UnsupportedError(VariantError):
     """This machine cannot build or run the variant."""
 

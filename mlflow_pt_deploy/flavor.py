@@ -1,7 +1,8 @@
 """The MLflow flavor `pt_deploy` for all variants; ONNX variants also have the `onnx` flavor.
 
-A saved model contains the folder of the variant unchanged, under ``variant/``. Nothing is pickled
-and no code is included: this package must be installed in the environment that loads a model.
+A saved model contains the folder of the variant unchanged, under ``variant/``, and the wheel of
+this package, from which MLflow builds an environment. Nothing is pickled, and a model is never
+loaded with code that it carries: this package must be installed in the environment that loads it.
 
 `load_model` and ``pt-deploy serve`` parse the MLmodel file as data and reject one that asks for any
 other loader. ``mlflow.pyfunc.load_model`` and ``mlflow models serve`` execute the MLmodel file
@@ -32,6 +33,7 @@ from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.model_config import ServingOptions
+from mlflow_pt_deploy.preprocessing import load_preprocessor
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
 from mlflow_pt_deploy.registry.environment import (
     CONDA_FILE,
@@ -86,6 +88,7 @@ def save_model(
     extra_pip_requirements: list[str] | None = None,
     metadata: dict[str, Any] | None = None,
     model_config: Mapping[str, Any] | None = None,
+    package: str = "",
     **_: Any,
 ) -> None:
     """Save the folder of a variant as an MLflow model.
@@ -99,6 +102,8 @@ def save_model(
         extra_pip_requirements: Added to `get_default_pip_requirements`.
         metadata: Stored in the MLmodel file.
         model_config: Serving options, see `model_config.ServingOptions`.
+        package: Requirement that stands for this package, e.g. a URL of its wheel; empty: the
+            model carries the wheel.
 
     Raises:
         ArtifactError: The folder is incomplete or changed.
@@ -124,7 +129,9 @@ def save_model(
     _add_flavors(model, manifest, options)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
-    write_environment(root, manifest.runtimes, pip_requirements, extra_pip_requirements)
+    column = load_preprocessor(folder).column
+    defaults = get_default_pip_requirements(*manifest.runtimes, column=column)
+    write_environment(root, defaults, pip_requirements, extra_pip_requirements, package)
     open_to_readers(root)
     if not existed:
         root.chmod(0o755)

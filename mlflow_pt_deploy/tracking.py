@@ -169,7 +169,11 @@ def dataset(splits: Splits, split: str) -> MetaDataset:
 
 
 def log_result(
-    result: Result, splits: Splits, step: int, baseline: Result | None = None
+    result: Result,
+    splits: Splits,
+    step: int,
+    baseline: Result | None = None,
+    wheel_url: str = "",
 ) -> str | None:
     """Log one variant as a child run, with a logged model if it was built and measured.
 
@@ -178,6 +182,7 @@ def log_result(
         splits: Data of the measurements.
         baseline: Result whose labels are compared with those of the variant, as a table.
         step: Distinct for each variant, because MLflow copies metrics of one step to its models.
+        wheel_url: See `Options`.
 
     Returns:
         ``models:/m-...``, or None for a failed variant.
@@ -207,6 +212,7 @@ def log_result(
             model_type=result.model,
             input_example=_input_example(splits.column),
             model_config=_serving_config(result),
+            package=wheel_url,
         )
         _log_metrics(result, splits, info.model_id)
         return f"models:/{info.model_id}"

@@ -53,9 +53,9 @@ def _declared() -> dict[str, Requirement]:
     parser.read(ROOT / "setup.cfg")
     extras = parser["options.extras_require"]
     lines = parser["options"]["install_requires"]
-    for extra in ("train", "onnx", "openvino", "serve", "search"):
+    for extra in ("train", "images", "onnx", "openvino", "serve", "search"):
         lines += extras[extra]
-    found = [Requirement(line) for line in lines.splitlines() if line and not line.startswith("#")]
+    found = [Requirement(line) for line in lines.splitlines() if line and line[0] not in "#%"]
     return {requirement.name: requirement for requirement in found}
 
 

@@ -13,6 +13,7 @@ from mlflow_pt_deploy.errors import (
     PtDeployError,
     UnsupportedError,
     UntrustedError,
+    missing_extra,
     root_cause,
 )
 from mlflow_pt_deploy.preprocessing import (
@@ -133,6 +134,8 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
     except PtDeployError:
         raise
     except Exception as error:  # runtimes have no common base class for errors
+        if missing := missing_extra(error):
+            raise missing from error
         raise ArtifactError(
             f"{manifest.name}: {manifest.runtime} cannot load its files "
             f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from mlflow_pt_deploy.artifacts.golden import GOLDEN
+from mlflow_pt_deploy.artifacts.loading import load_variant
 from mlflow_pt_deploy.artifacts.manifest import FORMAT, LABELS, MANIFEST, Manifest, read_manifest
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.preprocessing import Preprocessor, Row, row_to_json
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import Probes
 from mlflow_pt_deploy.system.hardware import library_versions
-from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, sha256
+from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, read_json, sha256
 
 
 def write_variant(
@@ -114,3 +115,32 @@ def _write_json(path: Path, content: object) -> None:
         json.dump(content, file, indent=1, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_golden_rows(folder: Path, *, allow_code: bool = False) -> None:
+    """Replace the golden rows, which are rows of the user's data, by made ones.
+
+    The digest of the variant changes. The stages of a cascade have golden rows of their own.
+
+    Args:
+        folder: A verified variant folder; changed in place.
+        allow_code: See `load_variant`.
+
+    Raises:
+        PtDeployError: The variant cannot be loaded on this machine.
+    """
+    for manifest in sorted(folder.rglob(MANIFEST), key=lambda path: -len(path.parts)):
+        part = manifest.parent
+        _reseal(part)  # its stages have changed
+        loaded = load_variant(part, allow_code=allow_code, check_golden=False)
+        rows = loaded.preprocessor.warmup_rows()
+        write_golden(part, loaded.predict, loaded.preprocessor, rows)
+        _reseal(part)
+
+
+def _reseal(folder: Path) -> None:
+    """Write the manifest anew with the digests of the files as they are."""
+    content = read_json(folder / MANIFEST)
+    names = [name for name in list_files(folder) if name != MANIFEST]
+    content["files"] = {name: sha256(folder / name) for name in names}
+    _write_json(folder / MANIFEST, content)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.errors import ArtifactError, MissingExtraError
 from mlflow_pt_deploy.preprocessing.base import (
     Axis,
     Preprocessor,
@@ -54,8 +54,10 @@ def load_preprocessor(folder: Path) -> Preprocessor:
         raise ArtifactError(f"{folder.name}: the preprocessor cannot be read: {error}") from error
     if kind == "text":
         return TextPreprocessor.load(folder)
-    from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor  # imports Pillow
-
+    try:
+        from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pillow", "images") from error
     return ImagePreprocessor.load(folder)
 
 

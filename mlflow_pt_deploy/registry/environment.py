@@ -1,7 +1,12 @@
-"""Python environment of a saved model: pip requirements, conda.yaml and python_env.yaml."""
+"""Python environment of a saved model: pip requirements, conda.yaml and python_env.yaml.
+
+A model names only what its runtime needs, and carries the wheel of this package: an environment
+can be built from the model and a package index, without another source of this package.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,12 @@ from mlflow.utils.environment import (
 )
 
 from mlflow_pt_deploy._version import __version__
-from mlflow_pt_deploy.system.hardware import library_versions
+from mlflow_pt_deploy.registry.wheel import WHEELS, write_wheel
 
 CONDA_FILE: str = _CONDA_ENV_FILE_NAME
 PYTHON_FILE: str = _PYTHON_ENV_FILE_NAME
 
-_RUNTIME_LIBRARIES = {
+RUNTIME_LIBRARIES = {
     "eager": ("torch", "transformers"),
     "torchscript": ("torch",),
     "aotinductor": ("torch",),
@@ -29,41 +34,66 @@ _RUNTIME_LIBRARIES = {
     "openvino": ("openvino",),
     "numpy": (),  # a dependency of this package
 }
+"""Libraries that each runtime needs beside this package's own requirements."""
+
+INPUT_LIBRARIES = {"text": ("tokenizers",), "image": ("pillow",)}
+"""Libraries that read each kind of input."""
 
 
-def get_default_pip_requirements(*runtimes: str) -> list[str]:
-    """Return pinned requirements to serve variants of `runtimes`; without arguments of eager."""
-    versions = library_versions()
-    needed = (name for runtime in runtimes or ("eager",) for name in _RUNTIME_LIBRARIES[runtime])
-    names = dict.fromkeys(("tokenizers", "pillow", *needed))
-    pins = [f"{name}=={versions[name].partition('+')[0]}" for name in names if name in versions]
-    return [f"mlflow-pt-deploy=={__version__}", *pins]
+def get_default_pip_requirements(*runtimes: str, column: str = "text") -> list[str]:
+    """Return pinned requirements to serve variants.
+
+    Args:
+        *runtimes: Their runtimes; none: eager.
+        column: What they read, ``text`` or ``image``.
+    """
+    needed = [name for runtime in runtimes or ("eager",) for name in RUNTIME_LIBRARIES[runtime]]
+    names = dict.fromkeys(("mlflow-skinny", "numpy", *INPUT_LIBRARIES[column], *needed))
+    return [f"mlflow-pt-deploy=={__version__}", *filter(None, map(_pin, names))]
+
+
+def _pin(name: str) -> str:
+    """The installed version of a library as a requirement; empty if it is not installed."""
+    try:
+        return f"{name}=={version(name).partition('+')[0]}"
+    except PackageNotFoundError:
+        return ""
 
 
 def get_default_conda_env(*runtimes: str) -> dict[str, Any]:
     """Return `get_default_pip_requirements` as a conda environment."""
     env: dict[str, Any] = _mlflow_conda_env(
-        additional_pip_deps=get_default_pip_requirements(*runtimes)
+        additional_pip_deps=get_default_pip_requirements(*runtimes), install_mlflow=False
     )
     return env
 
 
 def write_environment(
     root: Path,
-    runtimes: tuple[str, ...],
+    defaults: list[str],
     requirements: list[str] | None,
     extra_requirements: list[str] | None,
+    package: str,
 ) -> None:
-    """Write conda.yaml, python_env.yaml and requirements.txt of a model.
+    """Write conda.yaml, python_env.yaml and requirements.txt of a model, and the wheel.
 
     Args:
         root: Folder of the model.
-        runtimes: Runtimes of the variant, which determine the default requirements.
+        defaults: See `get_default_pip_requirements`.
         requirements: Replaces the default requirements.
         extra_requirements: Added to the default requirements.
+        package: Requirement that stands for this package, e.g. its URL; the model carries no wheel
+            then.
     """
-    defaults = None if requirements else get_default_pip_requirements(*runtimes)
-    conda, pins, _ = _process_pip_requirements(defaults, requirements, extra_requirements)
+    if package:
+        defaults = [package, *defaults[1:]]
+    _, pins, _ = _process_pip_requirements(
+        None if requirements else defaults, requirements, extra_requirements
+    )
+    if not requirements and not package and write_wheel(root / WHEELS):
+        # pip and uv look for it beside requirements.txt, not in the current folder
+        pins = [f"--find-links {WHEELS}", *pins]
+    conda = _mlflow_conda_env(additional_pip_deps=pins, install_mlflow=False)
     with (root / CONDA_FILE).open("w", encoding="utf8") as file:
         yaml.safe_dump(conda, file, default_flow_style=False)
     (root / _REQUIREMENTS_FILE_NAME).write_text("\n".join(pins), encoding="utf8")

@@ -8,10 +8,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
-from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
 from mlflow_pt_deploy.serving.model_names import check_folder
@@ -31,7 +29,6 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         **settings: See `ServerSettings`.
 
     Raises:
-        MissingExtraError: The extra `serve` is not installed.
         ServingError: An option is invalid (the message names it), or a model cannot be opened.
     """
     chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
@@ -43,9 +40,6 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     fit = sys.platform == "linux" and options.device == "cpu"
     count = count_replicas(chosen.replicas, cores, fit=fit)
     shares = share_cores(count, cores, core_numbers(), chosen.pin and count > 1)
-    for library in ("granian", "prometheus_client"):
-        if find_spec(library) is None:
-            raise MissingExtraError(library, "serve")
     from mlflow_pt_deploy.serving.server import run_server
 
     on_ready = partial(_print_banner, f"  {describe_shares(shares)}")

@@ -78,6 +78,7 @@ class Application:
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         on_start, on_stop: Called when the event loop starts and ends.
 
     Attributes:
@@ -95,6 +96,7 @@ class Application:
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
+        routes: Mapping[str, str] | None = None,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
@@ -128,6 +130,11 @@ class Application:
             "/models": self._all_status,
             **{f"/models/{name}": partial(self._status, name) for name in models},
         }
+        for route, path in (routes or {}).items():
+            if path in self._scoring:
+                self._scoring.setdefault(route, self._scoring[path])
+            else:
+                self._probes.setdefault(route, self._probes[path])
         for name, model in models.items():
             self._metrics.gauge("queue_rows", name, partial(_queued_rows, model))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))

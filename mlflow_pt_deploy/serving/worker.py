@@ -71,13 +71,14 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.model_names import name_models
     from mlflow_pt_deploy.serving.observability.access_log import AccessLog
-    from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
+    from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
+    from mlflow_pt_deploy.serving.platform import routes_from
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
     settings = job.settings
-    metrics = PrometheusMetrics()
+    metrics = new_metrics()
     if predecessor := states.predecessor():
         metrics.forget_process(predecessor)
     served = states.served()
@@ -108,6 +109,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         max_body_bytes=int(settings.max_body_mb * 2**20),
         hang_s=settings.hang_s,
         states=states,
+        routes=routes_from(os.environ),
         on_start=lambda loop: watchdog.watch(application, loop),
         on_stop=stop,
     )

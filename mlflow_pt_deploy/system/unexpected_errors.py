@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from mlflow_pt_deploy.errors import PtDeployError
+from mlflow_pt_deploy.errors import PtDeployError, missing_extra
 from mlflow_pt_deploy.system.paths import home
 
 DEBUG = "PT_DEPLOY_DEBUG"
@@ -36,6 +36,7 @@ _SENTENCES = {
 
 def error_message(error: BaseException) -> str:
     """Message of an error for the user; if unexpected, with the location of its traceback."""
+    error = missing_extra(error) or error
     if not isinstance(error, PtDeployError):
         return f"{describe_error(error)} {save_traceback(error)}"
     return f"{error}\n{save_traceback(error)}" if os.environ.get(DEBUG) else str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,9 +34,21 @@ class Metrics:
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
 
+    def forget_process(self, pid: int) -> None:
+        """Drop the gauges of a worker that died; its counters stay."""
+
     def sample(self) -> None:
         """Sample all gauges."""
 
     def expose(self) -> bytes | None:
         """All series in Prometheus' text format; None if nothing is recorded."""
         return None
+
+
+def new_metrics() -> Metrics:
+    """Metrics of a worker; they record nothing without the extra `serve`."""
+    if find_spec("prometheus_client") is None:
+        return Metrics()
+    from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
+
+    return PrometheusMetrics()

@@ -143,7 +143,7 @@ class PrometheusMetrics(Metrics):
         self._samplers.append((self._sampled[kind].labels(name), value))
 
     def forget_process(self, pid: int) -> None:
-        """Drop the gauges of a worker that died; its counters stay."""
+        """See `Metrics`."""
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
     def sample(self) -> None:

@@ -1,0 +1,1 @@
+"""Folders from which images, manifests and functions are built: ``pt-deploy package``."""
