@@ -81,7 +81,7 @@ def _score(body: bytes) -> list[Any]:
         raise RequestError(f"'{column}' has {len(rows)} rows; one event may have {MAX_ROWS}.")
     formatter = PredictionFormatter(loaded.labels)
     top_k = formatter.top_k(params)
-    return list(formatter.to_objects(loaded.logits(rows), top_k)) if rows else []
+    return list(formatter.to_objects(loaded.logits(rows), top_k))
 
 
 def _is_http(event: Mapping[str, Any]) -> bool:
