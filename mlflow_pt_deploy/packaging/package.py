@@ -50,9 +50,13 @@ _FILES = {
         "kustomization.yaml",
     ),
     "kserve": ("Dockerfile", "dockerignore", "README.kserve.md", "inferenceservice.yaml"),
-    "lambda": ("Dockerfile.lambda", "dockerignore", "README.lambda.md", "handler.py"),
+    "lambda": ("Dockerfile.lambda", "dockerignore", "README.lambda.md", "handler.py.txt"),
 }
-_NAMES = {"dockerignore": ".dockerignore", "Dockerfile.lambda": "Dockerfile"}
+_NAMES = {
+    "dockerignore": ".dockerignore",
+    "Dockerfile.lambda": "Dockerfile",
+    "handler.py.txt": "handler.py",
+}
 # What the handler imports: a function has neither MLflow nor a server, and 250 MB for all.
 _LAMBDA = ("numpy", "pyyaml", "safetensors", "threadpoolctl")
 
