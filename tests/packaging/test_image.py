@@ -24,7 +24,18 @@ def sandbox(model: Path) -> list[str]:
     words = [BWRAP or "", "--ro-bind", "/", "/", "--tmpfs", "/tmp", "--tmpfs", "/opt"]
     words += ["--ro-bind", str(model), "/opt/ml/model", "--dev", "/dev", "--proc", "/proc"]
     words += ["--ro-bind", str(_ROOT), "/tmp/code", "--unshare-user", "--uid", "1000"]
-    return [*words, "--gid", "1000", "--unshare-pid", "--cap-drop", "ALL", "--chdir", "/"]
+    return [
+        *words,
+        "--gid",
+        "1000",
+        "--unshare-pid",
+        "--as-pid-1",
+        "--die-with-parent",
+        "--cap-drop",
+        "ALL",
+        "--chdir",
+        "/",
+    ]
 
 
 @pytest.fixture
@@ -54,13 +65,21 @@ def test_the_server_of_an_image_answers_and_ends(model: Path) -> None:
     with subprocess.Popen(
         [*sandbox(model), *command], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout
-        url = process.stdout.readline().split(" on ")[1].split()[0].replace("0.0.0.0", "127.0.0.1")
-        body = {"inputs": ["my card"]}
-        answer = requests.post(f"{url}/invocations", json=body, timeout=30)
-        assert answer.json()["predictions"][0]["label"] == "card"
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        ).stdout.split()
-        os.kill(int(children[0]), signal.SIGTERM)
-        assert process.wait(30) == 0
+        try:
+            ask_and_end(process)
+        finally:
+            process.kill()
+
+
+def ask_and_end(process: subprocess.Popen[str]) -> None:
+    """Score a row, then end the server, which is process 1 of its namespace."""
+    assert process.stdout
+    url = process.stdout.readline().split(" on ")[1].split()[0].replace("0.0.0.0", "127.0.0.1")
+    body = {"inputs": ["my card"]}
+    answer = requests.post(f"{url}/invocations", json=body, timeout=30)
+    assert answer.json()["predictions"][0]["label"] == "card"
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    assert process.wait(30) == 0
