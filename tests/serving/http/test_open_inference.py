@@ -49,8 +49,8 @@ def url(models: dict[str, ServedModel]) -> Iterator[str]:
         yield found
 
 
-def tensor(data: list[Any] | None, **fields: Any) -> dict[str, Any]:
-    given = {} if data is None else {"shape": [len(data)], "data": data}
+def tensor(rows: list[Any] | None, **fields: Any) -> dict[str, Any]:
+    given = {} if rows is None else {"shape": [len(rows)], "data": rows}
     return {"name": "text", "datatype": "BYTES", **given, **fields}
 
 
@@ -215,7 +215,7 @@ def wrong_bodies() -> Iterator[tuple[Any, str]]:
         yield {"inputs": [each]}, message
 
 
-@pytest.mark.parametrize(("body", "message"), wrong_bodies())
+@pytest.mark.parametrize(("body", "message"), list(wrong_bodies()))
 def test_wrong_bodies_are_400_and_nothing_is_repeated(url: str, body: Any, message: str) -> None:
     answer = infer(url, body)
     assert answer.status_code == 400
@@ -227,7 +227,7 @@ def test_wrong_bodies_are_400_and_nothing_is_repeated(url: str, body: Any, messa
 def wrong_binary() -> Iterator[tuple[bytes, object, str]]:
     """Bodies with binary data, values of the header, and what the message says."""
     good, length = binary([SECRET.encode(), b"red"])
-    head, data = good[:length], good[length:]
+    data = good[length:]
     header = "'inference-header-content-length' must be a number of bytes"
     yield good, len(good) + 1, "more than the length of the body"
     yield good, 10**14, "more than the length of the body"
@@ -238,7 +238,8 @@ def wrong_binary() -> Iterator[tuple[bytes, object, str]]:
     yield good, len(good), "not valid JSON"
     yield good[:-1], length, "number of bytes after the JSON"
     yield good + b"x", length, "number of bytes after the JSON"
-    yield json.dumps({"inputs": [tensor(["a"])]}).encode() + data, 69, "bytes follow the JSON"
+    listed = json.dumps({"inputs": [tensor(["a"])]}).encode()
+    yield listed + data, len(listed), "bytes follow the JSON"
     for size in (-1, 1.5, True, None, "14", HUGE):
         parameters = {"binary_data_size": size}
         body, found = binary([SECRET.encode()], parameters=parameters)
@@ -260,7 +261,7 @@ def wrong_binary() -> Iterator[tuple[bytes, object, str]]:
     yield body, found, "'text' row 1 is not UTF-8"
 
 
-@pytest.mark.parametrize(("body", "length", "message"), wrong_binary())
+@pytest.mark.parametrize(("body", "length", "message"), list(wrong_binary()))
 def test_wrong_binary_data_is_400(url: str, body: bytes, length: object, message: str) -> None:
     answer = infer_binary(url, body, length)
     assert answer.status_code == 400
