@@ -31,7 +31,7 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         **settings: See `ServerSettings`.
 
     Raises:
-        MissingExtraError: The extra `serve` is not installed.
+        MissingExtraError: The extra `serve` is not installed, or `grpc` where `grpc_port` is given.
         ServingError: An option is invalid (the message names it), or a model cannot be opened.
     """
     chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
@@ -46,6 +46,8 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     for library in ("granian", "prometheus_client"):
         if find_spec(library) is None:
             raise MissingExtraError(library, "serve")
+    if chosen.grpc_port and find_spec("grpc") is None:
+        raise MissingExtraError("grpc", "grpc")
     from mlflow_pt_deploy.serving.server import run_server
 
     on_ready = partial(_print_banner, f"  {describe_shares(shares)}")

@@ -106,6 +106,7 @@ class Application:
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        is_listening: Whether the other ports of this worker are open.
         on_start, on_stop: Called when the event loop starts and ends.
 
     Attributes:
@@ -123,6 +124,7 @@ class Application:
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
+        is_listening: Callable[[], bool] = lambda: True,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
@@ -136,7 +138,7 @@ class Application:
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        self._pages = Pages(models, self._metrics, hang_s, states)
+        self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
         self._scoring = _scoring_routes(models)
         for name, model in models.items():
             self._metrics.gauge("queue_rows", name, partial(_queued_rows, model))
@@ -294,7 +296,8 @@ class Application:
             Rejection: There is no such page, its method is not allowed, or the token is wrong.
         """
         if route is None:
-            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", "there is no such path"))
+            what = "model" if request.path.startswith(MODELS) else "path"
+            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", f"there is no such {what}"))
         if isinstance(route, ScoringRoute) or request.method not in ("GET", "HEAD"):
             allowed = "POST" if isinstance(route, ScoringRoute) else "GET, HEAD"
             message = f"this path takes {allowed}"

@@ -50,6 +50,7 @@ class Pages:
         metrics: Exposed at ``/metrics``.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        is_listening: Whether the other ports of this worker are open.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class Pages:
         metrics: Metrics,
         hang_s: float,
         states: WorkerStates | None,
+        is_listening: Callable[[], bool],
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._hang_s = hang_s
         self._states = states
+        self._is_listening = is_listening
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -113,6 +116,7 @@ class Pages:
         if self._states is not None and self._states.draining:
             return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
         own = all(model.current or model.unloaded for model in self._models.values())
+        own = own and self._is_listening()
         if own and (self._states is None or self._states.started()):
             return Response(200, b'{"status": "ready"}')
         return Response(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
