@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.serving.http import open_inference_pb2 as messages
 from mlflow_pt_deploy.serving.http.deadline import DEADLINE_HEADER
 from mlflow_pt_deploy.serving.http.open_inference import JSON_LENGTH_HEADER, MODELS, ROOT
 from mlflow_pt_deploy.serving.http.request import Request
 from mlflow_pt_deploy.serving.http.response import Response
+from mlflow_pt_deploy.serving.http.scoring_format import MAX_INLINE_BYTES
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
@@ -34,7 +37,6 @@ _METHODS = (
     "ModelMetadata",
     "ModelInfer",
 )
-_POLL_S = 0.1
 
 _HEADERS = ("authorization", "x-request-id", "traceparent", DEADLINE_HEADER)
 _STATUSES = {
@@ -50,22 +52,43 @@ _STATUSES = {
 
 
 class _Body:
-    """A request body that is in memory; `lost` is set when the client cancels its call."""
+    """A request without a body; `lost` is set when the client cancels its call."""
 
-    __slots__ = ("_content", "lost")
+    length = 0
 
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
         self.lost = asyncio.Event()
 
     async def read(self) -> bytes:
-        return self._content
+        return b""
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        yield self._content
+        yield await self.read()
 
     async def disconnected(self) -> None:
         await self.lost.wait()
+
+
+class _InferBody(_Body):
+    """A message as the body of the REST request. It is converted when it is read: once the request
+    is admitted, and on a thread if that takes long."""
+
+    def __init__(self, message: Any, threads: Executor) -> None:
+        super().__init__()
+        self._message = message
+        self._threads = threads
+        self.length = message.ByteSize()
+
+    async def read(self) -> bytes:
+        if self.length > MAX_INLINE_BYTES:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._threads, _to_rest, self._message)
+        else:
+            found = _to_rest(self._message)
+        head, binary = found
+        self.headers[JSON_LENGTH_HEADER] = str(len(head))
+        return head + binary
 
 
 class GrpcAdapter:
@@ -77,6 +100,7 @@ class GrpcAdapter:
 
     def __init__(self, application: Application) -> None:
         self._application = application
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grpc")
 
     def handler(self) -> Any:
         """The service, for `grpc.aio.Server.add_generic_rpc_handlers`."""
@@ -118,9 +142,7 @@ class GrpcAdapter:
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Score the rows of a tensor."""
         path = f"{_path(request.model_name, request.model_version)}/infer"
-        head, binary = _to_rest(request)
-        more = {JSON_LENGTH_HEADER: str(len(head))}
-        found = await self._answer("POST", path, context, head + binary, more)
+        found = await self._answer("POST", path, context, _InferBody(request, self._threads))
         return _to_message(json.loads(found.body))
 
     async def _probe(self, path: str, context: Any) -> bool:
@@ -130,118 +152,31 @@ class GrpcAdapter:
         return found.status == 200
 
     async def _answer(
-        self,
-        method: str,
-        path: str,
-        context: Any,
-        body: bytes = b"",
-        more: Mapping[str, str] | None = None,
+        self, method: str, path: str, context: Any, body: _Body | None = None
     ) -> Response:
         """The response to a request; ends the call if it is an error."""
-        found = await self._respond(method, path, context, body, more)
+        found = await self._respond(method, path, context, body)
         if found.status != 200:
             await _abort(context, found)
         context.set_trailing_metadata(found.headers)
         return found
 
     async def _respond(
-        self,
-        method: str,
-        path: str,
-        context: Any,
-        body: bytes = b"",
-        more: Mapping[str, str] | None = None,
+        self, method: str, path: str, context: Any, body: _Body | None = None
     ) -> Response:
-        given = {name: value for name, value in context.invocation_metadata() if name in _HEADERS}
-        headers = {"content-length": str(len(body)), **given, **(more or {})}
+        body = body or _Body()
+        body.headers |= {k: value for k, value in context.invocation_metadata() if k in _HEADERS}
+        body.headers["content-length"] = str(body.length)
         remaining_s = context.time_remaining()
         if remaining_s is not None:
-            headers.setdefault(DEADLINE_HEADER, str(max(0, int(remaining_s * 1000))))
-        content = _Body(body)
-        request = Request(method, path, headers, content)
+            body.headers.setdefault(DEADLINE_HEADER, str(max(0, int(remaining_s * 1000))))
+        request = Request(method, path, body.headers, body)
         task = asyncio.ensure_future(self._application.respond(request))
         try:
             return await asyncio.shield(task)  # it counts the request also if it is cancelled
         except asyncio.CancelledError:
-            content.lost.set()
+            body.lost.set()
             raise
-
-
-class GrpcServer:
-    """Serves an `Application` over gRPC on the event loop of a worker.
-
-    Args:
-        application: Answers the requests.
-        address: Host and port.
-        tls: PEM private key and certificate chain, or None.
-        max_body_bytes: Longest message.
-        max_calls: Most concurrent calls.
-        idle_s: Seconds after which an idle connection is closed.
-        grace_s: Seconds that calls in flight have to finish.
-        stopping: Whether the server is shutting down.
-        on_failed: Called if the port cannot be listened on.
-
-    Attributes:
-        listening: Whether calls are accepted.
-    """
-
-    def __init__(
-        self,
-        application: Application,
-        address: str,
-        *,
-        tls: tuple[bytes, bytes] | None,
-        max_body_bytes: int,
-        max_calls: int,
-        idle_s: float,
-        grace_s: float,
-        stopping: Callable[[], bool],
-        on_failed: Callable[[Exception], None],
-    ) -> None:
-        self._application = application
-        self._address = address
-        self._tls = tls
-        self._max_calls = max_calls
-        self._grace_s = grace_s
-        self._stopping = stopping
-        self._on_failed = on_failed
-        self._options = [
-            ("grpc.so_reuseport", 1),
-            ("grpc.max_receive_message_length", max_body_bytes),
-            ("grpc.max_connection_idle_ms", round(max(1.0, idle_s) * 1000)),
-        ]
-        self._closing = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self.listening = False
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen as soon as the event loop runs."""
-        self._loop, self._task = loop, loop.create_task(self._serve())
-
-    def close(self) -> None:
-        """Wait for calls in flight, if the event loop has ended before them."""
-        self._closing = True
-        if self._loop is not None and self._task is not None and not self._loop.is_running():
-            self._loop.run_until_complete(self._task)
-
-    async def _serve(self) -> None:
-        server = grpc.aio.server(options=self._options, maximum_concurrent_rpcs=self._max_calls)
-        server.add_generic_rpc_handlers((GrpcAdapter(self._application).handler(),))
-        try:
-            if self._tls is None:
-                server.add_insecure_port(self._address)
-            else:
-                server.add_secure_port(self._address, grpc.ssl_server_credentials([self._tls]))
-            await server.start()
-        except RuntimeError as error:
-            self._on_failed(error)
-            return
-        self.listening = True
-        while not (self._closing or self._stopping()):
-            await asyncio.sleep(_POLL_S)
-        self.listening = False
-        await server.stop(self._grace_s)
 
 
 async def _abort(context: Any, found: Response) -> None:
@@ -256,29 +191,37 @@ def _path(name: str, version: str) -> str:
     return f"{MODELS}{name}/versions/{version}" if version else f"{MODELS}{name}"
 
 
-def _to_rest(request: Any) -> tuple[bytes, bytes]:
-    """JSON and binary data of the REST request with the same content."""
-    raw: Sequence[bytes] = request.raw_input_contents or [
-        _packed(tensor.contents.bytes_contents) for tensor in request.inputs
-    ]
-    tensors = [
-        {"name": each.name, "datatype": each.datatype, "shape": list(each.shape)}
-        for each in request.inputs
-    ]
-    if len(raw) == len(tensors):
-        for tensor, data in zip(tensors, raw, strict=True):
-            tensor["parameters"] = {"binary_data_size": len(data)}
-    else:
-        raw = ()  # without data the tensor is rejected
-    parameters = {name: _value(each) for name, each in request.parameters.items()}
+def _to_rest(message: Any) -> tuple[bytes, bytes]:
+    """JSON and binary data of the REST request with the same content.
+
+    Raises:
+        RequestError: There is not one tensor, or not one content.
+    """
+    if len(message.inputs) != 1:
+        raise RequestError(f"there are {len(message.inputs)} input tensors; the model reads one")
+    (tensor,) = message.inputs
+    raw = message.raw_input_contents
+    if len(raw) > 1 or (raw and tensor.HasField("contents")):
+        raise RequestError(
+            "the tensor needs its data once, in 'contents.bytes_contents' or in "
+            "'raw_input_contents'"
+        )
+    binary = raw[0] if raw else _packed(tensor.contents.bytes_contents)
     content: dict[str, Any] = {
-        "inputs": tensors,
-        "outputs": [{"name": each.name} for each in request.outputs],
-        "parameters": parameters,
+        "inputs": [
+            {
+                "name": tensor.name,
+                "datatype": tensor.datatype,
+                "shape": list(tensor.shape),
+                "parameters": {"binary_data_size": len(binary)},
+            }
+        ],
+        "outputs": [{"name": each.name} for each in message.outputs],
+        "parameters": {name: _value(each) for name, each in message.parameters.items()},
     }
-    if request.id:
-        content["id"] = request.id
-    return json.dumps(content).encode(), b"".join(raw)
+    if message.id:
+        content["id"] = message.id
+    return json.dumps(content).encode(), binary
 
 
 def _value(parameter: Any) -> Any:

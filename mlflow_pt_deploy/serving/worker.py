@@ -25,7 +25,7 @@ from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
-    from mlflow_pt_deploy.serving.grpc_adapter import GrpcServer
+    from mlflow_pt_deploy.serving.grpc_server import GrpcServer
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
@@ -138,7 +138,7 @@ def _grpc_server(
     settings = job.settings
     if not settings.grpc_port:
         return None
-    from mlflow_pt_deploy.serving.grpc_adapter import GrpcServer
+    from mlflow_pt_deploy.serving.grpc_server import GrpcServer
 
     host = f"[{job.address}]" if ":" in job.address else job.address
     tls = settings.tls_key and settings.tls_cert

@@ -23,7 +23,8 @@ from tiny.serving import save_tiny
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import Application
-from mlflow_pt_deploy.serving.grpc_adapter import SERVICE, GrpcServer
+from mlflow_pt_deploy.serving.grpc_adapter import SERVICE
+from mlflow_pt_deploy.serving.grpc_server import GrpcServer
 from mlflow_pt_deploy.serving.http import open_inference_pb2 as messages
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
@@ -184,10 +185,10 @@ def wrong() -> Iterator[tuple[Any, grpc.StatusCode, str]]:
     yield request(SECRET, model_name=""), not_found, "no such model"
     yield request(SECRET, model_name=f"tiny/versions/{VERSION}"), not_found, "no such model"
     yield request(SECRET, model_version="7"), not_found, "does not serve"
-    yield messages.ModelInferRequest(model_name="tiny"), INVALID, "0 tensors"
+    yield messages.ModelInferRequest(model_name="tiny"), INVALID, "0 input tensors"
     twice = request(SECRET)
     twice.inputs.add(name="text", datatype="BYTES", shape=[1])
-    yield twice, INVALID, "2 tensors"
+    yield twice, INVALID, "2 input tensors"
     for shape in ([2], [1, 2], [-1], [2**62], []):
         odd = request(SECRET)
         odd.inputs[0].ClearField("shape")
@@ -198,7 +199,10 @@ def wrong() -> Iterator[tuple[Any, grpc.StatusCode, str]]:
     yield numbers, INVALID, "must be BYTES"
     more = request(SECRET, raw=True)
     more.raw_input_contents.append(b"")
-    yield more, INVALID, "'data' of 'text'"
+    yield more, INVALID, "its data once"
+    both = request(SECRET, raw=True)
+    both.inputs[0].contents.bytes_contents.append(b"red")
+    yield both, INVALID, "its data once"
     torn = request(SECRET, raw=True)
     torn.raw_input_contents[0] = torn.raw_input_contents[0][:-1]
     yield torn, INVALID, "as many elements"
@@ -208,8 +212,6 @@ def wrong() -> Iterator[tuple[Any, grpc.StatusCode, str]]:
     top = request(SECRET)
     top.parameters["top_k"].string_param = SECRET
     yield top, INVALID, "'top_k'"
-    unset = request(SECRET)
-    unset.parameters["top_k"].SetInParent()
     yield request(f"explode {SECRET}"), grpc.StatusCode.INTERNAL, "the server's log"
     yield request("x" * (LIMIT + 1)), grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"
 
@@ -223,6 +225,11 @@ def test_wrong_calls_have_a_status_and_repeat_nothing(
     assert failed.value.code() == code
     assert message in failed.value.details()
     assert SECRET not in failed.value.details()
+
+
+def test_many_rows_are_converted_on_a_thread(stub: Stub) -> None:
+    found = infer(stub, request(*["red " + "x" * 50] * 500))
+    assert found.raw_output_contents[0] == packed(*[b"red"] * 500)
 
 
 def test_a_compressed_bomb_is_rejected(stub: Stub) -> None:
