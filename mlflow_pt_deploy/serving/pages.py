@@ -143,7 +143,7 @@ class Pages:
 
     def _metadata(self, name: str, version: str) -> Response:
         model = self._models[name]
-        current = model.current
+        current = model.acquire()  # so that an evicted one is loaded
         if current is None:
             return unavailable(model)
         if version and current.label != version:

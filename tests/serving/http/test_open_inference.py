@@ -18,7 +18,7 @@ from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
-from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.lifecycle.served_model import EvictionNote, ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
@@ -355,6 +355,31 @@ def test_a_model_that_is_not_in_memory_is_503() -> None:
         about = requests.get(f"{url}/v2/models/tiny", timeout=5)
         assert (about.status_code, about.headers["retry-after"]) == (503, "1")
         assert infer(url, {"inputs": [tensor(["red"])]}).json() == about.json()
+
+
+def test_an_evicted_model_is_ready_and_loaded_on_demand() -> None:
+    model = ServedModel("tiny", source("tiny"))
+    model.unloaded = EvictionNote("now", "memory")
+    with running(Application({"tiny": model})) as url:
+        assert requests.get(f"{url}/v2/models/tiny/ready", timeout=5).json()["ready"]
+        ready = requests.get(f"{url}/v2/models/tiny/versions/1/ready", timeout=5)
+        assert (ready.status_code, ready.json()["ready"]) == (503, False)
+        assert not model.requested_at
+        about = requests.get(f"{url}/v2/models/tiny", timeout=5)
+        assert (about.status_code, model.requested_at > 0) == (503, True)
+        assert "is being loaded" in about.json()["error"]
+
+
+def test_an_overloaded_model_is_429(
+    url: str, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models["tiny"].current is not None
+    admission = models["tiny"].current.pyfunc.service.batcher.admission
+    monkeypatch.setattr(admission, "_queued_rows", lambda: 40)
+    monkeypatch.setattr(admission, "_queue_wait_s", lambda: 9.0)
+    answer = infer(url, b"x" * 50_000)
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+    assert "estimated wait 9000 ms" in answer.json()["error"]
 
 
 def test_probes_need_no_token_and_everything_is_counted_and_logged(
