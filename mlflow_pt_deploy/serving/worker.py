@@ -141,7 +141,9 @@ def _grpc_server(
     from mlflow_pt_deploy.serving.grpc_server import GrpcServer
 
     host = f"[{job.address}]" if ":" in job.address else job.address
-    tls = settings.tls_key and settings.tls_cert
+    tls = None
+    if settings.tls_cert:
+        tls = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
 
     def fail(error: Exception) -> None:
         publisher.failed(error)
@@ -151,9 +153,7 @@ def _grpc_server(
     return GrpcServer(
         application,
         f"{host}:{settings.grpc_port}",
-        tls=(Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes())
-        if tls
-        else None,
+        tls=tls,
         max_body_bytes=int(settings.max_body_mb * 2**20),
         max_calls=max(1, settings.max_connections // len(job.shares)),
         idle_s=settings.keep_alive_s,

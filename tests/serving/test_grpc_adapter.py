@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,27 +81,17 @@ def packed(*elements: bytes) -> bytes:
 
 
 @contextmanager
-def serving(application: Application, **options: Any) -> Iterator[str]:
+def serving(application: Application) -> Iterator[str]:
     """Run a gRPC server on an event loop in a thread; yields its address."""
-    address = f"127.0.0.1:{free_port()}"
-    loop = asyncio.new_event_loop()
-    defaults: dict[str, Any] = {
-        "tls": None,
-        "max_body_bytes": LIMIT,
-        "max_calls": 100,
-        "idle_s": 60,
-        "grace_s": 5,
-        "stopping": stopping.is_set if (stopping := threading.Event()) else None,
-        "on_failed": print,
-    }
-    server = GrpcServer(application, address, **(defaults | options))
+    address, loop, stopping = (
+        f"127.0.0.1:{free_port()}",
+        asyncio.new_event_loop(),
+        threading.Event(),
+    )
+    server = new_server(application, address, stopping.is_set, on_failed=print)
     server.start(loop)
-
-    def run() -> None:
-        assert server._task is not None
-        loop.run_until_complete(server._task)
-
-    thread = threading.Thread(target=run)
+    assert server._task is not None
+    thread = threading.Thread(target=loop.run_until_complete, args=(server._task,))
     thread.start()
     try:
         yield address
@@ -109,6 +99,25 @@ def serving(application: Application, **options: Any) -> Iterator[str]:
         stopping.set()
         thread.join(20)
         loop.close()
+
+
+def new_server(
+    application: Application,
+    address: str,
+    stopping: Callable[[], bool],
+    on_failed: Callable[[Exception], None],
+) -> GrpcServer:
+    return GrpcServer(
+        application,
+        address,
+        tls=None,
+        max_body_bytes=LIMIT,
+        max_calls=100,
+        idle_s=60,
+        grace_s=5,
+        stopping=stopping,
+        on_failed=on_failed,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -268,17 +277,8 @@ def test_a_port_that_cannot_be_listened_on_is_reported() -> None:
     model = ServedModel("tiny", source("tiny"))
     failures: list[Exception] = []
     loop = asyncio.new_event_loop()
-    server = GrpcServer(
-        Application({"tiny": model}),
-        "192.0.2.1:1",
-        tls=None,
-        max_body_bytes=LIMIT,
-        max_calls=1,
-        idle_s=1,
-        grace_s=1,
-        stopping=lambda: False,
-        on_failed=failures.append,
-    )
+    application = Application({"tiny": model}, is_listening=lambda: server.listening)
+    server = new_server(application, "192.0.2.1:1", lambda: False, failures.append)
     server.start(loop)
     server.close()
     loop.close()
