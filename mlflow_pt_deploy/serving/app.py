@@ -181,7 +181,7 @@ class Application:
         return response._replace(headers=headers)
 
     def _find(self, path: str) -> ScoringRoute | Page | None:
-        """What a path leads to that does not score with every version."""
+        """The page of a path, or the route of a path that names a version."""
         if not path.startswith(MODELS):
             return self._pages.find(path)
         path, version = split_version(path)
