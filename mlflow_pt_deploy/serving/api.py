@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
 from mlflow_pt_deploy.serving.model_names import check_folder
@@ -29,6 +31,7 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         **settings: See `ServerSettings`.
 
     Raises:
+        MissingExtraError: `grpc_port` is given and the extra `grpc` is not installed.
         ServingError: An option is invalid (the message names it), or a model cannot be opened.
     """
     chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
@@ -40,6 +43,8 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     fit = sys.platform == "linux" and options.device == "cpu"
     count = count_replicas(chosen.replicas, cores, fit=fit)
     shares = share_cores(count, cores, core_numbers(), chosen.pin and count > 1)
+    if chosen.grpc_port and find_spec("grpc") is None:
+        raise MissingExtraError("grpc", "grpc")
     from mlflow_pt_deploy.serving.server import run_server
 
     on_ready = partial(_print_banner, f"  {describe_shares(shares)}")

@@ -10,20 +10,19 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.serving.batching.request import RequestContext
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.http.deadline import DEADLINE_HEADER, Deadline
-from mlflow_pt_deploy.serving.http.mlflow_protocol import (
-    PARQUET_READER,
-    error_to_response,
-    is_small,
-    media_type,
-    parse,
-    parse_and_encode,
+from mlflow_pt_deploy.serving.http.mlflow_protocol import PARQUET_READER, MlflowFormat
+from mlflow_pt_deploy.serving.http.open_inference import (
+    MODELS,
+    OpenInferenceFormat,
+    as_error,
+    is_open_inference,
+    split_version,
 )
-from mlflow_pt_deploy.serving.http.openapi import document
 from mlflow_pt_deploy.serving.http.request import (
     BODY_TIMEOUT_S,
     MAX_BODY_BYTES,
@@ -37,16 +36,29 @@ from mlflow_pt_deploy.serving.http.response import (
     RETRY_AFTER,
     Response,
     error_response,
-    json_response,
+)
+from mlflow_pt_deploy.serving.http.scoring_format import (
+    JSON,
+    MAX_INLINE_BYTES,
+    ScoringFormat,
+    error_to_response,
+    parse_and_encode,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
+from mlflow_pt_deploy.serving.pages import (
+    ADMIN,
+    PROBE,
+    SCORING,
+    Page,
+    Pages,
+    unavailable,
+    unknown_version,
+)
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
-
-Page = Callable[[], Response]
 
 _PARSER_THREADS = 2
 # A connection is watched for its end only while a response takes longer than this.
@@ -66,6 +78,22 @@ class Rejection(Exception):
         self.response = response
 
 
+class ScoringRoute(NamedTuple):
+    """A path that scores.
+
+    Attributes:
+        path: The path, without the version of a model.
+        model: The model.
+        format: The protocol of body and response.
+        version: The version in the path; empty if there is none.
+    """
+
+    path: str
+    model: ServedModel
+    format: ScoringFormat
+    version: str = ""
+
+
 class Application:
     """Answers requests for one or more models.
 
@@ -79,6 +107,7 @@ class Application:
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
+        is_listening: Whether the other ports of this worker are open.
         on_start, on_stop: Called when the event loop starts and ends.
 
     Attributes:
@@ -97,44 +126,27 @@ class Application:
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
         routes: Mapping[str, str] | None = None,
+        is_listening: Callable[[], bool] = lambda: True,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self._models = models
         self._auth = auth or TokenAuth()
         self._metrics = metrics or Metrics()
         self._access_log = access_log
         self._tracer = tracer
         self._max_body_bytes = max_body_bytes
-        self._hang_s = hang_s
-        self._states = states
         self._on_start, self._on_stop = on_start, on_stop
         self.active = 0
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        first = next(iter(models.values()))
-        self._scoring = {f"/models/{name}/invocations": model for name, model in models.items()}
-        self._scoring["/invocations"] = first
-        self._probes: dict[str, Page] = {
-            "/ping": self._ping,
-            "/health": self._ping,
-            "/version": _mlflow_version,
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/openapi.json": self._openapi,
-        }
-        self._admin: dict[str, Page] = {
-            "/metrics": self._exposition,
-            "/model": partial(self._status, first.name),
-            "/models": self._all_status,
-            **{f"/models/{name}": partial(self._status, name) for name in models},
-        }
+        self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
+        self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
             if path in self._scoring:
-                self._scoring.setdefault(route, self._scoring[path])
+                self._scoring.setdefault(route, self._scoring[path]._replace(path=route))
             else:
-                self._probes.setdefault(route, self._probes[path])
+                self._pages.add_route(route, path)
         for name, model in models.items():
             self._metrics.gauge("queue_rows", name, partial(_queued_rows, model))
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
@@ -154,51 +166,66 @@ class Application:
 
     async def respond(self, request: Request) -> Response:
         """Answer one request; raises nothing."""
-        model = self._scoring.get(request.path)
+        route = self._scoring.get(request.path) or self._find(request.path)
         self.active += 1
         try:
-            if model is None or request.method != "POST":
-                response = await self._read_only(request)
+            if isinstance(route, ScoringRoute) and request.method == "POST":
+                response = await self._score(route, request)
             else:
-                response = await self._score(model, request)
+                response = await self._read_only(route, request)
         except Rejection as rejection:
             await request.discard()
             response = rejection.response
         finally:
             self.active -= 1
+        if response.error_code and is_open_inference(request.path):
+            response = as_error(response)
         request_id = self._request_ids.of(request.headers)
-        self._record(model, request, response, request_id)
+        self._record(route, request, response, request_id)
         headers = (("x-request-id", request_id), *response.headers)
         if response.model_version:
             headers = (("x-model-version", response.model_version), *headers)
         return response._replace(headers=headers)
 
-    async def _score(self, model: ServedModel, request: Request) -> Response:
+    def _find(self, path: str) -> ScoringRoute | Page | None:
+        """The page of a path, or the route of a path that names a version."""
+        if not path.startswith(MODELS):
+            return self._pages.find(path)
+        path, version = split_version(path)
+        route = self._scoring.get(path)
+        return route._replace(version=version) if route else self._pages.find(path, version)
+
+    async def _score(self, route: ScoringRoute, request: Request) -> Response:
         """Score the rows of one request.
 
         Raises:
             Rejection: It is rejected before its body is parsed.
         """
-        version, context = self._admit(model, request)
+        version, context = self._admit(route, request)
+        model = route.model
         self._in_flight[model.name] += 1
         try:
-            return await self._predict(version, request, context)
+            return await self._predict(route.format, version, request, context)
         except Exception as error:
             return self._failure(error, version)
         finally:
             self._in_flight[model.name] -= 1
 
-    def _admit(self, model: ServedModel, request: Request) -> tuple[LoadedModel, RequestContext]:
+    def _admit(self, route: ScoringRoute, request: Request) -> tuple[LoadedModel, RequestContext]:
         """The version that answers this request, and its context with the deadline.
 
         Raises:
-            Rejection: The token is wrong, no version is in memory, or the server is overloaded.
+            Rejection: The token is wrong, no version is in memory, another one than the path's
+                serves, or the server is overloaded.
         """
+        model = route.model
         if not self._auth.can_score(request.headers.get("authorization")):
             raise Rejection(_unauthorized("a token"))
         version = model.acquire()
         if version is None:
-            raise Rejection(_unavailable(model))
+            raise Rejection(unavailable(model))
+        if route.version and route.version != version.label:
+            raise Rejection(unknown_version(model.name, version.label))
         service = version.pyfunc.service
         deadline = Deadline.from_header(
             request.headers.get(DEADLINE_HEADER), service.options.deadline_ms
@@ -226,24 +253,29 @@ class Application:
         return error_to_response(error, version.label)
 
     async def _predict(
-        self, version: LoadedModel, request: Request, context: RequestContext
+        self,
+        protocol: ScoringFormat,
+        version: LoadedModel,
+        request: Request,
+        context: RequestContext,
     ) -> Response:
         service = version.pyfunc.service
         body = await request.read(self._max_body_bytes)
-        media = media_type(request.headers)
-        if is_small(service, body, media):
-            found = parse(service, body, media)
+        kind = protocol.body_type(request.headers)
+        small = kind.media == JSON and len(body) <= MAX_INLINE_BYTES
+        if small and service.loaded.preprocessor.column == "text":
+            found = protocol.parse(service, body, kind)
         else:
             loop = asyncio.get_running_loop()
-            work = partial(parse_and_encode, service, body, media)
+            work = partial(parse_and_encode, protocol, service, body, kind)
             found = await loop.run_in_executor(self._parsers, work)
         predictions = service.submit(found.rows, found.top_k, context, found.encoded)
         if service.runs_inline:
             texts = await predictions
         else:
             texts = await self._watched(predictions, request, context)
-        text = f'{{"predictions": [{", ".join(texts)}]}}'
-        return Response(200, text.encode(), model_version=version.label)
+        content = protocol.write(texts, found, version.label)
+        return Response(200, content, model_version=version.label)
 
     async def _watched(
         self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
@@ -264,104 +296,70 @@ class Application:
         finally:
             watcher.cancel()
 
-    async def _read_only(self, request: Request) -> Response:
-        """Answer a request for a probe or an admin page.
+    async def _read_only(self, route: ScoringRoute | Page | None, request: Request) -> Response:
+        """Answer a request that does not score.
 
         Raises:
             Rejection: There is no such page, its method is not allowed, or the token is wrong.
         """
-        path = request.path
-        page = self._probes.get(path) or self._admin.get(path)
-        if page is None and path not in self._scoring:
-            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", "there is no such path"))
-        if page is None or request.method not in ("GET", "HEAD"):
-            allowed = "GET, HEAD" if page else "POST"
+        if route is None:
+            what = "model" if request.path.startswith(MODELS) else "path"
+            raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", f"there is no such {what}"))
+        if isinstance(route, ScoringRoute) or request.method not in ("GET", "HEAD"):
+            allowed = "POST" if isinstance(route, ScoringRoute) else "GET, HEAD"
             message = f"this path takes {allowed}"
             raise Rejection(
                 error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
             )
-        if path in self._probes:
-            response = page()
-        elif self._auth.can_read_admin(request.headers.get("authorization")):
-            response = await asyncio.get_running_loop().run_in_executor(self._parsers, page)
+        token = request.headers.get("authorization")
+        if route.access == SCORING and not self._auth.can_score(token):
+            raise Rejection(_unauthorized("a token"))
+        if route.access == ADMIN:
+            if not self._auth.can_read_admin(token):
+                raise Rejection(_unauthorized("an admin token"))
+            loop = asyncio.get_running_loop()
+            response = await loop.run_in_executor(self._parsers, route.write)
         else:
-            raise Rejection(_unauthorized("an admin token"))
+            response = route.write()
         await request.discard()
         return response
 
     def _record(
-        self, model: ServedModel | None, request: Request, response: Response, request_id: str
+        self,
+        route: ScoringRoute | Page | None,
+        request: Request,
+        response: Response,
+        request_id: str,
     ) -> None:
         """Count, log and trace a response."""
         seconds = time.perf_counter() - request.received_at
-        path, label = request.path, response.model_version
-        if model is not None:
+        label = response.model_version
+        if isinstance(route, ScoringRoute):
+            model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
             if label and response.status == 200 and model.current is not None:
                 model.current.seconds.append(seconds)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
-                self._tracer.response_sent(model.name, label, path, response, seconds, parent)
-        if self._access_log is not None and path not in self._probes:
-            route = path if model or path in self._admin else "-"
-            self._access_log.write(route, response, seconds, request_id)
+                self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)
+        if self._access_log is None or (isinstance(route, Page) and route.access == PROBE):
+            return
+        self._access_log.write(route.path if route else "-", response, seconds, request_id)
 
-    def _livez(self) -> Response:
-        hangs = any(model.running_s > self._hang_s for model in self._models.values())
-        if self._hang_s and hangs:
-            return Response(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
-        return Response(200, b"{}")
 
-    def _readyz(self) -> Response:
-        alive = self._livez()
-        if alive.status != 200:
-            return alive
-        if self._states is not None and self._states.draining:
-            return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
-        own = all(model.current or model.unloaded for model in self._models.values())
-        if own and (self._states is None or self._states.started()):
-            return Response(200, b'{"status": "ready"}')
-        return Response(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
-
-    def _ping(self) -> Response:
-        return Response(self._readyz().status, b"\n")
-
-    def _openapi(self) -> Response:
-        current = next(iter(self._models.values())).current
-        column = current.pyfunc.loaded.preprocessor.column if current else None
-        return json_response(document(self._models, column))
-
-    def _status(self, name: str) -> Response:
-        status = self._models[name].status()
-        if self._states is not None:
-            status["replicas"] = self._states.of_model(name)
-        return json_response(status)
-
-    def _all_status(self) -> Response:
-        return json_response([model.status() for model in self._models.values()])
-
-    def _exposition(self) -> Response:
-        text = self._metrics.expose()
-        if text is None:
-            message = "metrics need an extra: pip install 'mlflow-pt-deploy[serve]'"
-            return error_response(501, "NOT_IMPLEMENTED", message)
-        return Response(200, text, content_type=self._metrics.content_type)
+def _scoring_routes(models: Mapping[str, ServedModel]) -> dict[str, ScoringRoute]:
+    """Routes by path, without versions."""
+    first, protocol = next(iter(models.values())), MlflowFormat()
+    routes = [ScoringRoute("/invocations", first, protocol)]
+    for name, model in models.items():
+        routes.append(ScoringRoute(f"/models/{name}/invocations", model, protocol))
+        routes.append(ScoringRoute(f"{MODELS}{name}/infer", model, OpenInferenceFormat(name)))
+    return {route.path: route for route in routes}
 
 
 def _unauthorized(token: str) -> Response:
     message = f"send {token}: Authorization: Bearer ..."
     return error_response(401, "UNAUTHENTICATED", message, ("www-authenticate", "Bearer"))
-
-
-def _unavailable(model: ServedModel) -> Response:
-    """The response while no version of a model is in memory."""
-    retry, message = RETRY_AFTER, "the model is still loading"
-    if model.rejected and model.unloaded:
-        retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
-        message = "the model is not in memory and its version was rejected; see /model"
-    elif model.unloaded:
-        message = "the model is not in memory and is being loaded; retry in a moment"
-    return error_response(503, "TEMPORARILY_UNAVAILABLE", message, retry)
 
 
 def _queued_rows(model: ServedModel) -> int:
@@ -371,9 +369,3 @@ def _queued_rows(model: ServedModel) -> int:
 
 def _is_loaded(model: ServedModel) -> int:
     return int(model.current is not None)
-
-
-def _mlflow_version() -> Response:
-    from importlib.metadata import version
-
-    return Response(200, version("mlflow-skinny").encode())

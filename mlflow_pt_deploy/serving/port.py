@@ -19,7 +19,7 @@ _ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _reserved: WeakSet[socket.socket] = WeakSet()
 
 
-def hold_port(host: str, port: int) -> list[socket.socket]:
+def hold_port(host: str, port: int, option: str = "--port") -> list[socket.socket]:
     """Reserve a port for this user's processes until the returned sockets are closed.
 
     A forked child closes them at once, so that it does not keep the port after the main process.
@@ -27,6 +27,7 @@ def hold_port(host: str, port: int) -> list[socket.socket]:
     Args:
         host: Name or address; there is one socket for each address of a name.
         port: 0 takes a free one.
+        option: The command line option of the port.
 
     Returns:
         Sockets that are bound and do not listen.
@@ -35,14 +36,14 @@ def hold_port(host: str, port: int) -> list[socket.socket]:
         ServingError: The port is in use, or the address is not one of this machine.
     """
     if port:  # otherwise a second server would share the port of the first without an error
-        for exclusive in _bind(host, port, shared=False):
+        for exclusive in _bind(host, port, option, shared=False):
             exclusive.close()
-    sockets = _bind(host, port, shared=True)
+    sockets = _bind(host, port, option, shared=True)
     _reserved.update(sockets)
     return sockets
 
 
-def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+def _bind(host: str, port: int, option: str, *, shared: bool) -> list[socket.socket]:
     """`_bind_all` with errors that name the option to change."""
     try:
         return _bind_all(host, port, shared=shared)
@@ -53,7 +54,7 @@ def _bind(host: str, port: int, *, shared: bool) -> list[socket.socket]:
         ) from error
     except OSError as error:
         raise ServingError(
-            f"{host}, port {port}: {error.strerror}; give another --port or --host"
+            f"{host}, port {port}: {error.strerror}; give another {option} or --host"
         ) from error
     except OverflowError as error:
         raise ServingError(f"port is {port}; give 1 to 65535, or 0 for any free one") from error

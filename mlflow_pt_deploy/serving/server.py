@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,35 +60,33 @@ def run_server(
     Raises:
         ServingError: The port is taken, or a model cannot be opened at the first start.
     """
-    with server_log(settings.log_format):
-        held = hold_port(settings.host, settings.port)
+    with server_log(settings.log_format), ExitStack() as stack:
+        held = [stack.enter_context(each) for each in hold_port(settings.host, settings.port)]
+        if settings.grpc_port:
+            for each in hold_port(settings.host, settings.grpc_port, "--grpc-port"):
+                stack.enter_context(each)
         folder = new_run_folder()
-        try:
-            address = held[0].getsockname()
-            listening = replace(settings, port=address[1])
-            (folder / "metrics").mkdir()
-            job = WorkerJob(
-                list(models),
-                dict(model_config or {}),
-                listening,
-                folder,
-                list(shares),
-                registry_variables(),
-                os.getpid(),
-            )
-            _MainProcess(job, address[0], on_ready).run()
-        finally:
-            for each in held:
-                each.close()
-            shutil.rmtree(folder, ignore_errors=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        address = held[0].getsockname()
+        (folder / "metrics").mkdir()
+        job = WorkerJob(
+            list(models),
+            dict(model_config or {}),
+            replace(settings, port=address[1]),
+            address[0],
+            folder,
+            list(shares),
+            registry_variables(),
+            os.getpid(),
+        )
+        _MainProcess(job, on_ready).run()
 
 
 class _MainProcess:
     """Runs granian until a signal stops it; starts it again if its workers crash in a loop."""
 
-    def __init__(self, job: WorkerJob, host: str, on_ready: ReadyCallback) -> None:
+    def __init__(self, job: WorkerJob, on_ready: ReadyCallback) -> None:
         self._job = job
-        self._host = host
         self._on_ready = on_ready
         self._states = WorkerStates(job.folder, len(job.shares))
         self._stopping = threading.Event()
@@ -121,7 +120,7 @@ class _MainProcess:
         workers = len(self._job.shares)
         server = GranianServer(
             "mlflow_pt_deploy.serving.worker:load_worker",
-            address=self._host,
+            address=self._job.address,
             port=settings.port,
             interface=Interfaces.RSGI,
             workers=workers,

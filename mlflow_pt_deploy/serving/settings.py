@@ -28,6 +28,7 @@ class ServerSettings:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(5000, "TCP port; 0: any free port")
+    grpc_port: int = option(0, "TCP port of the Open Inference Protocol over gRPC; 0: off")
     poll_s: float = option(
         5.0, "seconds between polls of the registry; 0: keep the versions found at the start"
     )
@@ -74,6 +75,10 @@ class ServerSettings:
         check_choices(self, ServingError)
         if not 0 <= self.port <= 65535:
             raise ServingError(f"port is {self.port}; give 1 to 65535, or 0 for any free one")
+        if not 0 <= self.grpc_port <= 65535:
+            raise ServingError(f"grpc_port is {self.grpc_port}; give 1 to 65535, or 0 for no gRPC")
+        if self.grpc_port and self.grpc_port == self.port:
+            raise ServingError(f"port and grpc_port are both {self.port}; give two ports")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ServingError("tls_cert and tls_key belong together; give both or neither")
         if self.tls_cert:

@@ -6,6 +6,7 @@ set before they are imported.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
@@ -23,6 +24,8 @@ from mlflow_pt_deploy.system.cpu_allocation import Share
 from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
 
 if TYPE_CHECKING:
+    from mlflow_pt_deploy.serving.app import Application
+    from mlflow_pt_deploy.serving.grpc_server import GrpcServer
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
@@ -41,6 +44,7 @@ class WorkerJob:
         models: Model arguments of the command line.
         model_config: Serving options of all models.
         settings: Server settings; the port is not 0.
+        address: IP address to listen on.
         folder: The run directory.
         shares: CPU share of each worker.
         environment: Environment variables that locate the registry.
@@ -50,6 +54,7 @@ class WorkerJob:
     models: Sequence[str]
     model_config: Mapping[str, Any]
     settings: ServerSettings
+    address: str
     folder: Path
     shares: Sequence[Share]
     environment: Mapping[str, str]
@@ -96,7 +101,14 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
 
+    def start(loop: asyncio.AbstractEventLoop) -> None:
+        watchdog.watch(application, loop)
+        if grpc_server is not None:
+            grpc_server.start(loop)
+
     def stop() -> None:
+        if grpc_server is not None:
+            grpc_server.close()  # first: the others serve its calls in flight
         watchdog.stop()
         watcher.stop()
 
@@ -110,13 +122,47 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         hang_s=settings.hang_s,
         states=states,
         routes=routes_from(os.environ),
-        on_start=lambda loop: watchdog.watch(application, loop),
+        is_listening=lambda: grpc_server is None or grpc_server.listening,
+        on_start=start,
         on_stop=stop,
     )
+    grpc_server = _grpc_server(application, job, states, publisher)
     watcher.start()
     if served:
         publisher.ready.wait()
     return RsgiAdapter(application)
+
+
+def _grpc_server(
+    application: Application, job: WorkerJob, states: WorkerStates, publisher: _StatePublisher
+) -> GrpcServer | None:
+    """The gRPC server of this worker, if there is to be one."""
+    settings = job.settings
+    if not settings.grpc_port:
+        return None
+    from mlflow_pt_deploy.serving.grpc_server import GrpcServer
+
+    host = f"[{job.address}]" if ":" in job.address else job.address
+    tls = None
+    if settings.tls_cert:
+        tls = Path(settings.tls_key).read_bytes(), Path(settings.tls_cert).read_bytes()
+
+    def fail(error: Exception) -> None:
+        publisher.failed(error)
+        _logger.error("gRPC cannot listen on port %d: %s", settings.grpc_port, error)
+        os._exit(1)
+
+    return GrpcServer(
+        application,
+        f"{host}:{settings.grpc_port}",
+        tls=tls,
+        max_body_bytes=int(settings.max_body_mb * 2**20),
+        max_calls=max(1, settings.max_connections // len(job.shares)),
+        idle_s=settings.keep_alive_s,
+        grace_s=settings.grace_s,
+        stopping=lambda: states.stopping,
+        on_failed=fail,
+    )
 
 
 class _StatePublisher:
@@ -218,9 +264,11 @@ def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list
     assert first.current is not None
     row = EXAMPLES[first.current.pyfunc.loaded.preprocessor.column]
     example = f"""-H 'Content-Type: application/json' -d '{{"inputs": ["{row}"]}}'"""
+    grpc = [f"  gRPC on {host}:{settings.grpc_port}"] if settings.grpc_port else []
     return [
         f"{first.current.name} on {url}   try: curl {url}/invocations {example}",
         *(f"  {_describe(model, settings.poll_s)}" for model in models.values()),
+        *grpc,
     ]
 
 

@@ -15,6 +15,9 @@ from mlflow_pt_deploy.serving.settings import ServerSettings
     [
         ({"port": 99999}, "port is 99999; give 1 to 65535, or 0 for any free one"),
         ({"port": -1, "replicas": 2}, "port is -1; give 1 to 65535"),
+        ({"grpc_port": -1}, "grpc_port is -1; give 1 to 65535, or 0 for no gRPC"),
+        ({"grpc_port": 70000}, "grpc_port is 70000; give 1 to 65535"),
+        ({"port": 5000, "grpc_port": 5000}, "port and grpc_port are both 5000; give two ports"),
         ({"poll_s": -1}, "poll_s is -1; give seconds from 0"),
         ({"hang_s": -1}, "hang_s is -1; give seconds from 0"),
         ({"hang_s": float("inf")}, "hang_s is inf; give seconds from 0"),

@@ -105,6 +105,14 @@ def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> 
             process.kill()
 
 
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+    return port
+
+
 def until(condition: Callable[[], object], seconds: float = 30) -> None:
     """Wait until a condition holds."""
     end = time.monotonic() + seconds

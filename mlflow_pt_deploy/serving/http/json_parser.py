@@ -1,8 +1,8 @@
-"""JSON bodies of MLflow's scoring protocol, parsed without pandas and without MLflow.
+"""JSON bodies, parsed without pandas and without MLflow.
 
-Formats: ``inputs``, ``instances``, ``dataframe_split``, ``dataframe_records``; see
-https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally. Only the column that the model
-reads is kept.
+Formats of MLflow's scoring protocol: ``inputs``, ``instances``, ``dataframe_split``,
+``dataframe_records``; see https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally. Only
+the column that the model reads is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.serving.model.inputs import check_names, column_index
 
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
+_FORMATS = frozenset(FORMATS)
 
 
 class ParsedBody(NamedTuple):
@@ -35,11 +36,8 @@ def parse_json(body: bytes, column: str) -> ParsedBody:
         RequestError: The body is not one of the formats. The message names the field and does not
             repeat the content.
     """
-    try:
-        request = json.loads(body.decode())  # of bytes, json would guess the encoding first
-    except (ValueError, RecursionError) as error:
-        raise RequestError("the body is not valid JSON") from error
-    given = [name for name in FORMATS if isinstance(request, dict) and name in request]
+    request = load_json(body)
+    given = request.keys() & _FORMATS if isinstance(request, dict) else set()
     if len(given) != 1:
         raise RequestError(f"the body must be an object with exactly one of {', '.join(FORMATS)}")
     params = request.get("params")
@@ -47,13 +45,26 @@ def parse_json(body: bytes, column: str) -> ParsedBody:
         raise RequestError("'params' must be an object")
     # a second text beside the rows is an error too: it would be ignored without a message
     if len(request) > 1:
-        check_names([column, *(request.keys() - {given[0]}), *(params or {})], column)
-    data = request[given[0]]
-    if given[0] == "dataframe_split":
+        check_names([column, *(request.keys() - given), *(params or {})], column)
+    (name,) = given
+    data = request[name]
+    if name == "dataframe_split":
         data = _split_column(data, column)
-    elif given[0] == "dataframe_records" and not _is_list_of(data, dict):
+    elif name == "dataframe_records" and not _is_list_of(data, dict):
         raise RequestError("'dataframe_records' must be a list of objects, one a row")
     return ParsedBody(data, params)
+
+
+def load_json(body: bytes) -> Any:
+    """Parse any JSON document.
+
+    Raises:
+        RequestError: It is not JSON, not UTF-8, or nested too deep.
+    """
+    try:
+        return json.loads(body.decode())  # of bytes, json would guess the encoding first
+    except (ValueError, RecursionError) as error:
+        raise RequestError("the body is not valid JSON") from error
 
 
 def _split_column(table: Any, column: str) -> list[Any]:

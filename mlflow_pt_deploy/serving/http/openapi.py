@@ -11,11 +11,11 @@ from typing import Any
 _ERRORS = {
     400: "The request is invalid; the message names the field without its content",
     401: "The token is missing or wrong",
-    404: "There is no such path",
+    404: "There is no such path, or this version of the model does not serve",
     405: "The method is not allowed for this path",
     408: "The body did not arrive in time",
     413: "The body is too long",
-    415: "The content type or encoding is not part of MLflow's protocol",
+    415: "The content type or encoding is not part of the protocol",
     429: "The server is overloaded; retry later",
     500: "The model failed on this request",
     503: "The model is loading, for the first time or after an eviction; retry after Retry-After",
@@ -30,6 +30,8 @@ _PROBES = {
     "/livez": "Liveness: the process answers and no model hangs",
     "/readyz": "Readiness: in every replica all models are loaded and warm, or evicted",
     "/openapi.json": "This document",
+    "/v2/health/live": "Liveness, in the form of the Open Inference Protocol",
+    "/v2/health/ready": "Readiness, in the form of the Open Inference Protocol",
 }
 
 
@@ -43,6 +45,7 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
     from mlflow_pt_deploy._version import __version__
 
     names = list(models)
+    schemas = _schemas(column or "text") | _tensor_schemas()
     admin = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
     scoring = ["/invocations", *(f"/models/{name}/invocations" for name in names)]
     probes = {path: {"get": _read(about, (405, 503))} for path, about in _PROBES.items()}
@@ -53,25 +56,63 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
             **{path: {"post": _score()} for path in scoring},
             **probes,
             **{path: {"get": _read("Admin page", _ADMIN)} for path in admin},
+            **_open_inference(names),
         },
         "components": {
-            "schemas": _schemas(column or "text"),
+            "schemas": schemas,
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
+def _open_inference(names: Iterable[str]) -> dict[str, Any]:
+    """The paths of the Open Inference Protocol, besides its probes."""
+    server = _read("Name and version of this server", (401, 405), "InferenceError")
+    paths: dict[str, Any] = {"/v2": {"get": server}}
+    version = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
+    for name in names:
+        for part, more in (("", {}), ("/versions/{version}", {"parameters": [version]})):
+            root = f"/v2/models/{name}{part}"
+            metadata = _read("Tensors of the model", (401, 404, 405, 503), "InferenceError")
+            ready = _read("Whether the model is ready", (404, 405, 503), "InferenceError")
+            paths[root] = more | {"get": metadata}
+            paths[f"{root}/ready"] = more | {"get": ready}
+            paths[f"{root}/infer"] = more | {"post": _infer()}
+    return paths
+
+
 def _score() -> dict[str, Any]:
-    """The operation that scores rows."""
+    """The operation that scores rows in MLflow's protocol."""
     request = {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Request"}},
         "text/csv": {"schema": {"type": "string"}},
         "application/vnd.apache.parquet": {"schema": {"type": "string", "format": "binary"}},
     }
+    return _scoring(("Request", "Predictions", "Error"), request, _SCORING)
+
+
+def _infer() -> dict[str, Any]:
+    """The operation that scores a tensor."""
+    request = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    schemas = ("InferenceRequest", "InferenceResponse", "InferenceError")
+    return _scoring(schemas, request, (404, *_SCORING))
+
+
+def _scoring(
+    schemas: tuple[str, str, str], media: Mapping[str, Any], statuses: Iterable[int]
+) -> dict[str, Any]:
+    """An operation that scores rows.
+
+    Args:
+        schemas: Of the request, the response and an error.
+        media: Media types of the request besides JSON.
+        statuses: Of errors.
+    """
+    request, response, error = schemas
+    content = {"application/json": {"schema": _reference(request)}, **media}
     good = {
         "description": "One prediction per row, in order",
         "headers": {"X-Model-Version": {"schema": {"type": "string"}}},
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Predictions"}}},
+        "content": {"application/json": {"schema": _reference(response)}},
     }
     return {
         "summary": "Score rows",
@@ -84,26 +125,28 @@ def _score() -> dict[str, Any]:
                 "schema": {"type": "string"},
             }
         ],
-        "requestBody": {"required": True, "content": request},
-        "responses": {"200": good} | _failures(_SCORING),
+        "requestBody": {"required": True, "content": content},
+        "responses": {"200": good} | _failures(statuses, error),
     }
 
 
-def _read(about: str, errors: Iterable[int]) -> dict[str, Any]:
+def _read(about: str, statuses: Iterable[int], error: str = "Error") -> dict[str, Any]:
     return {
         "summary": about,
         "security": [{}, {"token": []}],
-        "responses": {"200": {"description": about}} | _failures(errors),
+        "responses": {"200": {"description": about}} | _failures(statuses, error),
     }
 
 
-def _failures(statuses: Iterable[int]) -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _failures(statuses: Iterable[int], error: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": _reference(error)}}
     found: dict[str, Any] = {}
     for status in statuses:
         about = _ERRORS.get(status, "Needs an extra that is not installed")
         # probes answer 503 with a status instead of an error
-        found[str(status)] = {"description": about} | ({} if status == 503 else {"content": error})
+        found[str(status)] = {"description": about} | (
+            {} if status == 503 else {"content": content}
+        )
     return found
 
 
@@ -154,3 +197,46 @@ def _schemas(column: str) -> dict[str, Any]:
 
 def _rows(of: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": of}
+
+
+def _tensor_schemas() -> dict[str, Any]:
+    """Bodies of the Open Inference Protocol."""
+    text, size = {"type": "string"}, {"type": "integer", "minimum": 0}
+    any_object = {"type": "object"}
+    tensor = {
+        "type": "object",
+        "properties": {"name": text, "shape": _rows(size), "datatype": text, "data": _rows({})},
+        "required": ["name", "shape", "datatype"],
+    }
+    output = {"type": "object", "properties": {"name": text}, "required": ["name"]}
+    return {
+        "InferenceRequest": {
+            "type": "object",
+            "properties": {
+                "id": text,
+                "inputs": _rows(tensor),
+                "outputs": _rows(output),
+                "parameters": any_object,
+            },
+            "required": ["inputs"],
+        },
+        "InferenceResponse": {
+            "type": "object",
+            "properties": {
+                "id": text,
+                "model_name": text,
+                "model_version": text,
+                "outputs": _rows(tensor),
+            },
+            "required": ["model_name", "model_version", "outputs"],
+        },
+        "InferenceError": {
+            "type": "object",
+            "properties": {"error": text},
+            "required": ["error"],
+        },
+    }
+
+
+def _reference(schema: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{schema}"}

@@ -1,0 +1,201 @@
+"""Pages that are only read: probes, metadata of models, admin pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+from mlflow_pt_deploy.serving.http.open_inference import (
+    MODELS,
+    ROOT,
+    model_metadata,
+    server_metadata,
+)
+from mlflow_pt_deploy.serving.http.openapi import document
+from mlflow_pt_deploy.serving.http.response import (
+    RETRY_AFTER,
+    Response,
+    error_response,
+    json_response,
+)
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.worker_state import WorkerStates
+
+PROBE, SCORING, ADMIN = "probe", "scoring", "admin"
+
+
+class Page(NamedTuple):
+    """A page.
+
+    Attributes:
+        path: Its path, without the version of a model.
+        access: `PROBE`: no token, not in the access log; `SCORING`: a scoring token; `ADMIN`: an
+            admin token, and it is written on a thread.
+        write: Makes the response.
+    """
+
+    path: str
+    access: str
+    write: Callable[[], Response]
+
+
+class Pages:
+    """The pages of a server.
+
+    Args:
+        models: Models by name.
+        metrics: Exposed at ``/metrics``.
+        hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
+        states: State of all workers of this server.
+        is_listening: Whether the other ports of this worker are open.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ServedModel],
+        metrics: Metrics,
+        hang_s: float,
+        states: WorkerStates | None,
+        is_listening: Callable[[], bool],
+    ) -> None:
+        self._models = models
+        self._metrics = metrics
+        self._hang_s = hang_s
+        self._states = states
+        self._is_listening = is_listening
+        first = next(iter(models))
+        probes: dict[str, Callable[[], Response]] = {
+            "/ping": self._ping,
+            "/health": self._ping,
+            "/version": _mlflow_version,
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/openapi.json": self._openapi,
+            f"{ROOT}/health/live": partial(self._health, "live", self._livez),
+            f"{ROOT}/health/ready": partial(self._health, "ready", self._readyz),
+        }
+        admin: dict[str, Callable[[], Response]] = {
+            "/metrics": self._exposition,
+            "/model": partial(self._status, first),
+            "/models": self._all_status,
+            **{f"/models/{name}": partial(self._status, name) for name in models},
+        }
+        self._pages = {path: Page(path, PROBE, write) for path, write in probes.items()}
+        self._pages |= {path: Page(path, ADMIN, write) for path, write in admin.items()}
+        self._pages[ROOT] = Page(ROOT, SCORING, lambda: json_response(server_metadata()))
+        self._of_models: dict[str, tuple[str, Callable[[str], Response]]] = {}
+        for name in models:
+            self._of_models[MODELS + name] = SCORING, partial(self._metadata, name)
+            self._of_models[f"{MODELS}{name}/ready"] = PROBE, partial(self._model_ready, name)
+
+    def add_route(self, route: str, path: str) -> None:
+        """Answer `route` like `path`, unless it has a page of its own."""
+        self._pages.setdefault(route, self._pages[path]._replace(path=route))
+
+    def find(self, path: str, version: str = "") -> Page | None:
+        """The page of a path.
+
+        Args:
+            path: Without the version of a model.
+            version: The version in the path; empty if there is none.
+        """
+        if path in self._of_models:
+            access, write = self._of_models[path]
+            return Page(path, access, partial(write, version))
+        return None if version else self._pages.get(path)
+
+    def _livez(self) -> Response:
+        hangs = any(model.running_s > self._hang_s for model in self._models.values())
+        if self._hang_s and hangs:
+            return Response(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
+        return Response(200, b"{}")
+
+    def _readyz(self) -> Response:
+        alive = self._livez()
+        if alive.status != 200:
+            return alive
+        if self._states is not None and self._states.draining:
+            return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
+        own = all(model.current or model.unloaded for model in self._models.values())
+        own = own and self._is_listening()
+        if own and (self._states is None or self._states.started()):
+            return Response(200, b'{"status": "ready"}')
+        return Response(503, b'{"status": "loading"}', "TEMPORARILY_UNAVAILABLE")
+
+    def _ping(self) -> Response:
+        return Response(self._readyz().status, b"\n")
+
+    def _health(self, field: str, probe: Callable[[], Response]) -> Response:
+        """A probe in the form of the Open Inference Protocol."""
+        found = probe()
+        body = json.dumps({field: found.status == 200}).encode()
+        return found._replace(body=body)
+
+    def _model_ready(self, name: str, version: str) -> Response:
+        """Whether a model is in memory, or is loaded on demand, as for ``/readyz``."""
+        model = self._models[name]
+        current = model.current
+        if version and current is not None and current.label != version:
+            return unknown_version(name, current.label)
+        if current is None and (version or not model.unloaded):
+            body = json.dumps({"name": name, "ready": False}).encode()
+            return Response(503, body, "TEMPORARILY_UNAVAILABLE")
+        return json_response({"name": name, "ready": True})
+
+    def _metadata(self, name: str, version: str) -> Response:
+        model = self._models[name]
+        current = model.acquire()  # so that an evicted one is loaded
+        if current is None:
+            return unavailable(model)
+        if version and current.label != version:
+            return unknown_version(name, current.label)
+        loaded = current.pyfunc.loaded
+        runtime, column = loaded.manifest.runtime, loaded.preprocessor.column
+        return json_response(model_metadata(name, current.label, runtime, column))
+
+    def _openapi(self) -> Response:
+        current = next(iter(self._models.values())).current
+        column = current.pyfunc.loaded.preprocessor.column if current else None
+        return json_response(document(self._models, column))
+
+    def _status(self, name: str) -> Response:
+        status = self._models[name].status()
+        if self._states is not None:
+            status["replicas"] = self._states.of_model(name)
+        return json_response(status)
+
+    def _all_status(self) -> Response:
+        return json_response([model.status() for model in self._models.values()])
+
+    def _exposition(self) -> Response:
+        text = self._metrics.expose()
+        if text is None:
+            message = "metrics need an extra: pip install 'mlflow-pt-deploy[serve]'"
+            return error_response(501, "NOT_IMPLEMENTED", message)
+        return Response(200, text, content_type=self._metrics.content_type)
+
+
+def unavailable(model: ServedModel) -> Response:
+    """The response while no version of a model is in memory."""
+    retry, message = RETRY_AFTER, "the model is still loading"
+    if model.rejected and model.unloaded:
+        retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
+        message = "the model is not in memory and its version was rejected; see /model"
+    elif model.unloaded:
+        message = "the model is not in memory and is being loaded; retry in a moment"
+    return error_response(503, "TEMPORARILY_UNAVAILABLE", message, retry)
+
+
+def unknown_version(name: str, served: str) -> Response:
+    """The response to a request for a version that does not serve."""
+    message = f"this version of {name} does not serve; {served} does, ask for it or for none"
+    return error_response(404, "RESOURCE_DOES_NOT_EXIST", message)
+
+
+def _mlflow_version() -> Response:
+    from importlib.metadata import version
+
+    return Response(200, version("mlflow-skinny").encode())
