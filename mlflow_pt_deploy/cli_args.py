@@ -11,6 +11,7 @@ from typing import Any
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
+from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 STAGES = {
@@ -30,6 +31,7 @@ COMMANDS = {
     "history": "list the promotions of a registered model",
     "compare": "compare two versions on the same rows",
     "verify": "compare a model on this machine with what was logged",
+    "predict": "score a Parquet, CSV or JSON lines file of any size",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -51,6 +53,8 @@ def stage_options(stage: str) -> tuple[OptionSpec, ...]:
     """Options that a command has as flags."""
     if stage == "serve":
         return option_specs(ServerSettings)
+    if stage == "predict":
+        return option_specs(PredictionOptions)
     return tuple(spec for spec in option_specs(Options) if stage in spec.stages)
 
 
@@ -144,5 +148,12 @@ def _add_special_arguments(name: str, stage: argparse.ArgumentParser) -> None:
         about = "models:/NAME@champion, runs:/..., a path or @FILE; NAME=URI gives it a name"
         stage.add_argument("uri", help=about)
         stage.add_argument("more", nargs="*", help="more models, at /models/NAME/invocations")
+    if name == "predict":
+        stage.add_argument("uri", help="models:/NAME@champion, runs:/... or a folder")
+        about = ".parquet, .csv, .csv.gz or .jsonl; - reads JSON lines from standard input"
+        stage.add_argument("input", help=about)
+        about = "file to write, in any of these formats; - writes JSON lines to standard output"
+        stage.add_argument("output", help=about)
+    if name in ("serve", "predict"):
         about = "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64"
         stage.add_argument("-C", dest="config", action="append", default=[], help=about)

@@ -29,11 +29,15 @@ class TableReader(Protocol):
         names: Names of its columns; None if each row has its own.
         total: Size of the input in `unit`; 0 if it is unknown.
         unit: ``rows`` or ``bytes``.
+        position: How much was read, in `unit`.
     """
 
     names: Sequence[str] | None
     total: int
     unit: str
+
+    @property
+    def position(self) -> int: ...
 
     def read(self, rows: int) -> Chunk | None:
         """The next rows, at most `rows`; None at the end."""
@@ -138,7 +142,11 @@ class _CsvReader:
         first, self._next = self._next, self._next + len(found)
         faults = {index: row.fault for index, row in enumerate(found) if row.fault}
         lines = [row.line for row in found]
-        return RecordChunk(first, self._rows.position, records, lines, faults)
+        return RecordChunk(first, self.position, records, lines, faults)
+
+    @property
+    def position(self) -> int:
+        return self._rows.position
 
     def close(self) -> None:
         self._rows.close()
@@ -150,7 +158,7 @@ class _JsonLinesReader:
     def __init__(self, binary: BinaryIO, total: int, skip: int) -> None:
         self.names: Sequence[str] | None = None
         self.total = total
-        self._binary, self._next, self._position = binary, skip + 1, 0
+        self._binary, self._next, self.position = binary, skip + 1, 0
         self._lines = self._numbered_lines()
         for _ in islice(self._lines, skip):
             pass
@@ -168,7 +176,7 @@ class _JsonLinesReader:
         if not records:
             return None
         first, self._next = self._next, self._next + len(records)
-        return RecordChunk(first, self._position, records, lines, faults)
+        return RecordChunk(first, self.position, records, lines, faults)
 
     def close(self) -> None:
         if self._binary is not sys.stdin.buffer:
@@ -176,7 +184,7 @@ class _JsonLinesReader:
 
     def _numbered_lines(self) -> Iterator[tuple[int, bytes]]:
         for number, line in enumerate(self._binary, start=1):
-            self._position += len(line)
+            self.position += len(line)
             if line.strip():
                 yield number, line
 
@@ -244,7 +252,11 @@ class _ParquetReader:
             return None
         batch = pa.concat_batches(parts) if len(parts) > 1 else parts[0]
         first, self._next = self._next, self._next + batch.num_rows
-        return ArrowChunk(first, self._next - 1, batch)
+        return ArrowChunk(first, self.position, batch)
+
+    @property
+    def position(self) -> int:
+        return self._next - 1
 
     def _fill(self) -> bool:
         """Have a batch with rows left; False at the end."""

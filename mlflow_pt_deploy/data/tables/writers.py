@@ -53,7 +53,7 @@ class TableWriter(Protocol):
 
 
 def open_writer(
-    folder: Path, suffix: str, names: Sequence[str], added: Mapping[str, str], delimiter: str = ","
+    folder: Path, suffix: str, names: Sequence[str], added: Mapping[str, str]
 ) -> TableWriter:
     """Create a writer, or continue with the files that an earlier one completed.
 
@@ -62,14 +62,13 @@ def open_writer(
         suffix: Format of the table.
         names: Columns of the input, for CSV; other formats take those of the chunks.
         added: Types of the added columns: ``string``, ``double``, ``list<string>``, ...
-        delimiter: Separates the cells of CSV.
     """
     if suffix == ".parquet":
         return _ParquetWriter(folder, added)
     file = folder / f"rows{suffix}"
     if suffix == ".jsonl":
         return JsonLinesWriter(file.open("ab"), file)
-    return _CsvWriter(file, [*names, *added], delimiter)
+    return _CsvWriter(file, [*names, *added])
 
 
 def _records(chunk: Chunk, indices: Sequence[int], added: Added) -> Iterator[Record]:
@@ -123,8 +122,8 @@ def _plain(value: object) -> str:
 
 
 class _CsvWriter:
-    def __init__(self, file: Path, names: Sequence[str], delimiter: str) -> None:
-        self._file, self._names, self._delimiter = file, names, delimiter
+    def __init__(self, file: Path, names: Sequence[str]) -> None:
+        self._file, self._names = file, names
         self._binary = file.open("ab")
         if not self._binary.tell():
             self._write([names])
@@ -143,7 +142,7 @@ class _CsvWriter:
 
     def _format(self, rows: Sequence[Sequence[str]], quoting: Literal[0, 1]) -> str:
         text = StringIO(newline="")
-        writer = csv.writer(text, delimiter=self._delimiter, quoting=quoting, lineterminator="\n")
+        writer = csv.writer(text, quoting=quoting, lineterminator="\n")
         writer.writerows(rows)
         return text.getvalue()
 
