@@ -52,12 +52,14 @@ class PartFolder:
         key: Identifies the input, the model and the options.
 
     Attributes:
-        done: The last checkpoint; work continues there.
+        done: What is done; after `restore` that of the last checkpoint.
+        saved_rows: Rows of the last checkpoint.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self.path = path
         self.done = Checkpoint()
+        self.saved_rows = 0
         self._key = dict(key)
         self._sizes: dict[str, int] = {}
 
@@ -73,6 +75,7 @@ class PartFolder:
         temporary.write_text(json.dumps(state), encoding="utf8")
         _sync(temporary)
         os.replace(temporary, self.path / _STATE)
+        self.saved_rows = self.done.rows
 
     def restore(self) -> None:
         """Continue at the last checkpoint, if there is one.
@@ -87,6 +90,9 @@ class PartFolder:
             key, sizes, done = state["key"], dict(state["files"]), Checkpoint(**state["done"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._unusable(f"{_STATE} is damaged") from error
+        if not done.rows:
+            _empty(self.path)
+            return
         if different := [word for name, word in _WORDS.items() if key[name] != self._key[name]]:
             raise self._unusable(f"it was begun with {' and '.join(different)}")
         files = {file.name: file for file in self._files()}
@@ -128,7 +134,11 @@ def part_folder(path: Path, key: Mapping[str, Any], *, restart: bool) -> Iterato
             _empty(path)
         folder.restore()
         folder.save()
-        yield folder
+        try:
+            yield folder
+        finally:
+            if not folder.saved_rows:
+                shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(descriptor)
 

@@ -209,6 +209,7 @@ class _Job:
             if chunk.lines:
                 entry["line"] = chunk.lines[index]
             if self._options.strict:
+                self._output.checkpoint(now=True)  # of the chunks before
                 where = ", ".join(f"{name} {number}" for name, number in entry.items())
                 raise DataError(
                     f"{self._source}: {where}: {reason}. Correct it, or leave out --strict to keep "
