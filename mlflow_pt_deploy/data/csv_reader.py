@@ -142,7 +142,8 @@ class CsvRows:
                 if self._strict:
                     raise _not_utf8(self._where, number) from error
                 text, damaged = line.decode(encoding, "replace"), True
-            for part in filter(None, _LONE_RETURN.split(text)):
+            lone = "\r" in text.removesuffix("\r\n")
+            for part in filter(None, _LONE_RETURN.split(text) if lone else (text,)):
                 self._damaged = self._damaged or damaged
                 yield part
 

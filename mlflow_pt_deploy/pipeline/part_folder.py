@@ -68,12 +68,12 @@ class PartFolder:
         for file in self._files():
             size = file.stat().st_size
             if self._sizes.get(file.name) != size:
-                _sync(file)
+                sync(file)
                 self._sizes[file.name] = size
         state = {"key": self._key, "done": asdict(self.done), "files": self._sizes}
         temporary = self.path / f".{_STATE}"
         temporary.write_text(json.dumps(state), encoding="utf8")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, self.path / _STATE)
         self.saved_rows = self.done.rows
 
@@ -168,6 +168,7 @@ def _empty(path: Path) -> None:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
+    """Write a file's content to the disk."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())

@@ -20,7 +20,7 @@ from mlflow_pt_deploy.data.tables.writers import (
     open_writer,
 )
 from mlflow_pt_deploy.errors import DataError
-from mlflow_pt_deploy.pipeline.part_folder import Checkpoint, PartFolder
+from mlflow_pt_deploy.pipeline.part_folder import Checkpoint, PartFolder, sync
 
 _REJECTED = "rejected.jsonl"
 # A checkpoint closes the files of the output, so there are fewer of them as time goes on.
@@ -162,7 +162,9 @@ class FileOutput:
         else:
             beside.unlink(missing_ok=True)
         if not 0 < self.done.rejected == self.done.rows:
-            os.replace(self._open_writer().finish(), self._target)
+            complete = self._open_writer().finish()
+            sync(complete)
+            os.replace(complete, self._target)
         self.close()
         shutil.rmtree(self._folder.path)
         if 0 < self.done.rejected == self.done.rows:

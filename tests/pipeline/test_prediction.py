@@ -165,6 +165,11 @@ def test_parquet_with_nulls_and_broken_texts(model: str, tmp_path: Path) -> None
         {"row": 2, "reason": "`text` is missing or blank"},
         {"row": 3, "reason": "is not UTF-8"},
     ]
+    with pytest.raises(DataError, match="no column `other`"):
+        predict(model, str(tmp_path / "in.parquet"), tmp_path / "out.jsonl", column="other")
+    pq.write_table(pa.table({"text": ["red"] * 4, "note": bad}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match="not UTF-8 in rows 1 to 4. Write .parquet, which keeps"):
+        predict(model, str(tmp_path / "in.parquet"), tmp_path / "out.jsonl")
 
 
 def test_images_as_names_bytes_and_structs(tmp_path: Path) -> None:
@@ -260,6 +265,13 @@ def test_json_lines_to_parquet(model: str, tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="column `n` has values of different types in rows 1 to 2"):
         predict(model, mixed, tmp_path / "mixed.parquet")
+
+
+def test_standard_input(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b'{"text": "red"}\n{"text": "blue"}'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    predict(model, "-", tmp_path / "out.csv")
+    assert [row["label"] for row in read_rows(tmp_path / "out.csv")] == ["red", "blue"]
 
 
 def test_command(model: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

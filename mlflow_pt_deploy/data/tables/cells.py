@@ -21,12 +21,12 @@ def read_cell(value: object, kind: str, folder: Path) -> Row:
     Raises:
         DataError: It is missing, blank or something else; the message says what only.
     """
+    if kind == "text" and isinstance(value, str) and value.strip():
+        return value
     if kind == "image":
         value = _read_image(value, folder)
     if is_missing(value) or (isinstance(value, Row) and not value.strip()):
         raise DataError("is missing or blank")
-    if kind == "text" and isinstance(value, str):
-        return value
     if kind == "image" and isinstance(value, bytes):
         return value
     expected = {"text": "a string", "image": "the bytes or the path of an image file"}

@@ -99,8 +99,18 @@ class ArrowChunk:
             return [self._value(cell, index) for index, cell in enumerate(column)]
 
     def take(self, indices: Sequence[int]) -> Iterator[Record]:
-        """Rows as records."""
-        return iter(self.table(indices).to_pylist())
+        """Rows as records.
+
+        Raises:
+            DataError: A text in one of the columns is not UTF-8.
+        """
+        try:
+            return iter(self.table(indices).to_pylist())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"a column has texts that are not UTF-8 in rows {self.first} to "
+                f"{self.first + len(self) - 1}. Write .parquet, which keeps them."
+            ) from error
 
     def table(self, indices: Sequence[int]) -> pa.Table:
         """Rows as an Arrow table."""

@@ -29,7 +29,7 @@ class TableReader(Protocol):
         names: Names of its columns; None if each row has its own.
         total: Size of the input in `unit`; 0 if it is unknown.
         unit: ``rows`` or ``bytes``.
-        position: How much was read, in `unit`.
+        position: How much was read, in `unit`; bytes if the size is unknown.
     """
 
     names: Sequence[str] | None
@@ -153,11 +153,9 @@ class _CsvReader:
 
 
 class _JsonLinesReader:
-    unit = "bytes"
-
     def __init__(self, binary: BinaryIO, total: int, skip: int) -> None:
         self.names: Sequence[str] | None = None
-        self.total = total
+        self.total, self.unit = total, "bytes" if total else "rows"
         self._binary, self._next, self.position = binary, skip + 1, 0
         self._lines = self._numbered_lines()
         for _ in islice(self._lines, skip):

@@ -12,7 +12,7 @@ import csv
 import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
@@ -68,7 +68,7 @@ def open_writer(
     file = folder / f"rows{suffix}"
     if suffix == ".jsonl":
         return JsonLinesWriter(file.open("ab"), file)
-    return _CsvWriter(file, [*names, *added])
+    return _CsvWriter(file, names, added)
 
 
 def _records(chunk: Chunk, indices: Sequence[int], added: Added) -> Iterator[Record]:
@@ -122,17 +122,24 @@ def _plain(value: object) -> str:
 
 
 class _CsvWriter:
-    def __init__(self, file: Path, names: Sequence[str]) -> None:
+    def __init__(self, file: Path, names: Sequence[str], added: Iterable[str]) -> None:
         self._file, self._names = file, names
         self._binary = file.open("ab")
         if not self._binary.tell():
-            self._write([names])
+            self._write([[*names, *added]])
 
     def append(self, chunk: Chunk, indices: Sequence[int], added: Added) -> None:
-        records = _records(chunk, indices, added)
-        self._write([[_cell(record.get(name)) for name in self._names] for record in records])
+        rows = zip(chunk.take(indices), zip(*added.values(), strict=True), strict=True)
+        self._write(
+            [
+                value if type(value) in _WRITABLE else _cell(value)
+                for value in (*map(record.get, self._names), *values)
+            ]
+            for record, values in rows
+        )
 
-    def _write(self, rows: Sequence[Sequence[str]]) -> None:
+    def _write(self, rows: Iterable[Sequence[object]]) -> None:
+        rows = list(rows)
         text = self._format(rows, csv.QUOTE_MINIMAL)
         if "\r" in text:  # the module quotes only the line end that it writes
             text = self._format(rows, csv.QUOTE_ALL)
@@ -140,7 +147,7 @@ class _CsvWriter:
         # consecutive gzip members are one file
         self._binary.write(gzip.compress(content) if self._file.suffix == ".gz" else content)
 
-    def _format(self, rows: Sequence[Sequence[str]], quoting: Literal[0, 1]) -> str:
+    def _format(self, rows: Sequence[Sequence[object]], quoting: Literal[0, 1]) -> str:
         text = StringIO(newline="")
         writer = csv.writer(text, quoting=quoting, lineterminator="\n")
         writer.writerows(rows)
@@ -157,11 +164,11 @@ class _CsvWriter:
         self._binary.close()
 
 
+_WRITABLE = frozenset({str, int, float, bool, type(None)})
+"""Types of which the csv module writes what is wanted."""
+
+
 def _cell(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None:
-        return ""
     if isinstance(value, dict | list):
         return json.dumps(value, ensure_ascii=False, default=_plain)
     return _plain(value)

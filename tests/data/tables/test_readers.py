@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -42,6 +43,12 @@ def test_rows_are_skipped(tmp_path: Path, suffix: str, skip: int) -> None:
             assert position == reader.position
         assert reader.position == reader.total
     assert found == TEXTS[skip:]
+
+
+def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(DataError, match="not installed. Install it with: pip install pyarrow; or"):
+        open_table(str(tmp_path / "t.parquet"))
 
 
 def test_names_tell_the_format() -> None:
