@@ -11,8 +11,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,14 @@ from mlflow_pt_deploy.pipeline.prediction_output import (
     added_columns,
     rejected_file,
 )
+from mlflow_pt_deploy.pipeline.prediction_pace import Pace
 from mlflow_pt_deploy.registry.addresses import explain_load_error, resolve
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import digest
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system import interrupt
-from mlflow_pt_deploy.system.progress import Progress, progress
-
-# A chunk takes about this long, so that a signal ends the command in time.
-_CHUNK_S = 2.0
-_MIN_ROWS = 256
+from mlflow_pt_deploy.system.progress import progress
 
 
 @dataclass(frozen=True)
@@ -102,29 +99,38 @@ def predict_table(
         model_uri, model_digest, service = _load(uri, Path(temporary), model_config)
         service.formatter.top_k({"top_k": options.top_k})
         column = options.column or service.loaded.preprocessor.column
-        output: Output
-        if target == STANDARD_STREAM:
-            output = StreamOutput()
-        else:
-            key = {
-                "input": _identity(source),
-                "model": model_digest,
-                "options": {"column": column, "top_k": options.top_k},
-            }
-            part = Path(f"{target}.part")
-            restart = options.restart or source == STANDARD_STREAM
-            folder = end.enter_context(part_folder(part, key, restart=restart))
-            output = FileOutput(folder, Path(target))
-        end.enter_context(closing(output))
+        key = {
+            "input": _identity(source),
+            "model": model_digest,
+            "options": {"column": column, "top_k": options.top_k},
+        }
+        restart = options.restart or source == STANDARD_STREAM
+        output = end.enter_context(_open_output(target, key, restart))
         scorer = BulkScorer(service, column, Path(source).parent, options.top_k)
         job = _Job(scorer, output, column, options, source, suffix_of(target))
-        continued, seconds = job.run(service.loaded.preprocessor.slice_rows)
+        continued, started = output.done.rows, time.monotonic()
+        if continued:
+            print(f"predict: continues after {continued:,} rows", file=sys.stderr, flush=True)
+        job.run(service.loaded.preprocessor.slice_rows)
         output.finish()
+        seconds = time.monotonic() - started
     done = output.done
     rejected = rejected_file(target) if done.rejected and target != STANDARD_STREAM else None
     return PredictionResult(
         model_uri, target, done.rows, done.rejected, rejected, continued, seconds
     )
+
+
+@contextmanager
+def _open_output(target: str, key: Mapping[str, Any], restart: bool) -> Iterator[Output]:
+    if target == STANDARD_STREAM:
+        yield StreamOutput()
+        return
+    with (
+        part_folder(Path(f"{target}.part"), key, restart=restart) as folder,
+        closing(FileOutput(folder, Path(target))) as output,
+    ):
+        yield output
 
 
 class _Job:
@@ -141,39 +147,27 @@ class _Job:
     ) -> None:
         self._scorer, self._output, self._column = scorer, output, column
         self._options, self._source, self._suffix = options, source, suffix
-        self._chunk_rows = _MIN_ROWS
 
-    def run(self, max_rows: int) -> tuple[int, float]:
-        """Score all rows; returns the number of rows done before, and the duration in seconds."""
-        done = self._output.done
-        continued, started = done.rows, time.monotonic()
-        if continued:
-            print(f"predict: continues after {continued:,} rows", file=sys.stderr, flush=True)
+    def run(self, max_rows: int) -> None:
+        """Score all rows in chunks of at most `max_rows`."""
         interrupt.begin()
         with (
-            closing(open_table(self._source, continued)) as reader,
+            closing(open_table(self._source, self._output.done.rows)) as reader,
             progress("predicting", reader.total, reader.unit, done=reader.position) as shown,
         ):
-            first, position = reader.position, reader.position
-            chunks = one_ahead(lambda: self._next(reader))
-            with closing(chunks):
+            pace = Pace(reader, shown, max_rows)
+            with closing(one_ahead(lambda: self._next(reader, pace.chunk_rows))) as chunks:
                 for ready in chunks:
                     self._write(ready)
-                    seconds = time.monotonic() - started
-                    rate = (done.rows - continued) / seconds
-                    self._chunk_rows = min(max(_MIN_ROWS, int(rate * _CHUNK_S)), max_rows)
-                    read, position = ready.chunk.position - position, ready.chunk.position
-                    share = (position - first) / max(1, reader.total - first)
-                    _show(shown, read if reader.total else len(ready.chunk), rate, seconds, share)
+                    pace.advance(len(ready.chunk), ready.chunk.position)
                     self._output.checkpoint(now=interrupt.requested())
                     interrupt.check()
-            if done.columns is None:
-                self._begin(reader, list(reader.names or ()))
-        return continued, time.monotonic() - started
+            if self._output.done.columns is None:
+                self._begin(reader, [])
 
-    def _next(self, reader: TableReader) -> EncodedChunk | None:
+    def _next(self, reader: TableReader, rows: int) -> EncodedChunk | None:
         """Read and encode the next chunk; runs on a thread."""
-        chunk = reader.read(self._chunk_rows)
+        chunk = reader.read(rows)
         if chunk is None:
             return None
         if self._output.done.columns is None:
@@ -219,11 +213,6 @@ class _Job:
         self._output.write(chunk, scored.indices, scored.predictions, self._options.top_k)
         done.rows += len(chunk)
         done.rejected += len(scored.faults)
-
-
-def _show(shown: Progress, count: int, rate: float, seconds: float, share: float) -> None:
-    left = f", {seconds / share - seconds:,.0f} s left" if 0 < share <= 1 else ""
-    shown.update(count, f"{rate:,.0f} rows/s{left}")
 
 
 def _check_names(source: str, target: str, options: PredictionOptions) -> None:

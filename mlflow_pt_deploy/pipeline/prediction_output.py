@@ -50,9 +50,6 @@ class Output(Protocol):
     def finish(self) -> None:
         """Complete the output."""
 
-    def close(self) -> None:
-        """Close the files as they are."""
-
 
 def rejected_file(target: str | Path) -> Path:
     """The file of rejected rows beside an output."""
@@ -174,6 +171,7 @@ class FileOutput:
             )
 
     def close(self) -> None:
+        """Close the files as they are."""
         self._rejected.close()
         if self._writer is not None:
             self._writer.close()
@@ -207,6 +205,3 @@ class StreamOutput:
         self._writer.flush()
         if 0 < self.done.rejected == self.done.rows:
             raise DataError("no row could be scored. Check the column that --column names.")
-
-    def close(self) -> None:
-        """Standard output stays open."""

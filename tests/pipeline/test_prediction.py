@@ -21,10 +21,15 @@ from conftest import picture
 from tiny.artifact import SAVED
 from tiny.serving import save_tiny
 
+from mlflow_pt_deploy import flavor
+from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import DataError, PtDeployError
+from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.pipeline.prediction import PredictionResult, predict_table
 from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
+from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
+from mlflow_pt_deploy.runtimes.openvino import OpenVino
 
 TEXTS = ["red red red", "green green", "blue", "red blue blue"]
 LABELS = ["red", "green", "blue", "blue"]
@@ -358,14 +363,26 @@ def test_another_prediction_is_not_continued(model: str, tmp_path: Path) -> None
     assert read_lines(out)[0]["label"] == "red"  # the earlier output is still there
 
 
-def test_a_numpy_model_needs_neither_torch_nor_pyarrow(tmp_path: Path) -> None:
+def test_torch_and_pyarrow_are_not_needed(tmp_path: Path, tiny_model: Path) -> None:
+    models = [str(SAVED)]
+    classifier = load_classifier(str(tiny_model))
+    rows = ["a card", "a refund please for my card"]
+    example = classifier.preprocessor(rows)
+    for variant in (OnnxRuntime("fp32"), OpenVino("fp32")):
+        folder, model = tmp_path / f"{variant.runtime}-variant", tmp_path / variant.runtime
+        write_variant(
+            variant, classifier, folder, model="teacher", example=example, golden_rows=rows
+        )
+        flavor.save_model(folder, model)
+        models.append(str(model))
     source = write_csv(tmp_path / "in.csv", ["my card is lost"])
-    words = ["predict", str(SAVED), source, str(tmp_path / "out.jsonl")]
+    calls = [["predict", model, source, f"{tmp_path}/{at}.csv"] for at, model in enumerate(models)]
     code = (
         "import sys\n"
         "from mlflow_pt_deploy.cli import main\n"
-        f"assert main({words!r}) == 0\n"
+        f"for words in {calls}: assert main(words) == 0\n"
         "assert not {'torch', 'transformers', 'pyarrow.parquet', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
-    assert read_lines(tmp_path / "out.jsonl")[0]["label"] == "card"
+    for *_, out in calls:
+        assert read_rows(Path(out))[0]["label"] == "card"
