@@ -21,6 +21,7 @@ from pathlib import Path
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
+from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
@@ -41,6 +42,7 @@ SETTINGS: tuple[tuple[str, type, str], ...] = (
         "Options of the stages: `Options(...)` in Python, flags on the command line, "
         "`-P name=value` with `mlflow run`.",
     ),
+    ("Batch prediction", PredictionOptions, "Options of `pt-deploy predict`."),
     ("Policy", Policy, "Limits and objective of the selection."),
 )
 

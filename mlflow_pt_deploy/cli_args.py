@@ -11,6 +11,7 @@ from typing import Any
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
+from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 STAGES = {
@@ -31,6 +32,7 @@ COMMANDS = {
     "compare": "compare two versions on the same rows",
     "verify": "compare a model on this machine with what was logged",
     "package": "write a folder from which an image, Kubernetes objects or a function are built",
+    "predict": "score a Parquet, CSV or JSON lines file of any size",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -49,6 +51,15 @@ _DATA_FORMAT = (
 )
 
 
+_CONFIG = (
+    "-C",
+    {
+        "dest": "config",
+        "action": "append",
+        "default": list[str](),
+        "help": "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64",
+    },
+)
 _VERSION = "version: NAME@ALIAS, NAME/VERSION or models:/..."
 _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "optimize": (("--model", {"required": True, "help": f"model to optimize: {_MODEL_FORMS}"}),),
@@ -168,6 +179,21 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             },
         ),
     ),
+    "predict": (
+        ("uri", {"help": _URI}),
+        (
+            "input",
+            {"help": ".parquet, .csv, .csv.gz or .jsonl; - reads JSON lines from standard input"},
+        ),
+        (
+            "output",
+            {
+                "help": "file to write, in any of these formats; - writes JSON lines to standard "
+                "output"
+            },
+        ),
+        _CONFIG,
+    ),
     "serve": (
         (
             "models",
@@ -179,15 +205,7 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
                 "PT_DEPLOY_MODEL, or the folder where the platform puts the model",
             },
         ),
-        (
-            "-C",
-            {
-                "dest": "config",
-                "action": "append",
-                "default": [],
-                "help": "serving option of all models, e.g. -C num_threads=2 -C max_batch_rows=64",
-            },
-        ),
+        _CONFIG,
     ),
 }
 """Arguments of a command that are not options of `Options` or `ServerSettings`."""
@@ -197,6 +215,8 @@ def stage_options(stage: str) -> tuple[OptionSpec, ...]:
     """Options that a command has as flags."""
     if stage == "serve":
         return option_specs(ServerSettings)
+    if stage == "predict":
+        return option_specs(PredictionOptions)
     return tuple(spec for spec in option_specs(Options) if stage in spec.stages)
 
 

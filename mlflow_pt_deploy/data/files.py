@@ -179,16 +179,24 @@ def read_images(split: str, values: list[object], folder: Path) -> list[object]:
     Raises:
         DataError: A path does not name a file.
     """
-    found = [_bytes_or_path(value) for value in values]
-    files = [folder / value if isinstance(value, str) and value else None for value in found]
+    found = [image_file(value, folder) for value in values]
     fault = f"does not name a file in the folder {folder.name}"
     reject_rows(
-        split, "image", files, fault, lambda file: isinstance(file, Path) and not _exists(file)
+        split, "image", found, fault, lambda file: isinstance(file, Path) and not _exists(file)
     )
-    return [
-        value if file is None else file.read_bytes()
-        for value, file in zip(found, files, strict=True)
-    ]
+    return [file.read_bytes() if isinstance(file, Path) else file for file in found]
+
+
+def image_file(value: object, folder: Path) -> object:
+    """The path of an image file, if a cell names one; else its content.
+
+    Args:
+        value: Bytes, a path, or Hugging Face's struct of both.
+        folder: Base folder of relative paths.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return folder / value if isinstance(value, str) and value else value
 
 
 def _exists(file: Path) -> bool:
@@ -196,12 +204,6 @@ def _exists(file: Path) -> bool:
         return file.is_file()
     except OSError:  # an invalid file name
         return False
-
-
-def _bytes_or_path(value: object) -> object:
-    if isinstance(value, dict):
-        return value.get("bytes") or value.get("path")
-    return value
 
 
 def _read_csv(where: str, file: Path) -> _Table:

@@ -17,7 +17,7 @@ class Progress:
 
     Args:
         what: Name of the step, e.g. ``training``.
-        total: Number of units to process.
+        total: Number of units to process; 0: unknown.
         unit: Name of the unit.
         done: Units that an earlier run processed.
     """
@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self._what, self._total, self._unit, self._done = what, total, unit, done
         self._started = self._shown = time.monotonic()
-        self._bar: Any = _bar(what, total, unit, done) if sys.stderr.isatty() else None
+        self._bar: Any = _bar(what, total, unit, done) if total and sys.stderr.isatty() else None
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Advance.
@@ -51,8 +51,9 @@ class Progress:
         self._shown = time.monotonic()
         seconds = self._shown - self._started
         suffix = f", {note}" if note else ""
+        done = f"{self._done}/{self._total}" if self._total else f"{self._done}"
         print(
-            f"{self._what}: {self._done}/{self._total} {self._unit}, {seconds:.0f} s{suffix}",
+            f"{self._what}: {done} {self._unit}, {seconds:.0f} s{suffix}",
             file=sys.stderr,
             flush=True,
         )
@@ -83,4 +84,4 @@ def quiet_bars() -> None:
 def _bar(what: str, total: int, unit: str, done: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, initial=done, desc=what, unit=unit, leave=False, disable=not total)
+    return tqdm(total=total, initial=done, desc=what, unit=unit, leave=False)

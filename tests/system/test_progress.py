@@ -29,6 +29,9 @@ def test_a_log_file_gets_occasional_lines(
     assert capsys.readouterr().err == (
         "building: 2/3 variants, 0 s, teacher-eager-fp32\nbuilding: 3/3 variants, 0 s\n"
     )
+    with progress.progress("predicting", 0, "rows") as shown:  # how many is unknown
+        shown.update(7)
+    assert capsys.readouterr().err == "predicting: 7 rows, 0 s\n"
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
