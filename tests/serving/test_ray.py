@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -122,8 +123,8 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             yield address
         finally:
-            process.terminate()
-            process.wait(60)
+            process.send_signal(signal.SIGINT)  # ends Ray too
+            process.wait(120)
             log.close()
 
 
@@ -143,7 +144,9 @@ def test_replicas_answer_by_mlflows_protocol(url: str) -> None:
     answer = ask(url, "red", "blue")
     assert answer.headers["x-model-version"] == "1"
     assert [each["label"] for each in answer.json()["predictions"]] == ["red", "blue"]
-    wrong = requests.post(f"{url}/invocations", data=b"{", timeout=60)
+    wrong = requests.post(
+        f"{url}/invocations", data=b"{", headers={"content-type": "application/json"}, timeout=60
+    )
     assert (wrong.status_code, wrong.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
     assert requests.get(f"{url}/nothing", timeout=60).status_code == 404
     model = requests.get(f"{url}/model", timeout=60).json()
