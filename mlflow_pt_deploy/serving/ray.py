@@ -159,17 +159,22 @@ def load_replica(
 
 def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
     """Server settings and serving options among arguments, which are texts on the command line."""
-    values = {
+    values: dict[str, Any] = {
         name: parse_value(value) if isinstance(value, str) else value
         for name, value in given.items()
     }
-    known = {spec.name for spec in option_specs(ServerSettings)}
-    if rays := sorted(values.keys() & known - set(_SETTINGS)):
+    kinds = {spec.name: spec.type for spec in option_specs(ServerSettings)}
+    if rays := sorted(values.keys() & kinds.keys() - set(_SETTINGS)):
         raise ServingError(
             f"{', '.join(rays)}: Ray Serve does this. Give it in Ray's configuration; the settings "
             f"here are {', '.join(_SETTINGS)}."
         )
-    settings = ServerSettings(**{name: values.pop(name) for name in _SETTINGS if name in values})
+    own = {name: values.pop(name) for name in _SETTINGS if name in values}
+    for name, value in own.items():
+        if isinstance(value, bool) != (kinds[name] is bool) or isinstance(value, str):
+            wanted = "true or false" if kinds[name] is bool else "a number"
+            raise ServingError(f"{name} is {value!r}; give {wanted}")
+    settings = ServerSettings(**own)
     ServingOptions.from_config(values)  # reports a wrong option before replicas start
     return settings, values
 

@@ -20,7 +20,7 @@ from tiny.server import until
 from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import MissingExtraError, ServingError
-from mlflow_pt_deploy.serving.ray import AppOptions, _split, app
+from mlflow_pt_deploy.serving.ray import NAME, AppOptions, _split, app
 
 START_S = 300
 TESTS = Path(__file__).resolve().parents[1]
@@ -32,6 +32,8 @@ TESTS = Path(__file__).resolve().parents[1]
         ({"port": "80"}, "port: Ray Serve does this. .* the settings here are poll_s, hang_s,"),
         ({"max_batch": 4}, "model_config has no max_batch; it has max_batch_rows"),
         ({"poll_s": "-1"}, "poll_s is -1; give seconds from 0"),
+        ({"poll_s": "often"}, "poll_s is 'often'; give a number"),
+        ({"access_log": 1}, "access_log is 1; give true or false"),
         ({"num_threads": "many"}, "num_threads must be a whole number of at least 0, not 'many'"),
     ],
 )
@@ -78,7 +80,7 @@ def registry(
     found = Registry(MlflowClient(tracking_uri=uri, registry_uri=uri), uri)
     found.client.create_registered_model("tiny")
     for number, label in ((1, "red"), (2, "rouge")):
-        source = save_tiny(folder / f"tiny-{number}", label=label, predict_s=0.002)
+        source = save_tiny(folder / f"tiny-{number}", label=label, predict_s=0.002, slow_s=600)
         found.client.create_model_version("tiny", str(source))
     found.move("1")
     return found
@@ -101,8 +103,10 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "num_replicas": 2,
             "ray_actor_options": {"num_cpus": 0.5},
             "poll_s": 0.2,
+            "hang_s": 2,
             "max_batch_rows": 16,
         },
+        "deployments": [{"name": NAME, "health_check_period_s": 1}],
     }
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
@@ -178,3 +182,15 @@ def test_an_alias_moves_under_load_and_no_request_fails(url: str, registry: Regi
         registry.move("1")
     assert {(200, "1", "red"), (200, "2", "rouge")} >= set(seen)
     assert (200, "1", "red") in seen
+
+
+@pytest.mark.slow
+def test_a_replica_that_hangs_is_replaced(url: str) -> None:
+    def is_live() -> bool:
+        return requests.get(f"{url}/livez", timeout=60).status_code == 200
+
+    with pytest.raises(requests.Timeout):  # "slow" takes ten minutes
+        requests.post(f"{url}/invocations", json={"inputs": ["slow"]}, timeout=1)
+    until(lambda: not is_live(), 60)
+    until(lambda: all(is_live() for _ in range(20)), START_S)
+    assert ask(url, "red").status_code == 200
