@@ -165,7 +165,8 @@ def fit(
         TrainingError: The processes have other rows, or a batch has too few for all of them.
     """
     schedule = schedule.resolved(classifier)
-    group.check_same(splits.train.digest)
+    if group.size > 1:
+        group.check_same(splits.train.digest)
     checkpoint = checkpoint if group.rank == 0 else None
     saved = checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""
     run = _TrainingState(classifier.to(device), splits.train, schedule, device, group)
@@ -371,14 +372,15 @@ class _TrainingState:
             logits = self.model(*inputs)
             value = weight * loss(logits.float(), torch.from_numpy(rows), inputs)
         value.backward()
+        # Before the step: where another process has ended, the weights are still those of the last.
+        number = self.group.sum(value.item()) / self.group.size
+        if not np.isfinite(number):
+            raise DataError("the training loss is not a number; try a lower --learning-rate.")
         _clip_gradients(self.classifier, 1.0)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-        number = self.group.sum(value.item()) / self.group.size
-        if not np.isfinite(number):
-            raise DataError("the training loss is not a number; try a lower --learning-rate.")
         return number
 
     def _encode_all(self) -> Sequence[Any] | None:
