@@ -69,6 +69,7 @@ def checkpoints() -> list[Path]:
     return list(Path(os.environ["PT_DEPLOY_HOME"]).glob("*/checkpoint.pt"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_training(options: Options) -> None:
     def kill() -> None:
         wait_for(lambda: bool(checkpoints()))
@@ -111,6 +112,7 @@ def children(pid: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_another_process_says_why_it_cannot_train(options: Options, tmp_path: Path) -> None:
     from mlflow_pt_deploy.data import load_data
 
