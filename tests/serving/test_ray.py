@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -127,7 +126,7 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             yield address
         finally:
-            process.send_signal(signal.SIGINT)  # ends Ray too
+            process.terminate()  # Ray's processes end with it
             process.wait(120)
             log.close()
 
