@@ -109,7 +109,6 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     }
     config = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
     (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-    log = (folder / "log").open("w")
     variables = {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path]),
         "MLFLOW_TRACKING_URI": registry.uri,
@@ -119,7 +118,10 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     command = [sys.executable, "-m", "ray.serve.scripts", "run", str(folder / "serve.yaml")]
-    with subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log) as process:
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log) as process,
+    ):
         try:
             address = f"http://127.0.0.1:{port}/tiny"
             until(lambda: process.poll() is not None or answers(address), START_S)
@@ -128,7 +130,6 @@ def url(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         finally:
             process.terminate()  # Ray's processes end with it
             process.wait(120)
-            log.close()
 
 
 def answers(address: str) -> bool:
