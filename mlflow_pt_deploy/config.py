@@ -13,7 +13,7 @@ from typing import get_args
 from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
 from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
 from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
-from mlflow_pt_deploy.system.hardware import check_device
+from mlflow_pt_deploy.system.hardware import check_device, check_gpus
 
 _TRAIN = ("run", "train", "distill")
 _DISTILL = ("run", "distill")
@@ -168,6 +168,12 @@ class Options:
         stages=(*_TRAIN, "search"),
         choices=("cpu", "cuda"),
     )
+    processes: int = option(
+        1,
+        "training processes on this machine; each takes its share of every batch, and of the cores "
+        "or a GPU of its own",
+        stages=_TRAIN,
+    )
     limit: int = option(0, "most rows of each split, for a quick trial; 0: all", stages=_DATA)
     seed: int = option(0, "random seed of splits, row order and dropout", stages=_DATA)
     retain: float = option(
@@ -230,6 +236,7 @@ class Options:
         check_choices(self, ModelError)
         if self.device != "cpu":
             check_device(self.device)
+        self._check_processes()
         if not 0 <= self.soft_weight <= 1:
             raise ModelError(f"soft_weight is {self.soft_weight}; give a number from 0 to 1.")
         for name in ("relation_weight", "made_texts"):
@@ -262,9 +269,17 @@ class Options:
             **limits,
         )
 
+    def _check_processes(self) -> None:
+        if self.processes < 1:
+            raise ModelError(f"processes is {self.processes}; give a number of at least 1.")
+        if self.processes > 1 and self.device == "cuda":
+            check_gpus(self.processes)
+
     def to_json(self) -> str:
-        """All options except `resume` and `storage`, which belong to one call, not to the run."""
-        return json.dumps({**asdict(self), "resume": "", "storage": ""})
+        """All options except `resume`, `storage` and `processes`, which belong to one call."""
+        options = {**asdict(self), "resume": "", "storage": ""}
+        del options["processes"]
+        return json.dumps(options)
 
     @classmethod
     def from_json(cls, text: str) -> Options:

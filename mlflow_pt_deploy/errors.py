@@ -4,6 +4,7 @@
     ├── DataError          rows or labels that cannot be used
     │   └── RowError            one row cannot be read; gives its index and the reason
     ├── ModelError         a model that cannot be found or read
+    ├── TrainingError      processes that cannot train together, or one that ended
     ├── VariantError       a variant that cannot be built or run
     │   ├── MissingExtraError   a library is not installed; names the extra
     │   └── UnsupportedError    this machine cannot run the variant
@@ -39,6 +40,7 @@ __all__ = [
     "SearchError",
     "ServingError",
     "TrackingError",
+    "TrainingError",
     "UnsupportedError",
     "UntrustedError",
     "VariantError",
@@ -69,6 +71,10 @@ class RowError(DataError):
 
 class ModelError(PtDeployError):
     """A model that cannot be found or read."""
+
+
+class TrainingError(PtDeployError):
+    """Processes that cannot train a model together, or one of them ended."""
 
 
 class VariantError(PtDeployError):

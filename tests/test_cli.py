@@ -99,6 +99,7 @@ def test_mlproject_has_the_options_of_each_command(stage: str) -> None:
     [
         (["run", "--data", "nowhere.csv"], "nowhere.csv"),
         (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
+        (["train", "--processes", "0"], "processes is 0; give a number of at least 1"),
         (["run", "--retain", "2"], "retain is 2.0; give the fraction"),
         (["run", "--variants", "tensorrt"], "variants: unknown tensorrt; choose from aotinductor"),
         (["run", "--objective", "fun"], "objective is 'fun'"),

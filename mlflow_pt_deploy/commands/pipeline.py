@@ -7,12 +7,16 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.commands.options import read_options
 from mlflow_pt_deploy.commands.registry import promotion_document
+from mlflow_pt_deploy.errors import TrainingError
+from mlflow_pt_deploy.system.ranks import launched_ranks
 
 if TYPE_CHECKING:
+    from mlflow_pt_deploy.config import Options
     from mlflow_pt_deploy.pipeline.lifecycle import LifecycleResult
     from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
     from mlflow_pt_deploy.pipeline.search_stage import SearchResult
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 def run(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.pipeline.lifecycle import run_lifecycle
 
+    if (size := launched_ranks().size) > 1:
+        raise TrainingError(
+            f"torchrun started {size} processes, and only train and distill can be started so. "
+            f"Give pt-deploy run --processes {size} instead."
+        )
     done = run_lifecycle(read_options(parsed))
     print_table(done.optimized)
     _print_next_steps(done)
@@ -38,13 +47,23 @@ def run(parsed: argparse.Namespace) -> dict[str, Any]:
 def train(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.pipeline.stages import train_teacher
 
-    return _training_document("train", train_teacher(read_options(parsed)))
+    return _train("train", train_teacher, read_options(parsed))
 
 
 def distill(parsed: argparse.Namespace) -> dict[str, Any]:
     from mlflow_pt_deploy.pipeline.stages import distill_student
 
-    return _training_document("distill", distill_student(read_options(parsed)))
+    return _train("distill", distill_student, read_options(parsed))
+
+
+def _train(stage: str, work: Callable[[Options], TrainedModel], options: Options) -> dict[str, Any]:
+    """Run the stage; where torchrun started this process and it is not the first, only train."""
+    if rank := launched_ranks().rank:
+        from mlflow_pt_deploy.pipeline.training_process import join_training
+
+        join_training(stage, options)
+        return {"stage": stage, "rank": rank}
+    return _training_document(stage, work(options))
 
 
 def _training_document(stage: str, done: TrainedModel) -> dict[str, Any]:

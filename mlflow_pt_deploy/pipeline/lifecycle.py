@@ -75,7 +75,13 @@ def run_lifecycle(options: Options) -> LifecycleResult:
     if options.resume:
         saved = tracking.saved_options(options.resume)
         kept = "yes" if "yes" in (saved.replace, options.replace) else "no"
-        options = replace(saved, resume=options.resume, storage=options.storage, replace=kept)
+        options = replace(
+            saved,
+            resume=options.resume,
+            storage=options.storage,
+            processes=options.processes,
+            replace=kept,
+        )
     select(options.variants)  # reports a wrong name before training, as do the next two
     options.selection_policy()
     check_name(options.name)

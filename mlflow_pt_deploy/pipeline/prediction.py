@@ -27,7 +27,7 @@ from mlflow_pt_deploy.data.tables.readers import (
     require_pyarrow,
     suffix_of,
 )
-from mlflow_pt_deploy.errors import DataError, ModelError
+from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.pipeline.bulk_scorer import BulkScorer, EncodedChunk, one_ahead
 from mlflow_pt_deploy.pipeline.part_folder import part_folder
 from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
@@ -43,7 +43,6 @@ from mlflow_pt_deploy.registry.addresses import explain_load_error, resolve
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import digest
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
-from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.progress import progress
 
@@ -263,10 +262,7 @@ def _load(
     try:
         resolved = resolve(uri)
         fetched = fetch(resolved, folder)
-        model = fetched.load(model_config)
+        loaded = fetched.load(model_config)
     except Exception as error:  # artifact stores have no common base class for errors
         raise explain_load_error(error) from error
-    inner = model._model_impl
-    if not isinstance(inner, PtDeployPyFunc):
-        raise ModelError(f"{uri} does not have the pt_deploy flavor; build one with pt-deploy.")
-    return resolved.uri, digest(fetched.root), inner.service
+    return resolved.uri, digest(fetched.root), loaded.service

@@ -20,7 +20,12 @@ from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
-from mlflow_pt_deploy.pipeline.training_run import TrainedModel, TrainingTask, fit_in_run
+from mlflow_pt_deploy.pipeline.training_run import (
+    TrainedModel,
+    Training,
+    TrainingTask,
+    fit_in_run,
+)
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.paths import home
@@ -51,9 +56,23 @@ def train_teacher(
         ModelError: The model cannot be found, saved or loaded, or `epochs` is 0 and it has other
             labels.
     """
-    from mlflow_pt_deploy.models import load_classifier, new_classifier
     from mlflow_pt_deploy.pipeline.dry_run import dry_run
-    from mlflow_pt_deploy.training.trainer import check_fit, cross_entropy
+    from mlflow_pt_deploy.training.trainer import check_fit
+
+    training = start_teacher(options, splits)
+    classifier, splits = training.classifier, training.splits
+    check_fit(classifier, splits)
+    interrupt.check()
+    dry_run(classifier, splits.train.rows, "the teacher")
+    if before is not None:
+        before(classifier, splits)
+    return fit_in_run(training, options)
+
+
+def start_teacher(options: Options, splits: Splits | None = None) -> Training:
+    """Load the data and the model of `train_teacher`, which checks them."""
+    from mlflow_pt_deploy.models import load_classifier, new_classifier
+    from mlflow_pt_deploy.training.trainer import cross_entropy
 
     splits = splits or _load_splits(options)
     source = tracking.fetch_model(options.teacher)
@@ -64,13 +83,8 @@ def train_teacher(
         classifier = new_classifier(
             source, splits.labels, splits.train.rows, image_size=options.image_size
         )
-    check_fit(classifier, splits)
-    interrupt.check()
-    dry_run(classifier, splits.train.rows, "the teacher")
-    if before is not None:
-        before(classifier, splits)
     task = TrainingTask(cross_entropy(splits.train.targets))
-    return fit_in_run("train", options, splits, classifier, task, options.epochs)
+    return Training("train", splits, classifier, task, options.epochs)
 
 
 def distill_student(options: Options, splits: Splits | None = None) -> TrainedModel:
@@ -83,24 +97,46 @@ def distill_student(options: Options, splits: Splits | None = None) -> TrainedMo
         DataError: The teacher was not fine-tuned on these labels, or reads other inputs.
         ModelError: The teacher has fewer layers, or an option is for texts only.
     """
+    from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
+    from mlflow_pt_deploy.training.trainer import check_fit
+
+    def check(teacher: Classifier, splits: Splits) -> None:
+        check_fit(teacher, splits)
+        interrupt.check()
+        students = replace(options, trials=0, student_epochs=1, static_epochs=0)
+        dry_run_students(teacher, students, splits)
+
+    return fit_in_run(start_student(options, splits, before=check), options)
+
+
+def start_student(
+    options: Options,
+    splits: Splits | None = None,
+    *,
+    before: Callable[[Classifier, Splits], None] | None = None,
+) -> Training:
+    """Load the data and the teacher of `distill_student`, and build the student.
+
+    Args:
+        options: Options of the student.
+        splits: The data, if it is loaded already.
+        before: Called with the teacher and the data before the student is built.
+    """
     import torch
 
     from mlflow_pt_deploy.models import load_classifier
-    from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
     from mlflow_pt_deploy.pipeline.students import init_student
-    from mlflow_pt_deploy.training.trainer import check_fit
 
     splits = splits or _load_splits(options)
     teacher = load_classifier(tracking.fetch_model(options.teacher))
     splits = align(splits, teacher.labels)
-    check_fit(teacher, splits)
-    interrupt.check()
     torch.manual_seed(options.seed)
-    dry_run_students(teacher, replace(options, trials=0, student_epochs=1, static_epochs=0), splits)
+    if before is not None:
+        before(teacher, splits)
     student = init_student(teacher, options, splits)
     task = _distillation_task(teacher, student, options, splits)
     epochs = options.student_epochs if options.student_layers else options.static_epochs
-    return fit_in_run(distill_stage(options), options, splits, student, task, epochs)
+    return Training(distill_stage(options), splits, student, task, epochs)
 
 
 def _distillation_task(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
@@ -14,10 +16,12 @@ from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.evaluation.chance import chance_note
+from mlflow_pt_deploy.pipeline.training_group import training_group
 from mlflow_pt_deploy.system.paths import work_folder
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.training.process_group import ProcessGroup
     from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule
 
 EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
@@ -54,30 +58,37 @@ class TrainedModel:
     seconds: float
 
 
-def fit_in_run(
-    stage: str,
-    options: Options,
-    splits: Splits,
-    classifier: Classifier,
-    task: TrainingTask,
-    epochs: int,
-) -> TrainedModel:
-    """Train a model as a run with the model as its artifact.
+@dataclass(frozen=True)
+class Training:
+    """A training that can start.
 
-    Args:
-        stage: Stage tag of the run.
-        options: `resume` is the run to continue, if any.
+    Attributes:
+        stage: Stage tag of its run.
         splits: The data; `validation` is used for the accuracy.
         classifier: The model, trained in place.
         task: Training rows and loss.
         epochs: Passes over the rows; 0: no training; below 0: see `EPOCHS`.
     """
-    from mlflow_pt_deploy.models import save_classifier
-    from mlflow_pt_deploy.training.qat import int8_rounding
-    from mlflow_pt_deploy.training.trainer import fit, predict_logits
 
-    schedule = _schedule(stage, options, classifier, epochs)
-    int8_training = stage == "distill" and options.student_precision == "int8-qat"
+    stage: str
+    splits: Splits
+    classifier: Classifier
+    task: TrainingTask
+    epochs: int
+
+
+def fit_in_run(training: Training, options: Options) -> TrainedModel:
+    """Train a model as a run with the model as its artifact.
+
+    Args:
+        training: The model and its data.
+        options: `resume` is the run to continue, if any.
+    """
+    from mlflow_pt_deploy.models import save_classifier
+    from mlflow_pt_deploy.training.trainer import predict_logits
+
+    stage, splits, classifier = training.stage, training.splits, training.classifier
+    schedule = resolve_schedule(training, options)
     with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
         work = work_folder(run.info.run_id)
         if not options.resume:
@@ -85,13 +96,12 @@ def fit_in_run(
         tracking.log_dataset_facts(splits)
         history: list[Epoch] = []
         if schedule.epochs:
-            with int8_rounding(classifier.network) if int8_training else nullcontext():
-                history = fit(
-                    classifier,
-                    replace(splits, train=task.rows or splits.train),
-                    task.loss,
+            with training_group(stage, options) as group:
+                history = run_epochs(
+                    training,
+                    options,
                     schedule,
-                    device=options.device,
+                    group=group,
                     checkpoint=work / "checkpoint.pt",
                     on_epoch=partial(_log_epoch, stage, schedule.epochs),
                 )
@@ -109,11 +119,40 @@ def fit_in_run(
     return TrainedModel(run.info.run_id, uri, accuracy, seconds)
 
 
-def _schedule(stage: str, options: Options, classifier: Classifier, epochs: int) -> Schedule:
+def run_epochs(
+    training: Training,
+    options: Options,
+    schedule: Schedule,
+    *,
+    group: ProcessGroup,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> list[Epoch]:
+    """Train the model in place, in every process of the group; see `trainer.fit`."""
+    from mlflow_pt_deploy.training.qat import int8_rounding
+    from mlflow_pt_deploy.training.trainer import fit
+
+    int8 = training.stage == "distill" and options.student_precision == "int8-qat"
+    with int8_rounding(training.classifier.network) if int8 else nullcontext():
+        return fit(
+            training.classifier,
+            replace(training.splits, train=training.task.rows or training.splits.train),
+            training.task.loss,
+            schedule,
+            device=options.device,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            group=group,
+        )
+
+
+def resolve_schedule(training: Training, options: Options) -> Schedule:
+    """Hyperparameters of a training, with the defaults of its stage and model."""
     from mlflow_pt_deploy.training.trainer import Schedule
 
+    epochs, classifier = training.epochs, training.classifier
     return Schedule(
-        epochs=epochs if epochs >= 0 else EPOCHS[stage][classifier.pretrained],
+        epochs=epochs if epochs >= 0 else EPOCHS[training.stage][classifier.pretrained],
         learning_rate=options.learning_rate,
         batch_size=options.batch_size,
         seed=options.seed,

@@ -152,6 +152,11 @@ class Application:
             self._metrics.gauge("in_flight", name, partial(self._in_flight.__getitem__, name))
             self._metrics.gauge("loaded", name, partial(_is_loaded, model))
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a model has been computing one batch for longer than `hang_s`."""
+        return self._pages.hangs
+
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Prepare for requests on an event loop."""
         self._on_start(loop)

@@ -51,7 +51,7 @@ class AsgiAdapter:
     """
 
     def __init__(self, application: Application) -> None:
-        self._application = application
+        self.application = application
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request, or handle the server's lifespan events."""
@@ -62,8 +62,9 @@ class AsgiAdapter:
         headers: dict[str, str] = {
             name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]
         }
-        request = Request(scope["method"], scope["path"], headers, _Body(receive))
-        response = await self._application.respond(request)
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where it is mounted
+        request = Request(scope["method"], path, headers, _Body(receive))
+        response = await self.application.respond(request)
         lines = [
             ("content-type", response.content_type),
             ("content-length", str(len(response.body))),
@@ -75,8 +76,8 @@ class AsgiAdapter:
 
     async def _follow_lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        self._application.start(asyncio.get_running_loop())
+        self.application.start(asyncio.get_running_loop())
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        self._application.stop()
+        self.application.stop()
         await send({"type": "lifespan.shutdown.complete"})

@@ -107,9 +107,14 @@ class Pages:
             return Page(path, access, partial(write, version))
         return None if version else self._pages.get(path)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a model has been computing one batch for longer than `hang_s`."""
+        limit = self._hang_s
+        return bool(limit) and any(each.running_s > limit for each in self._models.values())
+
     def _livez(self) -> Response:
-        hangs = any(model.running_s > self._hang_s for model in self._models.values())
-        if self._hang_s and hangs:
+        if self.hangs:
             return Response(503, b'{"status": "hangs"}', "TEMPORARILY_UNAVAILABLE")
         return Response(200, b"{}")
 

@@ -103,6 +103,22 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def check_gpus(processes: int) -> None:
+    """Check that each of the processes can have a CUDA device of its own.
+
+    Raises:
+        UnsupportedError: PyTorch sees fewer devices.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if processes > found:
+        raise UnsupportedError(
+            f"processes is {processes}, and PyTorch sees {found} GPUs; each process takes one. "
+            f"Give at most {found} processes."
+        )
+
+
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that affect measurements."""
     import importlib.metadata

@@ -20,12 +20,16 @@ class Progress:
         total: Number of units to process; 0: unknown.
         unit: Name of the unit.
         done: Units that an earlier run processed.
+        shown: False: count only; another process shows the step.
     """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, shown: bool = True) -> None:
         self._what, self._total, self._unit, self._done = what, total, unit, done
         self._started = self._shown = time.monotonic()
-        self._bar: Any = _bar(what, total, unit, done) if total and sys.stderr.isatty() else None
+        self._visible = shown
+        self._bar: Any = None
+        if shown and total and sys.stderr.isatty():
+            self._bar = _bar(what, total, unit, done)
 
     def update(self, count: int = 1, note: str = "") -> None:
         """Advance.
@@ -39,7 +43,7 @@ class Progress:
             if note:
                 self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif time.monotonic() - self._shown >= LINE_INTERVAL_S:
+        elif self._visible and time.monotonic() - self._shown >= LINE_INTERVAL_S:
             self._print_line(note)
 
     def close(self) -> None:
@@ -60,13 +64,15 @@ class Progress:
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
+def progress(
+    what: str, total: int, unit: str, *, done: int = 0, shown: bool = True
+) -> Iterator[Progress]:
     """Show the progress of a step inside the block; see `Progress`."""
-    shown = Progress(what, total, unit, done)
+    bar = Progress(what, total, unit, done, shown)
     try:
-        yield shown
+        yield bar
     finally:
-        shown.close()
+        bar.close()
 
 
 def quiet_bars() -> None:

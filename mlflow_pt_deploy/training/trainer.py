@@ -7,6 +7,7 @@ loss from `distillation`. Epochs are reported to a callback.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import cpu_flags
 from mlflow_pt_deploy.system.progress import Progress, progress
+from mlflow_pt_deploy.training.process_group import ProcessGroup, check_shares
 
 Tensors = tuple[torch.Tensor, ...]
 Loss = Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
@@ -35,6 +37,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
 scalar loss."""
 
 _CHECKPOINT_EVERY_S = 60.0
+_ALONE = ProcessGroup()
 _MAX_ENCODED_BYTES = 2e9  # larger image sets are encoded batch by batch
 
 
@@ -136,6 +139,7 @@ def fit(
     device: str = "cpu",
     checkpoint: Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    group: ProcessGroup = _ALONE,
 ) -> list[Epoch]:
     """Train a classifier in place and load the weights of its best epoch.
 
@@ -150,27 +154,31 @@ def fit(
         checkpoint: Checkpoint file, written at least once a minute and after each epoch. If it
             exists, training resumes from it. It is removed at the end.
         on_epoch: Called after each epoch.
+        group: The processes that train this model together; each calls this with the same
+            arguments, and only process 0 reads and writes the checkpoint.
 
     Returns:
         All epochs, including those before an interruption.
 
     Raises:
         DataError: The loss is not finite, or the checkpoint was made with other hyperparameters.
+        TrainingError: The processes have other rows, or a batch has too few for all of them.
     """
     schedule = schedule.resolved(classifier)
-    run = _TrainingState(classifier.to(device), splits.train, schedule, device)
-    if checkpoint and checkpoint.exists():
-        run.restore(checkpoint)
-    with progress("training", run.total_steps, "batches", done=run.step) as bar:
+    if group.size > 1:
+        group.check_same(splits.train.digest)
+    checkpoint = checkpoint if group.rank == 0 else None
+    saved = checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""
+    run = _TrainingState(classifier.to(device), splits.train, schedule, device, group)
+    if saved := group.broadcast(saved):
+        run.restore(saved)
+    shown = group.rank == 0
+    with progress("training", run.total_steps, "batches", done=run.step, shown=shown) as bar:
         while len(run.epochs) < schedule.epochs:
-            started = time.monotonic()
-            run.run_epoch(loss, checkpoint, bar)
-            accuracy = evaluate(classifier, splits.validation, device=device)
-            epoch = Epoch(
-                len(run.epochs) + 1, run.mean_loss(), accuracy, time.monotonic() - started
+            epoch = run.next_epoch(loss, splits.validation, checkpoint, bar)
+            bar.update(
+                0, f"loss {epoch.train_loss:.3f}, validation {epoch.validation_accuracy:.4f}"
             )
-            run.finish_epoch(epoch)
-            bar.update(0, f"loss {epoch.train_loss:.3f}, validation {accuracy:.4f}")
             if checkpoint:
                 run.save(checkpoint)
             if on_epoch:
@@ -219,25 +227,40 @@ def predict_batches(
                 yield np.add(indices, start), classifier(*inputs)
 
 
-def evaluate(classifier: Classifier, split: Split, *, device: str = "cpu") -> float:
-    """Return the accuracy, 0 to 1."""
-    logits = predict_logits(classifier, split.rows, device=device)
-    return float((logits.argmax(axis=1) == split.targets).mean())
+def evaluate(
+    classifier: Classifier, split: Split, *, device: str = "cpu", group: ProcessGroup = _ALONE
+) -> float:
+    """Return the accuracy, 0 to 1; each process of the group predicts a part of the rows."""
+    part = slice(group.rank, None, group.size)
+    logits = predict_logits(classifier, split.rows[part], device=device)
+    correct = (logits.argmax(axis=1) == split.targets[part]).sum()
+    return group.sum(float(correct)) / len(split)
 
 
 class _TrainingState:
     """State of a training run; `save` and `restore` cover all of it."""
 
     def __init__(
-        self, classifier: Classifier, train: Split, schedule: Schedule, device: str
+        self,
+        classifier: Classifier,
+        train: Split,
+        schedule: Schedule,
+        device: str,
+        group: ProcessGroup,
     ) -> None:
         self.classifier = classifier
+        self.group = group
         self.schedule = schedule
         self.device = device
         self.rows = train.rows
         self.encoded = self._encode_all()
         self.allows_single_row = not any(
             isinstance(module, nn.modules.batchnorm._BatchNorm) for module in classifier.modules()
+        )
+        self.least = 1 if self.allows_single_row else 2
+        check_shares(group.size, schedule.batch_size, least=self.least)
+        self.model = group.wrap(
+            classifier, _tensors(classifier, self._encode(np.arange(1)), device)
         )
         self.steps_per_epoch = -(-len(train) // schedule.batch_size)
         self.total_steps = self.steps_per_epoch * schedule.epochs
@@ -257,9 +280,28 @@ class _TrainingState:
         ]
         torch.manual_seed(schedule.seed)
 
+    def next_epoch(
+        self, loss: Loss, validation: Split, checkpoint: Path | None, bar: Progress
+    ) -> Epoch:
+        """Train for one epoch and evaluate it."""
+        started = time.monotonic()
+        try:
+            self.run_epoch(loss, checkpoint, bar)
+            self.group.share_buffers(self.classifier)
+            accuracy = evaluate(self.classifier, validation, device=self.device, group=self.group)
+        except RuntimeError:  # another process has ended, perhaps by the same signal
+            if checkpoint and interrupt.requested():
+                self.save(checkpoint)
+            interrupt.check()
+            raise
+        seconds = time.monotonic() - started
+        epoch = Epoch(len(self.epochs) + 1, self.mean_loss(), accuracy, seconds)
+        self.finish_epoch(epoch)
+        return epoch
+
     def run_epoch(self, loss: Loss, checkpoint: Path | None, bar: Progress) -> None:
         """Run the remaining steps of the current epoch."""
-        self.classifier.train()
+        self.model.train()
         batches = self._batches(len(self.epochs))
         saved_at = time.monotonic()
         for rows in batches[self.step - len(self.epochs) * self.steps_per_epoch :]:
@@ -303,8 +345,8 @@ class _TrainingState:
             "best": self.best,
         }
 
-    def restore(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True, map_location=self.device)
+    def restore(self, content: bytes) -> None:
+        saved = torch.load(io.BytesIO(content), weights_only=True, map_location=self.device)
         if saved["schedule"] != asdict(self.schedule):
             raise DataError(
                 f"the checkpoint was made with {saved['schedule']}, and this run has "
@@ -320,20 +362,25 @@ class _TrainingState:
 
     def _train_step(self, loss: Loss, rows: npt.NDArray[np.int64]) -> float:
         # Seeded by the step: a resumed run repeats what an uninterrupted run would do.
-        random = np.random.default_rng((self.schedule.seed, self.step))
+        random = np.random.default_rng((self.schedule.seed, self.step, self.group.rank))
+        if self.group.size > 1:  # dropout differs between the processes
+            torch.manual_seed(int(random.integers(2**62)))
+        rows, weight = self.group.share(rows, self.least)
         augmented = self.classifier.augment(self._encode(rows), random)
         inputs = _tensors(self.classifier, augmented, self.device)
         with _precision(self.device):
-            logits = self.classifier(*inputs)
-            value = loss(logits.float(), torch.from_numpy(rows), inputs)
+            logits = self.model(*inputs)
+            value = weight * loss(logits.float(), torch.from_numpy(rows), inputs)
         value.backward()
+        # Before the step: where another process has ended, the weights are still those of the last.
+        number = self.group.sum(value.item()) / self.group.size
+        if not np.isfinite(number):
+            raise DataError("the training loss is not a number; try a lower --learning-rate.")
         _clip_gradients(self.classifier, 1.0)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-        if not np.isfinite(number := value.item()):
-            raise DataError("the training loss is not a number; try a lower --learning-rate.")
         return number
 
     def _encode_all(self) -> Sequence[Any] | None:
