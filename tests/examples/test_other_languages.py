@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from mlflow_pt_deploy.artifacts import load_variant
+from mlflow_pt_deploy.artifacts import golden, load_variant
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
 from mlflow_pt_deploy.runtimes.base import Variant
@@ -71,11 +71,11 @@ def _check_scores(program: list[object], folder: Path) -> None:
 def _check_changed_label(program: list[object], folder: Path, scratch: Path) -> None:
     """A golden row with another label, or with other logits, is named."""
     changed = Path(shutil.copytree(folder, scratch / "changed"))
-    golden = json.loads((changed / "golden.json").read_text())
-    golden["logits"][1].reverse()
-    golden["logits"][1][1] -= 20
-    golden["logits"][2][0] += 1
-    (changed / "golden.json").write_text(json.dumps(golden))
+    content = json.loads((changed / "golden.json").read_text())
+    content["logits"][1].reverse()
+    content["logits"][1][1] -= 20
+    content["logits"][2][0] += 1
+    (changed / "golden.json").write_text(json.dumps(content))
     done = _run(*program, changed, "card")
     assert done.returncode == 1
     assert re.findall(r"golden row (\d) differs", done.stderr) == ["2", "3"]
@@ -189,3 +189,10 @@ def test_cpp_refuses_other_tokenizers(cpp: Path, tmp_path: Path) -> None:
         "error: tokenizer.json holds a model of type WordLevel, but this program knows BERT's "
         "WordPiece only. Use the Node example, or a tokenizer library.\n"
     )
+
+
+def test_the_page_has_the_tolerances() -> None:
+    page = (EXAMPLES.parent / "docs" / "concepts" / "artifact-format.md").read_text()
+    rows = re.findall(r"^\| (`.*`) \| (0\.\d+) \|$", page, flags=re.MULTILINE)
+    found = {name: float(value) for names, value in rows for name in re.findall(r"`(.+?)`", names)}
+    assert found == golden._TOLERANCE
