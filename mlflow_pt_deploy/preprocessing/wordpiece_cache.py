@@ -70,7 +70,8 @@ class WordPieceCache:
         for word in _WORDS(lower if self._lowercase else row):
             ids += cached.get(word) or self._tokenize(word)
         if self._left:
-            del ids[len(self._first) : len(ids) - self._capacity + len(self._first)]
+            surplus = max(0, len(ids) - self._capacity)
+            del ids[len(self._first) : len(self._first) + surplus]
         else:
             del ids[self._capacity :]
         ids += self._last

@@ -46,9 +46,11 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
 
 
-def _reference(tokenizer: Tokenizer, rows: list[str], max_length: int) -> list[list[int]]:
+def _reference(
+    tokenizer: Tokenizer, rows: list[str], max_length: int, side: str = "right"
+) -> list[list[int]]:
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_truncation(max_length, direction=side)
     clean = [row.encode("utf8", "replace").decode("utf8") for row in rows]
     return [encoding.ids for encoding in tokenizer.encode_batch(clean)]
 
@@ -62,13 +64,14 @@ def test_ids_equal_those_of_the_tokenizer(tokenizer: Tokenizer, max_length: int)
         assert preprocessor.encode([row]) == [ids]
 
 
-def test_random_rows(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_random_rows(tokenizer: Tokenizer, side: str) -> None:
     draw = random.Random(0)
     plain = string.ascii_letters + string.digits + string.punctuation + "    "
     characters = [*plain, *plain, *plain, "[PAD]", "[UNK]", "é", "\t", *"‘’“”–—…", "card", "refund"]
     rows = ["".join(draw.choices(characters, k=draw.randint(0, 60))) for _ in range(3000)]
-    preprocessor = TextPreprocessor(tokenizer, max_length=40, pad_id=0)
-    assert preprocessor.encode(rows) == _reference(tokenizer, rows, 40)
+    preprocessor = TextPreprocessor(tokenizer, max_length=40, pad_id=0, truncation_side=side)
+    assert preprocessor.encode(rows) == _reference(tokenizer, rows, 40, side)
 
 
 def test_only_plain_text_is_encoded(tokenizer: Tokenizer) -> None:

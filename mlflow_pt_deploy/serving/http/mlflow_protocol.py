@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mlflow_pt_deploy.serving.http.csv_parser import parse_csv
@@ -45,6 +46,10 @@ class MlflowFormat:
             )
         if headers.get("content-encoding"):
             check_identity_encoding(headers)
+        if media == PARQUET and find_spec("pyarrow") is None:
+            raise UnsupportedMediaError(
+                "this server cannot read Parquet: pyarrow is not installed; send JSON or CSV"
+            )
         return BodyType(media)
 
     def parse(self, service: InferenceService, body: bytes, kind: BodyType) -> ScoringInput:
