@@ -68,6 +68,9 @@ def test_the_wheel_installs_this_package(tmp_path: Path) -> None:
     assert "mlflow_pt_deploy/reporting/report.html.j2" in names
     assert "mlflow_pt_deploy/packaging/templates/deployment.yaml" in names
     assert not [name for name in names if name.endswith(".pyc")]
+    (info,) = (tmp_path / "unpacked").glob("*.dist-info")
+    assert "Name: mlflow-pt-deploy\nVersion: 0.1.0" in (info / "METADATA").read_text()
+    assert "pt-deploy = mlflow_pt_deploy.cli:main" in (info / "entry_points.txt").read_text()
     done = subprocess.run(
         [sys.executable, "-c", "import mlflow_pt_deploy as p; print(p.__file__)"],
         env=os.environ | {"PYTHONPATH": str(tmp_path / "unpacked")},
