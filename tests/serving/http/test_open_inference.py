@@ -33,7 +33,9 @@ HUGE = 2**62
 def served(folder: Path, name: str, **habits: Any) -> ServedModel:
     model = ServedModel(name, source(name))
     saved = save_tiny(folder / name, **habits)
-    model.current = LoadedModel(mlflow.pyfunc.load_model(str(saved)), ResolvedVersion(name))
+    model.current = LoadedModel(
+        mlflow.pyfunc.load_model(str(saved))._model_impl, ResolvedVersion(name)
+    )
     return model
 
 
