@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 
@@ -92,7 +92,7 @@ def fit_in_run(training: Training, options: Options) -> TrainedModel:
     with tracking.stage_run(stage, stage, resume=options.resume, options=options.to_json()) as run:
         work = work_folder(run.info.run_id)
         if not options.resume:
-            mlflow.log_params(asdict(schedule))
+            mlflow.log_params(_parameters(schedule, run.data.params))
         tracking.log_dataset_facts(splits)
         history: list[Epoch] = []
         if schedule.epochs:
@@ -157,6 +157,19 @@ def resolve_schedule(training: Training, options: Options) -> Schedule:
         batch_size=options.batch_size,
         seed=options.seed,
     ).resolved(classifier)
+
+
+def _parameters(schedule: Schedule, logged: Mapping[str, str]) -> dict[str, Any]:
+    """Hyperparameters by the names under which they can be logged.
+
+    Args:
+        schedule: The hyperparameters.
+        logged: Parameters of the run: `mlflow run` logs the options as given, e.g. a learning rate
+            of 0, and MLflow allows no other value later.
+    """
+    values = asdict(schedule)
+    taken = {name for name in values if name in logged and logged[name] != str(values[name])}
+    return {f"resolved_{name}" if name in taken else name: values[name] for name in values}
 
 
 def _log_epoch(stage: str, epochs: int, epoch: Epoch) -> None:

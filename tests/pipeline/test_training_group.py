@@ -121,6 +121,20 @@ def test_another_process_says_why_it_cannot_train(options: Options, tmp_path: Pa
         train_teacher(replace(options, processes=2), fewer)
 
 
+def test_parameters_that_mlflow_run_has_logged_do_not_clash(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    for name, value in (("learning_rate", "0"), ("seed", "0")):
+        client.log_param(run_id, name, value)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    train_teacher(replace(options, epochs=0))
+    found = client.get_run(run_id).data.params
+    assert (found["learning_rate"], found["seed"]) == ("0", "0")
+    assert float(found["resolved_learning_rate"]) > 0
+
+
 @pytest.mark.parametrize(
     ("stage", "processes", "message"),
     [
