@@ -102,6 +102,34 @@ def test_kubernetes_objects_are_valid(target: str, tmp_path: Path) -> None:
     assert 160 < int(memory.removesuffix("Mi")) < 1024
 
 
+_UNKNOWN_FIELDS = """\
+import sys, yaml, kserve.models, kubernetes.client.models as kubernetes
+
+def unknown(data, kind, path=""):
+    if kind.startswith("list["):
+        return [each for part in data for each in unknown(part, kind[5:-1], path)]
+    found = getattr(kserve.models, kind, None) or getattr(kubernetes, kind, None)
+    if found is None:
+        return []
+    names = {shown: name for name, shown in found.attribute_map.items()}
+    wrong = [f"{path}.{key}" for key in data if key not in names]
+    for key in data.keys() & names.keys():
+        wrong += unknown(data[key], found.openapi_types[names[key]], f"{path}.{key}")
+    return wrong
+
+print(unknown(yaml.safe_load(open(sys.argv[1])), "V1beta1InferenceService"))
+"""
+
+
+def test_an_inference_service_has_the_fields_of_kserve(tmp_path: Path) -> None:
+    if not (python := os.environ.get("PT_DEPLOY_CLIENTS")):
+        pytest.skip("PT_DEPLOY_CLIENTS names no Python that has kserve")
+    package("kserve", tmp_path / "out")
+    words = [python, "-c", _UNKNOWN_FIELDS, str(tmp_path / "out" / "inferenceservice.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_golden_rows_are_replaced_on_request(tmp_path: Path) -> None:
     before = (SAVED / "variant" / "golden.json").read_text()
     package("docker", tmp_path / "out", "--without-golden-rows")

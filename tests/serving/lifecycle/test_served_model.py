@@ -86,6 +86,19 @@ def version(url: str) -> str:
     return ask(url).headers.get("X-Model-Version", "")
 
 
+@pytest.mark.filterwarnings("ignore:.*stages:FutureWarning")
+def test_a_stage_set_by_hand_is_followed(registry: Registry) -> None:
+    """MLflow's UI still has stages, beside aliases."""
+    second = registry.add(label="two")
+    set_stage = registry.client.transition_model_version_stage
+    set_stage("tiny", "1", "Production")
+    with following([ServedModel("tiny", source("models:/tiny/Production"))]) as url:
+        until(lambda: requests.get(f"{url}/readyz", timeout=5).status_code == 200)
+        assert ask(url).headers["X-Model-Version"] == "1"
+        set_stage("tiny", second, "Production", archive_existing_versions=True)
+        until(lambda: ask(url).headers["X-Model-Version"] == second)
+
+
 def test_ready_only_when_loaded_and_warm(registry: Registry) -> None:
     registry.promote(registry.add(label="slow", load_s=0.5))
     with following([ServedModel("tiny", source(URI))]) as url:
