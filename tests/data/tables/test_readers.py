@@ -83,7 +83,11 @@ def test_csv_rows_with_faults(tmp_path: Path) -> None:
         ("t.csv", b'text\n"a\nb\n', "not valid CSV: in the row that starts at line 2 a quote"),
         ("t.csv", "text\na\n".encode("utf-16"), "it is not UTF-8 but UTF-16"),
         ("t.csv.gz", b"no gzip", "it is damaged or truncated"),
-        ("t.csv.gz", gzip.compress(b"text\n" + b"a\n" * 9000)[:-12], "is damaged or truncated"),
+        (
+            "t.csv.gz",
+            gzip.compress(b"text\n" + b"a\n" * 9000, mtime=0)[:-12],
+            "is damaged or truncated",
+        ),
         ("t.parquet", b"text", "it is not a Parquet file, or is damaged"),
     ],
 )
