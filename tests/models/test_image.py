@@ -25,6 +25,7 @@ from mlflow_pt_deploy.models import (
 )
 from mlflow_pt_deploy.training import trainer as train
 from mlflow_pt_deploy.training.distillation import online_distillation_loss, start_student
+from mlflow_pt_deploy.training.process_group import ProcessGroup
 from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, evaluate, fit, predict_logits
 
 ROWS = [picture("RGB", (9, 7), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
@@ -165,6 +166,6 @@ def test_student_learns_from_soft_labels(
 def test_batches_of_one_row_are_skipped(teacher: ImageClassifier, image_splits: Splits) -> None:
     """Batch norm needs two rows: 96 rows in batches of 5 leave one."""
     schedule = Schedule(epochs=1, learning_rate=1e-4, batch_size=5)
-    state = train._TrainingState(teacher, image_splits.train, schedule, "cpu")
+    state = train._TrainingState(teacher, image_splits.train, schedule, "cpu", ProcessGroup())
     assert {len(batch) for batch in state._batches(0)} == {5, 2}
     assert fit(teacher, image_splits, cross_entropy(image_splits.train.targets), schedule)

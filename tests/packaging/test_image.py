@@ -23,6 +23,8 @@ def sandbox(model: Path) -> list[str]:
     """Everything read-only, the package's folder as a container's root has it, another user."""
     words = [BWRAP or "", "--ro-bind", "/", "/", "--tmpfs", "/tmp", "--tmpfs", "/opt"]
     words += ["--ro-bind", str(model), "/opt/ml/model", "--dev", "/dev", "--proc", "/proc"]
+    for path in {sys.prefix, sys.base_prefix}:  # they may lie where the image has nothing
+        words += ["--ro-bind", path, path]
     words += ["--ro-bind", str(_ROOT), "/tmp/code", "--unshare-user", "--uid", "1000"]
     return [
         *words,

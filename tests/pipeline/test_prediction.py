@@ -363,6 +363,7 @@ def test_another_prediction_is_not_continued(model: str, tmp_path: Path) -> None
     assert read_lines(out)[0]["label"] == "red"  # the earlier output is still there
 
 
+@pytest.mark.slow
 def test_torch_and_pyarrow_are_not_needed(tmp_path: Path, tiny_model: Path) -> None:
     models = [str(SAVED)]
     classifier = load_classifier(str(tiny_model))

@@ -35,6 +35,7 @@ class Killed(BaseException):
     """Simulates a power failure."""
 
 
+@pytest.mark.slow
 def test_a_training_of_one_process_is_resumed_by_two(
     options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

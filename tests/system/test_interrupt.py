@@ -22,7 +22,8 @@ RANDOM_MOMENTS = int(os.environ.get("PT_DEPLOY_SIGNALS", "0"))
 MARK = "PT_DEPLOY_TEST_PROCESS"
 
 STAGE = """
-import os, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from mlflow_pt_deploy import cli
 from mlflow_pt_deploy.system import child_process, interrupt
 
@@ -58,7 +59,10 @@ DESCENDANTS = """
 
 
 def start_stage(body: str) -> subprocess.Popen[str]:
-    """Start a process whose stage is `body`; its descendants inherit `MARK`."""
+    """Start a process whose stage is `body`; its descendants inherit `MARK`.
+
+    It does not inherit that SIGHUP is ignored, where the tests run under nohup.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", STAGE.format(body=body.strip())],
         stdout=subprocess.PIPE,
