@@ -43,6 +43,11 @@ class Checkpoint:
     columns: list[str] | None = None
     added: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def all_rejected(self) -> bool:
+        """Whether rows were read and none of them could be used."""
+        return 0 < self.rejected == self.rows
+
 
 class PartFolder:
     """A locked folder of an unfinished prediction.

@@ -158,13 +158,13 @@ class FileOutput:
             shutil.copyfile(self._folder.path / _REJECTED, beside)
         else:
             beside.unlink(missing_ok=True)
-        if not 0 < self.done.rejected == self.done.rows:
+        if not self.done.all_rejected:
             complete = self._open_writer().finish()
             sync(complete)
             os.replace(complete, self._target)
         self.close()
         shutil.rmtree(self._folder.path)
-        if 0 < self.done.rejected == self.done.rows:
+        if self.done.all_rejected:
             raise DataError(
                 f"no row could be scored, and {self._target} was not written; {beside} says why. "
                 "Check the column that --column names."
@@ -203,5 +203,5 @@ class StreamOutput:
             DataError: All rows were rejected.
         """
         self._writer.flush()
-        if 0 < self.done.rejected == self.done.rows:
+        if self.done.all_rejected:
             raise DataError("no row could be scored. Check the column that --column names.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 from mlflow_pt_deploy.serving.http.open_inference import (
@@ -200,6 +200,7 @@ def unknown_version(name: str, served: str) -> Response:
     return error_response(404, "RESOURCE_DOES_NOT_EXIST", message)
 
 
+@cache  # the lookup reads files, and this runs on the event loop
 def _mlflow_version() -> Response:
     from importlib.metadata import version
 

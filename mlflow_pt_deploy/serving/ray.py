@@ -115,15 +115,10 @@ def load_replica(
     """
     _prepare_process()
     from mlflow_pt_deploy.registry.addresses import explain_load_error
-    from mlflow_pt_deploy.serving.app import Application
     from mlflow_pt_deploy.serving.asgi import AsgiAdapter
-    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
-    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
-    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.model_names import name_models
-    from mlflow_pt_deploy.serving.observability.access_log import AccessLog
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
-    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
+    from mlflow_pt_deploy.serving.worker import new_application, new_watcher
 
     metrics = new_metrics()
     models = name_models(words, model_options, metrics)
@@ -133,28 +128,12 @@ def load_replica(
         failures.append(error)
         loaded.set()
 
-    watcher = RegistryWatcher(
-        list(models.values()),
-        settings.poll_s,
-        budget=MemoryBudget(settings.max_models, settings.max_memory_mb),
-        on_opened=loaded.set,
-        on_failed=fail,
-    )
+    watcher = new_watcher(models, settings, on_opened=loaded.set, on_failed=fail)
     watcher.start()
     loaded.wait()
     if failures:
         raise ServingError(str(explain_load_error(failures[0])))
-    application = Application(
-        models,
-        auth=auth_from_environment(),
-        metrics=metrics,
-        access_log=AccessLog() if settings.access_log else None,
-        tracer=tracer_from_environment(),
-        max_body_bytes=int(settings.max_body_mb * 2**20),
-        hang_s=settings.hang_s,
-        on_stop=watcher.stop,
-    )
-    return AsgiAdapter(application)
+    return AsgiAdapter(new_application(models, settings, metrics, on_stop=watcher.stop))
 
 
 def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
@@ -183,11 +162,9 @@ def _prepare_process() -> None:
     """Give the model the CPUs that Ray assigned, before libraries read how many there are."""
     import ray
 
-    from mlflow_pt_deploy.serving.worker import SWITCH_S
+    from mlflow_pt_deploy.serving.worker import SERVING_VARIABLES, SWITCH_S
 
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     os.environ.setdefault(CORES_ENV, str(max(1, int(cpus))))
-    # MLflow's own server sets it; the pyfunc and the flavor read it
-    os.environ["_MLFLOW_IS_IN_SERVING_ENVIRONMENT"] = "true"
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ.update(SERVING_VARIABLES)
     sys.setswitchinterval(SWITCH_S)

@@ -71,6 +71,11 @@ class ServerSettings:
     )
     log_format: str = option("text", "format of log messages", choices=("text", "json"))
 
+    @property
+    def max_body_bytes(self) -> int:
+        """`max_body_mb` in bytes."""
+        return int(self.max_body_mb * 2**20)
+
     def __post_init__(self) -> None:
         check_choices(self, ServingError)
         if not 0 <= self.port <= 65535:

@@ -26,12 +26,21 @@ from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
     from mlflow_pt_deploy.serving.grpc_server import GrpcServer
+    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+    from mlflow_pt_deploy.serving.observability.metrics import Metrics
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
 """Seconds that a busy thread may hold the interpreter. Python's default of 5 ms delays the event
 loop by ten times the time that a fast model takes."""
+
+SERVING_VARIABLES = {
+    # MLflow's own server sets it; the pyfunc and the flavor read it
+    "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""Environment variables of every process that serves."""
 
 _logger = logging.getLogger(__name__)
 
@@ -70,14 +79,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     states = WorkerStates(job.folder, len(job.shares))
     index = states.claim()
     _prepare_process(job, states, index)
-    from mlflow_pt_deploy.serving.app import Application
-    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
-    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
-    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.model_names import name_models
-    from mlflow_pt_deploy.serving.observability.access_log import AccessLog
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
-    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
     from mlflow_pt_deploy.serving.platform import routes_from
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
     from mlflow_pt_deploy.serving.watchdog import Watchdog
@@ -89,10 +92,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
     publisher = _StatePublisher(states, models, settings)
-    watcher = RegistryWatcher(
-        list(models.values()),
-        settings.poll_s,
-        budget=MemoryBudget(settings.max_models, settings.max_memory_mb),
+    watcher = new_watcher(
+        models,
+        settings,
         on_opened=publisher.opened,
         on_failed=publisher.failed,
         on_polled=publisher.publish,
@@ -101,6 +103,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
 
+    grpc_server: GrpcServer | None = None
+
     def start(loop: asyncio.AbstractEventLoop) -> None:
         watchdog.watch(application, loop)
         if grpc_server is not None:
@@ -108,18 +112,14 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
     def stop() -> None:
         if grpc_server is not None:
-            grpc_server.close()  # first: the others serve its calls in flight
+            grpc_server.close()  # first: its calls in flight still need the other parts
         watchdog.stop()
         watcher.stop()
 
-    application = Application(
+    application = new_application(
         models,
-        auth=auth_from_environment(),
-        metrics=metrics,
-        access_log=AccessLog() if settings.access_log else None,
-        tracer=tracer_from_environment(),
-        max_body_bytes=int(settings.max_body_mb * 2**20),
-        hang_s=settings.hang_s,
+        settings,
+        metrics,
         states=states,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
@@ -131,6 +131,45 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     if served:
         publisher.ready.wait()
     return RsgiAdapter(application)
+
+
+def new_application(
+    models: Mapping[str, ServedModel], settings: ServerSettings, metrics: Metrics, **parts: Any
+) -> Application:
+    """An application with the settings of a server.
+
+    Args:
+        models: Models by name.
+        settings: Server settings.
+        metrics: Counts responses.
+        **parts: Other arguments of `Application`.
+    """
+    from mlflow_pt_deploy.serving.app import Application
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+    from mlflow_pt_deploy.serving.observability.access_log import AccessLog
+    from mlflow_pt_deploy.serving.observability.tracing import tracer_from_environment
+
+    return Application(
+        models,
+        auth=auth_from_environment(),
+        metrics=metrics,
+        access_log=AccessLog() if settings.access_log else None,
+        tracer=tracer_from_environment(),
+        max_body_bytes=settings.max_body_bytes,
+        hang_s=settings.hang_s,
+        **parts,
+    )
+
+
+def new_watcher(
+    models: Mapping[str, ServedModel], settings: ServerSettings, **callbacks: Any
+) -> RegistryWatcher:
+    """A registry watcher with the settings of a server; `callbacks`: see `RegistryWatcher`."""
+    from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+    from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
+
+    budget = MemoryBudget(settings.max_models, settings.max_memory_mb)
+    return RegistryWatcher(list(models.values()), settings.poll_s, budget=budget, **callbacks)
 
 
 def _grpc_server(
@@ -156,7 +195,7 @@ def _grpc_server(
         application,
         f"{host}:{settings.grpc_port}",
         tls=tls,
-        max_body_bytes=int(settings.max_body_mb * 2**20),
+        max_body_bytes=settings.max_body_bytes,
         max_calls=max(1, settings.max_connections // len(job.shares)),
         idle_s=settings.keep_alive_s,
         grace_s=settings.grace_s,
@@ -229,9 +268,7 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
             CORES_ENV: str(share.cores),
             "TMPDIR": str(states.scratch),
             "PROMETHEUS_MULTIPROC_DIR": str(job.folder / "metrics"),
-            # MLflow's own server sets it; the pyfunc and the flavor read it
-            "_MLFLOW_IS_IN_SERVING_ENVIRONMENT": "true",
-            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            **SERVING_VARIABLES,
         }
     )
     tempfile.tempdir = None  # drop the main process's cached value

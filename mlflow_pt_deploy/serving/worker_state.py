@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class WorkerStates:
         self.count = count
         self.index: int | None = None
         self._lock: Any = None
+        self._started = False
 
     def claim(self) -> int:
         """Take the first free worker index for this process, and empty its scratch folder."""
@@ -59,11 +61,9 @@ class WorkerStates:
 
     def predecessor(self) -> int | None:
         """Process id of the worker that had this index before, if it wrote its state."""
-        try:
-            text = (self.folder / f"worker-{self.index}.json").read_text(encoding="utf8")
-        except FileNotFoundError:
-            return None
-        return int(json.loads(text)["pid"])
+        assert self.index is not None
+        state = self._written().get(self.index)
+        return None if state is None else int(state["pid"])
 
     @property
     def scratch(self) -> Path:
@@ -97,16 +97,7 @@ class WorkerStates:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""
-        found = {}
-        for index in range(self.count):
-            try:
-                text = (self.folder / f"worker-{index}.json").read_text(encoding="utf8")
-            except FileNotFoundError:
-                continue
-            state = json.loads(text)
-            if _runs(state["pid"]):
-                found[index] = state
-        return found
+        return {index: state for index, state in self._written().items() if _runs(state["pid"])}
 
     def started(self) -> bool:
         """Whether every worker has been ready.
@@ -114,16 +105,17 @@ class WorkerStates:
         From then on the server is ready although a worker has died: the one that replaces it does
         not listen before it is ready.
         """
-        paths = [self.folder / f"worker-{index}.json" for index in range(self.count)]
-        return all(path.exists() and json.loads(path.read_text()).get("ready") for path in paths)
+        if not self._started:
+            states = self._written().values()
+            ready = [state for state in states if state.get("ready")]
+            self._started = len(ready) == self.count
+        return self._started
 
     def served(self) -> dict[str, Any]:
         """The last served version of each model, in any worker; for a worker that restarts."""
         found: dict[str, Any] = {}
-        for index in range(self.count):
-            path = self.folder / f"worker-{index}.json"
-            if path.exists():
-                found |= json.loads(path.read_text(encoding="utf8")).get("served", {})
+        for state in self._written().values():
+            found |= state.get("served", {})
         return found
 
     def of_model(self, name: str) -> list[dict[str, Any]]:
@@ -135,11 +127,17 @@ class WorkerStates:
 
     def failure(self) -> str:
         """Why a worker could not open a model at the first start; empty if none failed."""
+        reasons = (state.get("failed") for state in self._written().values())
+        return next((str(reason) for reason in reasons if reason), "")
+
+    def _written(self) -> dict[int, dict[str, Any]]:
+        """The last state of each worker, by index; also of one that has died."""
+        found = {}
         for index in range(self.count):
-            path = self.folder / f"worker-{index}.json"
-            if path.exists() and (reason := json.loads(path.read_text()).get("failed")):
-                return str(reason)
-        return ""
+            with suppress(FileNotFoundError):
+                path = self.folder / f"worker-{index}.json"
+                found[index] = json.loads(path.read_text(encoding="utf8"))
+        return found
 
 
 def new_run_folder() -> Path:

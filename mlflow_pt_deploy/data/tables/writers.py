@@ -78,8 +78,8 @@ def _records(chunk: Chunk, indices: Sequence[int], added: Added) -> Iterator[Rec
         yield {**record, **dict(zip(added, values, strict=True))}
 
 
-class JsonLinesWriter:
-    """Appends JSON lines to an open file.
+class _LineWriter:
+    """Appends to an open file.
 
     Args:
         binary: The file.
@@ -88,9 +88,6 @@ class JsonLinesWriter:
 
     def __init__(self, binary: BinaryIO, file: Path) -> None:
         self._binary, self._file = binary, file
-
-    def append(self, chunk: Chunk, indices: Sequence[int], added: Added) -> None:
-        self._binary.writelines(map(_json_line, _records(chunk, indices, added)))
 
     def flush(self) -> None:
         self._binary.flush()
@@ -101,6 +98,13 @@ class JsonLinesWriter:
 
     def close(self) -> None:
         self._binary.close()
+
+
+class JsonLinesWriter(_LineWriter):
+    """Appends JSON lines to an open file."""
+
+    def append(self, chunk: Chunk, indices: Sequence[int], added: Added) -> None:
+        self._binary.writelines(map(_json_line, _records(chunk, indices, added)))
 
 
 def _json_line(record: Mapping[str, object]) -> bytes:
@@ -121,10 +125,10 @@ def _plain(value: object) -> str:
     return str(value.isoformat() if hasattr(value, "isoformat") else value)
 
 
-class _CsvWriter:
+class _CsvWriter(_LineWriter):
     def __init__(self, file: Path, names: Sequence[str], added: Iterable[str]) -> None:
-        self._file, self._names = file, names
-        self._binary = file.open("ab")
+        super().__init__(file.open("ab"), file)
+        self._names = names
         if not self._binary.tell():
             self._write([[*names, *added]])
 
@@ -152,16 +156,6 @@ class _CsvWriter:
         writer = csv.writer(text, quoting=quoting, lineterminator="\n")
         writer.writerows(rows)
         return text.getvalue()
-
-    def flush(self) -> None:
-        self._binary.flush()
-
-    def finish(self) -> Path:
-        self.close()
-        return self._file
-
-    def close(self) -> None:
-        self._binary.close()
 
 
 _WRITABLE = frozenset({str, int, float, bool, type(None)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ class MlflowFormat:
             )
         if headers.get("content-encoding"):
             check_identity_encoding(headers)
-        if media == PARQUET and find_spec("pyarrow") is None:
+        if media == PARQUET and not _has_pyarrow():
             raise UnsupportedMediaError(
                 "this server cannot read Parquet: pyarrow is not installed; send JSON or CSV"
             )
@@ -67,3 +68,8 @@ class MlflowFormat:
     def write(self, texts: Sequence[str], found: ScoringInput, version: str) -> bytes:
         """See `ScoringFormat`."""
         return f'{{"predictions": [{", ".join(texts)}]}}'.encode()
+
+
+@cache
+def _has_pyarrow() -> bool:
+    return find_spec("pyarrow") is not None

@@ -22,7 +22,6 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
     ScoringInput,
     UnsupportedMediaError,
     check_identity_encoding,
-    check_row_count,
     check_rows,
 )
 from mlflow_pt_deploy.serving.model.inputs import parse_rows
@@ -91,7 +90,7 @@ class OpenInferenceFormat:
             raise RequestError("the body must be an object with 'inputs', a list of one tensor")
         tensor = _only_tensor(request.get("inputs"), column)
         count = _row_count(tensor, column)
-        check_row_count(service, count)
+        service.check_row_count(count)
         rows = _rows(tensor, count, memoryview(body)[length:], column)
         check_rows(service, rows)
         params = _object(request, "parameters")

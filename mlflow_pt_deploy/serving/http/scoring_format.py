@@ -112,28 +112,14 @@ def check_identity_encoding(headers: Headers) -> None:
         )
 
 
-def check_row_count(service: InferenceService, count: int) -> None:
-    """Reject requests with too many rows.
-
-    Raises:
-        RequestError: There are more than `queue_rows`.
-    """
-    max_rows = service.options.queue_rows
-    if count > max_rows:
-        raise RequestError(
-            f"'{service.loaded.preprocessor.column}' has {count} rows; one request may have "
-            f"{max_rows} (queue_rows). Send several smaller requests."
-        )
-
-
 def check_rows(service: InferenceService, rows: Sequence[Row]) -> None:
     """Reject requests with too many rows, or with a text that is too long.
 
     Raises:
         RequestError: There are more than `queue_rows`, or one has more than `MAX_TEXT_CHARS`.
     """
-    if len(rows) > service.options.queue_rows:
-        check_row_count(service, len(rows))
+    if len(rows) > service.options.queue_rows:  # a call less for nearly all requests
+        service.check_row_count(len(rows))
     for number, row in enumerate(rows):
         if isinstance(row, str) and len(row) > MAX_TEXT_CHARS:
             raise RequestError(

@@ -156,6 +156,19 @@ class InferenceService:
             )
         return found
 
+    def check_row_count(self, count: int) -> None:
+        """Check that a request does not have too many rows.
+
+        Raises:
+            RequestError: There are more than `queue_rows`.
+        """
+        most = self.options.queue_rows
+        if count > most:
+            raise RequestError(
+                f"'{self.loaded.preprocessor.column}' has {count} rows; one request may have "
+                f"{most} (queue_rows). Send several smaller requests."
+            )
+
     def rejection(self, remaining_s: float | None, in_flight: int = 0) -> str:
         """Reason to reject a request before its body is parsed; empty if it is admitted.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlflow_pt_deploy.errors import RequestError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.model.errors import scoring_error
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
@@ -63,15 +62,11 @@ class PtDeployPyFunc:
                 deadline, 500 for an error of the model.
         """
         serving = _is_serving()
-        column = self.loaded.preprocessor.column
         try:
             top_k = self.service.formatter.top_k(params)
-            rows = parse_rows(data, column)
-            if serving and len(rows) > self.options.queue_rows:
-                raise RequestError(
-                    f"'{column}' has {len(rows)} rows; one request may have "
-                    f"{self.options.queue_rows} (queue_rows). Send several smaller requests."
-                )
+            rows = parse_rows(data, self.loaded.preprocessor.column)
+            if serving:
+                self.service.check_row_count(len(rows))
             formatter = self.service.formatter
             objects: list[Any] = []
             for logits in self.service.predict(rows, bounded=serving):
