@@ -103,7 +103,8 @@ def enabled_loggers() -> None:
     """
     logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
-    for name, logger in logging.Logger.manager.loggerDict.items():
+    # a copy: a server of an earlier fixture may make loggers meanwhile
+    for name, logger in list(logging.Logger.manager.loggerDict.items()):
         if name.startswith("mlflow_pt_deploy") and isinstance(logger, logging.Logger):
             logger.disabled, logger.propagate = False, True
 
