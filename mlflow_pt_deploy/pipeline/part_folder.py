@@ -5,7 +5,7 @@
     ├── rows.jsonl       finished rows; Parquet: 00000.parquet, ...
     └── rejected.jsonl   rows that could not be used
 
-Files only grow. A checkpoint records their sizes; whoever continues cuts them back to these, so
+Files only grow. A checkpoint records their sizes. A command that continues truncates them, so
 rows that were written after the last checkpoint are computed again.
 """
 

@@ -4,8 +4,8 @@
     process 1: pipeline.training_process ──────┼─► the same `fit`, each with its share of a batch
     process 2: ...                             ┘
 
-Process 0 is the command itself, so a training with one process needs none of this. The others load
-the same data and model by the stage's options.
+Process 0 is the command itself, so a training with one process needs none of this. The other
+processes load the same data and model by the stage's options.
 """
 
 from __future__ import annotations

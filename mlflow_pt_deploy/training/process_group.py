@@ -20,7 +20,7 @@ from mlflow_pt_deploy.errors import TrainingError
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.ranks import Ranks
 
-# Process 0 may label rows while the others wait; a process that ends is noticed without it.
+# Process 0 may label rows while the other processes wait. The end of a process is noticed earlier.
 _TIMEOUT = timedelta(hours=2)
 
 
