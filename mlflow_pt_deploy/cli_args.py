@@ -11,6 +11,7 @@ from typing import Any
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
+from mlflow_pt_deploy.packaging import TARGETS
 from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
@@ -157,8 +158,8 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         (
             "--target",
             {
-                "choices": ("docker", "kubernetes", "kserve", "lambda"),
-                "default": "docker",
+                "choices": TARGETS,
+                "default": TARGETS[0],
                 "help": "what it is for (docker)",
             },
         ),

@@ -33,7 +33,7 @@ from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, read_manifest, verify
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.model_config import ServingOptions
-from mlflow_pt_deploy.preprocessing import load_preprocessor
+from mlflow_pt_deploy.preprocessing import input_column
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, resolve
 from mlflow_pt_deploy.registry.environment import (
     CONDA_FILE,
@@ -129,8 +129,7 @@ def save_model(
     _add_flavors(model, manifest, options)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
-    column = load_preprocessor(folder).column
-    defaults = get_default_pip_requirements(*manifest.runtimes, column=column)
+    defaults = get_default_pip_requirements(*manifest.runtimes, column=input_column(folder))
     write_environment(root, defaults, pip_requirements, extra_pip_requirements, package)
     open_to_readers(root)
     if not existed:

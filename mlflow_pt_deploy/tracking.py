@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import base64
-import io
 import re
 import shutil
 import tempfile
@@ -222,11 +221,9 @@ def _input_example(column: str) -> list[str]:
     """A request's rows, for people and tools that read the logged model; no row of the user's."""
     if column == "text":
         return [EXAMPLES["text"]]
-    from PIL import Image
+    from mlflow_pt_deploy.preprocessing.image import example_image
 
-    file = io.BytesIO()
-    Image.linear_gradient("L").resize((32, 32)).save(file, "PNG")
-    return [base64.b64encode(file.getvalue()).decode()]
+    return [base64.b64encode(example_image()).decode()]
 
 
 def log_differences(result: Result, baseline: Result, splits: Splits) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -140,17 +139,12 @@ def replace_golden_rows(folder: Path, *, allow_code: bool = False) -> None:
 
 
 def _made_rows(column: str) -> list[Row]:
-    """A few rows that belong to nobody: texts, or PNG files."""
+    """A few rows that are not user data: texts, or PNG files."""
     if column == "text":
         return ["some text", "Another text, which is a little longer than the first one.", "?"]
-    from PIL import Image
+    from mlflow_pt_deploy.preprocessing.image import example_image
 
-    rows: list[Row] = []
-    for size in ((32, 32), (48, 32)):
-        file = io.BytesIO()
-        Image.linear_gradient("L").resize(size).save(file, "PNG")
-        rows.append(file.getvalue())
-    return rows
+    return [example_image(), example_image(48, 32)]
 
 
 def _reseal(folder: Path) -> None:

@@ -10,10 +10,8 @@ import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,18 +20,18 @@ from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.artifacts.manifest import Manifest, read_manifest
 from mlflow_pt_deploy.artifacts.writing import replace_golden_rows
 from mlflow_pt_deploy.errors import ArtifactError, ModelError, ServingError
+from mlflow_pt_deploy.packaging import TARGETS
 from mlflow_pt_deploy.packaging.pins import pin_closure
 from mlflow_pt_deploy.packaging.resources import measure_resources
-from mlflow_pt_deploy.preprocessing import load_preprocessor
+from mlflow_pt_deploy.preprocessing import input_column
 from mlflow_pt_deploy.registry.addresses import explain_load_error, resolve
 from mlflow_pt_deploy.registry.environment import INPUT_LIBRARIES, RUNTIME_LIBRARIES
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import FILE, FLAVOR_NAME, FOLDER
 from mlflow_pt_deploy.registry.wheel import WHEELS, write_wheel
+from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.regular_files import open_to_readers
-
-TARGETS = ("docker", "kubernetes", "kserve", "lambda")
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _FILES = {
@@ -130,10 +128,9 @@ def _write(uri: str, target: str, folder: Path, image: str, keep_golden_rows: bo
     allow_code = bool(fetched.options(None)["allow_code"])
     model = folder / "model"
     fetched.root.rename(model)
-    verify(model / FOLDER)
+    manifest = verify(model / FOLDER)
     if not keep_golden_rows:
-        _replace_golden_rows(model, allow_code)
-    manifest = read_manifest(model / FOLDER)
+        manifest = _replace_golden_rows(model, allow_code)
     if manifest.carries_code and not allow_code:
         raise ArtifactError(
             f"{manifest.name} carries executable code. Package a version that was promoted, or "
@@ -143,22 +140,28 @@ def _write(uri: str, target: str, folder: Path, image: str, keep_golden_rows: bo
     wheel = write_wheel(folder / WHEELS)
     if wheel is None:
         raise ModelError("mlflow-pt-deploy is not installed, so its wheel cannot be written.")
-    pins = _requirements(manifest, target, load_preprocessor(model / FOLDER).column)
+    column = input_column(model / FOLDER)
+    pins = _requirements(manifest, target, column)
     (folder / "requirements.txt").write_text("\n".join(pins) + "\n", encoding="utf8")
     threads = int(fetched.mlmodel.config.get("num_threads") or 0)
-    values = _values(manifest, model, image, threads, target, allow_code, pins)
+    values = _values(manifest, model, image, target, threads) | {
+        "allow_code": "1" if allow_code and manifest.carries_code else "",
+        "torch": _TORCH if any(pin.startswith("torch==") for pin in pins) else "",
+        "example": EXAMPLES[column],
+    }
     for name, shown in zip(_FILES[target], _written(target), strict=True):
         text = _Template((_TEMPLATES / name).read_text(encoding="utf8")).substitute(values)
         (folder / shown).write_text(text, encoding="utf8")
     return manifest
 
 
-def _replace_golden_rows(model: Path, allow_code: bool) -> None:
+def _replace_golden_rows(model: Path, allow_code: bool) -> Manifest:
     replace_golden_rows(model / FOLDER, allow_code=allow_code)
-    path = model / FILE
+    manifest, path = read_manifest(model / FOLDER), model / FILE
     content = yaml.safe_load(path.read_text(encoding="utf8"))
-    content["flavors"][FLAVOR_NAME]["digest"] = read_manifest(model / FOLDER).digest
+    content["flavors"][FLAVOR_NAME]["digest"] = manifest.digest
     path.write_text(yaml.safe_dump(content), encoding="utf8")
+    return manifest
 
 
 def _requirements(manifest: Manifest, target: str, column: str) -> list[str]:
@@ -179,15 +182,9 @@ def _requirements(manifest: Manifest, target: str, column: str) -> list[str]:
 
 
 def _values(
-    manifest: Manifest,
-    model: Path,
-    image: str,
-    threads: int,
-    target: str,
-    allow_code: bool,
-    pins: list[str],
-) -> Mapping[str, Any]:
-    """What the templates may name."""
+    manifest: Manifest, model: Path, image: str, target: str, threads: int
+) -> dict[str, str]:
+    """What the templates may name: the model, the image, and measured resources."""
     name = manifest.name.lower()
     values = {
         "name": name,
@@ -196,10 +193,7 @@ def _values(
         "version": __version__,
         "variant": manifest.name,
         "digest": manifest.digest,
-        "allow_code": "1" if allow_code and manifest.carries_code else "",
         "model_mb": f"{_size_mb(model):.0f}",
-        "torch": _TORCH if any(pin.startswith("torch==") for pin in pins) else "",
-        "example": "some text",
     }
     if target in ("kubernetes", "kserve"):
         usual = 1 if manifest.runtime == "numpy" else min(2, usable_cores())

@@ -25,6 +25,7 @@ __all__ = [
     "Preprocessor",
     "Row",
     "TextPreprocessor",
+    "input_column",
     "load_preprocessor",
     "row_from_json",
     "row_to_json",
@@ -47,18 +48,28 @@ def load_preprocessor(folder: Path) -> Preprocessor:
     Raises:
         ArtifactError: A file is missing or unreadable.
     """
-    try:
-        settings = read_json(folder / "preprocessor.json", _MAX_BYTES)
-        kind = _check_settings(settings)
-    except (ArtifactError, ValueError) as error:
-        raise ArtifactError(f"{folder.name}: the preprocessor cannot be read: {error}") from error
-    if kind == "text":
+    if input_column(folder) == "text":
         return TextPreprocessor.load(folder)
     try:
         from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
     except ModuleNotFoundError as error:
         raise MissingExtraError("pillow", "images") from error
     return ImagePreprocessor.load(folder)
+
+
+def input_column(folder: Path) -> str:
+    """What a preprocessor reads, ``text`` or ``image``, without loading it.
+
+    Args:
+        folder: Folder of its files.
+
+    Raises:
+        ArtifactError: Its settings are missing or invalid.
+    """
+    try:
+        return _check_settings(read_json(folder / "preprocessor.json", _MAX_BYTES))
+    except (ArtifactError, ValueError) as error:
+        raise ArtifactError(f"{folder.name}: the preprocessor cannot be read: {error}") from error
 
 
 def _check_settings(settings: object) -> str:

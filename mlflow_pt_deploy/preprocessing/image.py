@@ -51,6 +51,13 @@ _SAMPLE_ROWS = 256
 _DAMAGED = "is a damaged or truncated image; give the whole file"
 
 
+def example_image(width: int = 32, height: int = 32) -> bytes:
+    """A PNG file that belongs to no data set: a grey gradient."""
+    file = BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
 @dataclass(frozen=True)
 class _Settings:
     """Settings of image preprocessing; the fields are keys of preprocessor.json.

@@ -6,13 +6,14 @@ the artifact store between verification and loading.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion, version_tags
 from mlflow_pt_deploy.registry.mlmodel import (
     FILE,
@@ -20,6 +21,7 @@ from mlflow_pt_deploy.registry.mlmodel import (
     MLmodel,
     check_digest,
     digest,
+    inference_config,
     read_mlmodel,
 )
 from mlflow_pt_deploy.system.regular_files import copy_file, copy_files, list_files
@@ -77,11 +79,9 @@ def environment_allows_code() -> bool:
 
 def inference_config_allows_code() -> bool:
     """Whether ``MLFLOW_PYFUNC_INFERENCE_CONFIG`` allows code."""
-    try:
-        config = json.loads(os.environ.get("MLFLOW_PYFUNC_INFERENCE_CONFIG") or "{}")
-    except ValueError:
-        return False
-    return isinstance(config, dict) and config.get("allow_code") is True
+    with suppress(ServingError):
+        return inference_config().get("allow_code") is True
+    return False
 
 
 def fetch(resolved: ResolvedVersion, folder: Path) -> Fetched:

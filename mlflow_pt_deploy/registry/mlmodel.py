@@ -108,14 +108,7 @@ class MLmodel:
         Raises:
             ServingError: An option of the operator is invalid.
         """
-        text = os.environ.get(_CONFIG_ENV) or "{}"
-        try:
-            operator = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise ServingError(
-                f"{_CONFIG_ENV} is not a JSON object of serving options: {error}"
-            ) from error
-        return {**MODEL_CONFIG, **self.config, **operator, **(model_config or {})}
+        return {**MODEL_CONFIG, **self.config, **inference_config(), **(model_config or {})}
 
     def check_claim(self, allowed: bool) -> None:
         """Reject an artifact that allows its own code, unless the operator allows it.
@@ -128,6 +121,23 @@ class MLmodel:
                 "the MLmodel file sets allow_code: true; only the operator can allow code, with -C "
                 "allow_code=true or PT_DEPLOY_ALLOW_CODE=1. Log the model again without it."
             )
+
+
+def inference_config() -> dict[str, Any]:
+    """The options in ``MLFLOW_PYFUNC_INFERENCE_CONFIG``.
+
+    Raises:
+        ServingError: It is not a JSON object.
+    """
+    try:
+        config = json.loads(os.environ.get(_CONFIG_ENV) or "{}")
+        if not isinstance(config, dict):
+            raise TypeError(f"it is a {type(config).__name__}")
+    except (ValueError, TypeError) as error:
+        raise ServingError(
+            f"{_CONFIG_ENV} is not a JSON object of serving options: {error}"
+        ) from error
+    return config
 
 
 def read_mlmodel(root: Path) -> MLmodel:

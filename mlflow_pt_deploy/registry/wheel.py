@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import zipfile
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def write_wheel(folder: Path) -> Path | None:
     Returns:
         Path of the wheel; None if the package is not installed, so that its metadata is missing.
     """
+    content = _wheel()
+    if content is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_NAME}-{__version__}-py3-none-any.whl"
+    path.write_bytes(content)
+    return path
+
+
+@cache  # a run logs dozens of models
+def _wheel() -> bytes | None:
+    """The wheel; None if the package is not installed."""
     try:
         installed = distribution("mlflow-pt-deploy")
     except PackageNotFoundError:
@@ -56,14 +69,13 @@ def write_wheel(folder: Path) -> Path | None:
     files[f"{info}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
     files[f"{info}/WHEEL"] = _WHEEL.encode()
     files[f"{info}/RECORD"] = _record(files, f"{info}/RECORD")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_NAME}-{__version__}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as wheel:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as wheel:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name, _TIME)
             entry.external_attr = 0o100644 << 16
             wheel.writestr(entry, content, zipfile.ZIP_DEFLATED)
-    return path
+    return written.getvalue()
 
 
 def _record(files: dict[str, bytes], own: str) -> bytes:

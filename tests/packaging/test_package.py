@@ -17,7 +17,7 @@ from tiny.artifact import SAVED, copy_saved
 from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import ModelError
-from mlflow_pt_deploy.packaging.package import TARGETS
+from mlflow_pt_deploy.packaging import TARGETS
 from mlflow_pt_deploy.packaging.pins import pin_closure
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.serving.model.loaded_model import load_version
