@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.models import make_metric
+from mlflow.models import Model, ModelSignature, make_metric
+from mlflow.types import ColSpec, Schema
 from tiny.serving import save_tiny, tiny_variant
 
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter, Predictions
@@ -136,3 +137,20 @@ def test_a_csv_with_guessed_types_is_rejected(uri: str, text: str) -> None:
         mlflow.models.predict(
             uri, input_data=f"text\n{text}\n", content_type="csv", env_manager="local"
         )
+
+
+def test_why_the_signature_declares_no_inputs(tmp_path: Path) -> None:
+    """If this fails, MLflow's enforcement has changed: then `pyfunc.signature` may declare them."""
+    folder = save_tiny(tmp_path / "tiny")
+    pair = pd.DataFrame({"text": ["red"], "text_pair": ["blue"]})
+    with pytest.raises(MlflowException, match="several texts per row"):
+        mlflow.pyfunc.load_model(str(folder)).predict(pair)
+    model = Model.load(str(folder))
+    assert model.signature is not None
+    model.signature = ModelSignature(Schema([ColSpec("string", "text")]), model.signature.outputs)
+    model.save(str(folder / "MLmodel"))
+    declared = mlflow.pyfunc.load_model(str(folder))
+    assert declared.predict(pair)[0]["label"] == "red"  # the second text is dropped in silence
+    for data in (["red"], "red", pd.Series(["red"])):
+        with pytest.raises(MlflowException, match="Failed to enforce schema"):
+            declared.predict(data)

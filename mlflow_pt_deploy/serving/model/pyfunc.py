@@ -85,9 +85,10 @@ class PtDeployPyFunc:
 def signature() -> ModelSignature:
     """The model signature: outputs and `top_k`, no inputs, so that MLflow passes every format on.
 
-    With a declared column MLflow rejects plain lists, repeats client data in the error for a
-    missing column, and takes 0.9 instead of 0.2 ms per request. With a declared input without a
-    name it rejects ``{"inputs": {"text": [...]}}`` and scores null as the text ``None``.
+    With a declared column MLflow drops a second text column, so that a pair is scored by half;
+    rejects plain lists; repeats client data in the error for a missing column; and takes 0.9
+    instead of 0.2 ms per request. With a declared input without a name it rejects
+    ``{"inputs": {"text": [...]}}`` and scores null as the text ``None``.
     `inputs.parse_rows` checks rows instead, and decodes base64 without the type `binary`. What to
     send is shown by the input example of the logged model.
     """
