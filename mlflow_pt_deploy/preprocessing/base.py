@@ -31,11 +31,13 @@ class Preprocessor(Protocol):
         column: Name of the input column, ``text`` or ``image``.
         files: Names of the files that `save` writes.
         slice_rows: Maximum number of encoded rows to keep in memory at once.
+        unknown_id: Token id of what the vocabulary lacks; None if there is none.
     """
 
     column: str
     files: tuple[str, ...]
     slice_rows: int
+    unknown_id: int | None
 
     @property
     def axes(self) -> Mapping[str, Mapping[int, Axis]]:

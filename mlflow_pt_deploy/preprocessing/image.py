@@ -98,6 +98,7 @@ class ImagePreprocessor:
     column = "image"
     files: tuple[str, ...] = (_SETTINGS,)
     slice_rows = 256
+    unknown_id: int | None = None
 
     def __init__(self, **settings: Any) -> None:
         self.settings = _Settings(**settings)

@@ -33,6 +33,9 @@ class TextPreprocessor:
         pad_id: Token id for padding.
         truncation_side: Side at which long rows are truncated, ``right`` or ``left``.
         padding_side: Side at which short rows are padded, ``right`` or ``left``.
+
+    Attributes:
+        unknown_id: Token id of what the vocabulary lacks; None if the tokenizer has none.
     """
 
     column = "text"
@@ -53,6 +56,9 @@ class TextPreprocessor:
         supported = WordPieceCache.supports(tokenizer)
         self._cache = WordPieceCache(tokenizer, max_length, truncation_side) if supported else None
         self._tokenizer = tokenizer
+        # Unigram names its unknown token nowhere; <unk> is SentencePiece's
+        unknown = getattr(tokenizer.model, "unk_token", None) or "<unk>"
+        self.unknown_id: int | None = tokenizer.token_to_id(unknown)
         self._empty_ids = tokenizer.encode(" ").ids or [pad_id]
         self.max_length = max_length
         self.pad_id = pad_id

@@ -342,6 +342,8 @@ class Application:
         if isinstance(route, ScoringRoute):
             model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
+            if counts := model.counts.get(label):
+                counts.count_response(response.status, seconds)
             if label and response.status == 200 and model.current is not None:
                 model.current.seconds.append(seconds)
             if self._tracer is not None:

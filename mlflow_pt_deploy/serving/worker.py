@@ -80,6 +80,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     index = states.claim()
     _prepare_process(job, states, index)
     from mlflow_pt_deploy.serving.model_names import name_models
+    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.platform import routes_from
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
@@ -99,6 +100,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
     )
+    monitor = Monitor(models, [], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -107,6 +109,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
     def start(loop: asyncio.AbstractEventLoop) -> None:
         watchdog.watch(application, loop)
+        monitor.start()
         if grpc_server is not None:
             grpc_server.start(loop)
 
@@ -115,6 +118,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
             grpc_server.close()  # first: its calls in flight still need the other parts
         watchdog.stop()
         watcher.stop()
+        monitor.stop()
 
     application = new_application(
         models,

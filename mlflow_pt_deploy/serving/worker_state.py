@@ -3,6 +3,8 @@
     RUN_DIR/
     ├── worker-<index>.lock    held (flock) by the worker with this index; free once it has died
     ├── worker-<index>.json    its state: versions, readiness, failure
+    ├── counts-<index>-<pid>.json   what it answered, also of workers that have died
+    ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
     ├── draining               exists once readiness is off
@@ -42,6 +44,7 @@ class WorkerStates:
         self.count = count
         self.index: int | None = None
         self._lock: Any = None
+        self._leader_lock: Any = None
         self._started = False
 
     def claim(self) -> int:
@@ -58,6 +61,13 @@ class WorkerStates:
             self.scratch.mkdir(mode=0o700)
             return index
         raise RuntimeError("every worker index is taken")
+
+    def close(self) -> None:
+        """Give the index and the lead back; a process that ends need not."""
+        for lock in (self._lock, self._leader_lock):
+            if lock is not None:
+                lock.close()
+        self._lock = self._leader_lock = None
 
     def predecessor(self) -> int | None:
         """Process id of the worker that had this index before, if it wrote its state."""
@@ -90,10 +100,30 @@ class WorkerStates:
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Publish this worker's state."""
-        path = self.folder / f"worker-{self.index}.json"
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps({"pid": os.getpid(), **state}), encoding="utf8")
-        os.replace(temporary, path)
+        _write(self.folder / f"worker-{self.index}.json", {"pid": os.getpid(), **state})
+
+    def lead(self) -> bool:
+        """Whether this worker runs the duties of the server; it becomes the leader if none is."""
+        if self._leader_lock is None:
+            lock = (self.folder / "leader.lock").open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                return False
+            self._leader_lock = lock
+        return True
+
+    def write_counts(self, counts: Mapping[str, Any]) -> None:
+        """Publish what this worker answered, by model and version."""
+        _write(self.folder / f"counts-{self.index}-{os.getpid()}.json", counts)
+
+    def counts(self) -> list[dict[str, Any]]:
+        """What each worker answered, by model and version; also of workers that have died."""
+        return [
+            json.loads(path.read_text(encoding="utf8"))
+            for path in sorted(self.folder.glob("counts-*.json"))
+        ]
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""
@@ -148,6 +178,13 @@ def new_run_folder() -> Path:
         if pid.isdecimal() and not _runs(int(pid)) and old.stat().st_uid == os.getuid():
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON under another name, then rename it."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(document), encoding="utf8")
+    os.replace(temporary, path)
 
 
 def _runs(pid: int) -> bool:

@@ -27,10 +27,12 @@ from mlflow_pt_deploy.registry.addresses import (
 from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
+from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.system.clock import now
 
 RETRY_S, MAX_RETRY_S = 60.0, 3600.0
+MAX_COUNTED = 20
 
 _logger = logging.getLogger(__name__)
 
@@ -112,6 +114,7 @@ class ServedModel:
         loaded_at: When the current version was loaded, by `time.perf_counter`.
         load_s: Seconds that the load took.
         wake: Called when it is requested while it is unloaded.
+        counts: What each version answered, by label; the oldest beyond `MAX_COUNTED` are dropped.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class ServedModel:
         self.unloaded: EvictionNote | None = None
         self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
         self.wake: Callable[[], None] = lambda: None
+        self.counts: dict[str, VersionCounts] = {}
         self._unloaded_version: ResolvedVersion | None = None
         self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
         self._provider = provider
@@ -307,6 +311,7 @@ class ServedModel:
 
     def _activate(self, version: LoadedModel, seconds: float) -> None:
         self._metrics.version_activated(self.name, version, seconds)
+        self._count(version)
         live = (reference for reference in self._executors if reference() is not None)
         self._executors = (*live, weakref.ref(version.pyfunc.service.batcher.executor))
         self.loaded_at, self.load_s = time.perf_counter(), seconds
@@ -326,6 +331,14 @@ class ServedModel:
                 before.label,
                 seconds,
             )
+
+    def _count(self, version: LoadedModel) -> None:
+        """Let a version continue the counts of its label."""
+        service = version.pyfunc.service
+        counts = dict(self.counts)
+        counts[version.label] = service.counts = counts.pop(version.label, service.counts)
+        # one assignment: the monitor's thread iterates over the dict
+        self.counts = dict(list(counts.items())[-MAX_COUNTED:])
 
     def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
         before = self.rejected

@@ -12,10 +12,12 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +30,7 @@ from mlflow_pt_deploy.serving.batching.admission import LoopIterationEstimator
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, RequestContext
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter
+from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.model.warmup import FEW, fastest_s, warm_up_shapes
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 INLINE_THRESHOLD_S = 0.5e-3
 # The event loop is blocked while a model runs on it.
 MAX_INLINE_ROWS = 256
+# without a Python frame for each step, unlike a comprehension
+_ENCODED: Callable[[PendingRequest], Sequence[Encoded]] = attrgetter("encoded")
+_ROWS: Callable[[PendingRequest], Sequence[Row]] = attrgetter("rows")
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +70,7 @@ class InferenceService:
         formatter: Converts logits to predictions.
         runs_inline: Whether a row is faster than a thread hand-off; set by `warm_up`.
         fast_stage_runs_inline: The same for the fast stage of a cascade.
+        counts: What was answered by `submit`.
     """
 
     def __init__(self, loaded: LoadedVariant, options: ServingOptions) -> None:
@@ -71,6 +78,9 @@ class InferenceService:
         self.loaded = loaded
         self.options = options
         self.formatter = PredictionFormatter(loaded.labels)
+        self.counts = VersionCounts(labels=[0] * len(loaded.labels))
+        self._unknown_id = preprocessor.unknown_id
+        self._counts_tokens = preprocessor.column == "text"
         self.batcher = Batcher(
             loaded.predict,
             preprocessor.collate,
@@ -210,15 +220,20 @@ class InferenceService:
         """Score the requests of this event loop iteration, at most `MAX_INLINE_ROWS` rows."""
         requests = self._next_batch()
         now = time.monotonic()
-        active = []
+        active: list[PendingRequest] = []
+        rows = 0
         for request in requests:
             expires_at = request.context.expires_at
             if expires_at is not None and now >= expires_at:
                 self._expire(request)
             elif self._encode(request):
                 active.append(request)
-        for group in self._groups(active):
-            self._score(group)
+                rows += len(request.rows)
+        if active and rows <= self.options.max_batch_rows:
+            self._score(active)
+        else:
+            for group in self._groups(active):
+                self._score(group)
         self._loop_cost.end_iteration(len(requests))
         if self._pending:
             self._loop_cost.begin_iteration()
@@ -258,12 +273,12 @@ class InferenceService:
         return True
 
     def _score(self, requests: Sequence[PendingRequest]) -> None:
-        encoded = [row for request in requests for row in request.encoded or ()]
+        encoded = list(chain.from_iterable(map(_ENCODED, requests)))
         try:
             if self.fast_stage_runs_inline and len(encoded) <= MAX_INLINE_ROWS:
                 requests = self._run_fast_stage(requests, encoded)
             elif self._should_run_inline(len(encoded)):
-                keys = [row for request in requests for row in request.rows]
+                keys = list(chain.from_iterable(map(_ROWS, requests)))
                 logits = self.batcher.try_run_inline(encoded, dedup_keys=keys)
                 if logits is not None:
                     self._respond(requests, logits)
@@ -350,7 +365,7 @@ class InferenceService:
     def _respond(self, requests: Sequence[PendingRequest], logits: Logits) -> None:
         """Format the logits of all requests together; float32 (rows of all requests, classes)."""
         try:
-            best = self.formatter.to_json(logits)
+            best = self.formatter.best(logits)
         except Exception as error:
             if len(requests) == 1:
                 self._fail(requests[0], error)
@@ -361,10 +376,13 @@ class InferenceService:
                 self._respond([request], logits[start:stop])
                 start = stop
             return
+        formatted = self.formatter.to_json(best)
+        encoded = map(_ENCODED, requests) if self._counts_tokens else ()
+        self.counts.count_rows(best, encoded, self._unknown_id)
         start = 0
         for request in requests:
             stop = start + len(request.rows)
-            texts = best[start:stop]
+            texts = formatted[start:stop]
             if request.top_k > 1:
                 ranked = self.formatter.to_objects(logits[start:stop], request.top_k)
                 texts = [json.dumps(labels) for labels in ranked]

@@ -88,7 +88,7 @@ class PredictionFormatter:
         """
         names = self._names
         if top_k == 1:
-            return [{"label": names[at], "score": score} for at, score in _best(logits)]
+            return [{"label": names[at], "score": score} for at, score in self.best(logits)]
         exponent = _exponent(logits)
         scores = exponent / exponent.sum(axis=1, keepdims=True)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
@@ -101,14 +101,19 @@ class PredictionFormatter:
         """Wrap objects with one label each for MLflow's evaluators."""
         return Predictions(objects, self._values)
 
-    def to_json(self, logits: Logits) -> list[str]:
-        """The best prediction of each row as JSON, built without objects.
+    def best(self, logits: Logits) -> list[tuple[int, float]]:
+        """The best class of each row, and its probability to six places.
 
         Raises:
             ServingError: See `to_objects`.
         """
+        scores = (1 / _exponent(logits).sum(axis=1)).round(6)
+        return list(zip(logits.argmax(axis=1).tolist(), scores.tolist(), strict=True))
+
+    def to_json(self, best: Iterable[tuple[int, float]]) -> list[str]:
+        """The output of `best` as JSON, built without objects."""
         starts = self._starts
-        return [f"{starts[at]}{score!r}}}" for at, score in _best(logits)]
+        return [f"{starts[at]}{score!r}}}" for at, score in best]
 
 
 def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
@@ -118,9 +123,3 @@ def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
     above = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     exponent: npt.NDArray[np.float64] = np.exp(above)
     return exponent
-
-
-def _best(logits: Logits) -> Iterable[tuple[int, float]]:
-    """The best class of each row, and its probability to six places."""
-    scores = 1 / _exponent(logits).sum(axis=1)
-    return zip(logits.argmax(axis=1).tolist(), (round(s, 6) for s in scores.tolist()), strict=True)

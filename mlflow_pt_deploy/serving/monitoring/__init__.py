@@ -1,0 +1,1 @@
+"""What a server notices about its own answers, over all workers."""
