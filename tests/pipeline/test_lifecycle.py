@@ -57,18 +57,18 @@ class Killed(BaseException):
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per training step; the fifth, in the second epoch, fails."""
-    from mlflow_pt_deploy.training import trainer
+    from mlflow_pt_deploy.training import training_state
 
-    real, taken = trainer._TrainingState._train_step, []
+    real, taken = training_state.TrainingState._train_step, []
 
-    def die_later(self: trainer._TrainingState, loss: object, rows: object) -> float:
+    def die_later(self: training_state.TrainingState, loss: object, rows: object) -> float:
         taken.append(1)
         if len(taken) == 5:
             raise Killed
         return real(self, loss, rows)
 
-    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0)
-    monkeypatch.setattr(trainer._TrainingState, "_train_step", die_later)
+    monkeypatch.setattr(training_state, "_CHECKPOINT_EVERY_S", 0)
+    monkeypatch.setattr(training_state.TrainingState, "_train_step", die_later)
     return taken
 
 
