@@ -1,6 +1,6 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
 # make test   the test suite          make check   ruff, mypy, layers, docs
-# make slow   tests in MLflow's UI and on PostgreSQL, minutes
+# make slow   tests of Ray, Spark, C++ and several training processes, minutes
 # make images an image of a packaged model, built by buildah and run by podman; as root, minutes
 # make CI     what CI runs
 # make gpu    tests and benchmark on a CUDA device, by a python3 that has torch and transformers

@@ -42,7 +42,7 @@ def _table_rows_per_s(model: str, texts: Sequence[str], suffix: str) -> float:
     """Rows per second of a batch prediction from file to file."""
     import pandas as pd
 
-    from mlflow_pt_deploy.pipeline.prediction import predict_table
+    from mlflow_pt_deploy.prediction.runner import predict_table
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/in{suffix}", f"{folder}/out{suffix}"

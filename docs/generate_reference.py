@@ -21,7 +21,7 @@ from pathlib import Path
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.option_fields import OptionSpec, option_specs
-from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
+from mlflow_pt_deploy.prediction.options import PredictionOptions
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.serving.settings import ServerSettings
 

@@ -12,7 +12,7 @@ from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.option_fields import SWITCH, OptionSpec, option_specs
 from mlflow_pt_deploy.packaging import TARGETS
-from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
+from mlflow_pt_deploy.prediction.options import PredictionOptions
 from mlflow_pt_deploy.serving.settings import ServerSettings
 
 STAGES = {

@@ -38,7 +38,7 @@ from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.training.trainer import Epoch
+    from mlflow_pt_deploy.training.training_state import Epoch
 
 KEYWORDS = {
     "card": ("card", "pin", "chip", "plastic", "contactless"),
@@ -380,7 +380,8 @@ def _write_tiny_images_model(folder: Path, splits: Splits, teacher: Path | None 
         new_mobilenet,
         save_classifier,
     )
-    from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, fit
+    from mlflow_pt_deploy.training.optimization import Schedule
+    from mlflow_pt_deploy.training.trainer import cross_entropy, fit
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -8,13 +8,13 @@ from typing import Any
 
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.option_fields import option_specs
-from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
+from mlflow_pt_deploy.prediction.options import PredictionOptions
 
 
 def predict(parsed: argparse.Namespace) -> dict[str, Any]:
     """Score a file."""
     from mlflow_pt_deploy.model_config import parse_config
-    from mlflow_pt_deploy.pipeline.prediction import predict_table
+    from mlflow_pt_deploy.prediction.runner import predict_table
 
     to_stdout = parsed.output == "-"
     if to_stdout and parsed.json:

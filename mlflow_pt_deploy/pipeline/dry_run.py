@@ -22,7 +22,7 @@ from mlflow_pt_deploy.models import Classifier, load_classifier, save_classifier
 from mlflow_pt_deploy.models.architectures import FAMILIES
 from mlflow_pt_deploy.pipeline.students import init_student
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 _ROWS = 4
 _SAMPLE_ROWS = 16  # for the importance of heads, neurons and dimensions; any rows will do

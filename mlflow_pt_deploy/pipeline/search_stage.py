@@ -154,7 +154,7 @@ def _explore(
 ) -> tuple[StudyResult, tuple[SelectedTrial, ...]]:
     """Run the trials, and choose."""
     from mlflow_pt_deploy.pipeline.trial_objective import Evaluator
-    from mlflow_pt_deploy.training.trainer import evaluate
+    from mlflow_pt_deploy.training.inference import evaluate
 
     tracking.terminate_abandoned_children(run_id)
     config = StudyConfig(

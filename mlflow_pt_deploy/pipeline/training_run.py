@@ -21,8 +21,9 @@ from mlflow_pt_deploy.system.paths import work_folder
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
+    from mlflow_pt_deploy.training.optimization import Schedule
     from mlflow_pt_deploy.training.process_group import ProcessGroup
-    from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule
+    from mlflow_pt_deploy.training.training_state import Epoch, Loss
 
 EPOCHS = {"train": {True: 5, False: 20}, "distill": {True: 6, False: 30}}
 """Default epochs by stage and by whether the model is pretrained."""
@@ -85,7 +86,7 @@ def fit_in_run(training: Training, options: Options) -> TrainedModel:
         options: `resume` is the run to continue, if any.
     """
     from mlflow_pt_deploy.models import save_classifier
-    from mlflow_pt_deploy.training.trainer import predict_logits
+    from mlflow_pt_deploy.training.inference import predict_logits
 
     stage, splits, classifier = training.stage, training.splits, training.classifier
     schedule = resolve_schedule(training, options)
@@ -148,7 +149,7 @@ def run_epochs(
 
 def resolve_schedule(training: Training, options: Options) -> Schedule:
     """Hyperparameters of a training, with the defaults of its stage and model."""
-    from mlflow_pt_deploy.training.trainer import Schedule
+    from mlflow_pt_deploy.training.optimization import Schedule
 
     epochs, classifier = training.epochs, training.classifier
     return Schedule(

@@ -32,7 +32,9 @@ from mlflow_pt_deploy.training.distillation import (
     distillation_loss,
     label_with_teacher,
 )
-from mlflow_pt_deploy.training.trainer import Epoch, Loss, Schedule, fit
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import fit
+from mlflow_pt_deploy.training.training_state import Epoch, Loss
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier

@@ -19,7 +19,7 @@ from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier
 from mlflow_pt_deploy.models.architectures import family_of
 from mlflow_pt_deploy.models.custom_head_size import blank_network
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 
 def prune_vocabulary(

@@ -36,7 +36,8 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.progress import progress
 from mlflow_pt_deploy.training.augmentation import make_texts
-from mlflow_pt_deploy.training.trainer import Loss, Tensors, predict_batches
+from mlflow_pt_deploy.training.inference import Tensors, predict_batches
+from mlflow_pt_deploy.training.training_state import Loss
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,7 @@ def check_shares(processes: int, batch_size: int, *, least: int = 1) -> None:
             f"processes is {processes}, and a batch of {batch_size} rows has no {least} for each. "
             f"Give at most {max(1, batch_size // least)} processes, or a larger --batch-size."
         )
+
+
+ALONE = ProcessGroup()
+"""A group of this process alone."""

@@ -23,10 +23,12 @@ from mlflow_pt_deploy.models import (
     new_resnet,
     save_classifier,
 )
-from mlflow_pt_deploy.training import trainer as train
+from mlflow_pt_deploy.training import training_state
 from mlflow_pt_deploy.training.distillation import online_distillation_loss, start_student
+from mlflow_pt_deploy.training.inference import evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
 from mlflow_pt_deploy.training.process_group import ProcessGroup
-from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.trainer import cross_entropy, fit
 
 ROWS = [picture("RGB", (9, 7), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
 
@@ -153,7 +155,8 @@ def test_online_distillation_loss() -> None:
 def test_student_learns_from_soft_labels(
     teacher: ImageClassifier, image_splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_MAX_ENCODED_BYTES", 1000)  # rows are encoded again at each step
+    # rows are encoded again at each step
+    monkeypatch.setattr(training_state, "_MAX_ENCODED_BYTES", 1000)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         student = new_mobilenet(teacher, width=0.125)
@@ -166,6 +169,8 @@ def test_student_learns_from_soft_labels(
 def test_batches_of_one_row_are_skipped(teacher: ImageClassifier, image_splits: Splits) -> None:
     """Batch norm needs two rows: 96 rows in batches of 5 leave one."""
     schedule = Schedule(epochs=1, learning_rate=1e-4, batch_size=5)
-    state = train._TrainingState(teacher, image_splits.train, schedule, "cpu", ProcessGroup())
+    state = training_state.TrainingState(
+        teacher, image_splits.train, schedule, "cpu", ProcessGroup()
+    )
     assert {len(batch) for batch in state._batches(0)} == {5, 2}
     assert fit(teacher, image_splits, cross_entropy(image_splits.train.targets), schedule)

@@ -20,7 +20,7 @@ from mlflow_pt_deploy.models import (
     save_classifier,
     shrink,
 )
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 REMEDY = r"the id of a model on the hub.*, or .* no network: minilm for text, resnet for images\."
 

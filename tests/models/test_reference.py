@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.models.reference import locate
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 COMMIT = "0" * 40
 

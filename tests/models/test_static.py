@@ -14,7 +14,9 @@ from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.models import Classifier, load_classifier, new_static, save_classifier
 from mlflow_pt_deploy.models.static import PRIMES, StaticConfig
 from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
-from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.inference import evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import fit
 
 ROWS = ("my card", "i want a refund please", "", "send")
 

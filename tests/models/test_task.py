@@ -14,7 +14,7 @@ from tiny.models import LABELS, SMALL
 
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import load_classifier, new_classifier
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 SUPPORTED = "only single-label classification of one text or one image is supported"
 TWO = ["no", "yes"]

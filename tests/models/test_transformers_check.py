@@ -30,7 +30,7 @@ from mlflow_pt_deploy.models import (
 )
 from mlflow_pt_deploy.preprocessing import TextPreprocessor, load_preprocessor
 from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 ROWS = ["play some jazz", "", "a", "is it gonna rain in zürich on the 24th 東京's sun " * 9]
 

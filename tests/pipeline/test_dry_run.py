@@ -23,7 +23,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.models import TextClassifier, reload_classifier, save_classifier, shrink
 from mlflow_pt_deploy.pipeline.dry_run import dry_run, dry_run_students
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 ROWS = ["my card", "please refund it and send the money abroad", "a"]
 SHAPE = {

@@ -21,7 +21,7 @@ from mlflow_pt_deploy.pipeline.stages import train_teacher
 from mlflow_pt_deploy.pipeline.training_group import check_launch
 from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system.ranks import Ranks
-from mlflow_pt_deploy.training import trainer
+from mlflow_pt_deploy.training.training_state import Epoch
 
 WITHIN_S = 120
 
@@ -39,7 +39,7 @@ class Killed(BaseException):
 def test_a_training_of_one_process_is_resumed_by_two(
     options: Options, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def die(epoch: trainer.Epoch) -> None:
+    def die(epoch: Epoch) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:

@@ -28,7 +28,9 @@ from mlflow_pt_deploy.pruning import (
     taylor_importance,
 )
 from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
-from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.inference import evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import fit
 
 TARGETS = np.array([0, 1, 1, 0])
 KINDS = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm-roberta")

@@ -22,7 +22,9 @@ from mlflow_pt_deploy.pruning import (
     teacher_importance,
 )
 from mlflow_pt_deploy.training.distillation import distillation_loss, start_student
-from mlflow_pt_deploy.training.trainer import Schedule, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.inference import evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import fit
 
 TARGETS = np.array([0, 1, 2, 0])  # the last one is wrong, so that its loss is large
 ZEROED = (range(40), range(24, 64))  # 40 of 64 neurons in each of the two layers

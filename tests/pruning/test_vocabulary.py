@@ -17,7 +17,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import DataError, ModelError
 from mlflow_pt_deploy.models import TextClassifier, load_classifier
 from mlflow_pt_deploy.pruning import frequent_pieces, prune_vocabulary
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 TEXTS = ("My card!", "refund 🙂 it", "wire שלום", "")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]"}

@@ -36,7 +36,7 @@ from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 LARGEST = 5.0  # largest logit of the tiny model
 # Maximum difference to eager fp32, relative to the largest logit. 32 dimensions with three outliers

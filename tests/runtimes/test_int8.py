@@ -26,7 +26,7 @@ from mlflow_pt_deploy.runtimes.catalog import ON_REQUEST, VARIANTS, select
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
-from mlflow_pt_deploy.training.trainer import predict_logits
+from mlflow_pt_deploy.training.inference import predict_logits
 
 
 @pytest.fixture(scope="module")

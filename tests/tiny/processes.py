@@ -10,8 +10,9 @@ import torch
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.system.ranks import launched_ranks
+from mlflow_pt_deploy.training.optimization import Schedule
 from mlflow_pt_deploy.training.process_group import ProcessGroup, joined
-from mlflow_pt_deploy.training.trainer import Schedule, cross_entropy, fit
+from mlflow_pt_deploy.training.trainer import cross_entropy, fit
 
 
 def trained_weights(

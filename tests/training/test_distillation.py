@@ -20,7 +20,9 @@ from mlflow_pt_deploy.training.distillation import (
     label_with_teacher,
     start_student,
 )
-from mlflow_pt_deploy.training.trainer import Schedule, Tensors, evaluate, fit, predict_logits
+from mlflow_pt_deploy.training.inference import Tensors, evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import fit
 
 ROWS = ("my card", "i want a refund please", "")
 
@@ -225,7 +227,9 @@ def test_similarity_loss_works_across_feature_widths(
     flags: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mlflow_pt_deploy.training.trainer.cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(
+        "mlflow_pt_deploy.training.optimization.cpu_flags", lambda: frozenset(flags)
+    )
     labels = label_with_teacher(teacher, tiny_splits.train, tmp_path)
 
     def distance(student: Classifier) -> float:

@@ -12,17 +12,11 @@ import torch
 from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import Classifier, load_classifier
-from mlflow_pt_deploy.training import trainer
-from mlflow_pt_deploy.training.trainer import (
-    Epoch,
-    Loss,
-    Schedule,
-    Tensors,
-    cross_entropy,
-    evaluate,
-    fit,
-    predict_logits,
-)
+from mlflow_pt_deploy.training import optimization, training_state
+from mlflow_pt_deploy.training.inference import Tensors, evaluate, predict_logits
+from mlflow_pt_deploy.training.optimization import Schedule
+from mlflow_pt_deploy.training.trainer import cross_entropy, fit
+from mlflow_pt_deploy.training.training_state import Epoch, Loss
 
 FAST = Schedule(epochs=3, learning_rate=3e-3, batch_size=20)  # 90 rows: 5 steps per epoch
 STEPS = 5
@@ -91,7 +85,7 @@ def test_model_learns(classifier: Classifier, relabeled: Splits) -> None:
 def test_bf16_is_used_for_training_but_not_for_evaluation(
     classifier: Classifier, relabeled: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "cpu_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(optimization, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     entropy, seen = cross_entropy(relabeled.train.targets), set()
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
@@ -103,7 +97,7 @@ def test_bf16_is_used_for_training_but_not_for_evaluation(
     assert epochs[-1].train_loss < epochs[0].train_loss
     assert {tensor.dtype for tensor in classifier.parameters()} == {torch.float32}
     found = predict_logits(classifier, relabeled.test.rows)
-    monkeypatch.setattr(trainer, "cpu_flags", frozenset)
+    monkeypatch.setattr(optimization, "cpu_flags", frozenset)
     assert (predict_logits(classifier, relabeled.test.rows) == found).all()
 
 
@@ -172,7 +166,7 @@ def test_resumed_training_equals_an_uninterrupted_one(
     straight = load_classifier(str(tiny_model))
     expected = fit(straight, relabeled, loss, FAST)
 
-    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(training_state, "_CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "work" / "teacher.checkpoint"
     with pytest.raises(Stopped):
         stopped = load_classifier(str(tiny_model))
@@ -196,7 +190,7 @@ def test_resuming_after_a_stop_during_evaluation(
     straight = load_classifier(str(tiny_model))
     expected = fit(straight, relabeled, loss, FAST)
 
-    monkeypatch.setattr(trainer, "_CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr(training_state, "_CHECKPOINT_EVERY_S", 0.0)
     checkpoint = tmp_path / "teacher.checkpoint"
     left = iter(range(epoch - 1))
 
@@ -206,7 +200,7 @@ def test_resuming_after_a_stop_during_evaluation(
         return evaluate(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(trainer, "evaluate", interrupted)
+        patch.setattr(training_state, "evaluate", interrupted)
         fit(load_classifier(str(tiny_model)), relabeled, loss, FAST, checkpoint=checkpoint)
 
     resumed = load_classifier(str(tiny_model))

@@ -26,8 +26,8 @@ from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import DataError, PtDeployError
 from mlflow_pt_deploy.models import load_classifier
-from mlflow_pt_deploy.pipeline.prediction import PredictionResult, predict_table
-from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
+from mlflow_pt_deploy.prediction.options import PredictionOptions
+from mlflow_pt_deploy.prediction.runner import PredictionResult, predict_table
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 

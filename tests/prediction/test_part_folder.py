@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlflow_pt_deploy.errors import DataError
-from mlflow_pt_deploy.pipeline.part_folder import part_folder
+from mlflow_pt_deploy.prediction.part_folder import part_folder
 
 KEY: dict[str, Any] = {"input": {"bytes": 1}, "model": "m", "options": {"top_k": 1}}
 

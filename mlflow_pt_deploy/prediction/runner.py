@@ -28,17 +28,17 @@ from mlflow_pt_deploy.data.tables.readers import (
     suffix_of,
 )
 from mlflow_pt_deploy.errors import DataError
-from mlflow_pt_deploy.pipeline.bulk_scorer import BulkScorer, EncodedChunk, one_ahead
-from mlflow_pt_deploy.pipeline.part_folder import part_folder
-from mlflow_pt_deploy.pipeline.prediction_options import PredictionOptions
-from mlflow_pt_deploy.pipeline.prediction_output import (
+from mlflow_pt_deploy.prediction.bulk_scorer import BulkScorer, EncodedChunk, one_ahead
+from mlflow_pt_deploy.prediction.options import PredictionOptions
+from mlflow_pt_deploy.prediction.output import (
     FileOutput,
     Output,
     StreamOutput,
     added_columns,
     rejected_file,
 )
-from mlflow_pt_deploy.pipeline.prediction_pace import Pace
+from mlflow_pt_deploy.prediction.pace import Pace
+from mlflow_pt_deploy.prediction.part_folder import part_folder
 from mlflow_pt_deploy.registry.addresses import explain_load_error, resolve
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import digest

@@ -20,7 +20,7 @@ from mlflow_pt_deploy.data.tables.writers import (
     open_writer,
 )
 from mlflow_pt_deploy.errors import DataError
-from mlflow_pt_deploy.pipeline.part_folder import Checkpoint, PartFolder, sync
+from mlflow_pt_deploy.prediction.part_folder import Checkpoint, PartFolder, sync
 
 _REJECTED = "rejected.jsonl"
 # A checkpoint closes the files of the output, so there are fewer of them as time goes on.

@@ -1,0 +1,1 @@
+"""Batch prediction: tables of any size in and out."""
