@@ -19,7 +19,7 @@ SCORE_BUCKETS = 20
 LENGTH_BUCKETS = 16
 """Bucket i holds rows of 2**(i-1) to 2**i - 1 tokens."""
 
-MAX_LISTED = 250
+MAX_LISTED = 200
 """Classes with a count of their own in a tag; those with fewer rows share one."""
 
 MAX_TAG = 5000

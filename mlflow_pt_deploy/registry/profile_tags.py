@@ -1,4 +1,4 @@
-"""Tags of a version with counts of its rows: of those that decided its promotion, and served ones."""
+"""Tags of a version with counts of rows: of the validation rows, and of served ones."""
 
 from __future__ import annotations
 

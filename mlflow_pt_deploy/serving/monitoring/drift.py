@@ -174,6 +174,8 @@ def _shifts(
     now = RowCounts.from_json(counts.to_json())
     now.labels = now.labels + [0] * (known.profile.classes - len(now.labels))
     recent = now.plus(past, -1)
+    if min(recent.labels) < 0:  # the counts of a worker began again
+        recent = now
     return {
         LAST_HOUR: compare(known.profile, Profile.of(recent)),
         SINCE_START: compare(known.profile, Profile.of(now)),

@@ -20,7 +20,7 @@ MAX_LABELS = 50
 
 _VERSION = ("model", "version")
 _SCORE_ENDS = [*(f"{at / SCORE_BUCKETS:g}" for at in range(1, SCORE_BUCKETS)), "+Inf"]
-_LENGTH_ENDS = [*(str(2**at - 1) for at in range(LENGTH_BUCKETS - 1)), "+Inf"]
+_LENGTH_ENDS = [*(f"{2**at - 1:.1f}" for at in range(LENGTH_BUCKETS - 1)), "+Inf"]
 
 
 class RowCollector(Collector):
@@ -56,7 +56,7 @@ class RowCollector(Collector):
         for each in self._series():
             version = (each.model, each.version)
             counts = each.counts
-            for label, count in _by_label(each):
+            for label, count in _by_label(each).items():
                 rows.add_metric((*version, label), count)
             scores.add_metric(version, _cumulative(_SCORE_ENDS, counts.scores), None)
             if counts.pieces:
@@ -70,20 +70,19 @@ class RowCollector(Collector):
         yield from (rows, scores, lengths, unknown, *drift.values())
 
 
-def _by_label(series: RowSeries) -> Iterator[tuple[str, int]]:
+def _by_label(series: RowSeries) -> dict[str, int]:
     """Rows by label; those that were rare in the profile are added up as ``other``.
 
     The choice does not depend on what is served, so that a series never ends.
     """
     counts, names = series.counts.labels, series.labels
     order = sorted(range(len(names)), key=lambda at: -series.profile.get(at, 0))
-    own, others = order[:MAX_LABELS], order[MAX_LABELS:]
-    if not counts:
-        return
-    for at in sorted(own):
-        yield names[at], counts[at]
-    if others:
-        yield "other", sum(counts[at] for at in others)
+    own = set(order[:MAX_LABELS])
+    found: dict[str, int] = {}
+    for at, count in enumerate(counts):
+        name = names[at] if at in own else "other"
+        found[name] = found.get(name, 0) + count
+    return found
 
 
 def _cumulative(ends: Sequence[str], counts: Sequence[int]) -> list[tuple[str, int]]:
