@@ -41,24 +41,25 @@ class DriftReport:
     windows: Mapping[str, Sequence[Shift]]
 
     @property
+    def window(self) -> str:
+        """The window that decides: the first one that can tell, or the first one."""
+        able = (name for name, shifts in self.windows.items() if overall(shifts) != TOO_FEW)
+        return next(able, next(iter(self.windows)))
+
+    @property
     def verdict(self) -> str:
-        """``same``, ``moved`` or ``too few rows``: of the first window that can tell."""
-        verdicts = [overall(shifts) for shifts in self.windows.values()]
-        return next((verdict for verdict in verdicts if verdict != TOO_FEW), TOO_FEW)
+        """``same``, ``moved`` or ``too few rows``."""
+        return overall(self.windows[self.window])
 
     def text(self) -> str:
         """A sentence, and a table of each window."""
-        moved = [
-            f"{shift.kind} ({window.replace('_', ' ')})"
-            for window, shifts in self.windows.items()
-            for shift in shifts
-            if shift.verdict == MOVED
-        ]
-        what = f": {', '.join(moved)}" if moved and self.verdict == MOVED else ""
-        lines = [f"{self.version}: {_SENTENCES[self.verdict]}{what}."]
+        window, verdict = self.window, self.verdict
+        moved = [shift.kind for shift in self.windows[window] if shift.verdict == MOVED]
+        found = f"{', '.join(moved)}; {_words(window)}" if moved else _words(window)
+        lines = [f"{self.version}: {_SENTENCES[verdict]} ({found})."]
         rows = [
             (
-                window.replace("_", " "),
+                _words(window),
                 shift.kind,
                 str(shift.rows),
                 f"{shift.psi:.3f}",
@@ -72,6 +73,10 @@ class DriftReport:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
         return "\n".join([*lines, "", f"A kind has moved if its interval is above {LIMIT:g}."])
+
+
+def _words(window: str) -> str:
+    return window.replace("_", " ")
 
 
 def drift_in_registry(name: str) -> DriftReport:

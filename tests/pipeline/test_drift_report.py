@@ -11,7 +11,9 @@ from tiny.server import free_port, running
 from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.cli import main
+from mlflow_pt_deploy.evaluation.drift import compare
 from mlflow_pt_deploy.evaluation.profile import Profile, RowCounts
+from mlflow_pt_deploy.pipeline.drift_report import DriftReport
 from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.registry.profile_tags import PROFILE_TAG, SERVED_TAG
 from mlflow_pt_deploy.serving.app import Application
@@ -63,12 +65,14 @@ def test_what_servers_wrote_to_the_registry_is_compared(
     client.set_model_version_tag("tiny", "1", PROFILE_TAG, PROFILE)
     client.set_model_version_tag("tiny", "1", SERVED_TAG, served(counts(610, 290, 100)))
     shown, document = command(capsys, "tiny")
-    assert "tiny/1: what comes still looks like the rows that decided its promotion." in shown
+    assert (
+        "tiny/1: what comes still looks like the rows that decided its promotion (written " in shown
+    )
     assert document["verdict"] == "same"
     client.set_model_version_tag("tiny", "1", SERVED_TAG, served(counts(100, 300, 600)))
     for name in ("tiny", "tiny@champion", "tiny/1"):
         shown, document = command(capsys, name, status=4)
-        assert "no longer looks like" in shown and ": labels (written to the registry)." in shown
+        assert "no longer looks like" in shown and "(labels; written to the registry)." in shown
         assert document["verdict"] == "moved"
     client.set_model_version_tag("tiny", "1", SERVED_TAG, served(counts(20, 30, 10)))
     shown, document = command(capsys, "tiny")
@@ -133,7 +137,7 @@ def test_a_running_server_is_asked(
         model.counts["1"].count_rows([(2, 0.9)] * 4000, [[[2, 3]] * 4000])
         for name in ("tiny", "tiny/1", "shop"):
             shown, document = command(capsys, name, "--url", url, status=4)
-            assert "labels (last hour), labels (since start)" in shown
+            assert "(labels; last hour)." in shown
         for name, message in (
             ("other", f"{url} does not serve other; it serves shop"),
             ("tiny/2", f"{url} serves tiny/1, not tiny/2"),
@@ -162,3 +166,22 @@ def test_no_server(tracking: str, capsys: pytest.CaptureFixture[str]) -> None:
     for url in (f"http://127.0.0.1:{free_port()}", "127.0.0.1", "nonsense://x"):
         shown, _ = command(capsys, "tiny", "--url", url, status=1)
         assert f"no pt-deploy server answers at {url}" in shown
+
+
+def test_the_last_hour_decides_unless_it_has_too_few_rows() -> None:
+    usual = Profile.from_tag(PROFILE, "the tag")
+    same = compare(usual, Profile.of(counts(620, 290, 90)))
+    moved = compare(usual, Profile.of(counts(100, 300, 600)))
+    few = compare(usual, Profile.of(counts(6, 3, 1)))
+    for windows, expected in (
+        ((same, moved), ("last_hour", "same")),
+        ((moved, same), ("last_hour", "moved")),
+        ((few, moved), ("since_start", "moved")),
+        (([], same), ("since_start", "same")),
+        ((few, few), ("last_hour", "too few rows")),
+    ):
+        report = DriftReport(
+            "tiny/1", dict(zip(("last_hour", "since_start"), windows, strict=True))
+        )
+        assert (report.window, report.verdict) == expected
+        assert f"{expected[0].replace('_', ' ')})." in report.text()

@@ -74,10 +74,13 @@ class DriftWatch:
         for name, model in self._models.items():
             version = model.current
             if version is not None and (name, version.label) not in self._known:
-                known = _known(name, version)
+                kept = {
+                    (of, label): each
+                    for (of, label), each in self._known.items()
+                    if label in self._models[of].counts
+                }
                 # one assignment: other threads iterate over the dict
-                kept = {key: each for key, each in self._known.items() if key[1] in model.counts}
-                self._known = {**kept, (name, version.label): known}
+                self._known = {**kept, (name, version.label): _known(name, version)}
 
     def lead(self, counts: ServerCounts) -> None:
         """Add a snapshot if the last one is `STEP_S` old; drop those that are too old."""
@@ -100,33 +103,33 @@ class DriftWatch:
         version = self._models[name].current
         if version is None:
             return None
-        return next(
-            (
-                {
-                    "reason": series.reason,
-                    **{
-                        window: [shift._asdict() for shift in shifts]
-                        for window, shifts in series.shifts.items()
-                    },
-                }
-                for series in self.series()
-                if (series.model, series.version) == (name, version.label)
-            ),
-            None,
-        )
+        for found in self.series((name, version.label)):
+            return {
+                "reason": found.reason,
+                **{
+                    window: [shift._asdict() for shift in shifts]
+                    for window, shifts in found.shifts.items()
+                },
+            }
+        return None  # it was replaced meanwhile
 
-    def series(self) -> list[RowSeries]:
-        """Counts and drift of every version that is known, over all workers."""
+    def series(self, only: tuple[str, str] | None = None) -> list[RowSeries]:
+        """Counts and drift over all workers.
+
+        Args:
+            only: Model and version label; None: every version that is known.
+        """
         self.follow()
-        counts = server_counts(self._models, self._states)
-        before = self._hour_ago()
+        counts, before = server_counts(self._models, self._states), self._hour_ago()
         found = []
         for (name, label), known in self._known.items():
-            rows = counts.get(name, {}).get(label, VersionCounts())
-            past = RowCounts.from_json(before.get(name, {}).get(label, {}))
-            shifts, reason = _shifts(known, rows, past)
-            order = known.profile.labels if known.profile else {}
-            found.append(RowSeries(name, label, known.labels, order, rows, shifts, reason))
+            if only in (None, (name, label)):
+                rows = counts.get(name, {}).get(label, VersionCounts())
+                past = RowCounts.from_json(before.get(name, {}).get(label, {}))
+                order = known.profile.labels if known.profile else {}
+                shifts = _shifts(known.profile, rows, past)
+                series = RowSeries(name, label, known.labels, order, rows, shifts, known.reason)
+                found.append(series)
         return found
 
     def _read(self) -> list[dict[str, Any]]:
@@ -165,18 +168,16 @@ def _rows_only(counts: ServerCounts) -> dict[str, Any]:
     }
 
 
-def _shifts(
-    known: _Known, counts: RowCounts, past: RowCounts
-) -> tuple[dict[str, list[Shift]], str]:
-    """Shifts by window; with the reason if there are none."""
-    if known.profile is None:
-        return {LAST_HOUR: [], SINCE_START: []}, known.reason
+def _shifts(profile: Profile | None, counts: RowCounts, past: RowCounts) -> dict[str, list[Shift]]:
+    """Shifts by window; none without a profile."""
+    if profile is None:
+        return {LAST_HOUR: [], SINCE_START: []}
     now = RowCounts.from_json(counts.to_json())
-    now.labels = now.labels + [0] * (known.profile.classes - len(now.labels))
+    now.labels = now.labels + [0] * (profile.classes - len(now.labels))
     recent = now.plus(past, -1)
     if min(recent.labels) < 0:  # the counts of a worker began again
         recent = now
     return {
-        LAST_HOUR: compare(known.profile, Profile.of(recent)),
-        SINCE_START: compare(known.profile, Profile.of(now)),
-    }, ""
+        LAST_HOUR: compare(profile, Profile.of(recent)),
+        SINCE_START: compare(profile, Profile.of(now)),
+    }

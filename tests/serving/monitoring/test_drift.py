@@ -199,5 +199,9 @@ def test_a_replaced_version_keeps_its_series(tracking: str, tmp_path: Path) -> N
     assert (first.version, first.counts.rows, bool(first.shifts["last_hour"])) == ("1", 400, True)
     assert (second.version, second.counts.rows, second.profile) == ("2", 0, {})
     assert "has no tag" in (watch.status("tiny") or {})["reason"]
+    other = ServedModel("other", source(str(tmp_path / "next")))
+    other.open()
+    both = DriftWatch({"tiny": model, "other": other})
+    assert [each.model for each in (*both.series(), *both.series())] == ["tiny", "other"] * 2
     model.unload("a test")
     assert watch.status("tiny") is None
