@@ -29,7 +29,7 @@ MIN_ROWS = 100
 
 _MIN_EXPECTED = 5  # rows of a bucket in the smaller sample; Cochran's rule
 _Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
-_STEPS = 50
+_STEPS = 30
 
 _Floats = npt.NDArray[np.float64]
 
