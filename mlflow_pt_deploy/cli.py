@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 success, 1 a stage failed, 2 wrong usage, 3 nothing was promoted, 4 and 5
-        from `verify`, 130 interrupted, 143 terminated.
+        from `verify`, 4 from `drift`, 130 interrupted, 143 terminated.
     """
     parsed = build_parser().parse_args(arguments)
     _quiet_libraries()
@@ -101,6 +101,7 @@ _COMMANDS: dict[str, Command] = {
     "history": registry.history,
     "compare": registry.compare,
     "verify": registry.verify,
+    "drift": registry.drift,
     "report": registry.report,
     "predict": predict.predict,
     "serve": serve.serve,

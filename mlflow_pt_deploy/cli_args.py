@@ -32,6 +32,7 @@ COMMANDS = {
     "history": "list the promotions of a registered model",
     "compare": "compare two versions on the same rows",
     "verify": "compare a model on this machine with what was logged",
+    "drift": "compare what is served with the rows that decided the promotion",
     "package": "write a folder from which an image, Kubernetes objects or a function are built",
     "predict": "score a Parquet, CSV or JSON lines file of any size",
     "report": "write one HTML page about a run, or about the champion of a registered model",
@@ -150,6 +151,18 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             {
                 "action": "store_true",
                 "help": "time single rows too; nothing else should run meanwhile",
+            },
+        ),
+    ),
+    "drift": (
+        ("name", {"help": "registered model: NAME (its champion), NAME@ALIAS or NAME/VERSION"}),
+        (
+            "--url",
+            {
+                "default": "",
+                "metavar": "URL",
+                "help": "ask a running server, with its token in PT_DEPLOY_ADMIN_TOKEN or "
+                "PT_DEPLOY_TOKEN; empty: what servers wrote to the registry",
             },
         ),
     ),

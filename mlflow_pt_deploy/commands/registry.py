@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 VERIFY_STATUS = {"pass": 0, "degraded": 4, "wrong": 5}
 """Exit status of ``pt-deploy verify``."""
 
+DRIFT_STATUS = {"same": 0, "too few rows": 0, "moved": 4}
+"""Exit status of ``pt-deploy drift``."""
+
 
 def promote(parsed: argparse.Namespace) -> dict[str, Any]:
     """Promote the choice of a run; or copy a champion elsewhere; or repair a promotion."""
@@ -135,6 +138,25 @@ def verify(parsed: argparse.Namespace) -> dict[str, Any]:
         "slowdown": done.slowdown,
         "changed_labels": done.changed_labels,
         "exit_status": VERIFY_STATUS[done.status],
+    }
+
+
+def drift(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Compare served rows with those that decided the promotion."""
+    from mlflow_pt_deploy.pipeline.drift_report import drift_in_registry, drift_of_server
+
+    done = (
+        drift_of_server(parsed.name, parsed.url) if parsed.url else drift_in_registry(parsed.name)
+    )
+    print(done.text())
+    return {
+        "stage": "drift",
+        "version": done.version,
+        "verdict": done.verdict,
+        "windows": {
+            window: [shift._asdict() for shift in shifts] for window, shifts in done.windows.items()
+        },
+        "exit_status": DRIFT_STATUS[done.verdict],
     }
 
 

@@ -2,6 +2,8 @@
 
     result         one measurement with unit and samples; all measurements of one variant
     statistics     percentiles, confidence intervals, macro-F1
+    profile        what a version answers, as counts
+    drift          whether served rows still look like a profile
     chance         compare a classifier with a constant one
     worker         process that loads one variant and runs it
     worker_client  handle of a worker process

@@ -14,6 +14,7 @@ from mlflow_pt_deploy.data.perturbation import perturb
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation.chance import chance_note
+from mlflow_pt_deploy.evaluation.profile import RowCounts
 from mlflow_pt_deploy.evaluation.result import UNITS, Measurement, Result
 from mlflow_pt_deploy.evaluation.statistics import (
     calibration_error,
@@ -249,7 +250,17 @@ def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
             predicted={
                 name: tuple(predictions[name].labels.tolist()) for name in ("validation", "test")
             },
+            profile=_profile(worker, predictions["validation"], len(labels)),
         )
+
+
+def _profile(worker: Worker, predictions: Predictions, classes: int) -> RowCounts:
+    """Counts of the validation rows; asked last, because it takes memory."""
+    counts = worker.tokens(0, len(predictions.labels))
+    counts.labels = [0] * classes
+    scores = np.nan_to_num(predictions.confidence).tolist()
+    counts.count_rows(zip(predictions.labels.tolist(), scores, strict=True), ())
+    return counts
 
 
 def _timing(worker: Worker, bench: Bench) -> list[Measurement]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.evaluation.profile import RowCounts
 
 UNITS: Mapping[str, str] = {
     "accuracy": "fraction",
@@ -113,6 +114,7 @@ class Result:
         baseline: Variant that `speedup`, `accuracy_drop` and `agreement` compare with.
         notes: Warnings about the variant, e.g. that it is at chance level.
         predicted: Predicted class of each row, by dataset.
+        profile: Counts of the answers to the validation rows, or None.
     """
 
     variant: str
@@ -127,6 +129,7 @@ class Result:
     baseline: str = ""
     notes: tuple[str, ...] = ()
     predicted: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    profile: RowCounts | None = None
 
     def get(self, name: str, dataset: str = "") -> Measurement | None:
         """Return the measurement of a metric on a dataset, or None."""
@@ -173,12 +176,14 @@ class Result:
         try:
             folder = document["folder"]
             measurements = tuple(map(Measurement.from_json, document["measurements"]))
-            predicted = document.get("predicted", {})  # missing in older documents, as are notes
+            # older documents have no `predicted`, `notes` and `profile`
+            predicted, profile = document.get("predicted", {}), document.get("profile")
             parsed = {
                 "folder": folder and Path(folder),
                 "measurements": measurements,
                 "notes": tuple(document.get("notes", ())),
                 "predicted": {name: tuple(labels) for name, labels in predicted.items()},
+                "profile": profile and RowCounts.from_json(profile),
             }
             return cls(**{**document, **parsed})
         except (KeyError, TypeError) as error:

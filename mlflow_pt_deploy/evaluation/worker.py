@@ -105,6 +105,16 @@ class Session:
             )
         return flipped
 
+    def tokens(self, start: int, stop: int) -> dict[str, Any]:
+        """Return the `RowCounts` of the tokens of the rows in [start, stop); of images none."""
+        from mlflow_pt_deploy.evaluation.profile import RowCounts
+
+        preprocessor, counts = self._loaded.preprocessor, RowCounts()
+        if preprocessor.column == "text":
+            encoded = preprocessor.encode(self._rows[start:stop])
+            counts.count_rows((), [encoded], preprocessor.unknown_id)
+        return counts.to_json()
+
     def memory(self) -> int:
         """Return the peak resident memory of this process, in bytes."""
         try:
@@ -151,7 +161,7 @@ def _serve(session: Session, requests: TextIO, replies: TextIO) -> None:
     """Handle requests until ``quit`` or the end of the input."""
     operations: dict[str, Callable[..., Any]] = {
         name: getattr(session, name)
-        for name in ("first", "rows", "time", "batch", "predict", "alone", "memory")
+        for name in ("first", "rows", "time", "batch", "predict", "alone", "tokens", "memory")
     }
     for line in requests:
         request = json.loads(line)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import VariantError, describe_exit, root_cause
+from mlflow_pt_deploy.evaluation.profile import RowCounts
 from mlflow_pt_deploy.preprocessing import Row, row_to_json
 from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system import interrupt
@@ -132,6 +133,14 @@ class Worker:
     def alone(self, indices: Sequence[int], size: int) -> int:
         """Return how many rows get another label alone than in a batch of `size`, in this order."""
         return int(self._request("alone", indices=list(indices), size=size))
+
+    def tokens(self, start: int, stop: int) -> RowCounts:
+        """Return the counts of the tokens of the rows in [start, stop); of images none."""
+        counts = RowCounts()
+        for first in range(start, stop, _PREDICT_ROWS):
+            part = self._request("tokens", start=first, stop=min(first + _PREDICT_ROWS, stop))
+            counts = counts.plus(RowCounts.from_json(part))
+        return counts
 
     def memory(self) -> int:
         """Return the peak resident memory of the process, in bytes."""

@@ -11,9 +11,11 @@ from mlflow import MlflowClient
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.errors import NotPromotedError, PolicyError
 from mlflow_pt_deploy.evaluation import Result
+from mlflow_pt_deploy.evaluation.profile import Profile
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.stored_results import read_measured
 from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
+from mlflow_pt_deploy.registry.profile_tags import PROFILE_TAG
 from mlflow_pt_deploy.registry.promotion import (
     RUN_TAG,
     Candidate,
@@ -192,6 +194,8 @@ def _candidate(
         **{f"pt_deploy.{key}": fact for key, fact in facts.items() if fact},
         "pt_deploy.policy": policy.digest,
     }
+    if result.profile is not None:
+        tags[PROFILE_TAG] = Profile.of(result.profile).to_tag()
     about = {
         "champion": optimized.choice.reason,
         "challenger": f"{result.variant}, the runner-up of {optimized.choice.variant}.",

@@ -46,6 +46,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
@@ -108,6 +109,7 @@ class Application:
         states: State of all workers of this server.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
+        drift: Compares what is served with the rows of the promotion, if given.
         on_start, on_stop: Called when the event loop starts and ends.
 
     Attributes:
@@ -127,6 +129,7 @@ class Application:
         states: WorkerStates | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
+        drift: DriftWatch | None = None,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
         on_stop: Callable[[], None] = lambda: None,
     ) -> None:
@@ -140,7 +143,7 @@ class Application:
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
+        self._pages = Pages(models, self._metrics, hang_s, states, is_listening, drift)
         self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
             if path in self._scoring:

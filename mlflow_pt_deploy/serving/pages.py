@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.serving.http.open_inference import (
     MODELS,
@@ -21,6 +21,7 @@ from mlflow_pt_deploy.serving.http.response import (
     json_response,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -51,6 +52,7 @@ class Pages:
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
         is_listening: Whether the other ports of this worker are open.
+        drift: Compares what is served with the rows of the promotion, if given.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class Pages:
         hang_s: float,
         states: WorkerStates | None,
         is_listening: Callable[[], bool],
+        drift: DriftWatch | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._hang_s = hang_s
         self._states = states
         self._is_listening = is_listening
+        self._drift = drift
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -167,13 +171,17 @@ class Pages:
         return json_response(document(self._models, column))
 
     def _status(self, name: str) -> Response:
-        status = self._models[name].status()
+        status = self._model_status(name)
         if self._states is not None:
             status["replicas"] = self._states.of_model(name)
         return json_response(status)
 
     def _all_status(self) -> Response:
-        return json_response([model.status() for model in self._models.values()])
+        return json_response([self._model_status(name) for name in self._models])
+
+    def _model_status(self, name: str) -> dict[str, Any]:
+        status = self._models[name].status()
+        return status if self._drift is None else {**status, "drift": self._drift.status(name)}
 
     def _exposition(self) -> Response:
         text = self._metrics.expose()

@@ -80,6 +80,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     index = states.claim()
     _prepare_process(job, states, index)
     from mlflow_pt_deploy.serving.model_names import name_models
+    from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
     from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.platform import routes_from
@@ -100,7 +101,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
     )
-    monitor = Monitor(models, [], states)
+    drift = DriftWatch(models, states)
+    metrics.add_rows(drift.series)
+    monitor = Monitor(models, [drift], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -127,6 +130,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         states=states,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
+        drift=drift,
         on_start=start,
         on_stop=stop,
     )

@@ -79,6 +79,20 @@ def test_quality_is_compared_with_targets_and_baseline(
     assert student.get("accuracy", "test").samples == (0, 1, 1, 1)
 
 
+def test_the_answers_to_the_validation_rows_are_counted(results: list[Result]) -> None:
+    student, broken, teacher = results
+    assert student.profile is not None and teacher.profile is not None and broken.profile is None
+    assert student.profile.labels == [0, 5 * len(ROWS), 0]
+    assert teacher.profile.labels == np.bincount(PREDICTIONS * 5, minlength=3).tolist()
+    for profile in (student.profile, teacher.profile):
+        assert profile.rows == sum(profile.scores) == sum(profile.lengths) == 5 * len(ROWS)
+    assert teacher.profile.lengths == student.profile.lengths and teacher.profile.pieces > 0
+    again = Result.from_json(json.loads(json.dumps(student.to_json())))
+    assert again.profile == student.profile
+    older = {key: value for key, value in student.to_json().items() if key != "profile"}
+    assert Result.from_json(older).profile is None
+
+
 def test_the_speedup_of_the_baseline_is_about_one(results: list[Result]) -> None:
     speedup = results[2].get("speedup")
     assert 0.3 < speedup.value < 3

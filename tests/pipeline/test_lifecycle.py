@@ -12,6 +12,7 @@ from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import ModelError, PolicyError, SearchError
+from mlflow_pt_deploy.evaluation.profile import Profile
 from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice, read_optimized
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
@@ -138,6 +139,9 @@ def _check_champion(document: dict) -> None:
     version = MlflowClient().get_model_version_by_alias("tiny", "champion")
     assert version.description.startswith(document["reason"])
     assert version.tags["pt_deploy.variant"] == document["choice"]
+    for each in MlflowClient().search_model_versions("name = 'tiny'"):
+        profile = Profile.from_tag(each.tags["pt_deploy.profile"], "the tag")
+        assert profile.rows == sum(profile.scores) == sum(profile.lengths) == 30
     info = mlflow.models.get_model_info("models:/tiny@champion")
     assert info.saved_input_example_info["serving_input_path"] == "serving_input_example.json"
 

@@ -121,6 +121,12 @@ def gauge(url: str, name: str) -> float:
     return float(re.findall(rf"^pt_deploy_{name} (\S+)$", text, re.M)[0])
 
 
+def rows(url: str) -> float:
+    """Rows of all workers, as each of them computes it."""
+    text = retried(lambda url: requests.get(f"{url}/metrics", timeout=10), url).text
+    return sum(map(float, re.findall(r"^pt_deploy_rows_total\{.*\} (\S+)$", text, re.M)))
+
+
 def alive(pids: Sequence[int]) -> list[int]:
     """Those that still run; a zombie has ended."""
     found = []
@@ -136,13 +142,14 @@ def alive(pids: Sequence[int]) -> list[int]:
 def test_both_answer_and_metrics_add_them_up(server: Served) -> None:
     assert "2 replicas, each a process for " in server.banner
     assert re.search(r"/models/tiny: tiny-numpy-fp32, version \d, follows", server.banner)
-    before = counted(server.url)
+    before, rows_before = counted(server.url), rows(server.url)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, [server.url] * 40))
     assert [answer.status_code for answer in answers] == [200] * 40
     prefixes = {answer.headers["x-request-id"].partition("-")[0] for answer in answers}
     assert len(prefixes) == 2, "each worker has its own"
     until(lambda: counted(server.url) == before + 40)
+    until(lambda: rows(server.url) == rows_before + 40)
     until(lambda: gauge(server.url, "replica_up") == 2)
     found = replicas(server.url)
     assert [each["replica"] for each in found] == [0, 1]

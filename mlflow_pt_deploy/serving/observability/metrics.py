@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from mlflow_pt_deploy.evaluation.drift import Shift
+    from mlflow_pt_deploy.evaluation.profile import RowCounts
     from mlflow_pt_deploy.serving.http.response import Response
     from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+
+
+class RowSeries(NamedTuple):
+    """Answered rows of one version, over all workers.
+
+    Attributes:
+        model: Name of the model.
+        version: Label of the version.
+        labels: Names of the classes.
+        profile: Rows of the profile by class index; empty if there is none.
+        counts: The answered rows.
+        shifts: How far they are from the profile, by window.
+        reason: Why there are no shifts.
+    """
+
+    model: str
+    version: str
+    labels: Sequence[str]
+    profile: Mapping[int, int]
+    counts: RowCounts
+    shifts: Mapping[str, Sequence[Shift]]
+    reason: str
 
 
 class Metrics:
@@ -33,6 +57,9 @@ class Metrics:
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
+
+    def add_rows(self, series: Callable[[], Iterable[RowSeries]]) -> None:
+        """Expose the answered rows that `series` returns."""
 
     def forget_process(self, pid: int) -> None:
         """Drop the gauges of a worker that died; its counters stay."""

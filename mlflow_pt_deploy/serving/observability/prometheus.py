@@ -7,14 +7,15 @@ this module is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
-from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.observability.metrics import Metrics, RowSeries
+from mlflow_pt_deploy.serving.observability.row_metrics import RowCollector
 from mlflow_pt_deploy.system.process_memory import resident_mb
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -34,6 +35,7 @@ class PrometheusMetrics(Metrics):
     def __init__(self) -> None:
         self._multiprocess = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._registry = registry = CollectorRegistry()
+        self._computed = CollectorRegistry()  # the same in every worker: never added up
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"pt_deploy_{name}", about, labels, registry=registry)
@@ -142,6 +144,10 @@ class PrometheusMetrics(Metrics):
         """See `Metrics`."""
         self._samplers.append((self._sampled[kind].labels(name), value))
 
+    def add_rows(self, series: Callable[[], Iterable[RowSeries]]) -> None:
+        """See `Metrics`."""
+        self._computed.register(RowCollector(series))
+
     def forget_process(self, pid: int) -> None:
         """See `Metrics`."""
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
@@ -159,7 +165,7 @@ class PrometheusMetrics(Metrics):
         if self._multiprocess:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        text: bytes = generate_latest(registry)
+        text: bytes = generate_latest(registry) + generate_latest(self._computed)
         return text
 
     def _retire(self, name: str) -> bool:
