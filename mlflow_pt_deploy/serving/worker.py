@@ -79,6 +79,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     states = WorkerStates(job.folder, len(job.shares))
     index = states.claim()
     _prepare_process(job, states, index)
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
     from mlflow_pt_deploy.serving.model_names import name_models
     from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
@@ -99,6 +100,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_opened=publisher.opened,
         on_failed=publisher.failed,
         on_polled=publisher.publish,
+        changed_at=states.registry_changed_at if auth_from_environment().webhook else None,
     )
     monitor = Monitor(models, [], states)
     watchdog = Watchdog(
@@ -129,6 +131,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         is_listening=lambda: grpc_server is None or grpc_server.listening,
         on_start=start,
         on_stop=stop,
+        on_registry_change=states.note_registry_change,
     )
     grpc_server = _grpc_server(application, job, states, publisher)
     watcher.start()
