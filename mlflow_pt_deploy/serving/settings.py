@@ -32,6 +32,11 @@ class ServerSettings:
     poll_s: float = option(
         5.0, "seconds between polls of the registry; 0: keep the versions found at the start"
     )
+    no_copy: bool = option(
+        False,
+        "keep no local copy of the served version; without one a start fails while the registry is "
+        "down",
+    )
     grace_s: int = option(30, "seconds that requests in flight have to finish after SIGTERM")
     access_log: bool = option(
         False, "write a line of JSON per request to standard error, without client data"

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
@@ -73,6 +74,8 @@ class RegistryWatcher(threading.Thread):
             return
         freeze_gc()
         self._on_opened()
+        for model in self._models:
+            self._submit(model, model.keep_copy)
         next_poll = self._next_poll()
         while not self._stopped.wait(_RECHECK_S):
             waiting = self._cache.reconcile()
@@ -106,9 +109,13 @@ class RegistryWatcher(threading.Thread):
         """Poll a model on its thread; False while an earlier poll of it is running."""
         running = self._running.get(model.name)
         idle = running is None or running.done()
-        if idle and not self._stopped.is_set():
-            self._running[model.name] = self._polls.submit(self._poll, model)
+        if idle:
+            self._submit(model, partial(self._poll, model))
         return idle
+
+    def _submit(self, model: ServedModel, work: Callable[[], None]) -> None:
+        if not self._stopped.is_set():
+            self._running[model.name] = self._polls.submit(work)
 
     def _poll(self, model: ServedModel) -> None:
         before = model.current
@@ -116,6 +123,7 @@ class RegistryWatcher(threading.Thread):
         if model.current is not before:
             freeze_gc()
         self._on_polled()
+        model.keep_copy()
 
     def _next_poll(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)
