@@ -98,7 +98,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         metrics.forget_process(predecessor)
     served = states.served()
     copies = None if settings.no_copy else ServedCopies()
-    models = name_models(job.models, job.model_config, metrics, served, copies=copies)
+    models = name_models(
+        job.models, job.model_config, metrics, served, copies=copies, cache_mb=settings.cache_mb
+    )
     publisher = _StatePublisher(states, models, settings)
     watcher = new_watcher(
         models,

@@ -31,6 +31,7 @@ from mlflow_pt_deploy.registry.served_copy import ServedCopies
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
 from mlflow_pt_deploy.serving.lifecycle.local_copy import LocalCopy
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
+from mlflow_pt_deploy.serving.model.prediction_cache import PredictionCache
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.system.clock import now
@@ -103,6 +104,7 @@ class ServedModel:
         metrics: Counts swaps and rejections.
         last_served: The version that another worker served under this name; it is opened first.
         copies: Local copies, for a start while the registry is down; None: none are kept.
+        cache_mb: MB of predictions that are kept for rows that come again; 0: none.
         find: Resolves a URI to a version.
         load: Loads a version, or raises.
         note: Notes in the registry why a version was rejected; an empty reason removes the note.
@@ -132,6 +134,7 @@ class ServedModel:
         metrics: Metrics | None = None,
         last_served: ServedVersion | None = None,
         copies: ServedCopies | None = None,
+        cache_mb: float = 0.0,
         find: Callable[[str], ResolvedVersion] = resolve,
         load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
         note: Callable[[ResolvedVersion, str], None] = note_refusal,
@@ -153,6 +156,7 @@ class ServedModel:
         self._provider = provider
         self._metrics = metrics or Metrics()
         self._last_served = last_served
+        self._cache_mb = cache_mb
         self._copy = LocalCopy(name, copies, _explain)
         self._find = find
         self._load = load
@@ -366,6 +370,8 @@ class ServedModel:
             self._activate(loaded, time.perf_counter() - start)
 
     def _activate(self, version: LoadedModel, seconds: float) -> None:
+        if self._cache_mb:
+            version.pyfunc.service.cache = PredictionCache(self._cache_mb)
         self._metrics.version_activated(self.name, version, seconds)
         self._count(version)
         live = (reference for reference in self._executors if reference() is not None)

@@ -90,6 +90,7 @@ class LoadedModel:
             "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
             "served_from_copy": self.copied_at or None,
+            "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
 
 
