@@ -34,6 +34,7 @@ from mlflow_pt_deploy.system.paths import home
 from mlflow_pt_deploy.system.regular_files import link_files, list_files, read_json
 
 _NOTE = "copy.json"
+_SERVERS = ("http", "databricks", "postgresql", "mysql", "mssql", "uc:")
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,11 @@ def needs_copy(uri: str) -> bool:
 
 
 def _registry_uri() -> str:
-    """The URI of the registry without a password; one that is no server's with its folder."""
+    """The URI of the registry without a password; that of a file with the current folder."""
     import mlflow
 
     uri = str(mlflow.get_registry_uri())
-    if not uri.startswith("http"):
+    if not uri.startswith(_SERVERS):
         uri = f"{uri} in {os.getcwd()}"
     return re.sub(r"://[^/@\s]+@", "://", uri)
 

@@ -61,6 +61,7 @@ def test_a_webhook_swaps_at_once_and_a_start_survives_an_outage(folder: Path) ->
             "MLFLOW_TRACKING_URI": url,
             "MLFLOW_REGISTRY_URI": url,
             "PT_DEPLOY_WEBHOOK_SECRET": SECRET,
+            "PT_DEPLOY_HOME": str(folder / "home"),
         }
         with started(
             folder / "first", URI, "--replicas", "2", "--poll-s", "3600", **variables
@@ -78,7 +79,7 @@ def test_a_webhook_swaps_at_once_and_a_start_survives_an_outage(folder: Path) ->
             until(lambda: both_serve(served, "2"), 60)
             print(f"the promotion arrived after {time.monotonic() - start:.1f} s")
             end(process)
-            until(lambda: list((folder / "pt-deploy-home").glob("served/*/2-*")), 60)
+            until(lambda: list((folder / "home").glob("served/*/2-*")), 60)
         start = time.monotonic()
         with started(
             folder / "second", URI, "--replicas", "2", "--poll-s", "0.5", **variables

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from tiny.server import free_port
 
 from mlflow_pt_deploy.registry.addresses import resolve
@@ -56,11 +57,10 @@ def registry(status: int, content: object) -> Iterator[str]:
             thread.join()
 
 
-def error_of(url: str, monkeypatch: pytest.MonkeyPatch) -> Exception:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
-    monkeypatch.setenv("MLFLOW_REGISTRY_URI", url)
+def error_of(url: str) -> Exception:
+    """What `resolve` would raise."""
     with pytest.raises(MlflowException) as caught:
-        resolve(URI)
+        get_model_name_and_version(MlflowClient(url, url), URI)
     return caught.value
 
 
@@ -78,18 +78,14 @@ def error_of(url: str, monkeypatch: pytest.MonkeyPatch) -> Exception:
         (200, "<html>a login page</html>", False),
     ],
 )
-def test_an_outage_is_told_from_an_answer(
-    status: int, content: object, outage: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_is_told_from_an_answer(status: int, content: object, outage: bool) -> None:
     with registry(status, content) as url:
-        assert is_outage(error_of(url, monkeypatch)) is outage
+        assert is_outage(error_of(url)) is outage
 
 
-def test_a_refused_connection_and_an_unknown_host_are_outages(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_refused_connection_and_an_unknown_host_are_outages() -> None:
     for host in (f"127.0.0.1:{free_port()}", "registry.invalid"):
-        assert is_outage(error_of(f"http://{host}", monkeypatch))
+        assert is_outage(error_of(f"http://{host}"))
 
 
 def test_a_missing_model_in_a_database_is_an_answer(tracking: str) -> None:
@@ -99,8 +95,7 @@ def test_a_missing_model_in_a_database_is_an_answer(tracking: str) -> None:
 
 
 def test_a_database_without_tables_is_an_outage(tracking: str, tmp_path: Path) -> None:
-    resolve_once = MlflowClient().search_registered_models
-    resolve_once()
+    MlflowClient().search_registered_models()
     (tmp_path / "mlflow.db").write_bytes(b"")
     with pytest.raises(MlflowException) as caught:
         resolve(URI)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import mlflow
 import pytest
 from tiny.serving import save_tiny
 
@@ -111,13 +112,13 @@ def test_the_same_version_is_copied_once_by_many_workers(
 
 
 def test_copies_of_other_uris_and_registries_are_others(
-    copies: ServedCopies, model: Path, monkeypatch: pytest.MonkeyPatch
+    tracking: str, copies: ServedCopies, model: Path
 ) -> None:
     copies.keep(URI, ONE, model, {})
     assert copies.find("models:/tiny/1") is None
     assert ServedCopies(lambda: "http://another").find(URI) is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@registry")
-    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://me:secret@registry")
+    assert ServedCopies().find(URI) is None
+    mlflow.set_registry_uri("http://me:secret@registry")
     assert ServedCopies().find(URI) is not None, "a password does not tell registries apart"
 
 
