@@ -120,8 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rounds.setdefault((name, size), []).append(measure(Path(folder), size, options))
     points = []
     for (name, size), measured in rounds.items():
-        medians = [statistics.median(float(one[at] or 0) for one in measured) for at in range(3)]
-        points.append(Point(name, size, *medians, hit_rate=measured[-1][3]))
+        rate, p50, p99 = (
+            statistics.median(float(one[at] or 0) for one in measured) for at in range(3)
+        )
+        points.append(Point(name, size, rate, p50, p99, measured[-1][3]))
     print(
         "| model | cache | requests/s | p50, ms | p99, ms | hit rate |\n|---|--:|--:|--:|--:|--:|"
     )
@@ -132,8 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"| {each.p50_ms:.2f} | {each.p99_ms:.2f} | {hits} |"
         )
     if options.out:
-        document = {"machine": machine(), "options": vars(options) | {"out": str(options.out)}}
-        document["points"] = [asdict(each) for each in points]
+        document = {
+            "machine": machine(),
+            "options": vars(options) | {"out": str(options.out)},
+            "points": [asdict(each) for each in points],
+        }
         options.out.write_text(json.dumps(document, indent=2))
 
 
