@@ -44,6 +44,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
     error_to_response,
     parse_and_encode,
 )
+from mlflow_pt_deploy.serving.http.webhook import WEBHOOK_PATH, WebhookReceiver
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
@@ -95,6 +96,9 @@ class ScoringRoute(NamedTuple):
     version: str = ""
 
 
+Route = ScoringRoute | Page | WebhookReceiver
+
+
 class Application:
     """Answers requests for one or more models.
 
@@ -111,6 +115,8 @@ class Application:
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
         on_start, on_stop: Called when the event loop starts and ends.
+        on_registry_change: Called on a thread when MLflow's webhook arrives; None: there is no
+            ``/webhook``.
 
     Attributes:
         active: Requests that are being answered.
@@ -132,8 +138,12 @@ class Application:
         drift: DriftWatch | None = None,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
         on_stop: Callable[[], None] = lambda: None,
+        on_registry_change: Callable[[], None] | None = None,
     ) -> None:
         self._auth = auth or TokenAuth()
+        self._webhook: WebhookReceiver | None = None
+        if self._auth.webhook and on_registry_change is not None:
+            self._webhook = WebhookReceiver(self._auth.webhook, on_registry_change)
         self._metrics = metrics or Metrics()
         self._access_log = access_log
         self._tracer = tracer
@@ -195,10 +205,10 @@ class Application:
             headers = (("x-model-version", response.model_version), *headers)
         return response._replace(headers=headers)
 
-    def _find(self, path: str) -> ScoringRoute | Page | None:
+    def _find(self, path: str) -> Route | None:
         """The page of a path, or the route of a path that names a version."""
         if not path.startswith(MODELS):
-            return self._pages.find(path)
+            return self._webhook if path == WEBHOOK_PATH else self._pages.find(path)
         path, version = split_version(path)
         route = self._scoring.get(path)
         return route._replace(version=version) if route else self._pages.find(path, version)
@@ -304,7 +314,7 @@ class Application:
         finally:
             watcher.cancel()
 
-    async def _read_only(self, route: ScoringRoute | Page | None, request: Request) -> Response:
+    async def _read_only(self, route: Route | None, request: Request) -> Response:
         """Answer a request that does not score.
 
         Raises:
@@ -313,8 +323,10 @@ class Application:
         if route is None:
             what = "model" if request.path.startswith(MODELS) else "path"
             raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", f"there is no such {what}"))
-        if isinstance(route, ScoringRoute) or request.method not in ("GET", "HEAD"):
-            allowed = "POST" if isinstance(route, ScoringRoute) else "GET, HEAD"
+        if isinstance(route, WebhookReceiver) and request.method == "POST":
+            return await route.answer(request)
+        if not isinstance(route, Page) or request.method not in ("GET", "HEAD"):
+            allowed = "GET, HEAD" if isinstance(route, Page) else "POST"
             message = f"this path takes {allowed}"
             raise Rejection(
                 error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
@@ -334,7 +346,7 @@ class Application:
 
     def _record(
         self,
-        route: ScoringRoute | Page | None,
+        route: Route | None,
         request: Request,
         response: Response,
         request_id: str,

@@ -23,6 +23,7 @@ def name_models(
     model_config: Mapping[str, Any] | None = None,
     metrics: Metrics | None = None,
     served: Mapping[str, Any] | None = None,
+    **parts: Any,
 ) -> dict[str, ServedModel]:
     """Create a served model for each argument.
 
@@ -31,6 +32,7 @@ def name_models(
         model_config: Serving options of all models.
         metrics: Counts swaps and rejections.
         served: Versions that were served under these names before, see `WorkerStates.served`.
+        **parts: Other arguments of `ServedModel`.
 
     Returns:
         Models by name: the given one, else the registered model's or the last part of the path.
@@ -51,7 +53,7 @@ def name_models(
         if before:
             last = ServedVersion(ModelSpec(**before["spec"]), ResolvedVersion(**before["version"]))
         provider = source(uri, model_config)
-        models[name] = ServedModel(name, provider, metrics=metrics, last_served=last)
+        models[name] = ServedModel(name, provider, metrics=metrics, last_served=last, **parts)
     if not models:
         raise ServingError("there is nothing to serve; give models:/NAME@champion")
     return models

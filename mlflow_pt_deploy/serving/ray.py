@@ -32,7 +32,15 @@ NAME = "pt-deploy"
 
 # Ray's default of 5 would leave nothing to batch; beyond it requests wait in Ray's proxy.
 _MAX_ONGOING_REQUESTS = 256
-_SETTINGS = ("poll_s", "hang_s", "max_body_mb", "max_models", "max_memory_mb", "access_log")
+_SETTINGS = (
+    "poll_s",
+    "hang_s",
+    "max_body_mb",
+    "max_models",
+    "max_memory_mb",
+    "cache_mb",
+    "access_log",
+)
 
 
 class AppOptions(BaseModel):
@@ -121,7 +129,7 @@ def load_replica(
     from mlflow_pt_deploy.serving.worker import new_application, new_watcher
 
     metrics = new_metrics()
-    models = name_models(words, model_options, metrics)
+    models = name_models(words, model_options, metrics, cache_mb=settings.cache_mb)
     loaded, failures = threading.Event(), list[Exception]()
 
     def fail(error: Exception) -> None:

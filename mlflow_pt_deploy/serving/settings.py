@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+from mlflow_pt_deploy.system.hardware import memory_bytes
 
 _MAX_SECONDS = 1e9
 _MAX_BODY_MB = 4096
@@ -31,6 +32,11 @@ class ServerSettings:
     grpc_port: int = option(0, "TCP port of the Open Inference Protocol over gRPC; 0: off")
     poll_s: float = option(
         5.0, "seconds between polls of the registry; 0: keep the versions found at the start"
+    )
+    no_copy: bool = option(
+        False,
+        "keep no local copy of the served version; without one a start fails while the registry is "
+        "down",
     )
     grace_s: int = option(30, "seconds that requests in flight have to finish after SIGTERM")
     access_log: bool = option(
@@ -52,6 +58,11 @@ class ServerSettings:
         0.0,
         "resident memory of a process in MB (10^6 bytes) above which models are evicted; "
         "0: no limit",
+    )
+    cache_mb: float = option(
+        0.0,
+        "MB (10^6 bytes) of predictions that a replica keeps for each model, for rows that come "
+        "again; 0: none",
     )
     replicas: int = option(
         0,
@@ -100,6 +111,7 @@ class ServerSettings:
         if self.max_connections < 1:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
         MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
+        self._check_cache()
         if not 0 <= self.replicas <= _MAX_REPLICAS:
             raise ServingError(
                 f"replicas is {self.replicas}; give 1 to {_MAX_REPLICAS}, or 0 to choose by the "
@@ -109,6 +121,21 @@ class ServerSettings:
             raise ServingError("replicas: this system has no SO_REUSEPORT; give 1")
         if self.pin and not hasattr(os, "sched_setaffinity"):
             raise ServingError("pin: this system has no CPU affinity; leave it out")
+
+    def _check_cache(self) -> None:
+        if not 0 <= self.cache_mb < float("inf"):
+            raise ServingError(f"cache_mb is {self.cache_mb:g}; give 0 (no cache) or more")
+        if self.max_memory_mb and self.cache_mb >= self.max_memory_mb:
+            raise ServingError(
+                f"cache_mb is {self.cache_mb:g} and max_memory_mb is {self.max_memory_mb:g}; give "
+                "a smaller cache, the models need memory too"
+            )
+        memory_mb = memory_bytes() / 1e6
+        if memory_mb and self.cache_mb >= memory_mb:
+            raise ServingError(
+                f"cache_mb is {self.cache_mb:g} and this machine has {memory_mb:.0f} MB of memory; "
+                "give a smaller cache"
+            )
 
 
 def _check_tls(cert: str, key: str) -> None:

@@ -42,6 +42,10 @@ SERVING_VARIABLES = {
 }
 """Environment variables of every process that serves."""
 
+PATIENCE_VARIABLES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+"""Environment variables that the user may set. A worker asks again every few seconds anyway, so it
+waits less than MLflow's minutes and notices soon that the registry is back."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -79,6 +83,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     states = WorkerStates(job.folder, len(job.shares))
     index = states.claim()
     _prepare_process(job, states, index)
+    from mlflow_pt_deploy.registry.served_copy import ServedCopies
+    from mlflow_pt_deploy.serving.http.auth import auth_from_environment
     from mlflow_pt_deploy.serving.model_names import name_models
     from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
     from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
@@ -92,7 +98,10 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     if predecessor := states.predecessor():
         metrics.forget_process(predecessor)
     served = states.served()
-    models = name_models(job.models, job.model_config, metrics, served)
+    copies = None if settings.no_copy else ServedCopies()
+    models = name_models(
+        job.models, job.model_config, metrics, served, copies=copies, cache_mb=settings.cache_mb
+    )
     publisher = _StatePublisher(states, models, settings)
     watcher = new_watcher(
         models,
@@ -100,6 +109,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_opened=publisher.opened,
         on_failed=publisher.failed,
         on_polled=publisher.publish,
+        changed_at=states.registry_changed_at if auth_from_environment().webhook else None,
     )
     drift = DriftWatch(models, states)
     metrics.add_rows(drift.series)
@@ -133,6 +143,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         drift=drift,
         on_start=start,
         on_stop=stop,
+        on_registry_change=states.note_registry_change,
     )
     grpc_server = _grpc_server(application, job, states, publisher)
     watcher.start()
@@ -268,10 +279,10 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     share = job.shares[index % len(job.shares)]
     if share.pinned:
         os.sched_setaffinity(0, share.pinned)
-    threads = {name: str(share.cores) for name in THREAD_VARIABLES if name not in os.environ}
+    defaults = {**dict.fromkeys(THREAD_VARIABLES, str(share.cores)), **PATIENCE_VARIABLES}
     os.environ.update(
         {
-            **threads,
+            **{name: value for name, value in defaults.items() if name not in os.environ},
             **job.environment,
             CORES_ENV: str(share.cores),
             "TMPDIR": str(states.scratch),
@@ -324,10 +335,13 @@ def _describe(model: ServedModel, poll_s: float) -> str:
         assert model.unloaded is not None
         return f"/models/{model.name}: {model.uri}, loaded on demand ({model.unloaded.reason})"
     options = version.pyfunc.options
+    copied = ""
+    if version.copied_at:
+        copied = f" (from the copy of {version.copied_at}: the registry does not answer)"
     followed = version.resolved.uri != model.uri and poll_s
     follows = f", follows {model.uri} every {poll_s:g} s" if followed else ""
     return (
-        f"/models/{model.name}: {version.name}, version {version.label}{follows}; "
+        f"/models/{model.name}: {version.name}, version {version.label}{copied}{follows}; "
         f"{options.device}, {options.num_threads or usable_cores()} threads a call, batches up to "
         f"{options.max_batch_rows} rows and {options.max_batch_tokens} tokens, queue of "
         f"{options.queue_rows} rows, deadline {options.deadline_ms:g} ms"

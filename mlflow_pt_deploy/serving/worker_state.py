@@ -8,6 +8,7 @@
     ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
+    ├── registry-changed       its time is that of the last webhook
     ├── draining               exists once readiness is off
     └── stopping               exists once the port is being closed
 
@@ -21,6 +22,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +100,19 @@ class WorkerStates:
     def start_stopping(self) -> None:
         """Let workers end as soon as they answer no request."""
         (self.folder / "stopping").touch()
+
+    def note_registry_change(self) -> None:
+        """Let every worker poll the registry."""
+        path, now = self.folder / "registry-changed", time.time_ns()
+        path.open("a").close()
+        os.utime(path, ns=(now, now))  # the kernel's own time has steps of milliseconds
+
+    def registry_changed_at(self) -> int:
+        """When a webhook said that the registry has changed, in nanoseconds; 0: never."""
+        try:
+            return (self.folder / "registry-changed").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Publish this worker's state."""

@@ -145,7 +145,7 @@ def hardware() -> dict[str, str]:
         "cpu": _cpu_model() or platform.processor() or platform.machine(),
         "cores": str(usable_cores()),
         "cpu_flags": " ".join(flags),
-        "memory_gb": _memory_gb(),
+        "memory_gb": f"{memory / 1e9:.1f}" if (memory := memory_bytes()) else "",
         "gpu": _gpu(),
         "os": f"{platform.system()} {platform.release()}",
         **library_versions(),
@@ -199,14 +199,15 @@ def _cpu_model() -> str:
     return ""
 
 
-def _memory_gb() -> str:
+def memory_bytes() -> int:
+    """Memory of this machine or container; 0: unknown."""
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return ""
+        return 0
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     if limit.isdigit():
         size = min(size, int(limit))
-    return f"{size / 1e9:.1f}"
+    return size
 
 
 def _gpu() -> str:

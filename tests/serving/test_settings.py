@@ -28,6 +28,17 @@ from mlflow_pt_deploy.serving.settings import ServerSettings
         ({"max_body_mb": float("nan")}, "max_body_mb is nan; give more than 0"),
         ({"max_connections": 0}, "max_connections is 0; give 1 or more"),
         ({"max_models": -1}, "max_models is -1; give 0"),
+        ({"cache_mb": -1}, "cache_mb is -1; give 0 \\(no cache\\) or more"),
+        ({"cache_mb": float("nan")}, "cache_mb is nan; give 0"),
+        ({"cache_mb": float("inf")}, "cache_mb is inf; give 0"),
+        (
+            {"cache_mb": 500, "max_memory_mb": 400},
+            "cache_mb is 500 and max_memory_mb is 400",
+        ),
+        (
+            {"cache_mb": 1e9},
+            r"this machine has \d+ MB of memory; give a smaller cache",
+        ),
         ({"replicas": -1}, "replicas is -1; give 1 to 256, or 0"),
         ({"replicas": 9999}, "replicas is 9999"),
         ({"tls_cert": "cert.pem"}, "belong together"),

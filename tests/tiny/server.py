@@ -72,7 +72,7 @@ def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> 
     """Run ``pt-deploy serve``, on a free port unless `words` name one, until the block ends.
 
     Args:
-        scratch: Its temporary folder, made if it does not exist; the log lies beside it.
+        scratch: Its temporary folder, made if it does not exist; log and home folder lie beside it.
         *words: Of the command line.
         models: How many are served; each has a line in the startup banner.
         **environment: Variables for it.
@@ -83,7 +83,12 @@ def started(scratch: Path, *words: str, models: int = 1, **environment: str) -> 
     scratch.mkdir(parents=True, exist_ok=True)
     log_path = scratch.with_name(f"{scratch.name}.log")
     path = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    variables = {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(scratch), **environment}
+    variables = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "TMPDIR": str(scratch),
+        "PT_DEPLOY_HOME": str(scratch.with_name(f"{scratch.name}-home")),
+        **environment,
+    }
     with (
         log_path.open("w") as log,
         subprocess.Popen(

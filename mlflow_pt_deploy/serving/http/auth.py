@@ -1,7 +1,7 @@
 """Bearer tokens for scoring and for the admin pages, compared in constant time.
 
-Tokens come from environment variables or files. They are not command line options, because every
-user of the machine can read those.
+Tokens, and the secret of MLflow's webhook, come from environment variables or files. They are not
+command line options, because every user of the machine can read those.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_pt_deploy.errors import ServingError
+from mlflow_pt_deploy.serving.http.webhook import WEBHOOK_ENV
 
 SCORE_ENV, ADMIN_ENV = "PT_DEPLOY_TOKEN", "PT_DEPLOY_ADMIN_TOKEN"
 _MIN_CHARS = 16
@@ -25,10 +26,13 @@ class TokenAuth:
     Attributes:
         scoring: Tokens for scoring; if there are none, requests need no token.
         admin: Tokens for ``/metrics`` and ``/model``; if there are none, the scoring tokens.
+        webhook: Secrets that MLflow signs webhooks with; if there are none, there is no
+            ``/webhook``.
     """
 
     scoring: tuple[bytes, ...] = ()
     admin: tuple[bytes, ...] = ()
+    webhook: tuple[bytes, ...] = ()
 
     def can_score(self, authorization: str | None) -> bool:
         """Whether a request with this ``Authorization`` header may score."""
@@ -40,14 +44,14 @@ class TokenAuth:
 
 
 def auth_from_environment() -> TokenAuth:
-    """Read ``PT_DEPLOY_TOKEN`` and ``PT_DEPLOY_ADMIN_TOKEN``, or the files in the variables
-    ``PT_DEPLOY_TOKEN_FILE`` and ``PT_DEPLOY_ADMIN_TOKEN_FILE``. A file may hold several tokens, one
-    per line, so that tokens can be rotated.
+    """Read ``PT_DEPLOY_TOKEN``, ``PT_DEPLOY_ADMIN_TOKEN`` and ``PT_DEPLOY_WEBHOOK_SECRET``, or the
+    files in the variables with ``_FILE`` at the end. A file may hold several tokens, one per line,
+    so that tokens can be rotated.
 
     Raises:
         ServingError: A file cannot be read, or a token is shorter than 16 characters.
     """
-    return TokenAuth(_tokens(SCORE_ENV), _tokens(ADMIN_ENV))
+    return TokenAuth(_tokens(SCORE_ENV), _tokens(ADMIN_ENV), _tokens(WEBHOOK_ENV))
 
 
 def require_auth_unless_loopback(host: str, auth: TokenAuth, insecure: bool) -> None:

@@ -50,13 +50,13 @@ class ScoringInput(NamedTuple):
     Attributes:
         rows: Raw rows.
         top_k: Labels per row.
-        encoded: The encoded rows; None until they are encoded.
+        encoded: The encoded rows, see `InferenceService.encode_missing`; None until then.
         wanted: What else the protocol's `write` needs.
     """
 
     rows: list[Row]
     top_k: int
-    encoded: list[Encoded] | None = None
+    encoded: list[Encoded | None] | None = None
     wanted: Any = None
 
 
@@ -91,13 +91,13 @@ class ScoringFormat(Protocol):
 def parse_and_encode(
     protocol: ScoringFormat, service: InferenceService, body: bytes, kind: BodyType
 ) -> ScoringInput:
-    """`ScoringFormat.parse`, then encode the rows; runs on a thread.
+    """`ScoringFormat.parse`, then encode the rows that are not cached; runs on a thread.
 
     Raises:
         RequestError: See `ScoringFormat.parse`.
     """
     found = protocol.parse(service, body, kind)
-    return found._replace(encoded=service.encode(found.rows))
+    return found._replace(encoded=service.encode_missing(found.rows, found.top_k))
 
 
 def check_identity_encoding(headers: Headers) -> None:

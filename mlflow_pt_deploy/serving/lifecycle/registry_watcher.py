@@ -7,14 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.system.process_memory import freeze_gc
 
-# Seconds between checks while a model waits for memory.
+# Seconds between checks while a model waits for memory, and for a webhook.
 _RECHECK_S = 0.1
+MIN_POLL_S = 1.0
+"""Least seconds between two polls that webhooks ask for."""
 
 
 class RegistryWatcher(threading.Thread):
@@ -30,6 +33,8 @@ class RegistryWatcher(threading.Thread):
         on_opened: Called when all models are loaded, or left unloaded within the budget.
         on_failed: Called with the error if a model cannot be opened; the thread then ends.
         on_polled: Called after each poll of a model.
+        changed_at: When a webhook last said that the registry has changed; a new value lets all
+            models be polled now. None: there is no webhook.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class RegistryWatcher(threading.Thread):
         on_opened: Callable[[], None],
         on_failed: Callable[[Exception], None],
         on_polled: Callable[[], None] = lambda: None,
+        changed_at: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(name="registry-watcher", daemon=True)
         self._models = models
@@ -49,6 +55,9 @@ class RegistryWatcher(threading.Thread):
         self._on_opened = on_opened
         self._on_failed = on_failed
         self._on_polled = on_polled
+        self._changed_at = changed_at
+        self._seen_change = changed_at() if changed_at else 0
+        self._polled_at = 0.0
         self._woken = threading.Event()
         self._stopped = threading.Event()
         self._polls = ThreadPoolExecutor(len(models), thread_name_prefix="poll")
@@ -65,15 +74,22 @@ class RegistryWatcher(threading.Thread):
             return
         freeze_gc()
         self._on_opened()
+        for model in self._models:
+            self._submit(model, model.keep_copy)
         next_poll = self._next_poll()
         while not self._stopped.wait(_RECHECK_S):
             waiting = self._cache.reconcile()
+            change = self._changed_at() if self._changed_at else 0
+            if next_poll is not None and change != self._seen_change:
+                next_poll = min(next_poll, self._polled_at + MIN_POLL_S)
             if next_poll is not None and time.monotonic() >= next_poll:
-                for model in self._models:
-                    self._start_poll(model)
+                self._polled_at = time.monotonic()
+                started = [self._start_poll(model) for model in self._models]
+                if all(started):
+                    self._seen_change = change
                 next_poll = self._next_poll()
             elif not waiting:
-                self._woken.wait(None if next_poll is None else next_poll - time.monotonic())
+                self._woken.wait(self._pause_s(next_poll))
                 self._woken.clear()
 
     def stop(self) -> None:
@@ -82,10 +98,24 @@ class RegistryWatcher(threading.Thread):
         self._woken.set()
         self._polls.shutdown(wait=False, cancel_futures=True)
 
-    def _start_poll(self, model: ServedModel) -> None:
+    def _pause_s(self, next_poll: float | None) -> float | None:
+        """Seconds to the next poll, or to the next look for a webhook; None: there is none."""
+        if next_poll is None:
+            return None
+        pause_s = next_poll - time.monotonic()
+        return min(pause_s, _RECHECK_S) if self._changed_at else pause_s
+
+    def _start_poll(self, model: ServedModel) -> bool:
+        """Poll a model on its thread; False while an earlier poll of it is running."""
         running = self._running.get(model.name)
-        if (running is None or running.done()) and not self._stopped.is_set():
-            self._running[model.name] = self._polls.submit(self._poll, model)
+        idle = running is None or running.done()
+        if idle:
+            self._submit(model, partial(self._poll, model))
+        return idle
+
+    def _submit(self, model: ServedModel, work: Callable[[], None]) -> None:
+        if not self._stopped.is_set():
+            self._running[model.name] = self._polls.submit(work)
 
     def _poll(self, model: ServedModel) -> None:
         before = model.current
@@ -93,6 +123,7 @@ class RegistryWatcher(threading.Thread):
         if model.current is not before:
             freeze_gc()
         self._on_polled()
+        model.keep_copy()
 
     def _next_poll(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)

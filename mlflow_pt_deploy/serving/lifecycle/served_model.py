@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.errors import PtDeployError, root_cause
@@ -24,15 +25,21 @@ from mlflow_pt_deploy.registry.addresses import (
     SpecProvider,
     resolve,
 )
+from mlflow_pt_deploy.registry.outage import answer_within, is_outage
 from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
+from mlflow_pt_deploy.registry.served_copy import ServedCopies
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
+from mlflow_pt_deploy.serving.lifecycle.local_copy import LocalCopy
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
+from mlflow_pt_deploy.serving.model.prediction_cache import PredictionCache
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.system.clock import now
 
 RETRY_S, MAX_RETRY_S = 60.0, 3600.0
 MAX_COUNTED = 20
+DECIDE_S = 8.0
+"""Seconds that the registry has to answer before a local copy serves."""
 
 _logger = logging.getLogger(__name__)
 
@@ -96,6 +103,8 @@ class ServedModel:
         provider: Returns the specification that is to be served now.
         metrics: Counts swaps and rejections.
         last_served: The version that another worker served under this name; it is opened first.
+        copies: Local copies, for a start while the registry is down; None: none are kept.
+        cache_mb: MB of predictions that are kept for rows that come again; 0: none.
         find: Resolves a URI to a version.
         load: Loads a version, or raises.
         note: Notes in the registry why a version was rejected; an empty reason removes the note.
@@ -124,6 +133,8 @@ class ServedModel:
         *,
         metrics: Metrics | None = None,
         last_served: ServedVersion | None = None,
+        copies: ServedCopies | None = None,
+        cache_mb: float = 0.0,
         find: Callable[[str], ResolvedVersion] = resolve,
         load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
         note: Callable[[ResolvedVersion, str], None] = note_refusal,
@@ -145,6 +156,8 @@ class ServedModel:
         self._provider = provider
         self._metrics = metrics or Metrics()
         self._last_served = last_served
+        self._cache_mb = cache_mb
+        self._copy = LocalCopy(name, copies, _explain)
         self._find = find
         self._load = load
         self._note = note
@@ -152,10 +165,14 @@ class ServedModel:
     def open(self) -> None:
         """Load the first version: the one that was served before, or the one wanted now.
 
+        If the registry does not answer, a local copy of what served last is loaded.
+
         Raises:
             PtDeployError: The version cannot serve.
             MlflowException: It cannot be found or fetched.
         """
+        if self._open_copy():
+            return
         if self._last_served is not None:
             self._try(self._last_served.version, self._last_served.spec)
         if self.current is None:
@@ -169,10 +186,22 @@ class ServedModel:
             PtDeployError: The specification or the MLmodel file cannot be read.
             MlflowException: There is no such model.
         """
-        spec, version = self._wanted()
-        check_exists(version)
+        try:
+            spec, version = self._wanted()
+            check_exists(version)
+        except Exception as error:
+            spec = self._provider()
+            copy = self._copy.find(spec.uri) if is_outage(error) else None
+            if copy is None:
+                raise
+            self._mark_registry_down(error)
+            version = copy.version
         self.uri, self._unloaded_version = spec.uri, version
         self.unloaded = EvictionNote(now(), reason)
+
+    def keep_copy(self) -> None:
+        """Copy the current version for a start while the registry is down; never raises."""
+        self._copy.keep(self.uri, self.current)
 
     @property
     def running_s(self) -> float:
@@ -247,6 +276,8 @@ class ServedModel:
             spec, version = self._wanted()
         except Exception as error:
             self._mark_registry_down(error)
+            if load and self.current is None and is_outage(error):
+                self._serve_copy(error)
             return
         if self.registry_down_since:
             _logger.info("%s: the registry answers again", self.name)
@@ -267,7 +298,36 @@ class ServedModel:
 
     def _wanted(self) -> tuple[ModelSpec, ResolvedVersion]:
         spec = self._provider()
+        if self.current is None and self._copy.find(spec.uri):
+            return spec, answer_within(DECIDE_S, partial(self._find, spec.uri))
         return spec, self._find(spec.uri)
+
+    def _open_copy(self) -> bool:
+        """Serve the local copy if there is one and the registry does not answer."""
+        if self._copy.find(self._provider().uri) is None:
+            return False
+        try:
+            self._wanted()
+        except Exception as error:
+            return is_outage(error) and self._serve_copy(error)
+        return False
+
+    def _serve_copy(self, outage: Exception) -> bool:
+        """Serve the local copy; False if there is none that can."""
+        start = time.perf_counter()
+        version = self._copy.load(self._provider())
+        if version is None:
+            return False
+        self._activate(version, time.perf_counter() - start)
+        self._mark_registry_down(outage)
+        self._metrics.registry_reachable(self.name, False)  # an activation says that it answers
+        _logger.warning(
+            "%s: the registry does not answer; version %s is served from the copy of %s",
+            self.name,
+            version.label,
+            version.copied_at,
+        )
+        return True
 
     def _mark_registry_down(self, error: Exception) -> None:
         cause = _explain(error)
@@ -310,6 +370,8 @@ class ServedModel:
             self._activate(loaded, time.perf_counter() - start)
 
     def _activate(self, version: LoadedModel, seconds: float) -> None:
+        if self._cache_mb:
+            version.pyfunc.service.cache = PredictionCache(self._cache_mb)
         self._metrics.version_activated(self.name, version, seconds)
         self._count(version)
         live = (reference for reference in self._executors if reference() is not None)

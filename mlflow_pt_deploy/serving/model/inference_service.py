@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from mlflow_pt_deploy.serving.batching.admission import LoopIterationEstimator
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, RequestContext
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter
+from mlflow_pt_deploy.serving.model.prediction_cache import CachedPrediction, PredictionCache
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.model.warmup import FEW, fastest_s, warm_up_shapes
 
@@ -48,7 +50,11 @@ _ROWS: Callable[[PendingRequest], Sequence[Row]] = attrgetter("rows")
 
 @dataclass(slots=True, eq=False)
 class PendingRequest:
-    """A request on the event loop; `future` gets its predictions as JSON, one string per row."""
+    """A request on the event loop; `future` gets its predictions as JSON, one string per row.
+
+    If some rows are cached, `cached` has an entry for each row of the request, and `rows` and
+    `encoded` have the other rows.
+    """
 
     rows: Sequence[Row]
     encoded: Sequence[Encoded] | None
@@ -56,6 +62,7 @@ class PendingRequest:
     context: RequestContext
     future: asyncio.Future[list[str]]
     timer: asyncio.TimerHandle | None = None
+    cached: Sequence[CachedPrediction | None] = ()
 
 
 class InferenceService:
@@ -71,6 +78,7 @@ class InferenceService:
         runs_inline: Whether a row is faster than a thread hand-off; set by `warm_up`.
         fast_stage_runs_inline: The same for the fast stage of a cascade.
         counts: What was answered by `submit`.
+        cache: Predictions for rows that come again; None: none are kept.
     """
 
     def __init__(self, loaded: LoadedVariant, options: ServingOptions) -> None:
@@ -79,6 +87,7 @@ class InferenceService:
         self.options = options
         self.formatter = PredictionFormatter(loaded.labels)
         self.counts = VersionCounts(labels=[0] * len(loaded.labels))
+        self.cache: PredictionCache | None = None
         self._unknown_id = preprocessor.unknown_id
         self._counts_tokens = preprocessor.column == "text"
         self.batcher = Batcher(
@@ -132,8 +141,29 @@ class InferenceService:
         try:
             return list(self.loaded.preprocessor.encode(rows))
         except RowError as error:
-            column = self.loaded.preprocessor.column
-            raise RequestError(f"'{column}' row {first + error.row} {error.fault}") from error
+            raise self._row_error(first + error.row, error) from error
+
+    def encode_missing(self, rows: Sequence[Row], top_k: int) -> list[Encoded | None]:
+        """Encode the rows that are not cached, on any thread; the others are None.
+
+        Raises:
+            RequestError: See `encode`.
+        """
+        cache = self.cache
+        if cache is None:
+            return list(self.encode(rows))
+        missing = [at for at, row in enumerate(rows) if not cache.holds(row, top_k)]
+        found: list[Encoded | None] = [None] * len(rows)
+        try:
+            encoded = self.loaded.preprocessor.encode([rows[at] for at in missing])
+        except RowError as error:
+            raise self._row_error(missing[error.row], error) from error
+        for at, each in zip(missing, encoded, strict=True):
+            found[at] = each
+        return found
+
+    def _row_error(self, number: int, error: RowError) -> RequestError:
+        return RequestError(f"'{self.loaded.preprocessor.column}' row {number} {error.fault}")
 
     def predict(
         self,
@@ -195,7 +225,7 @@ class InferenceService:
         rows: Sequence[Row],
         top_k: int,
         context: RequestContext,
-        encoded: Sequence[Encoded] | None = None,
+        encoded: Sequence[Encoded | None] | None = None,
     ) -> asyncio.Future[list[str]]:
         """Score rows for a request on the event loop.
 
@@ -203,18 +233,58 @@ class InferenceService:
             rows: Raw rows.
             top_k: Labels per row.
             context: Deadline, and whether the client is still connected.
-            encoded: The encoded rows, if `encode` was called already.
+            encoded: The encoded rows, if `encode` or `encode_missing` was called already.
 
         Returns:
             Predictions as JSON, one string per row; or an error, see `Batcher.submit`.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[str]] = loop.create_future()
+        request = PendingRequest(rows, encoded, top_k, context, future)
+        if self.cache is not None and self._answer_cached(request, self.cache):
+            return future
         if not self._pending:
             self._loop_cost.begin_iteration()
             loop.call_soon(self._flush)
-        self._pending.append(PendingRequest(rows, encoded, top_k, context, future))
+        self._pending.append(request)
         return future
+
+    def _answer_cached(self, request: PendingRequest, cache: PredictionCache) -> bool:
+        """Answer from the cache; False if rows are missing, which the request then has alone."""
+        cached = cache.lookup(request.rows, request.top_k)
+        found = [each for each in cached if each is not None]
+        if found and len(found) == len(cached):
+            self._count_cached(found)
+            request.future.set_result([each.text for each in found])
+            return True
+        missing = [at for at, each in enumerate(cached) if each is None]
+        if found:
+            request.cached = cached
+            request.rows = [request.rows[at] for at in missing]
+        if request.encoded is not None:
+            encoded = [request.encoded[at] for at in missing]
+            # a row that was evicted since its request was parsed is not encoded
+            request.encoded = None if any(each is None for each in encoded) else encoded
+        return False
+
+    def _count_cached(self, found: Sequence[CachedPrediction]) -> None:
+        tokens = [[each.tokens for each in found]] if self._counts_tokens else ()
+        self.counts.count_rows([each.best for each in found], tokens, self._unknown_id)
+
+    def _cache_answers(
+        self, request: PendingRequest, texts: list[str], best: Iterable[tuple[int, float]]
+    ) -> list[str]:
+        """Keep the predictions of a request; returns them with those that were cached before."""
+        assert self.cache is not None and request.encoded is not None
+        rows = zip(request.rows, texts, best, request.encoded, strict=True)
+        for row, text, top, ids in rows:
+            tokens = array("i", ids if self._counts_tokens else ())
+            self.cache.add(row, request.top_k, CachedPrediction(text, top, tokens))
+        if not request.cached:
+            return texts
+        self._count_cached([each for each in request.cached if each is not None])
+        computed = iter(texts)
+        return [next(computed) if each is None else each.text for each in request.cached]
 
     def _flush(self) -> None:
         """Score the requests of this event loop iteration, at most `MAX_INLINE_ROWS` rows."""
@@ -386,6 +456,8 @@ class InferenceService:
             if request.top_k > 1:
                 ranked = self.formatter.to_objects(logits[start:stop], request.top_k)
                 texts = [json.dumps(labels) for labels in ranked]
+            if self.cache is not None:
+                texts = self._cache_answers(request, texts, best[start:stop])
             if not request.future.done():
                 request.future.set_result(texts)
             start = stop

@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
-from mlflow_pt_deploy.registry.fetch import fetch, fetch_mlmodel
+from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
@@ -36,6 +37,8 @@ class LoadedModel:
         label: Version number in the registry, or the first 12 digits of the digest.
         seconds: Durations of the last responses.
         tags: Tags in the registry when it was loaded.
+        root: Its files, as they were fetched; None if it was not fetched.
+        copied_at: When the local copy was made that it was loaded from; empty: it was fetched.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class LoadedModel:
         self.since = now()
         self.seconds: deque[float] = deque(maxlen=_OBSERVED)
         self.tags = tags or {}
+        self.root: Path | None = None
+        self.copied_at = ""
 
     @property
     def name(self) -> str:
@@ -84,14 +89,25 @@ class LoadedModel:
             "model_config": dict(self.spec.model_config),
             "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
+            "served_from_copy": self.copied_at or None,
+            "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
 
 
-def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+def load_version(
+    resolved: ResolvedVersion,
+    spec: ModelSpec,
+    fetch: Callable[[ResolvedVersion, Path], Fetched] = fetch,
+) -> LoadedModel:
     """Load a version, check it and warm it up; an error leaves no files.
 
     The MLmodel file and the digest of the promotion are checked before the model is loaded; the
     flavor checks the digests of the files and the golden rows.
+
+    Args:
+        resolved: The version.
+        spec: The specification it is loaded for.
+        fetch: Puts its files into a private folder and verifies them.
 
     Raises:
         PtDeployError: The model is damaged, its predictions differ from those at export, its digest
@@ -103,6 +119,7 @@ def load_version(resolved: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
         fetched = fetch(resolved, Path(folder))
         pyfunc = fetched.load(spec.model_config)
         version = LoadedModel(pyfunc, resolved, spec, dict(fetched.tags))
+        version.root = fetched.root
         version.compare_libraries()
         version.pyfunc.warm_up()
     except BaseException:

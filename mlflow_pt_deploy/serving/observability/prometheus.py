@@ -60,6 +60,7 @@ class PrometheusMetrics(Metrics):
         self._rows = histogram("batch_rows", "Rows in a call of the model", _ROWS)
         self._tokens = counter("batch_tokens", "Tokens computed, without padding", *_VERSION)
         self._padding = counter("batch_padding_tokens", "Padding tokens computed", *_VERSION)
+        self._cached = counter("cache_rows", "Rows looked up in the cache", *_VERSION, "result")
         self._compute = histogram("compute_seconds", "One call of the model", _SECONDS)
         self._swaps = counter("swaps", "Versions activated or rejected", "model", "result")
         self._unloads = counter("unloads", "Models evicted from memory", "model")
@@ -116,6 +117,14 @@ class PrometheusMetrics(Metrics):
 
         batcher = version.pyfunc.service.batcher
         batcher.executor.on_call = on_call
+        if (cache := version.pyfunc.service.cache) is not None:
+            hit, miss = (self._cached.labels(name, label, result) for result in ("hit", "miss"))
+
+            def on_lookup(hits: int, misses: int) -> None:
+                hit.inc(hits)
+                miss.inc(misses)
+
+            cache.on_lookup = on_lookup
         self._streams.labels(name).set(batcher.concurrency.streams)
         manifest = version.pyfunc.loaded.manifest
         for result in ("done", "refused"):
