@@ -13,9 +13,8 @@ from mlflow_pt_deploy.errors import NotPromotedError, PolicyError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.stored_results import read_measured
-from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
+from mlflow_pt_deploy.registry.addresses import AGREEMENT_TAG, LOGGED_METRICS, RUN_TAG
 from mlflow_pt_deploy.registry.promotion import (
-    RUN_TAG,
     Candidate,
     Promotion,
     champion,
@@ -192,6 +191,8 @@ def _candidate(
         **{f"pt_deploy.{key}": fact for key, fact in facts.items() if fact},
         "pt_deploy.policy": policy.digest,
     }
+    if "agreement" in metrics and role != "baseline":
+        tags[AGREEMENT_TAG] = f"{metrics['agreement']:.6g}"
     about = {
         "champion": optimized.choice.reason,
         "challenger": f"{result.variant}, the runner-up of {optimized.choice.variant}.",

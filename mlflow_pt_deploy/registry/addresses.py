@@ -19,6 +19,15 @@ from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
 
+ROLE_TAG = "pt_deploy.role"
+"""Tag of a version: champion, challenger or baseline when it was promoted."""
+
+RUN_TAG = "pt_deploy.run"
+"""Tag of a version: run of the optimize stage that measured it."""
+
+AGREEMENT_TAG = "pt_deploy.agreement"
+"""Tag of a version: share of the validation rows with the label of the baseline."""
+
 LOGGED_METRICS = ("accuracy", "latency_p50_ms", "speedup")
 """Metrics that a promotion copies to the tags of a version."""
 
@@ -130,6 +139,32 @@ def version_tags(resolved: ResolvedVersion) -> dict[str, str]:
     from mlflow import MlflowClient
 
     return dict(MlflowClient().get_model_version(resolved.name, resolved.version).tags)
+
+
+def find_baseline(name: str, tags: Mapping[str, str]) -> ResolvedVersion | None:
+    """Return the version that a promotion registered as its baseline; None if there is none.
+
+    Args:
+        name: Registered model.
+        tags: Tags of the version that was promoted.
+
+    Raises:
+        MlflowException: The registry is not reachable.
+    """
+    run = tags.get(RUN_TAG)
+    if run is None:
+        return None
+    from mlflow import MlflowClient
+
+    quote = '"' if "'" in name else "'"
+    found = MlflowClient().search_model_versions(
+        f"name = {quote}{name}{quote} AND tags.`{RUN_TAG}` = '{run}' "
+        f"AND tags.`{ROLE_TAG}` = 'baseline'"
+    )
+    numbers = [int(each.version) for each in found]
+    if not numbers:
+        return None
+    return ResolvedVersion(f"models:/{name}/{max(numbers)}", name, str(max(numbers)))
 
 
 def logged_metrics(tags: Mapping[str, str]) -> dict[str, float]:

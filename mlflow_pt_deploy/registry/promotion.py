@@ -31,9 +31,6 @@ from mlflow_pt_deploy.registry.history import Event
 from mlflow_pt_deploy.registry.mlmodel import FLAVOR_NAME
 from mlflow_pt_deploy.system.clock import now
 
-RUN_TAG = "pt_deploy.run"
-"""Tag of a version: run of the optimize stage that measured it."""
-
 _FORBIDDEN = "/:"
 _ABOUT = (
     "Aliases: `champion` is served, `previous` was served before, `challenger` is compared next. "

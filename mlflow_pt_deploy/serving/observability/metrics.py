@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.http.response import Response
     from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+
+
+class Figure(NamedTuple):
+    """A number that is read when metrics are exposed, the same in every worker.
+
+    Attributes:
+        name: Without the prefix ``pt_deploy_``; that of a counter ends with ``_total``.
+        about: Its meaning.
+        labels: Its labels.
+        value: The number.
+    """
+
+    name: str
+    about: str
+    labels: Mapping[str, str]
+    value: float
 
 
 class Metrics:
@@ -33,6 +49,9 @@ class Metrics:
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
+
+    def add_figures(self, read: Callable[[], Iterable[Figure]]) -> None:
+        """Expose what `read` returns at each exposition."""
 
     def forget_process(self, pid: int) -> None:
         """Drop the gauges of a worker that died; its counters stay."""

@@ -7,14 +7,15 @@ this module is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
-from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.observability.metrics import Figure, Metrics
 from mlflow_pt_deploy.system.process_memory import resident_mb
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -78,6 +79,7 @@ class PrometheusMetrics(Metrics):
             "in_flight": gauge("in_flight", "Requests being answered", "model"),
             "loaded": gauge("loaded", "Workers that hold the model in memory", "model"),
         }
+        self._figures = _Figures()
         self._samplers: list[tuple[Gauge, Callable[[], int]]] = []
         self._observers: dict[tuple[str, str, int, str], tuple[list[Counter], Histogram]] = {}
         self._versions: dict[str, set[str]] = {}
@@ -142,6 +144,10 @@ class PrometheusMetrics(Metrics):
         """See `Metrics`."""
         self._samplers.append((self._sampled[kind].labels(name), value))
 
+    def add_figures(self, read: Callable[[], Iterable[Figure]]) -> None:
+        """See `Metrics`."""
+        self._figures.readers.append(read)
+
     def forget_process(self, pid: int) -> None:
         """See `Metrics`."""
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
@@ -159,7 +165,9 @@ class PrometheusMetrics(Metrics):
         if self._multiprocess:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        text: bytes = generate_latest(registry)
+        own = CollectorRegistry(auto_describe=False)
+        own.register(self._figures)
+        text: bytes = generate_latest(registry) + generate_latest(own)
         return text
 
     def _retire(self, name: str) -> bool:
@@ -175,3 +183,22 @@ class PrometheusMetrics(Metrics):
             return "other"
         known.add(label)
         return label
+
+
+class _Figures:
+    """Figures as a collector of the client library."""
+
+    def __init__(self) -> None:
+        self.readers: list[Callable[[], Iterable[Figure]]] = []
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """One family for each name."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for figure in (figure for read in self.readers for figure in read()):
+            family = families.get(figure.name)
+            if family is None:
+                kind = CounterMetricFamily if figure.name.endswith("_total") else GaugeMetricFamily
+                family = kind(f"pt_deploy_{figure.name}", figure.about, labels=list(figure.labels))
+                families[figure.name] = family
+            family.add_metric(list(figure.labels.values()), figure.value)
+        yield from families.values()
