@@ -23,8 +23,10 @@ from mlflow_pt_deploy.serving.rollout.shadow_message import (
 from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan
 
 FLUSH_S = 0.02
-FLUSH_BYTES = 16 * 2**10
-"""What is collected is sent after this time or size. To encode this much takes about 50 µs."""
+FLUSH_BYTES = 8 * 2**10
+"""What is collected is sent after this time, or in the iteration after this size is reached."""
+
+_MAX_COLLECTED = 4 * FLUSH_BYTES
 
 _OVERHEAD_BYTES = 256  # of a sample, beside rows and predictions
 
@@ -79,12 +81,14 @@ class ShadowClient:
         if size > MAX_BYTES:
             self.dropped[model] += 1
             return
-        if self._waiting and self._bytes + size > FLUSH_BYTES:
+        if self._waiting and self._bytes + size > _MAX_COLLECTED:
             self.flush()
         self._waiting.append(Sample(model, version, point, texts, rows))
-        self._bytes += size
-        if self._timer is None:
+        before, self._bytes = self._bytes, self._bytes + size
+        if not before:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        if before <= FLUSH_BYTES < self._bytes:  # after the responses of this iteration
+            asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
         """Send what was collected, or drop it."""
