@@ -19,8 +19,8 @@ from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
 
-ROLE_TAG = "pt_deploy.role"
-"""Tag of a version: champion, challenger or baseline when it was promoted."""
+BASELINE_TAG = "pt_deploy.baseline"
+"""Tag of a version: the version that was registered with it as the baseline."""
 
 RUN_TAG = "pt_deploy.run"
 """Tag of a version: run of the optimize stage that measured it."""
@@ -142,29 +142,31 @@ def version_tags(resolved: ResolvedVersion) -> dict[str, str]:
 
 
 def find_baseline(name: str, tags: Mapping[str, str]) -> ResolvedVersion | None:
-    """Return the version that a promotion registered as its baseline; None if there is none.
+    """Return the version that was registered as the baseline of a promotion, or None.
 
     Args:
         name: Registered model.
-        tags: Tags of the version that was promoted.
+        tags: Tags of the version that was promoted. A copy in another registered model has the
+            tags of the original, so the version must be of the same run.
 
     Raises:
         MlflowException: The registry is not reachable.
     """
-    run = tags.get(RUN_TAG)
-    if run is None:
+    version = tags.get(BASELINE_TAG)
+    if version is None:
         return None
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-    quote = '"' if "'" in name else "'"
-    found = MlflowClient().search_model_versions(
-        f"name = {quote}{name}{quote} AND tags.`{RUN_TAG}` = '{run}' "
-        f"AND tags.`{ROLE_TAG}` = 'baseline'"
-    )
-    numbers = [int(each.version) for each in found]
-    if not numbers:
+    try:
+        found = MlflowClient().get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if found.tags.get(RUN_TAG) != tags.get(RUN_TAG):
         return None
-    return ResolvedVersion(f"models:/{name}/{max(numbers)}", name, str(max(numbers)))
+    return ResolvedVersion(f"models:/{name}/{version}", name, version)
 
 
 def logged_metrics(tags: Mapping[str, str]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import (
     AGREEMENT_TAG,
-    ROLE_TAG,
     ResolvedVersion,
     find_baseline,
     resolve,
@@ -110,14 +109,11 @@ def _teacher(plan: ShadowPlan, tags: Mapping[str, str], share: float) -> ShadowT
     if name is None:
         problem = "the served model is not in the registry, so it has no baseline. Promote it."
         return ShadowTarget(TEACHER, uri, share, problem=problem)
-    if tags.get(ROLE_TAG) == "baseline":
-        problem = f"version {plan.answered} of {name} was promoted as a baseline itself."
-        return ShadowTarget(TEACHER, uri, share, problem=problem)
     version = find_baseline(name, tags)
     if version is None:
         problem = (
-            f"no baseline was registered with version {plan.answered} of {name}. Promote it by "
-            "pt-deploy promote."
+            f"no baseline was registered with version {plan.answered} of {name}, or it is the "
+            "baseline itself. Promote a student by pt-deploy promote."
         )
         return ShadowTarget(TEACHER, uri, share, problem=problem)
     return _target(TEACHER, version.uri, share, version, plan)

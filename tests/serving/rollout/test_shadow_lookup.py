@@ -10,7 +10,7 @@ from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.addresses import (
     AGREEMENT_TAG,
-    ROLE_TAG,
+    BASELINE_TAG,
     RUN_TAG,
     ModelSpec,
     ResolvedVersion,
@@ -31,17 +31,17 @@ from mlflow_pt_deploy.serving.rollout.shadow_plan import (
 )
 
 URI = "models:/tiny@challenger"
-CHAMPION = {RUN_TAG: "7f", ROLE_TAG: "champion"}
+CHAMPION = {RUN_TAG: "7f", BASELINE_TAG: "2"}
 
 
 @pytest.fixture
 def client(tracking: str, tmp_path: Path) -> MlflowClient:
-    """Versions 1 (champion), 2 (baseline of the same run), 3 (baseline of another run)."""
+    """Versions 1 and 2 of one run, 3 of another."""
     client = MlflowClient()
     client.create_registered_model("tiny")
-    for number, run, role in ((1, "7f", "champion"), (2, "7f", "baseline"), (3, "8f", "baseline")):
+    for number, run in ((1, "7f"), (2, "7f"), (3, "8f")):
         source = str(save_tiny(tmp_path / f"tiny-{number}"))
-        client.create_model_version("tiny", source, tags={RUN_TAG: run, ROLE_TAG: role})
+        client.create_model_version("tiny", source, tags={RUN_TAG: run})
     return client
 
 
@@ -78,17 +78,14 @@ def test_the_tag_wins_over_the_option(client: MlflowClient) -> None:
 
 def test_the_teacher_is_the_baseline_of_the_same_run(client: MlflowClient) -> None:
     assert look_up(teacher=0.01) == [ShadowTarget(TEACHER, "models:/tiny/2", 0.01, "2")]
-    (unknown,) = look_up(teacher=0.01, **{RUN_TAG: "9f"})
-    assert unknown.problem.startswith("no baseline was registered with version 1 of tiny.")
-    (itself,) = look_up(teacher=0.01, **{ROLE_TAG: "baseline"})
-    assert itself.problem == "version 1 of tiny was promoted as a baseline itself."
+    for copied in ("3", "9"):  # the numbers of another registered model
+        (other,) = look_up(teacher=0.01, **{BASELINE_TAG: copied})
+        assert other.problem.startswith("no baseline was registered with version 1 of tiny,")
     (folder,) = look_up(teacher=0.01, name=None)
     assert folder.problem.startswith("the served model is not in the registry")
 
 
-def test_a_registry_that_does_not_answer_raises(
-    tracking: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_registry_that_does_not_answer_raises(tracking: str) -> None:
     with pytest.raises(MlflowException):
         look_up(URI)  # there is no model
 

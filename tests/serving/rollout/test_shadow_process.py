@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from tiny.server import START_S, running, until
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.registry.addresses import AGREEMENT_TAG, ROLE_TAG, RUN_TAG, source
+from mlflow_pt_deploy.registry.addresses import AGREEMENT_TAG, BASELINE_TAG, RUN_TAG, source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
@@ -69,7 +69,7 @@ def _registered(folder: Path, uri: str) -> None:
     client.create_registered_model("tiny")
     for number, role in enumerate(("champion", "challenger", "baseline"), 1):
         model = save_tiny(folder / f"tiny-{number}", **({"wrong": True} if number == 2 else {}))
-        tags = {RUN_TAG: "7f", ROLE_TAG: role, AGREEMENT_TAG: "0.9"}
+        tags = {RUN_TAG: "7f", BASELINE_TAG: "3", AGREEMENT_TAG: "0.9"}
         client.create_model_version("tiny", str(model), tags=tags)
         client.set_registered_model_alias("tiny", role, str(number))
 
