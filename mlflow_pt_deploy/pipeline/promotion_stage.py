@@ -14,10 +14,9 @@ from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.evaluation.profile import Profile
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.stored_results import read_measured
-from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
+from mlflow_pt_deploy.registry.addresses import AGREEMENT_TAG, LOGGED_METRICS, RUN_TAG
 from mlflow_pt_deploy.registry.profile_tags import PROFILE_TAG
 from mlflow_pt_deploy.registry.promotion import (
-    RUN_TAG,
     Candidate,
     Promotion,
     champion,
@@ -196,6 +195,8 @@ def _candidate(
     }
     if result.profile is not None:
         tags[PROFILE_TAG] = Profile.of(result.profile).to_tag()
+    if "agreement" in metrics and role != "baseline":
+        tags[AGREEMENT_TAG] = f"{metrics['agreement']:.6g}"
     about = {
         "champion": optimized.choice.reason,
         "challenger": f"{result.variant}, the runner-up of {optimized.choice.variant}.",

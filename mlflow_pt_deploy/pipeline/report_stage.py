@@ -19,9 +19,9 @@ from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation.slices import Slice
 from mlflow_pt_deploy.pipeline.optimize import PYFUNC_METRIC, OptimizationResult
 from mlflow_pt_deploy.pipeline.promotion_stage import read_optimized
+from mlflow_pt_deploy.registry.addresses import RUN_TAG
 from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.history import read_history
-from mlflow_pt_deploy.registry.promotion import RUN_TAG
 from mlflow_pt_deploy.reporting.html import Page, render
 from mlflow_pt_deploy.reporting.plots import plot
 

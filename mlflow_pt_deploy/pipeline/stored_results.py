@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.errors import ModelError, PtDeployError
 from mlflow_pt_deploy.evaluation.result import find_result
-from mlflow_pt_deploy.registry.promotion import RUN_TAG
+from mlflow_pt_deploy.registry.addresses import RUN_TAG
 from mlflow_pt_deploy.selection.challenge import Measured
 
 

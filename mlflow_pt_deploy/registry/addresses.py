@@ -19,6 +19,15 @@ from mlflow_pt_deploy.model_config import ServingOptions
 
 DIGEST_TAG = "pt_deploy.digest"
 
+BASELINE_TAG = "pt_deploy.baseline"
+"""Tag of a version: the version that was registered with it as the baseline."""
+
+RUN_TAG = "pt_deploy.run"
+"""Tag of a version: run of the optimize stage that measured it."""
+
+AGREEMENT_TAG = "pt_deploy.agreement"
+"""Tag of a version: share of the validation rows with the label of the baseline."""
+
 LOGGED_METRICS = ("accuracy", "latency_p50_ms", "speedup")
 """Metrics that a promotion copies to the tags of a version."""
 
@@ -130,6 +139,34 @@ def version_tags(resolved: ResolvedVersion) -> dict[str, str]:
     from mlflow import MlflowClient
 
     return dict(MlflowClient().get_model_version(resolved.name, resolved.version).tags)
+
+
+def find_baseline(name: str, tags: Mapping[str, str]) -> ResolvedVersion | None:
+    """Return the version that was registered as the baseline of a promotion, or None.
+
+    Args:
+        name: Registered model.
+        tags: Tags of the version that was promoted. A copy in another registered model has the
+            tags of the original, so the version must be of the same run.
+
+    Raises:
+        MlflowException: The registry is not reachable.
+    """
+    version = tags.get(BASELINE_TAG)
+    if version is None:
+        return None
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = MlflowClient().get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    if found.tags.get(RUN_TAG) != tags.get(RUN_TAG):
+        return None
+    return ResolvedVersion(f"models:/{name}/{version}", name, version)
 
 
 def logged_metrics(tags: Mapping[str, str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import ModelError, TrackingError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, logged_metrics
+from mlflow_pt_deploy.registry.addresses import BASELINE_TAG, DIGEST_TAG, logged_metrics
 from mlflow_pt_deploy.registry.aliases import (
     CHALLENGER,
     CHAMPION,
@@ -30,9 +30,6 @@ from mlflow_pt_deploy.registry.fetch import fetch_digest
 from mlflow_pt_deploy.registry.history import Event
 from mlflow_pt_deploy.registry.mlmodel import FLAVOR_NAME
 from mlflow_pt_deploy.system.clock import now
-
-RUN_TAG = "pt_deploy.run"
-"""Tag of a version: run of the optimize stage that measured it."""
 
 _FORBIDDEN = "/:"
 _ABOUT = (
@@ -122,6 +119,8 @@ def promote(
                 if each
             }
             version = versions[chosen.uri]
+            if baseline is not None:
+                _note_baseline(client, name, versions[baseline.uri], versions.values())
             current = placement(client.get_registered_model(name))[CHAMPION]
             if instead_of not in (None, current):
                 raise TrackingError(
@@ -272,6 +271,13 @@ def _register(client: MlflowClient, name: str, candidate: Candidate, digest: str
     for key, value in {DIGEST_TAG: digest, **candidate.tags}.items():
         client.set_model_version_tag(name, version, key, value)
     return version
+
+
+def _note_baseline(client: MlflowClient, name: str, baseline: str, versions: Iterable[str]) -> None:
+    """Tag the other versions of a promotion with the baseline's."""
+    for version in versions:
+        if version != baseline:
+            client.set_model_version_tag(name, version, BASELINE_TAG, baseline)
 
 
 def _digest(model_uri: str) -> str:

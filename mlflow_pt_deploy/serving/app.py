@@ -60,6 +60,7 @@ from mlflow_pt_deploy.serving.pages import (
     unavailable,
     unknown_version,
 )
+from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 _PARSER_THREADS = 2
@@ -111,6 +112,7 @@ class Application:
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        shadows: Samples answered requests, if a model has a shadow.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
@@ -133,6 +135,7 @@ class Application:
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
+        shadows: ShadowClient | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
         drift: DriftWatch | None = None,
@@ -147,6 +150,7 @@ class Application:
         self._metrics = metrics or Metrics()
         self._access_log = access_log
         self._tracer = tracer
+        self._shadows = shadows or ShadowClient()
         self._max_body_bytes = max_body_bytes
         self._on_start, self._on_stop = on_start, on_stop
         self.active = 0
@@ -179,16 +183,18 @@ class Application:
         self._on_stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
         PARQUET_READER.close()
+        self._shadows.close()
         if self._tracer is not None:
             self._tracer.close()
 
     async def respond(self, request: Request) -> Response:
         """Answer one request; raises nothing."""
         route = self._scoring.get(request.path) or self._find(request.path)
+        request_id = self._request_ids.of(request.headers)
         self.active += 1
         try:
             if isinstance(route, ScoringRoute) and request.method == "POST":
-                response = await self._score(route, request)
+                response = await self._score(route, request, request_id)
             else:
                 response = await self._read_only(route, request)
         except Rejection as rejection:
@@ -198,7 +204,6 @@ class Application:
             self.active -= 1
         if response.error_code and is_open_inference(request.path):
             response = as_error(response)
-        request_id = self._request_ids.of(request.headers)
         self._record(route, request, response, request_id)
         headers = (("x-request-id", request_id), *response.headers)
         if response.model_version:
@@ -213,7 +218,7 @@ class Application:
         route = self._scoring.get(path)
         return route._replace(version=version) if route else self._pages.find(path, version)
 
-    async def _score(self, route: ScoringRoute, request: Request) -> Response:
+    async def _score(self, route: ScoringRoute, request: Request, request_id: str) -> Response:
         """Score the rows of one request.
 
         Raises:
@@ -223,7 +228,7 @@ class Application:
         model = route.model
         self._in_flight[model.name] += 1
         try:
-            return await self._predict(route.format, version, request, context)
+            return await self._predict(route, version, request, context, request_id)
         except Exception as error:
             return self._failure(error, version)
         finally:
@@ -272,11 +277,13 @@ class Application:
 
     async def _predict(
         self,
-        protocol: ScoringFormat,
+        route: ScoringRoute,
         version: LoadedModel,
         request: Request,
         context: RequestContext,
+        request_id: str,
     ) -> Response:
+        protocol, name = route.format, route.model.name
         service = version.pyfunc.service
         body = await request.read(self._max_body_bytes)
         kind = protocol.body_type(request.headers)
@@ -292,6 +299,8 @@ class Application:
             texts = await predictions
         else:
             texts = await self._watched(predictions, request, context)
+        if name in self._shadows.targets:
+            self._shadows.offer(name, version.label, request_id, found.rows, texts)
         content = protocol.write(texts, found, version.label)
         return Response(200, content, model_version=version.label)
 

@@ -23,6 +23,7 @@ from mlflow_pt_deploy.serving.http.response import (
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_status
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 PROBE, SCORING, ADMIN = "probe", "scoring", "admin"
@@ -174,6 +175,7 @@ class Pages:
         status = self._model_status(name)
         if self._states is not None:
             status["replicas"] = self._states.of_model(name)
+            status["shadow"] = shadow_status(self._states, name)
         return json_response(status)
 
     def _all_status(self) -> Response:

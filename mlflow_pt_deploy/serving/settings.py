@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+from mlflow_pt_deploy.serving.rollout.shadow_plan import parse_shadows, parse_share
 from mlflow_pt_deploy.system.hardware import memory_bytes
 
 _MAX_SECONDS = 1e9
 _MAX_BODY_MB = 4096
 _MAX_REPLICAS = 256
+_MAX_MEMORY_MB = 1e9
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,27 @@ class ServerSettings:
     drain_s: float = option(
         0.0, "seconds between /readyz failing and the port closing after SIGTERM"
     )
+    shadow: str = option(
+        "",
+        "version that scores answered requests too and is compared: models:/NAME@challenger, or "
+        "models:/NAME@challenger=20% for a share of the requests; several: separated by commas; "
+        "the tag pt_deploy.shadow of the registered model overrides it",
+    )
+    shadow_teacher: str = option(
+        "",
+        "share of the requests, e.g. 1%, that the baseline of the promotion scores too; shows the "
+        "agreement with the teacher",
+    )
+    shadow_memory_mb: float = option(
+        2000.0,
+        "resident memory of the process of all shadows in MB (10^6 bytes) above which it is "
+        "restarted",
+    )
+    shadow_priority: str = option(
+        "idle",
+        "CPU time of the process of all shadows; idle: only what nothing else on the machine wants",
+        choices=("idle", "normal"),
+    )
     log_format: str = option("text", "format of log messages", choices=("text", "json"))
 
     @property
@@ -119,6 +142,7 @@ class ServerSettings:
             )
         if self.replicas > 1 and not hasattr(socket, "SO_REUSEPORT"):
             raise ServingError("replicas: this system has no SO_REUSEPORT; give 1")
+        self._check_shadow()
         if self.pin and not hasattr(os, "sched_setaffinity"):
             raise ServingError("pin: this system has no CPU affinity; leave it out")
 
@@ -135,6 +159,15 @@ class ServerSettings:
             raise ServingError(
                 f"cache_mb is {self.cache_mb:g} and this machine has {memory_mb:.0f} MB of memory; "
                 "give a smaller cache"
+            )
+
+    def _check_shadow(self) -> None:
+        parse_shadows(self.shadow)
+        if self.shadow_teacher:
+            parse_share(self.shadow_teacher, "shadow_teacher")
+        if not 0 < self.shadow_memory_mb < _MAX_MEMORY_MB:
+            raise ServingError(
+                f"shadow_memory_mb is {self.shadow_memory_mb:g}; give more than 0, e.g. 2000"
             )
 
 

@@ -14,12 +14,14 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.registry.addresses import explain_load_error
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
+from mlflow_pt_deploy.system.child_process import signal_at_parent_death
 from mlflow_pt_deploy.system.cpu_allocation import Share
 from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
 
@@ -90,6 +92,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.platform import routes_from
+    from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
+    from mlflow_pt_deploy.serving.rollout.shadow_duty import ShadowDuty
+    from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_figures
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
@@ -113,7 +118,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     )
     drift = DriftWatch(models, states)
     metrics.add_rows(drift.series)
-    monitor = Monitor(models, [drift], states)
+    shadows = ShadowClient(job.folder)
+    metrics.add_figures(partial(shadow_figures, states))
+    monitor = Monitor(models, [drift, ShadowDuty(models, states, shadows, settings)], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -138,6 +145,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         settings,
         metrics,
         states=states,
+        shadows=shadows,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
         drift=drift,
@@ -275,7 +283,9 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     os.setpgid(0, 0)  # Ctrl-C in a terminal reaches the main process only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the main process's handler
-    _end_with_main_process(signal.SIGKILL)
+    # elsewhere the watchdog notices it. SIGTERM does not do: granian's handler waits, with the GIL
+    # held, for a worker whose pipe to the main process is gone
+    signal_at_parent_death(signal.SIGKILL)
     share = job.shares[index % len(job.shares)]
     if share.pinned:
         os.sched_setaffinity(0, share.pinned)
@@ -295,19 +305,6 @@ def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:
     replica = index if len(job.shares) > 1 else None
     configure_log(job.settings.log_format, replica)
     log_granian()
-
-
-def _end_with_main_process(number: int) -> None:
-    """Get this signal at once when the main process dies; elsewhere the watchdog notices it.
-
-    SIGTERM does not do: granian's handler waits, with the GIL held, for a worker whose pipe to the
-    main process is gone.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, number)
 
 
 def _banner(models: Mapping[str, ServedModel], settings: ServerSettings) -> list[str]:

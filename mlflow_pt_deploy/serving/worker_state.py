@@ -5,6 +5,7 @@
     ├── worker-<index>.json    its state: versions, readiness, failure
     ├── counts-<index>-<pid>.json   what it answered, also of workers that have died
     ├── snapshots.json         counts of rows of the last hour, for drift
+    ├── <name>.json            other documents: `publish`
     ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
@@ -136,9 +137,17 @@ class WorkerStates:
 
     def counts(self) -> list[dict[str, Any]]:
         """What each worker answered, by model and version; also of workers that have died."""
+        return self.published("counts-*")
+
+    def publish(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write a document that the workers share."""
+        _write(self.folder / f"{name}.json", document)
+
+    def published(self, pattern: str) -> list[dict[str, Any]]:
+        """The documents whose names match."""
         return [
             json.loads(path.read_text(encoding="utf8"))
-            for path in sorted(self.folder.glob("counts-*.json"))
+            for path in sorted(self.folder.glob(f"{pattern}.json"))
         ]
 
     def write_snapshots(self, snapshots: list[dict[str, Any]]) -> None:

@@ -90,3 +90,15 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def signal_at_parent_death(number: int) -> None:
+    """In a child: get this signal at once when the thread that started this process ends.
+
+    Linux only; does nothing elsewhere.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, number)

@@ -66,6 +66,7 @@ def test_a_promotion_registers_three_and_says_everything(
     # the runner-up is the baseline itself
     assert roles == {"student-openvino-int8": "champion", BASELINE: "challenger"}
     assert aliases() == {"previous": None, "champion": "1", "challenger": "2"}
+    assert tags["pt_deploy.baseline"] == "2" and tags["pt_deploy.agreement"] == "0.95"
 
 
 def test_a_dry_run_lists_every_variant_and_changes_nothing(

@@ -86,6 +86,8 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pt
     variant = tiny_images() if habits.get("images") else tiny_variant()
     if "label" in habits:
         variant = replace(variant, labels=(habits["label"], "green", "blue"))
+    if habits.get("wrong"):
+        variant = replace(variant, predict=lambda inputs: np.roll(predict(inputs), 1, axis=1))
     if "predict_s" in habits:
 
         def slow(inputs: Inputs) -> Logits:
@@ -121,7 +123,7 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
         **habits: `images`: classify colours of images; `label`: name of the class red; `load_s`,
             `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch
             with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
-            be a cascade of the model and itself.
+            be a cascade of the model and itself; `wrong`: answer with the next label.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

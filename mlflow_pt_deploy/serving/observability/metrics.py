@@ -35,6 +35,22 @@ class RowSeries(NamedTuple):
     reason: str
 
 
+class Figure(NamedTuple):
+    """A number that is read when metrics are exposed, the same in every worker.
+
+    Attributes:
+        name: Without the prefix ``pt_deploy_``; that of a counter ends with ``_total``.
+        about: Its meaning.
+        labels: Its labels.
+        value: The number.
+    """
+
+    name: str
+    about: str
+    labels: Mapping[str, str]
+    value: float
+
+
 class Metrics:
     """Observer of events that `prometheus` counts; this one does nothing."""
 
@@ -60,6 +76,9 @@ class Metrics:
 
     def add_rows(self, series: Callable[[], Iterable[RowSeries]]) -> None:
         """Expose the answered rows that `series` returns."""
+
+    def add_figures(self, read: Callable[[], Iterable[Figure]]) -> None:
+        """Expose what `read` returns at each exposition."""
 
     def forget_process(self, pid: int) -> None:
         """Drop the gauges of a worker that died; its counters stay."""

@@ -7,14 +7,15 @@ this module is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
-from mlflow_pt_deploy.serving.observability.metrics import Metrics, RowSeries
+from mlflow_pt_deploy.serving.observability.metrics import Figure, Metrics, RowSeries
 from mlflow_pt_deploy.serving.observability.row_metrics import RowCollector
 from mlflow_pt_deploy.system.process_memory import resident_mb
 
@@ -35,7 +36,9 @@ class PrometheusMetrics(Metrics):
     def __init__(self) -> None:
         self._multiprocess = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         self._registry = registry = CollectorRegistry()
-        self._computed = CollectorRegistry()  # the same in every worker: never added up
+        self._computed = CollectorRegistry(
+            auto_describe=False
+        )  # the same in every worker: never added up
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"pt_deploy_{name}", about, labels, registry=registry)
@@ -81,6 +84,8 @@ class PrometheusMetrics(Metrics):
             "in_flight": gauge("in_flight", "Requests being answered", "model"),
             "loaded": gauge("loaded", "Workers that hold the model in memory", "model"),
         }
+        self._figures = _Figures()
+        self._computed.register(self._figures)
         self._samplers: list[tuple[Gauge, Callable[[], int]]] = []
         self._observers: dict[tuple[str, str, int, str], tuple[list[Counter], Histogram]] = {}
         self._versions: dict[str, set[str]] = {}
@@ -157,6 +162,10 @@ class PrometheusMetrics(Metrics):
         """See `Metrics`."""
         self._computed.register(RowCollector(series))
 
+    def add_figures(self, read: Callable[[], Iterable[Figure]]) -> None:
+        """See `Metrics`."""
+        self._figures.readers.append(read)
+
     def forget_process(self, pid: int) -> None:
         """See `Metrics`."""
         mark_process_dead(pid)  # type: ignore[no-untyped-call]
@@ -190,3 +199,22 @@ class PrometheusMetrics(Metrics):
             return "other"
         known.add(label)
         return label
+
+
+class _Figures:
+    """Figures as a collector of the client library."""
+
+    def __init__(self) -> None:
+        self.readers: list[Callable[[], Iterable[Figure]]] = []
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """One family for each name."""
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+        for figure in (figure for read in self.readers for figure in read()):
+            family = families.get(figure.name)
+            if family is None:
+                kind = CounterMetricFamily if figure.name.endswith("_total") else GaugeMetricFamily
+                family = kind(f"pt_deploy_{figure.name}", figure.about, labels=list(figure.labels))
+                families[figure.name] = family
+            family.add_metric(list(figure.labels.values()), figure.value)
+        yield from families.values()

@@ -1,0 +1,117 @@
+"""Samples of answered requests as bytes, from the workers to the shadow process.
+
+A message is the length of its header, the header as JSON, and the bytes of all rows. It goes
+through a Unix datagram socket in the run directory, which only this user can open.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+from mlflow_pt_deploy.preprocessing import Row
+
+MAX_BYTES = 128 * 2**10
+"""Longest message. Linux holds about 200 KiB in a socket."""
+
+_SOCKET = "shadow.sock"
+_PREFIX_BYTES = 4
+# of struct sockaddr_un, with a margin
+_MAX_PATH = 100
+
+
+class Sample(NamedTuple):
+    """An answered request.
+
+    Attributes:
+        model: Served model.
+        version: Label of the version that answered.
+        point: See `sampling_point`.
+        texts: A prediction per row, as JSON.
+        rows: Raw rows.
+    """
+
+    model: str
+    version: str
+    point: float
+    texts: Sequence[str]
+    rows: Sequence[Row]
+
+    @property
+    def labels(self) -> list[str]:
+        """The best label of each row."""
+        found = (json.loads(text) for text in self.texts)
+        return [(each[0] if isinstance(each, list) else each)["label"] for each in found]
+
+
+def sampling_point(request_id: str) -> float:
+    """Where a request id lies between 0 and 1; it is sampled if this is below the share.
+
+    Has a key of its own, so that it is independent of other decisions by request id.
+    """
+    digest = blake2b(request_id.encode(), digest_size=8, person=b"shadow").digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def pack(samples: Iterable[Sample]) -> bytes:
+    """Samples as one message."""
+    heads, body = [], list[bytes]()
+    for model, version, point, texts, rows in samples:
+        parts = [
+            row.encode("utf8", "surrogatepass") if isinstance(row, str) else row for row in rows
+        ]
+        is_text = bool(rows) and isinstance(rows[0], str)
+        heads.append((model, version, point, texts, is_text, [len(part) for part in parts]))
+        body += parts
+    head = json.dumps(heads).encode()
+    return b"".join((len(head).to_bytes(_PREFIX_BYTES, "big"), head, *body))
+
+
+def unpack(message: bytes) -> list[Sample]:
+    """The samples of a message."""
+    start = _PREFIX_BYTES + int.from_bytes(message[:_PREFIX_BYTES], "big")
+    samples = []
+    for model, version, point, texts, is_text, lengths in json.loads(message[_PREFIX_BYTES:start]):
+        rows: list[Row] = []
+        for length in lengths:
+            part = message[start : start + length]
+            rows.append(part.decode("utf8", "surrogatepass") if is_text else part)
+            start += length
+        samples.append(Sample(model, version, point, texts, rows))
+    return samples
+
+
+def new_socket() -> socket.socket:
+    """A socket with room for a message of `MAX_BYTES`."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        made.setsockopt(socket.SOL_SOCKET, side, 2 * MAX_BYTES)
+    return made
+
+
+class SocketAddress:
+    """Address of the shadow process in a run directory.
+
+    Attributes:
+        path: For `socket.bind` and `socket.sendto`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder / _SOCKET)
+        self._folder: int | None = None
+        if len(os.fsencode(self.path)) > _MAX_PATH and sys.platform == "linux":
+            # the name of an open folder is short
+            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            self.path = f"/proc/self/fd/{self._folder}/{_SOCKET}"
+
+    def close(self) -> None:
+        """Make the address invalid."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
