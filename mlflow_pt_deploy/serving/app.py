@@ -58,6 +58,8 @@ from mlflow_pt_deploy.serving.pages import (
     unavailable,
     unknown_version,
 )
+from mlflow_pt_deploy.serving.rollout.canary import Canary
+from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 _PARSER_THREADS = 2
@@ -106,6 +108,7 @@ class Application:
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        canaries: Canaries by model.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
         on_start, on_stop: Called when the event loop starts and ends.
@@ -125,6 +128,7 @@ class Application:
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
+        canaries: Mapping[str, Canary] | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
@@ -140,7 +144,8 @@ class Application:
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
+        self._canaries = canaries or {}
+        self._pages = Pages(models, self._metrics, hang_s, states, is_listening, self._canaries)
         self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
             if path in self._scoring:
@@ -172,10 +177,11 @@ class Application:
     async def respond(self, request: Request) -> Response:
         """Answer one request; raises nothing."""
         route = self._scoring.get(request.path) or self._find(request.path)
+        request_id = self._request_ids.of(request.headers)
         self.active += 1
         try:
             if isinstance(route, ScoringRoute) and request.method == "POST":
-                response = await self._score(route, request)
+                response = await self._score(route, request, request_id)
             else:
                 response = await self._read_only(route, request)
         except Rejection as rejection:
@@ -185,7 +191,6 @@ class Application:
             self.active -= 1
         if response.error_code and is_open_inference(request.path):
             response = as_error(response)
-        request_id = self._request_ids.of(request.headers)
         self._record(route, request, response, request_id)
         headers = (("x-request-id", request_id), *response.headers)
         if response.model_version:
@@ -200,7 +205,7 @@ class Application:
         route = self._scoring.get(path)
         return route._replace(version=version) if route else self._pages.find(path, version)
 
-    async def _score(self, route: ScoringRoute, request: Request) -> Response:
+    async def _score(self, route: ScoringRoute, request: Request, request_id: str) -> Response:
         """Score the rows of one request.
 
         Raises:
@@ -208,9 +213,12 @@ class Application:
         """
         version, context = self._admit(route, request)
         model = route.model
+        canary = self._canaries[model.name].running if self._canaries else None
+        if canary and not canary.takes(version.label, route.version, request.headers, request_id):
+            canary = None
         self._in_flight[model.name] += 1
         try:
-            return await self._predict(route.format, version, request, context)
+            return await self._predict(route.format, version, request, context, canary)
         except Exception as error:
             return self._failure(error, version)
         finally:
@@ -230,7 +238,9 @@ class Application:
         if version is None:
             raise Rejection(unavailable(model))
         if route.version and route.version != version.label:
-            raise Rejection(unknown_version(model.name, version.label))
+            canary = self._canaries[model.name].running if self._canaries else None
+            if canary is None or canary.label != route.version:
+                raise Rejection(unknown_version(model.name, version.label))
         service = version.pyfunc.service
         deadline = Deadline.from_header(
             request.headers.get(DEADLINE_HEADER), service.options.deadline_ms
@@ -263,6 +273,7 @@ class Application:
         version: LoadedModel,
         request: Request,
         context: RequestContext,
+        canary: RunningCanary | None,
     ) -> Response:
         service = version.pyfunc.service
         body = await request.read(self._max_body_bytes)
@@ -274,11 +285,20 @@ class Application:
             loop = asyncio.get_running_loop()
             work = partial(parse_and_encode, protocol, service, body, kind)
             found = await loop.run_in_executor(self._parsers, work)
+        if canary is not None:
+            begun = time.perf_counter()
+            answer = await canary.predict(found, context, service, self._parsers)
+            if answer is not None:
+                content = protocol.write(answer, found, canary.label)
+                return Response(200, content, model_version=canary.label)
+            request.lost_s = time.perf_counter() - begun
         predictions = service.submit(found.rows, found.top_k, context, found.encoded)
         if service.runs_inline:
             texts = await predictions
         else:
             texts = await self._watched(predictions, request, context)
+        if canary is not None:  # it failed on rows that the champion answered
+            canary.count_failure()
         content = protocol.write(texts, found, version.label)
         return Response(200, content, model_version=version.label)
 
@@ -343,9 +363,10 @@ class Application:
             model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
             if counts := model.counts.get(label):
-                counts.count_response(response.status, seconds)
-            if label and response.status == 200 and model.current is not None:
-                model.current.seconds.append(seconds)
+                counts.count_response(response.status, seconds - request.lost_s)
+            current = model.current
+            if current is not None and current.label == label and response.status == 200:
+                current.seconds.append(seconds)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
                 self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.serving.http.open_inference import (
     MODELS,
@@ -21,7 +21,10 @@ from mlflow_pt_deploy.serving.http.response import (
     json_response,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+from mlflow_pt_deploy.serving.monitoring.monitor import server_counts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.rollout.canary import Canary
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 PROBE, SCORING, ADMIN = "probe", "scoring", "admin"
@@ -51,6 +54,7 @@ class Pages:
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
         is_listening: Whether the other ports of this worker are open.
+        canaries: Canaries by model.
     """
 
     def __init__(
@@ -60,12 +64,14 @@ class Pages:
         hang_s: float,
         states: WorkerStates | None,
         is_listening: Callable[[], bool],
+        canaries: Mapping[str, Canary],
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._hang_s = hang_s
         self._states = states
         self._is_listening = is_listening
+        self._canaries = canaries
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -143,7 +149,7 @@ class Pages:
         """Whether a model is in memory, or is loaded on demand, as for ``/readyz``."""
         model = self._models[name]
         current = model.current
-        if version and current is not None and current.label != version:
+        if version and current is not None and version not in self._labels(name, current):
             return unknown_version(name, current.label)
         if current is None and (version or not model.unloaded):
             body = json.dumps({"name": name, "ready": False}).encode()
@@ -155,11 +161,17 @@ class Pages:
         current = model.acquire()  # so that an evicted one is loaded
         if current is None:
             return unavailable(model)
-        if version and current.label != version:
+        labels = self._labels(name, current)
+        if version and version not in labels:
             return unknown_version(name, current.label)
         loaded = current.pyfunc.loaded
         runtime, column = loaded.manifest.runtime, loaded.preprocessor.column
-        return json_response(model_metadata(name, current.label, runtime, column))
+        return json_response(model_metadata(name, labels, runtime, column))
+
+    def _labels(self, name: str, current: LoadedModel) -> list[str]:
+        """Versions that answer requests: the current one, and the canary."""
+        running = self._canaries[name].running if self._canaries else None
+        return [current.label, *([running.label] if running else [])]
 
     def _openapi(self) -> Response:
         current = next(iter(self._models.values())).current
@@ -168,9 +180,25 @@ class Pages:
 
     def _status(self, name: str) -> Response:
         status = self._models[name].status()
+        if self._canaries:
+            status["canary"] = self._canary_status(name)
         if self._states is not None:
             status["replicas"] = self._states.of_model(name)
         return json_response(status)
+
+    def _canary_status(self, name: str) -> dict[str, Any] | None:
+        """The canary of a model, with the counts of both versions since the server started."""
+        canary, current = self._canaries[name], self._models[name].current
+        status = canary.status()
+        if status is None or current is None:
+            return status
+        counts = server_counts(self._models, self._states)[name]
+        labels = {"champion": current.label, "canary": status["version"]}
+        return status | {
+            "counts": {
+                role: counts[label].summary() for role, label in labels.items() if label in counts
+            }
+        }
 
     def _all_status(self) -> Response:
         return json_response([model.status() for model in self._models.values()])

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
+    from mlflow_pt_deploy.serving.rollout.canary import Canary
+    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
@@ -92,6 +94,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         metrics.forget_process(predecessor)
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
+    canaries, duty = new_canaries(models, settings, metrics, states)
     publisher = _StatePublisher(states, models, settings)
     watcher = new_watcher(
         models,
@@ -99,8 +102,9 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_opened=publisher.opened,
         on_failed=publisher.failed,
         on_polled=publisher.publish,
+        beside=lambda model: canaries[model.name].poll(),
     )
-    monitor = Monitor(models, [], states)
+    monitor = Monitor(models, [duty], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -125,6 +129,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         settings,
         metrics,
         states=states,
+        canaries=canaries,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
         on_start=start,
@@ -174,6 +179,23 @@ def new_watcher(
 
     budget = MemoryBudget(settings.max_models, settings.max_memory_mb)
     return RegistryWatcher(list(models.values()), settings.poll_s, budget=budget, **callbacks)
+
+
+def new_canaries(
+    models: Mapping[str, ServedModel],
+    settings: ServerSettings,
+    metrics: Metrics,
+    states: WorkerStates | None = None,
+) -> tuple[dict[str, Canary], CanaryDuty]:
+    """The canaries of a server by model, and the duty that ends them."""
+    from mlflow_pt_deploy.serving.rollout.canary import Canary
+    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
+    from mlflow_pt_deploy.serving.rollout.endings import Endings
+    from mlflow_pt_deploy.serving.rollout.plan import parse_option
+
+    plans, endings = parse_option(settings.canary), Endings(states)
+    canaries = {name: Canary(model, plans, endings, metrics) for name, model in models.items()}
+    return canaries, CanaryDuty(canaries, endings, settings.canary_limits)
 
 
 def _grpc_server(

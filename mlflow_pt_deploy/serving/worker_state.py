@@ -4,6 +4,7 @@
     ├── worker-<index>.lock    held (flock) by the worker with this index; free once it has died
     ├── worker-<index>.json    its state: versions, readiness, failure
     ├── counts-<index>-<pid>.json   what it answered, also of workers that have died
+    ├── canaries.json          canaries that were ended, and why; written by the leader
     ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
@@ -124,6 +125,19 @@ class WorkerStates:
             json.loads(path.read_text(encoding="utf8"))
             for path in sorted(self.folder.glob("counts-*.json"))
         ]
+
+    def write_canary_endings(self, endings: Mapping[str, Any]) -> None:
+        """Publish why canaries were ended, by model and version."""
+        _write(self.folder / "canaries.json", endings)
+
+    def canary_endings(self) -> dict[str, Any]:
+        """Why canaries were ended, by model and version."""
+        try:
+            text = (self.folder / "canaries.json").read_text(encoding="utf8")
+        except FileNotFoundError:
+            return {}
+        found: dict[str, Any] = json.loads(text)
+        return found
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""

@@ -30,6 +30,7 @@ class RegistryWatcher(threading.Thread):
         on_opened: Called when all models are loaded, or left unloaded within the budget.
         on_failed: Called with the error if a model cannot be opened; the thread then ends.
         on_polled: Called after each poll of a model.
+        beside: Called with each model after it was loaded or polled, on the thread that polls it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class RegistryWatcher(threading.Thread):
         on_opened: Callable[[], None],
         on_failed: Callable[[Exception], None],
         on_polled: Callable[[], None] = lambda: None,
+        beside: Callable[[ServedModel], None] = lambda model: None,
     ) -> None:
         super().__init__(name="registry-watcher", daemon=True)
         self._models = models
@@ -49,6 +51,7 @@ class RegistryWatcher(threading.Thread):
         self._on_opened = on_opened
         self._on_failed = on_failed
         self._on_polled = on_polled
+        self._beside = beside
         self._woken = threading.Event()
         self._stopped = threading.Event()
         self._polls = ThreadPoolExecutor(len(models), thread_name_prefix="poll")
@@ -65,12 +68,14 @@ class RegistryWatcher(threading.Thread):
             return
         freeze_gc()
         self._on_opened()
+        for model in self._models:
+            self._start(model, self._beside)
         next_poll = self._next_poll()
         while not self._stopped.wait(_RECHECK_S):
             waiting = self._cache.reconcile()
             if next_poll is not None and time.monotonic() >= next_poll:
                 for model in self._models:
-                    self._start_poll(model)
+                    self._start(model, self._poll)
                 next_poll = self._next_poll()
             elif not waiting:
                 self._woken.wait(None if next_poll is None else next_poll - time.monotonic())
@@ -82,16 +87,17 @@ class RegistryWatcher(threading.Thread):
         self._woken.set()
         self._polls.shutdown(wait=False, cancel_futures=True)
 
-    def _start_poll(self, model: ServedModel) -> None:
+    def _start(self, model: ServedModel, call: Callable[[ServedModel], None]) -> None:
         running = self._running.get(model.name)
         if (running is None or running.done()) and not self._stopped.is_set():
-            self._running[model.name] = self._polls.submit(self._poll, model)
+            self._running[model.name] = self._polls.submit(call, model)
 
     def _poll(self, model: ServedModel) -> None:
         before = model.current
         model.poll()
         if model.current is not before:
             freeze_gc()
+        self._beside(model)
         self._on_polled()
 
     def _next_poll(self) -> float | None:

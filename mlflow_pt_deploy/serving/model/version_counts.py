@@ -123,6 +123,15 @@ class VersionCounts:
                 return float(LATENCY_FROM_S * LATENCY_STEP**bucket)
         raise AssertionError("unreachable")
 
+    def summary(self) -> dict[str, Any]:
+        """The counts that compare two versions; the p99 latency in milliseconds."""
+        p99_s = self.quantile_s(0.99)
+        counts = ("requests", "errors", "rows", "compared", "disagreed")
+        return {
+            **{name: getattr(self, name) for name in counts},
+            "latency_p99_ms": None if p99_s is None else round(1000 * p99_s, 3),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """All counts by name, for a JSON document."""
         return {name: getattr(self, name) for name in FIELDS}

@@ -92,17 +92,8 @@ class Monitor(threading.Thread):
                 _logger.exception("%s failed", type(duty).__name__)
 
     def counts(self) -> dict[str, dict[str, VersionCounts]]:
-        """Counts of all workers, also of those that have died."""
-        if self._states is None:
-            return {name: dict(model.counts) for name, model in self._models.items()}
-        found: dict[str, dict[str, VersionCounts]] = {name: {} for name in self._models}
-        for document in self._states.counts():
-            for name, versions in document.items():
-                for label, values in versions.items():
-                    mine = VersionCounts.from_json(values)
-                    before = found.setdefault(name, {}).get(label)
-                    found[name][label] = before.plus(mine) if before else mine
-        return found
+        """See `server_counts`."""
+        return server_counts(self._models, self._states)
 
     def _publish(self) -> None:
         if self._states is not None:
@@ -112,3 +103,19 @@ class Monitor(threading.Thread):
                     for name, model in self._models.items()
                 }
             )
+
+
+def server_counts(
+    models: Mapping[str, ServedModel], states: WorkerStates | None
+) -> dict[str, dict[str, VersionCounts]]:
+    """Counts of all workers, also of those that have died."""
+    if states is None:
+        return {name: dict(model.counts) for name, model in models.items()}
+    found: dict[str, dict[str, VersionCounts]] = {name: {} for name in models}
+    for document in states.counts():
+        for name, versions in document.items():
+            for label, values in versions.items():
+                mine = VersionCounts.from_json(values)
+                before = found.setdefault(name, {}).get(label)
+                found[name][label] = before.plus(mine) if before else mine
+    return found
