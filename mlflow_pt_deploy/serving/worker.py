@@ -95,7 +95,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     served = states.served()
     models = name_models(job.models, job.model_config, metrics, served)
     canaries, duty = new_canaries(models, settings, metrics, states)
-    publisher = _StatePublisher(states, models, settings)
+    publisher = _StatePublisher(states, models, canaries, settings)
     watcher = new_watcher(
         models,
         settings,
@@ -237,10 +237,12 @@ class _StatePublisher:
         self,
         states: WorkerStates,
         models: Mapping[str, ServedModel],
+        canaries: Mapping[str, Canary],
         settings: ServerSettings,
     ) -> None:
         self._states = states
         self._models = models
+        self._canaries = canaries
         self._settings = settings
         self.ready = threading.Event()
         self._banner: Sequence[str] = ()
@@ -268,7 +270,10 @@ class _StatePublisher:
                     for name, version in versions.items()
                     if version
                 },
-                "models": {name: model.status() for name, model in self._models.items()},
+                "models": {
+                    name: model.status() | {"canary": self._canaries[name].status()}
+                    for name, model in self._models.items()
+                },
             }
         )
 

@@ -108,9 +108,12 @@ class Monitor(threading.Thread):
 def server_counts(
     models: Mapping[str, ServedModel], states: WorkerStates | None
 ) -> dict[str, dict[str, VersionCounts]]:
-    """Counts of all workers, also of those that have died."""
+    """Counts of all workers now, also of those that have died."""
     if states is None:
-        return {name: dict(model.counts) for name, model in models.items()}
+        return {
+            name: {label: VersionCounts().plus(each) for label, each in list(model.counts.items())}
+            for name, model in models.items()
+        }
     found: dict[str, dict[str, VersionCounts]] = {name: {} for name in models}
     for document in states.counts():
         for name, versions in document.items():

@@ -140,46 +140,35 @@ class Canary:
         if plan is None:
             self._stop(OFF, "")
             return
-        version = self._resolve(plan)
+        endings = self._endings.of_model(self.name)  # first: the tag is written before it says so
+        version, tags = _look_up(plan)
         self._version = version.version or ""
         if version == champion.resolved:
             reason = f"version {version.version} is the champion; there is nothing to compare"
             self._stop(INACTIVE, reason)
-        elif reason := self._ended(version):
+        elif reason := self._ended(version, tags.get(CANARY_ENDED_TAG), endings):
             self._stop(ENDED, reason)
         else:
             self._run(champion, version, plan)
 
-    def _resolve(self, plan: Plan) -> ResolvedVersion:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return resolve(plan.uri)
-        except MlflowException as error:
-            if error.error_code not in _MISSING:
-                raise
-            raise ServingError(
-                f"{plan.uri} does not exist; set the alias, or name another version"
-            ) from error
-
-    def _ended(self, version: ResolvedVersion) -> str:
+    def _ended(
+        self, version: ResolvedVersion, tag: str | None, endings: Mapping[str, Ending]
+    ) -> str:
         """Why a version must not run; empty if it may.
 
-        An ending of this server ends with the tag: a person removes it in the registry.
+        An ending of this server ends with its tag: a person removes that in the registry.
         """
-        assert version.version is not None
-        ending = self._endings.of(self.name, version.version)  # first: the tag is written later
-        tag = version_tags(version).get(CANARY_ENDED_TAG)
-        if tag is None and ending is not None and ending.tagged:
-            self._forgiven.add(ending)
-        if tag is None:
-            ending = self._ending(version.version)
-            return ending.text if ending else ""
-        return tag or "the version has the tag pt_deploy.canary_ended"
+        if tag is not None:
+            return tag or f"the version has the tag {CANARY_ENDED_TAG}"
+        label = version.version or ""
+        if label in endings and endings[label].tagged:
+            self._forgiven.add(endings[label])
+        ending = self._ending(label)
+        return ending.text if ending else ""
 
     def _ending(self, version: str) -> Ending | None:
         """The ending of a version that was not taken back."""
-        ending = self._endings.of(self.name, version)
+        ending = self._endings.of_model(self.name).get(version)
         if ending is None or ending._replace(tagged=True) in self._forgiven:
             return None
         return ending
@@ -253,6 +242,26 @@ class _CanaryMetrics(Metrics):
     def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
         """See `Metrics`."""
         self._metrics.version_loaded(name, version)
+
+
+def _look_up(plan: Plan) -> tuple[ResolvedVersion, dict[str, str]]:
+    """The version that is wanted, and its tags.
+
+    Raises:
+        ServingError: It does not exist.
+        MlflowException: The registry is not reachable.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = resolve(plan.uri)
+        return version, version_tags(version)
+    except MlflowException as error:
+        if error.error_code not in _MISSING:
+            raise
+        raise ServingError(
+            f"{plan.uri} does not exist; set the alias, or name another version"
+        ) from error
 
 
 def _load_beside(champion: LoadedModel, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:

@@ -43,9 +43,9 @@ class Endings:
         self._own: dict[str, dict[str, Ending]] = {}
         self._lock = threading.Lock()
 
-    def of(self, model: str, version: str) -> Ending | None:
-        """Why a version of a model was ended, or None."""
-        return self._read().get(model, {}).get(version)
+    def of_model(self, model: str) -> dict[str, Ending]:
+        """Endings of a model's versions."""
+        return self._read().get(model, {})
 
     def all(self) -> list[tuple[str, Ending]]:
         """All endings, with the model's name."""
