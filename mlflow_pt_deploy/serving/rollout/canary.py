@@ -205,7 +205,7 @@ class Canary:
                 lambda: spec,
                 metrics=_CanaryMetrics(self._metrics),
                 find=lambda uri: version,
-                load=lambda version, spec: _load_beside(champion, version, spec),
+                load=self._load_beside,
             )
             self._served_as = (version, spec)
         served = self._served
@@ -214,6 +214,18 @@ class Canary:
         if served.current is None:
             raise ServingError(served.rejected.reason if served.rejected else served.registry_error)
         return served.current
+
+    def _load_beside(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
+        """Load a canary; it never runs on the event loop, where a slow one would delay all.
+
+        Raises:
+            ServingError: It is not to be compared with the champion.
+        """
+        loaded = load_version(version, spec)
+        if champion := self._model.current:
+            check_pair(champion, loaded)
+        loaded.pyfunc.service.forbid_inline()
+        return loaded
 
     def _stop(self, state: str, reason: str) -> None:
         """Answer no more requests; the memory is freed with the last of them."""
@@ -262,15 +274,3 @@ def _look_up(plan: Plan) -> tuple[ResolvedVersion, dict[str, str]]:
         raise ServingError(
             f"{plan.uri} does not exist; set the alias, or name another version"
         ) from error
-
-
-def _load_beside(champion: LoadedModel, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
-    """Load a canary; it never runs on the event loop, where a slow one would delay all requests.
-
-    Raises:
-        ServingError: It is not to be compared with the champion.
-    """
-    loaded = load_version(version, spec)
-    check_pair(champion, loaded)
-    loaded.pyfunc.service.forbid_inline()
-    return loaded
