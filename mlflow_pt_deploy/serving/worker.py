@@ -246,6 +246,7 @@ class _StatePublisher:
         self._settings = settings
         self.ready = threading.Event()
         self._banner: Sequence[str] = ()
+        self._lock = threading.Lock()
 
     def opened(self) -> None:
         """Record that all models are loaded, or left unloaded within the memory budget."""
@@ -260,22 +261,24 @@ class _StatePublisher:
 
     def publish(self) -> None:
         """Write the state file."""
+        with self._lock:  # models are polled on several threads
+            self._states.write(self._state())
+
+    def _state(self) -> dict[str, Any]:
         versions = {name: model.current for name, model in self._models.items()}
-        self._states.write(
-            {
-                "ready": True,
-                "banner": list(self._banner),
-                "served": {
-                    name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
-                    for name, version in versions.items()
-                    if version
-                },
-                "models": {
-                    name: model.status() | {"canary": self._canaries[name].status()}
-                    for name, model in self._models.items()
-                },
-            }
-        )
+        return {
+            "ready": True,
+            "banner": list(self._banner),
+            "served": {
+                name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
+                for name, version in versions.items()
+                if version
+            },
+            "models": {
+                name: model.status() | {"canary": self._canaries[name].status()}
+                for name, model in self._models.items()
+            },
+        }
 
 
 def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:

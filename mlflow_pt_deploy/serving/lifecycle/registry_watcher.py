@@ -30,7 +30,8 @@ class RegistryWatcher(threading.Thread):
         on_opened: Called when all models are loaded, or left unloaded within the budget.
         on_failed: Called with the error if a model cannot be opened; the thread then ends.
         on_polled: Called after each poll of a model.
-        beside: Called with each model after it was loaded or polled, on the thread that polls it.
+        beside: Called with each model after it was loaded or polled, one call at a time for each
+            model. Its thread is another one: a long call does not delay the next poll.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class RegistryWatcher(threading.Thread):
         on_opened: Callable[[], None],
         on_failed: Callable[[Exception], None],
         on_polled: Callable[[], None] = lambda: None,
-        beside: Callable[[ServedModel], None] = lambda model: None,
+        beside: Callable[[ServedModel], None] | None = None,
     ) -> None:
         super().__init__(name="registry-watcher", daemon=True)
         self._models = models
@@ -54,7 +55,7 @@ class RegistryWatcher(threading.Thread):
         self._beside = beside
         self._woken = threading.Event()
         self._stopped = threading.Event()
-        self._polls = ThreadPoolExecutor(len(models), thread_name_prefix="poll")
+        self._polls = ThreadPoolExecutor(2 * len(models), thread_name_prefix="poll")
         self._running: dict[str, Future[None]] = {}
         for model in models:
             model.wake = self._woken.set
@@ -69,13 +70,13 @@ class RegistryWatcher(threading.Thread):
         freeze_gc()
         self._on_opened()
         for model in self._models:
-            self._start(model, self._beside)
+            self._start(f"beside {model.name}", self._act_beside, model)
         next_poll = self._next_poll()
         while not self._stopped.wait(_RECHECK_S):
             waiting = self._cache.reconcile()
             if next_poll is not None and time.monotonic() >= next_poll:
                 for model in self._models:
-                    self._start(model, self._poll)
+                    self._start(model.name, self._poll, model)
                 next_poll = self._next_poll()
             elif not waiting:
                 self._woken.wait(None if next_poll is None else next_poll - time.monotonic())
@@ -87,18 +88,24 @@ class RegistryWatcher(threading.Thread):
         self._woken.set()
         self._polls.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, model: ServedModel, call: Callable[[ServedModel], None]) -> None:
-        running = self._running.get(model.name)
+    def _start(self, key: str, call: Callable[[ServedModel], None], model: ServedModel) -> None:
+        """Call on a thread, unless the last call of this key is still running."""
+        running = self._running.get(key)
         if (running is None or running.done()) and not self._stopped.is_set():
-            self._running[model.name] = self._polls.submit(call, model)
+            self._running[key] = self._polls.submit(call, model)
 
     def _poll(self, model: ServedModel) -> None:
         before = model.current
         model.poll()
         if model.current is not before:
             freeze_gc()
-        self._beside(model)
         self._on_polled()
+        self._start(f"beside {model.name}", self._act_beside, model)
+
+    def _act_beside(self, model: ServedModel) -> None:
+        if self._beside is not None:
+            self._beside(model)
+            self._on_polled()
 
     def _next_poll(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)

@@ -1,7 +1,7 @@
 """The canary of one model in this worker: started, widened and dropped as the registry says.
 
-The registry's tag is read at each poll of the model, on the same thread. A guardrail ends a canary
-through a file of the run directory, which every worker reads once a second. Requests see one
+The registry's tag is read after each poll of the model, on another thread. A guardrail ends a
+canary through a file of the run directory, which every worker reads once a second. Requests see one
 attribute, `Canary.running`, which is assigned.
 """
 
@@ -86,7 +86,7 @@ class Canary:
     def poll(self) -> None:
         """Do what the registry wants now; never raises, and a registry that is down is no reason.
 
-        Runs on the thread that polls the model, after the model.
+        Loads a version, so it may take long; one call at a time.
         """
         try:
             self._poll()

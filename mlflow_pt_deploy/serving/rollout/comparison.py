@@ -10,7 +10,8 @@ from contextlib import suppress
 
 from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.serving.batching.request import BatchRequest, RequestContext
+from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, RequestContext
+from mlflow_pt_deploy.serving.http.scoring_format import ScoringInput
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 
@@ -33,11 +34,11 @@ class Comparison:
         self._counts = counts
         self._next_at = 0.0
 
-    def begin(self, rows: Sequence[Row], texts: Sequence[str], champion: InferenceService) -> None:
+    def begin(self, found: ScoringInput, texts: Sequence[str], champion: InferenceService) -> None:
         """Let the champion answer rows too, unless it is busy or enough were compared lately.
 
         Args:
-            rows: Rows that the canary answered.
+            found: The request that the canary answered, parsed for the champion.
             texts: Its predictions as JSON.
             champion: The other version.
         """
@@ -46,12 +47,14 @@ class Comparison:
             return
         self._next_at = now + 1 / MAX_PER_S
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._submit, loop, rows[:MAX_ROWS], texts[:MAX_ROWS], champion)
+        rows, encoded = found.rows[:MAX_ROWS], found.encoded and found.encoded[:MAX_ROWS]
+        loop.call_soon(self._submit, loop, rows, encoded, texts[:MAX_ROWS], champion)
 
     def _submit(
         self,
         loop: asyncio.AbstractEventLoop,
         rows: Sequence[Row],
+        encoded: Sequence[Encoded] | None,
         texts: Sequence[str],
         champion: InferenceService,
     ) -> None:
@@ -61,7 +64,7 @@ class Comparison:
 
         with suppress(PtDeployError):  # overloaded, or a row that only the canary can read
             champion.batcher.submit_nowait(
-                champion.encode(rows),
+                encoded or champion.encode(rows),
                 on_done,
                 dedup_keys=rows,
                 context=RequestContext(time.monotonic() + _DEADLINE_S),

@@ -105,7 +105,7 @@ class RunningCanary:
             return None
         finally:
             mine.disconnected = True  # rows that are still queued are dropped
-        self._comparison.begin(found.rows, texts, champion)
+        self._comparison.begin(found, texts, champion)
         return texts
 
     def count_failure(self) -> None:

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
+from mlflow_pt_deploy.serving.model.version_counts import (
+    LATENCY_BUCKETS,
+    LATENCY_FROM_S,
+    LATENCY_STEP,
+    VersionCounts,
+)
 from mlflow_pt_deploy.serving.rollout.guardrails import (
     LEVEL,
     broken,
@@ -41,10 +46,11 @@ class Traffic:
         counts = VersionCounts()
         counts.requests = draw.binomial(self.requests, share)
         counts.errors = draw.binomial(counts.requests, faults.get("error_rate", self.error_rate))
-        for _ in range(min(counts.requests - counts.errors, 2000)):
-            jitter = draw.lognormal(0, 0.5)
-            counts.count_response(200, faults.get("slower", 1) * self.median_s * jitter)
-            counts.requests -= 1
+        answers = min(counts.requests - counts.errors, 2000)
+        seconds = faults.get("slower", 1) * self.median_s * draw.lognormal(0, 0.5, answers)
+        buckets = np.ceil(np.log(seconds / LATENCY_FROM_S) / np.log(LATENCY_STEP))
+        inside = buckets.clip(0, LATENCY_BUCKETS - 1).astype(int)
+        counts.seconds = np.bincount(inside, minlength=LATENCY_BUCKETS).tolist()
         rows = sum(counts.seconds)
         counts.rows = rows
         counts.labels = draw.multinomial(rows, self.shares).tolist()
