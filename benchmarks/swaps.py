@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve"]
         command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", str(_POLL_S)]
         with running(command, folder / "serve.log") as server:
-            _wait_until_ready(server.url)
+            wait_until_ready(server.url)
             clients = [Client(server.url, parsed.text) for _ in range(parsed.clients)]
             for client in clients:
                 client.start()
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(failed) or cut_by_swaps > 0 or cut_by_kills > parsed.kills * parsed.clients)
 
 
-def _wait_until_ready(url: str) -> None:
+def wait_until_ready(url: str) -> None:
     """Return when all workers have loaded the model."""
     for _ in range(600):
         with suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=60):

@@ -225,6 +225,16 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
 """Arguments of a command that are not options of `Options` or `ServerSettings`."""
 
 
+class _Join(argparse.Action):
+    """Joins the values of a flag that is given several times by commas."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
+
+
 def stage_options(stage: str) -> tuple[OptionSpec, ...]:
     """Options that a command has as flags."""
     if stage == "serve":
@@ -280,4 +290,6 @@ def _add_option(stage: str, parser: argparse.ArgumentParser, spec: OptionSpec) -
             spec.flag, required=True, type=spec.type, help=f"fine-tuned teacher: {_MODEL_FORMS}"
         )
         return
+    if spec.repeatable:
+        shown["action"] = _Join
     parser.add_argument(spec.flag, type=spec.type, **{"default": default, **missing, **shown})

@@ -27,6 +27,7 @@ class OptionSpec:
         help: Meaning, in a phrase without a full stop.
         stages: Commands that have the option as a flag.
         choices: Allowed values; empty: any.
+        repeatable: Whether the flag may be given several times; its values are joined by commas.
     """
 
     name: str
@@ -35,6 +36,7 @@ class OptionSpec:
     help: str
     stages: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    repeatable: bool = False
 
     @property
     def flag(self) -> str:
@@ -42,10 +44,20 @@ class OptionSpec:
 
 
 def option(
-    default: _T, help: str, *, stages: Sequence[str] = (), choices: Sequence[str] = ()
+    default: _T,
+    help: str,
+    *,
+    stages: Sequence[str] = (),
+    choices: Sequence[str] = (),
+    repeatable: bool = False,
 ) -> _T:
     """Declare an option as a dataclass field; the arguments are those of `OptionSpec`."""
-    metadata = {"help": help, "stages": tuple(stages), "choices": tuple(choices)}
+    metadata = {
+        "help": help,
+        "stages": tuple(stages),
+        "choices": tuple(choices),
+        "repeatable": repeatable,
+    }
     return field(default=default, metadata=metadata)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
-from mlflow_pt_deploy.serving.model_names import check_folder
-from mlflow_pt_deploy.serving.rollout.shadow_plan import check_served, parse_shadows
+from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
+from mlflow_pt_deploy.serving.rollout import plan, shadow_plan
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
@@ -38,7 +38,9 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
     for word in models:
         check_folder(word)
-    check_served(parse_shadows(chosen.shadow), models)
+    if chosen.canary:
+        plan.check_served(plan.parse_option(chosen.canary), registered_names(models))
+    shadow_plan.check_served(shadow_plan.parse_shadows(chosen.shadow), models)
     require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)
     cores = usable_cores()
     # only Linux spreads connections over several sockets

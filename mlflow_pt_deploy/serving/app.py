@@ -60,6 +60,8 @@ from mlflow_pt_deploy.serving.pages import (
     unavailable,
     unknown_version,
 )
+from mlflow_pt_deploy.serving.rollout.canary import Canary
+from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary
 from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -113,6 +115,7 @@ class Application:
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
         shadows: Samples answered requests, if a model has a shadow.
+        canaries: Canaries by model.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
@@ -136,6 +139,7 @@ class Application:
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
         shadows: ShadowClient | None = None,
+        canaries: Mapping[str, Canary] | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
         drift: DriftWatch | None = None,
@@ -157,7 +161,10 @@ class Application:
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        self._pages = Pages(models, self._metrics, hang_s, states, is_listening, drift)
+        self._canaries = canaries or {}
+        self._pages = Pages(
+            models, self._metrics, hang_s, states, is_listening, drift, self._canaries
+        )
         self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
             if path in self._scoring:
@@ -226,9 +233,12 @@ class Application:
         """
         version, context = self._admit(route, request)
         model = route.model
+        canary = self._canaries[model.name].running if self._canaries else None
+        if canary and not canary.takes(version.label, route.version, request.headers, request_id):
+            canary = None
         self._in_flight[model.name] += 1
         try:
-            return await self._predict(route, version, request, context, request_id)
+            return await self._predict(route, version, request, context, request_id, canary)
         except Exception as error:
             return self._failure(error, version)
         finally:
@@ -248,7 +258,9 @@ class Application:
         if version is None:
             raise Rejection(unavailable(model))
         if route.version and route.version != version.label:
-            raise Rejection(unknown_version(model.name, version.label))
+            canary = self._canaries[model.name].running if self._canaries else None
+            if canary is None or canary.label != route.version:
+                raise Rejection(unknown_version(model.name, version.label))
         service = version.pyfunc.service
         deadline = Deadline.from_header(
             request.headers.get(DEADLINE_HEADER), service.options.deadline_ms
@@ -282,6 +294,7 @@ class Application:
         request: Request,
         context: RequestContext,
         request_id: str,
+        canary: RunningCanary | None,
     ) -> Response:
         protocol, name = route.format, route.model.name
         service = version.pyfunc.service
@@ -294,11 +307,20 @@ class Application:
             loop = asyncio.get_running_loop()
             work = partial(parse_and_encode, protocol, service, body, kind)
             found = await loop.run_in_executor(self._parsers, work)
+        if canary is not None:
+            begun = time.perf_counter()
+            answer = await canary.predict(found, context, service, self._parsers)
+            if answer is not None:
+                content = protocol.write(answer, found, canary.label)
+                return Response(200, content, model_version=canary.label)
+            request.lost_s = time.perf_counter() - begun
         predictions = service.submit(found.rows, found.top_k, context, found.encoded)
         if service.runs_inline:
             texts = await predictions
         else:
             texts = await self._watched(predictions, request, context)
+        if canary is not None:  # it failed on rows that the champion answered
+            canary.count_failure()
         if name in self._shadows.targets:
             self._shadows.offer(name, version.label, request_id, found.rows, texts)
         content = protocol.write(texts, found, version.label)
@@ -367,9 +389,10 @@ class Application:
             model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
             if counts := model.counts.get(label):
-                counts.count_response(response.status, seconds)
-            if label and response.status == 200 and model.current is not None:
-                model.current.seconds.append(seconds)
+                counts.count_response(response.status, seconds - request.lost_s)
+            current = model.current
+            if current is not None and current.label == label and response.status == 200:
+                current.seconds.append(seconds)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
                 self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)

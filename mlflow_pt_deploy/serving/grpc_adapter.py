@@ -23,6 +23,7 @@ from mlflow_pt_deploy.serving.http.open_inference import JSON_LENGTH_HEADER, MOD
 from mlflow_pt_deploy.serving.http.request import Request
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.http.scoring_format import MAX_INLINE_BYTES
+from mlflow_pt_deploy.serving.rollout.split import KEY_HEADER
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
@@ -38,7 +39,7 @@ _METHODS = (
     "ModelInfer",
 )
 
-_HEADERS = ("authorization", "x-request-id", "traceparent", DEADLINE_HEADER)
+_HEADERS = ("authorization", "x-request-id", "traceparent", DEADLINE_HEADER, KEY_HEADER)
 _STATUSES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,

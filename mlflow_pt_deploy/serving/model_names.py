@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
 _NAMED = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+)")
+_REGISTERED = re.compile(r"models:/+([^/@]+)(?:[/@].*)?")
 _SCHEME = re.compile("[A-Za-z][A-Za-z0-9+.-]+:")
 
 
@@ -59,9 +60,25 @@ def name_models(
     return models
 
 
+def registered_names(words: Sequence[str]) -> set[str]:
+    """Registered models among model arguments.
+
+    Raises:
+        ServingError: A file of ``@FILE`` cannot be read.
+    """
+    found = (_REGISTERED.fullmatch(source(_uri(word))().uri) for word in words)
+    return {registered[1] for registered in found if registered}
+
+
+def _uri(word: str) -> str:
+    """A model argument without its name."""
+    named = _NAMED.fullmatch(word)
+    return named[2] if named else word
+
+
 def _name(uri: str) -> str:
     """The registered model's name, or the last part of a path, with URL-safe characters."""
-    registered = re.fullmatch(r"models:/+([^/@]+)(?:[/@].*)?", uri)
+    registered = _REGISTERED.fullmatch(uri)
     name = registered[1] if registered else uri.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]", "-", name.removeprefix("@")) or "model"
 
@@ -75,8 +92,7 @@ def check_folder(word: str) -> None:
     Raises:
         ServingError: The folder does not exist, or MLflow did not save it.
     """
-    named = _NAMED.fullmatch(word)
-    uri = named[2] if named else word
+    uri = _uri(word)
     if uri.startswith("@") or _SCHEME.match(uri):
         return
     folder = Path(uri)

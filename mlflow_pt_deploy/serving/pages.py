@@ -21,8 +21,11 @@ from mlflow_pt_deploy.serving.http.response import (
     json_response,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
+from mlflow_pt_deploy.serving.monitoring.monitor import server_counts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
+from mlflow_pt_deploy.serving.rollout.canary import Canary
 from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_status
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -54,6 +57,7 @@ class Pages:
         states: State of all workers of this server.
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
+        canaries: Canaries by model.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Pages:
         states: WorkerStates | None,
         is_listening: Callable[[], bool],
         drift: DriftWatch | None = None,
+        canaries: Mapping[str, Canary] | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -71,6 +76,7 @@ class Pages:
         self._states = states
         self._is_listening = is_listening
         self._drift = drift
+        self._canaries = canaries or {}
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -148,7 +154,7 @@ class Pages:
         """Whether a model is in memory, or is loaded on demand, as for ``/readyz``."""
         model = self._models[name]
         current = model.current
-        if version and current is not None and current.label != version:
+        if version and current is not None and version not in self._labels(name, current):
             return unknown_version(name, current.label)
         if current is None and (version or not model.unloaded):
             body = json.dumps({"name": name, "ready": False}).encode()
@@ -160,11 +166,17 @@ class Pages:
         current = model.acquire()  # so that an evicted one is loaded
         if current is None:
             return unavailable(model)
-        if version and current.label != version:
+        labels = self._labels(name, current)
+        if version and version not in labels:
             return unknown_version(name, current.label)
         loaded = current.pyfunc.loaded
         runtime, column = loaded.manifest.runtime, loaded.preprocessor.column
-        return json_response(model_metadata(name, current.label, runtime, column))
+        return json_response(model_metadata(name, labels, runtime, column))
+
+    def _labels(self, name: str, current: LoadedModel) -> list[str]:
+        """Versions that answer requests: the current one, and the canary."""
+        running = self._canaries[name].running if self._canaries else None
+        return [current.label, *([running.label] if running else [])]
 
     def _openapi(self) -> Response:
         current = next(iter(self._models.values())).current
@@ -178,12 +190,30 @@ class Pages:
             status["shadow"] = shadow_status(self._states, name)
         return json_response(status)
 
+    def _canary_status(self, name: str) -> dict[str, Any] | None:
+        """The canary of a model, with the counts of both versions since the server started."""
+        canary, current = self._canaries[name], self._models[name].current
+        status = canary.status()
+        if status is None or current is None:
+            return status
+        counts = server_counts(self._models, self._states)[name]
+        labels = {"champion": current.label, "canary": status["version"]}
+        return status | {
+            "counts": {
+                role: counts[label].summary() for role, label in labels.items() if label in counts
+            }
+        }
+
     def _all_status(self) -> Response:
         return json_response([self._model_status(name) for name in self._models])
 
     def _model_status(self, name: str) -> dict[str, Any]:
         status = self._models[name].status()
-        return status if self._drift is None else {**status, "drift": self._drift.status(name)}
+        if self._canaries:
+            status["canary"] = self._canary_status(name)
+        if self._drift is not None:
+            status["drift"] = self._drift.status(name)
+        return status
 
     def _exposition(self) -> Response:
         text = self._metrics.expose()

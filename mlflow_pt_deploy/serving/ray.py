@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict
 from mlflow_pt_deploy.errors import MissingExtraError, ServingError
 from mlflow_pt_deploy.model_config import ServingOptions, parse_value
 from mlflow_pt_deploy.option_fields import option_specs
-from mlflow_pt_deploy.serving.model_names import check_folder
+from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
+from mlflow_pt_deploy.serving.rollout.plan import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.hardware import CORES_ENV
 
@@ -40,6 +41,10 @@ _SETTINGS = (
     "max_memory_mb",
     "cache_mb",
     "access_log",
+    "canary",
+    "canary_p99_ratio",
+    "canary_disagreement",
+    "canary_label_shift",
 )
 
 
@@ -80,6 +85,8 @@ def app(options: AppOptions) -> Any:
     for word in words:
         check_folder(word)
     settings, model_options = _split(options.model_extra or {})
+    if settings.canary:
+        check_served(parse_option(settings.canary), registered_names(words))
 
     def build() -> "AsgiAdapter":
         return load_replica(words, settings, model_options)
@@ -125,8 +132,9 @@ def load_replica(
     from mlflow_pt_deploy.registry.addresses import explain_load_error
     from mlflow_pt_deploy.serving.asgi import AsgiAdapter
     from mlflow_pt_deploy.serving.model_names import name_models
+    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
-    from mlflow_pt_deploy.serving.worker import new_application, new_watcher
+    from mlflow_pt_deploy.serving.worker import new_application, new_canaries, new_watcher
 
     metrics = new_metrics()
     models = name_models(words, model_options, metrics, cache_mb=settings.cache_mb)
@@ -136,12 +144,26 @@ def load_replica(
         failures.append(error)
         loaded.set()
 
-    watcher = new_watcher(models, settings, on_opened=loaded.set, on_failed=fail)
+    canaries, duty = new_canaries(models, settings, metrics)
+    monitor = Monitor(models, [duty])
+    watcher = new_watcher(
+        models,
+        settings,
+        on_opened=loaded.set,
+        on_failed=fail,
+        beside=lambda model: canaries[model.name].poll(),
+    )
     watcher.start()
     loaded.wait()
     if failures:
         raise ServingError(str(explain_load_error(failures[0])))
-    return AsgiAdapter(new_application(models, settings, metrics, on_stop=watcher.stop))
+    monitor.start()
+
+    def stop() -> None:
+        watcher.stop()
+        monitor.stop()
+
+    return AsgiAdapter(new_application(models, settings, metrics, canaries=canaries, on_stop=stop))
 
 
 def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
@@ -158,8 +180,9 @@ def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
         )
     own = {name: values.pop(name) for name in _SETTINGS if name in values}
     for name, value in own.items():
-        if isinstance(value, bool) != (kinds[name] is bool) or isinstance(value, str):
-            wanted = "true or false" if kinds[name] is bool else "a number"
+        kind = type(value) if isinstance(value, (bool, str)) else float
+        if kind is not (kinds[name] if kinds[name] in (bool, str) else float):
+            wanted = {bool: "true or false", str: "a text"}.get(kinds[name], "a number")
             raise ServingError(f"{name} is {value!r}; give {wanted}")
     settings = ServerSettings(**own)
     ServingOptions.from_config(values)  # reports a wrong option before replicas start

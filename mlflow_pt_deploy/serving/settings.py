@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
+from mlflow_pt_deploy.serving.rollout.limits import Limits
+from mlflow_pt_deploy.serving.rollout.plan import parse_option
 from mlflow_pt_deploy.serving.rollout.shadow_plan import parse_shadows, parse_share
 from mlflow_pt_deploy.system.hardware import memory_bytes
 
@@ -104,11 +106,33 @@ class ServerSettings:
         choices=("idle", "normal"),
     )
     log_format: str = option("text", "format of log messages", choices=("text", "json"))
+    canary: str = option(
+        "",
+        "a second version and its share of the requests: models:/NAME@challenger=5%; once for each "
+        "model. The model's tag pt_deploy.canary goes first",
+        repeatable=True,
+    )
+    canary_p99_ratio: float = option(
+        2.0, "end a canary whose p99 latency is more than this many times its champion's; 0: never"
+    )
+    canary_disagreement: float = option(
+        0.1, "end a canary that gives more than this share of rows another label; 0: never"
+    )
+    canary_label_shift: float = option(
+        0.2,
+        "end a canary whose label shares differ from its champion's by more than this population "
+        "stability index; 0: never",
+    )
 
     @property
     def max_body_bytes(self) -> int:
         """`max_body_mb` in bytes."""
         return int(self.max_body_mb * 2**20)
+
+    @property
+    def canary_limits(self) -> Limits:
+        """What a canary may do."""
+        return Limits(self.canary_p99_ratio, self.canary_disagreement, self.canary_label_shift)
 
     def __post_init__(self) -> None:
         check_choices(self, ServingError)
@@ -135,6 +159,8 @@ class ServerSettings:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
         MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
         self._check_cache()
+        parse_option(self.canary)
+        Limits(self.canary_p99_ratio, self.canary_disagreement, self.canary_label_shift)
         if not 0 <= self.replicas <= _MAX_REPLICAS:
             raise ServingError(
                 f"replicas is {self.replicas}; give 1 to {_MAX_REPLICAS}, or 0 to choose by the "

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
+    from mlflow_pt_deploy.serving.rollout.canary import Canary
+    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
@@ -107,7 +109,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     models = name_models(
         job.models, job.model_config, metrics, served, copies=copies, cache_mb=settings.cache_mb
     )
-    publisher = _StatePublisher(states, models, settings)
+    canaries, canary_duty = new_canaries(models, settings, metrics, states)
+    publisher = _StatePublisher(states, models, canaries, settings)
     watcher = new_watcher(
         models,
         settings,
@@ -115,12 +118,14 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
         changed_at=states.registry_changed_at if auth_from_environment().webhook else None,
+        beside=lambda model: canaries[model.name].poll(),
     )
     drift = DriftWatch(models, states)
     metrics.add_rows(drift.series)
     shadows = ShadowClient(job.folder)
     metrics.add_figures(partial(shadow_figures, states))
-    monitor = Monitor(models, [drift, ShadowDuty(models, states, shadows, settings)], states)
+    shadow_duty = ShadowDuty(models, states, shadows, settings)
+    monitor = Monitor(models, [canary_duty, drift, shadow_duty], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -146,6 +151,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         metrics,
         states=states,
         shadows=shadows,
+        canaries=canaries,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
         drift=drift,
@@ -199,6 +205,23 @@ def new_watcher(
     return RegistryWatcher(list(models.values()), settings.poll_s, budget=budget, **callbacks)
 
 
+def new_canaries(
+    models: Mapping[str, ServedModel],
+    settings: ServerSettings,
+    metrics: Metrics,
+    states: WorkerStates | None = None,
+) -> tuple[dict[str, Canary], CanaryDuty]:
+    """The canaries of a server by model, and the duty that ends them."""
+    from mlflow_pt_deploy.serving.rollout.canary import Canary
+    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
+    from mlflow_pt_deploy.serving.rollout.endings import Endings
+    from mlflow_pt_deploy.serving.rollout.plan import parse_option
+
+    plans, endings = parse_option(settings.canary), Endings(states)
+    canaries = {name: Canary(model, plans, endings, metrics) for name, model in models.items()}
+    return canaries, CanaryDuty(canaries, endings, settings.canary_limits)
+
+
 def _grpc_server(
     application: Application, job: WorkerJob, states: WorkerStates, publisher: _StatePublisher
 ) -> GrpcServer | None:
@@ -238,13 +261,16 @@ class _StatePublisher:
         self,
         states: WorkerStates,
         models: Mapping[str, ServedModel],
+        canaries: Mapping[str, Canary],
         settings: ServerSettings,
     ) -> None:
         self._states = states
         self._models = models
+        self._canaries = canaries
         self._settings = settings
         self.ready = threading.Event()
         self._banner: Sequence[str] = ()
+        self._lock = threading.Lock()
 
     def opened(self) -> None:
         """Record that all models are loaded, or left unloaded within the memory budget."""
@@ -259,19 +285,24 @@ class _StatePublisher:
 
     def publish(self) -> None:
         """Write the state file."""
+        with self._lock:  # models are polled on several threads
+            self._states.write(self._state())
+
+    def _state(self) -> dict[str, Any]:
         versions = {name: model.current for name, model in self._models.items()}
-        self._states.write(
-            {
-                "ready": True,
-                "banner": list(self._banner),
-                "served": {
-                    name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
-                    for name, version in versions.items()
-                    if version
-                },
-                "models": {name: model.status() for name, model in self._models.items()},
-            }
-        )
+        return {
+            "ready": True,
+            "banner": list(self._banner),
+            "served": {
+                name: {"spec": asdict(version.spec), "version": asdict(version.resolved)}
+                for name, version in versions.items()
+                if version
+            },
+            "models": {
+                name: model.status() | {"canary": self._canaries[name].status()}
+                for name, model in self._models.items()
+            },
+        }
 
 
 def _prepare_process(job: WorkerJob, states: WorkerStates, index: int) -> None:

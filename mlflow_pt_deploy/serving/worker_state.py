@@ -4,8 +4,7 @@
     ├── worker-<index>.lock    held (flock) by the worker with this index; free once it has died
     ├── worker-<index>.json    its state: versions, readiness, failure
     ├── counts-<index>-<pid>.json   what it answered, also of workers that have died
-    ├── snapshots.json         counts of rows of the last hour, for drift
-    ├── <name>.json            other documents: `publish`
+    ├── <name>.json            documents of the leader: `publish`
     ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files
@@ -150,15 +149,9 @@ class WorkerStates:
             for path in sorted(self.folder.glob(f"{pattern}.json"))
         ]
 
-    def write_snapshots(self, snapshots: list[dict[str, Any]]) -> None:
-        """Publish earlier counts of all workers."""
-        _write(self.folder / "snapshots.json", snapshots)
-
-    def snapshots(self) -> list[dict[str, Any]]:
-        """What `write_snapshots` was given last, by any worker."""
-        path = self.folder / "snapshots.json"
-        found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-        return found
+    def document(self, name: str) -> dict[str, Any]:
+        """A document that `publish` wrote; empty if none did."""
+        return next(iter(self.published(name)), {})
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""
@@ -215,7 +208,7 @@ def new_run_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 
-def _write(path: Path, document: Mapping[str, Any] | list[dict[str, Any]]) -> None:
+def _write(path: Path, document: Mapping[str, Any]) -> None:
     """Write JSON under another name, then rename it."""
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(document), encoding="utf8")

@@ -33,6 +33,8 @@ TESTS = Path(__file__).resolve().parents[1]
         ({"poll_s": "-1"}, "poll_s is -1; give seconds from 0"),
         ({"poll_s": "often"}, "poll_s is 'often'; give a number"),
         ({"access_log": 1}, "access_log is 1; give true or false"),
+        ({"canary": 5}, "canary is 5; give a text"),
+        ({"canary": "models:/m@c=0%"}, "give more than 0% and at most 100%"),
         ({"num_threads": "many"}, "num_threads must be a whole number of at least 0, not 'many'"),
     ],
 )
@@ -45,6 +47,7 @@ def test_arguments_of_the_command_line_are_texts() -> None:
     settings, options = _split({"poll_s": "0.5", "access_log": "true", "num_threads": "2"})
     assert (settings.poll_s, settings.access_log) == (0.5, True)
     assert options == {"num_threads": 2}
+    assert _split({"canary": "models:/m@challenger=5%"})[0].canary == "models:/m@challenger=5%"
     assert AppOptions(model="models:/m@champion", num_replicas="2").num_replicas == 2
 
 

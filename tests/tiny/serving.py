@@ -95,6 +95,19 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pt
             return predict(inputs)
 
         variant = replace(variant, predict=slow)
+    if habits.get("reversed"):
+        variant = replace(
+            variant, labels=variant.labels[::-1], predict=lambda inputs: predict(inputs)[:, ::-1]
+        )
+    if "fails_on" in habits:
+        word = WORDS.index(habits["fails_on"])
+
+        def failing(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == word).any():
+                raise RuntimeError("secret /path/to/model failed")
+            return predict(inputs)
+
+        variant = replace(variant, predict=failing)
     if "slow_s" in habits:
         fast = variant.predict
 
@@ -123,7 +136,8 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
         **habits: `images`: classify colours of images; `label`: name of the class red; `load_s`,
             `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch
             with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
-            be a cascade of the model and itself; `wrong`: answer with the next label.
+            be a cascade of the model and itself; `wrong`: answer with the next label;
+            `reversed`: have the same labels in the other order; `fails_on`: fail on this word.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

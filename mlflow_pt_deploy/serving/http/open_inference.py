@@ -148,18 +148,18 @@ def server_metadata() -> dict[str, Any]:
     return {"name": "pt-deploy", "version": __version__, "extensions": []}
 
 
-def model_metadata(name: str, version: str, runtime: str, column: str) -> dict[str, Any]:
+def model_metadata(name: str, versions: Sequence[str], runtime: str, column: str) -> dict[str, Any]:
     """Tensors of a model.
 
     Args:
         name: Name of the model.
-        version: Label of the version that serves.
+        versions: Labels of the versions that serve.
         runtime: Runtime of the variant.
         column: Column that the model reads.
     """
     return {
         "name": name,
-        "versions": [version],
+        "versions": list(versions),
         "platform": f"pt-deploy_{runtime}",
         "inputs": [_metadata(column, "BYTES")],
         "outputs": [_metadata(*output) for output in OUTPUTS.items()],

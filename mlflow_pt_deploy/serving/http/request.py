@@ -57,15 +57,17 @@ class Request:
 
     Attributes:
         received_at: Time of arrival by `time.perf_counter`, seconds.
+        lost_s: Seconds that a version took which failed, before another one answers.
     """
 
-    __slots__ = ("_body", "_rest", "headers", "method", "path", "received_at")
+    __slots__ = ("_body", "_rest", "headers", "lost_s", "method", "path", "received_at")
 
     def __init__(self, method: str, path: str, headers: Headers, body: Body) -> None:
         self.method = method
         self.path = path
         self.headers = headers
         self.received_at = time.perf_counter()
+        self.lost_s = 0.0
         self._body = body
         self._rest: AsyncIterator[bytes] | None = None
 

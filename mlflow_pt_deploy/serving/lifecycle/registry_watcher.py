@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
@@ -35,6 +34,8 @@ class RegistryWatcher(threading.Thread):
         on_polled: Called after each poll of a model.
         changed_at: When a webhook last said that the registry has changed; a new value lets all
             models be polled now. None: there is no webhook.
+        beside: Called with each model after it was loaded or polled, one call at a time for each
+            model. Its thread is another one: a long call does not delay the next poll.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RegistryWatcher(threading.Thread):
         on_failed: Callable[[Exception], None],
         on_polled: Callable[[], None] = lambda: None,
         changed_at: Callable[[], int] | None = None,
+        beside: Callable[[ServedModel], None] | None = None,
     ) -> None:
         super().__init__(name="registry-watcher", daemon=True)
         self._models = models
@@ -58,9 +60,10 @@ class RegistryWatcher(threading.Thread):
         self._changed_at = changed_at
         self._seen_change = changed_at() if changed_at else 0
         self._polled_at = 0.0
+        self._beside = beside
         self._woken = threading.Event()
         self._stopped = threading.Event()
-        self._polls = ThreadPoolExecutor(len(models), thread_name_prefix="poll")
+        self._polls = ThreadPoolExecutor(2 * len(models), thread_name_prefix="poll")
         self._running: dict[str, Future[None]] = {}
         for model in models:
             model.wake = self._woken.set
@@ -75,7 +78,7 @@ class RegistryWatcher(threading.Thread):
         freeze_gc()
         self._on_opened()
         for model in self._models:
-            self._submit(model, model.keep_copy)
+            self._start(f"beside {model.name}", self._act_beside, model)
         next_poll = self._next_poll()
         while not self._stopped.wait(_RECHECK_S):
             waiting = self._cache.reconcile()
@@ -84,7 +87,7 @@ class RegistryWatcher(threading.Thread):
                 next_poll = min(next_poll, self._polled_at + MIN_POLL_S)
             if next_poll is not None and time.monotonic() >= next_poll:
                 self._polled_at = time.monotonic()
-                started = [self._start_poll(model) for model in self._models]
+                started = [self._start(model.name, self._poll, model) for model in self._models]
                 if all(started):
                     self._seen_change = change
                 next_poll = self._next_poll()
@@ -105,17 +108,13 @@ class RegistryWatcher(threading.Thread):
         pause_s = next_poll - time.monotonic()
         return min(pause_s, _RECHECK_S) if self._changed_at else pause_s
 
-    def _start_poll(self, model: ServedModel) -> bool:
-        """Poll a model on its thread; False while an earlier poll of it is running."""
-        running = self._running.get(model.name)
+    def _start(self, key: str, call: Callable[[ServedModel], None], model: ServedModel) -> bool:
+        """Call on a thread; False while the last call of this key is still running."""
+        running = self._running.get(key)
         idle = running is None or running.done()
-        if idle:
-            self._submit(model, partial(self._poll, model))
+        if idle and not self._stopped.is_set():
+            self._running[key] = self._polls.submit(call, model)
         return idle
-
-    def _submit(self, model: ServedModel, work: Callable[[], None]) -> None:
-        if not self._stopped.is_set():
-            self._running[model.name] = self._polls.submit(work)
 
     def _poll(self, model: ServedModel) -> None:
         before = model.current
@@ -123,7 +122,13 @@ class RegistryWatcher(threading.Thread):
         if model.current is not before:
             freeze_gc()
         self._on_polled()
+        self._start(f"beside {model.name}", self._act_beside, model)
+
+    def _act_beside(self, model: ServedModel) -> None:
         model.keep_copy()
+        if self._beside is not None:
+            self._beside(model)
+            self._on_polled()
 
     def _next_poll(self) -> float | None:
         pause_s = self._poll_s * random.uniform(0.8, 1.2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -151,6 +152,7 @@ class ServedModel:
         self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
         self.wake: Callable[[], None] = lambda: None
         self.counts: dict[str, VersionCounts] = {}
+        self._counting = threading.Lock()
         self._unloaded_version: ResolvedVersion | None = None
         self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
         self._provider = provider
@@ -255,6 +257,17 @@ class ServedModel:
             self._poll(load=self.unloaded is None)
         finally:
             self.polls += 1
+
+    def count(self, version: LoadedModel) -> None:
+        """Let a version continue the counts of its label."""
+        service = version.pyfunc.service
+        with self._counting:
+            counts = dict(self.counts)
+            counts[version.label] = service.counts = counts.pop(version.label, service.counts)
+            if self.current and self.current.label in counts:  # the oldest are dropped below
+                counts[self.current.label] = counts.pop(self.current.label)
+            # one assignment: the monitor's thread iterates over the dict
+            self.counts = dict(list(counts.items())[-MAX_COUNTED:])
 
     def status(self) -> dict[str, Any]:
         """The content of ``/model``."""
@@ -373,7 +386,7 @@ class ServedModel:
         if self._cache_mb:
             version.pyfunc.service.cache = PredictionCache(self._cache_mb)
         self._metrics.version_activated(self.name, version, seconds)
-        self._count(version)
+        self.count(version)
         live = (reference for reference in self._executors if reference() is not None)
         self._executors = (*live, weakref.ref(version.pyfunc.service.batcher.executor))
         self.loaded_at, self.load_s = time.perf_counter(), seconds
@@ -393,14 +406,6 @@ class ServedModel:
                 before.label,
                 seconds,
             )
-
-    def _count(self, version: LoadedModel) -> None:
-        """Let a version continue the counts of its label."""
-        service = version.pyfunc.service
-        counts = dict(self.counts)
-        counts[version.label] = service.counts = counts.pop(version.label, service.counts)
-        # one assignment: the monitor's thread iterates over the dict
-        self.counts = dict(list(counts.items())[-MAX_COUNTED:])
 
     def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
         before = self.rejected

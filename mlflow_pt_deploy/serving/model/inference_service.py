@@ -98,6 +98,7 @@ class InferenceService:
             pads_rows(loaded.predict),
         )
         self.runs_inline = self.fast_stage_runs_inline = False
+        self._may_run_inline = True
         self._pending: list[PendingRequest] = []
         self._loop_cost = LoopIterationEstimator()
         self._finished: deque[tuple[PendingRequest, BatchRequest]] = deque()
@@ -131,6 +132,10 @@ class InferenceService:
         if isinstance(predict, CascadePredictor):
             stage_s = fastest_s(lambda: predict.run_fast_stage(preprocessor.collate([longest])))
             self.fast_stage_runs_inline = stage_s < INLINE_THRESHOLD_S
+
+    def forbid_inline(self) -> None:
+        """Run the model on threads only, so that it never delays the event loop."""
+        self.runs_inline = self.fast_stage_runs_inline = self._may_run_inline = False
 
     def encode(self, rows: Sequence[Row], first: int = 0) -> list[Encoded]:
         """Encode raw rows; `first` is the index of the first one in its request.
@@ -361,6 +366,8 @@ class InferenceService:
     def _should_run_inline(self, rows: int) -> bool:
         """Whether scoring on the event loop costs less than a thread hand-off."""
         if self.batcher.concurrency.busy or self.options.max_wait_ms or rows > MAX_INLINE_ROWS:
+            return False
+        if not self._may_run_inline:
             return False
         return self.runs_inline or 0 < rows * self.batcher.estimated_row_s < INLINE_THRESHOLD_S
 

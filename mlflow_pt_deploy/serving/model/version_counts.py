@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mlflow_pt_deploy.evaluation.profile import RowCounts
 
@@ -69,6 +70,15 @@ class VersionCounts(RowCounts):
             if below >= share * total:
                 return float(LATENCY_FROM_S * LATENCY_STEP**bucket)
         raise AssertionError("unreachable")
+
+    def summary(self) -> dict[str, Any]:
+        """The counts that compare two versions; the p99 latency in milliseconds."""
+        p99_s = self.quantile_s(0.99)
+        counts = ("requests", "errors", "rows", "compared", "disagreed")
+        return {
+            **{name: getattr(self, name) for name in counts},
+            "latency_p99_ms": None if p99_s is None else round(1000 * p99_s, 3),
+        }
 
 
 def total(parts: Sequence[VersionCounts]) -> VersionCounts:

@@ -92,7 +92,7 @@ class DriftWatch:
             kept.append({"at": now, "counts": _rows_only(counts)})
             self._snapshots = kept
             if self._states is not None:
-                self._states.write_snapshots(kept)
+                self._states.publish("snapshots", {"snapshots": kept})
         self._next_at = kept[-1]["at"] + STEP_S
 
     def close(self, counts: ServerCounts) -> None:
@@ -133,7 +133,10 @@ class DriftWatch:
         return found
 
     def _read(self) -> list[dict[str, Any]]:
-        return self._snapshots if self._states is None else self._states.snapshots()
+        if self._states is None:
+            return self._snapshots
+        found: list[dict[str, Any]] = self._states.document("snapshots").get("snapshots", [])
+        return found
 
     def _hour_ago(self) -> Mapping[str, Any]:
         """Counts when the last hour began; empty if the server is younger."""

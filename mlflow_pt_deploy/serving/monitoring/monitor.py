@@ -92,7 +92,7 @@ class Monitor(threading.Thread):
                 _logger.exception("%s failed", type(duty).__name__)
 
     def counts(self) -> dict[str, dict[str, VersionCounts]]:
-        """Counts of all workers, also of those that have died."""
+        """See `server_counts`."""
         return server_counts(self._models, self._states)
 
     def _publish(self) -> None:
@@ -115,7 +115,10 @@ def server_counts(
         states: State of all workers; None: this process is the server.
     """
     if states is None:
-        return {name: dict(model.counts) for name, model in models.items()}
+        return {
+            name: {label: VersionCounts().plus(each) for label, each in list(model.counts.items())}
+            for name, model in models.items()
+        }
     found: dict[str, dict[str, VersionCounts]] = {name: {} for name in models}
     for document in states.counts():
         for name, versions in document.items():

@@ -62,6 +62,12 @@ class Metrics:
     def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
         """Record that a version was activated after `seconds` of preparation."""
 
+    def version_loaded(self, name: str, version: LoadedModel) -> None:
+        """Record the calls of a version from now on; a canary is not activated."""
+
+    def canary_failed(self, name: str, label: str) -> None:
+        """Record that a canary did not answer a request and the champion did."""
+
     def version_unloaded(self, name: str) -> None:
         """Record that a model was evicted from memory."""
 

@@ -65,6 +65,9 @@ class PrometheusMetrics(Metrics):
         self._padding = counter("batch_padding_tokens", "Padding tokens computed", *_VERSION)
         self._cached = counter("cache_rows", "Rows looked up in the cache", *_VERSION, "result")
         self._compute = histogram("compute_seconds", "One call of the model", _SECONDS)
+        self._canary_failures = counter(
+            "canary_failures", "Requests that a canary failed and the champion answered", *_VERSION
+        )
         self._swaps = counter("swaps", "Versions activated or rejected", "model", "result")
         self._unloads = counter("unloads", "Models evicted from memory", "model")
         self._preparation = gauge(
@@ -106,7 +109,7 @@ class PrometheusMetrics(Metrics):
             counter.inc()
         found[1].observe(seconds)
 
-    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
+    def version_loaded(self, name: str, version: LoadedModel) -> None:
         """See `Metrics`."""
         label = self._version(name, version.label)
         rows, compute = self._rows.labels(name, label), self._compute.labels(name, label)
@@ -120,8 +123,7 @@ class PrometheusMetrics(Metrics):
             padding.inc(max(0, padded - real))
             compute.observe(took_s)
 
-        batcher = version.pyfunc.service.batcher
-        batcher.executor.on_call = on_call
+        version.pyfunc.service.batcher.executor.on_call = on_call
         if (cache := version.pyfunc.service.cache) is not None:
             hit, miss = (self._cached.labels(name, label, result) for result in ("hit", "miss"))
 
@@ -130,6 +132,15 @@ class PrometheusMetrics(Metrics):
                 miss.inc(misses)
 
             cache.on_lookup = on_lookup
+
+    def canary_failed(self, name: str, label: str) -> None:
+        """See `Metrics`."""
+        self._canary_failures.labels(name, self._version(name, label)).inc()
+
+    def version_activated(self, name: str, version: LoadedModel, seconds: float) -> None:
+        """See `Metrics`."""
+        self.version_loaded(name, version)
+        batcher = version.pyfunc.service.batcher
         self._streams.labels(name).set(batcher.concurrency.streams)
         manifest = version.pyfunc.loaded.manifest
         for result in ("done", "refused"):

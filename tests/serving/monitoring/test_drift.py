@@ -128,7 +128,7 @@ def test_the_last_hour_does_not_hide_behind_the_time_before(tracking: str, tmp_p
     for _ in range(int(WINDOW_S / STEP_S)):
         now[0] += STEP_S
         monitor.tick()
-    assert len(states.snapshots()) == 1 + WINDOW_S / STEP_S
+    assert len(states.document("snapshots")["snapshots"]) == 1 + WINDOW_S / STEP_S
     count(model.counts["1"], ["blue"] * 200)
     now[0] += STEP_S
     monitor.tick()
@@ -140,13 +140,13 @@ def test_the_last_hour_does_not_hide_behind_the_time_before(tracking: str, tmp_p
     for _ in range(100):
         now[0] += STEP_S
         monitor.tick()
-    assert len(states.snapshots()) < 20
+    assert len(states.document("snapshots")["snapshots"]) < 20
     assert watch.status("tiny")["last_hour"] == []
     # a worker that takes over goes on with the snapshots of the one before
     other = DriftWatch({"tiny": model}, states, clock=lambda: now[0])
     assert other.status("tiny") == watch.status("tiny")
     other.lead(server_counts({"tiny": model}, states))
-    assert states.snapshots()[-1]["at"] == now[0]
+    assert states.document("snapshots")["snapshots"][-1]["at"] == now[0]
     states.close()
 
 
