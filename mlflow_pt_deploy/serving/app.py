@@ -46,6 +46,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
+from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
@@ -106,6 +107,7 @@ class Application:
         max_body_bytes: Longest request body.
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
+        feedback: Remembers answers and takes feedback on them, if given.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
         on_start, on_stop: Called when the event loop starts and ends.
@@ -125,6 +127,7 @@ class Application:
         max_body_bytes: int = MAX_BODY_BYTES,
         hang_s: float = 0.0,
         states: WorkerStates | None = None,
+        feedback: FeedbackCollector | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
         on_start: Callable[[asyncio.AbstractEventLoop], None] = lambda loop: None,
@@ -134,13 +137,14 @@ class Application:
         self._metrics = metrics or Metrics()
         self._access_log = access_log
         self._tracer = tracer
+        self._feedback = feedback
         self._max_body_bytes = max_body_bytes
         self._on_start, self._on_stop = on_start, on_stop
         self.active = 0
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
         self._in_flight = dict.fromkeys(models, 0)
-        self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
+        self._pages = Pages(models, self._metrics, hang_s, states, is_listening, feedback)
         self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
             if path in self._scoring:
@@ -176,6 +180,8 @@ class Application:
         try:
             if isinstance(route, ScoringRoute) and request.method == "POST":
                 response = await self._score(route, request)
+            elif isinstance(route, Page) and route.takes_body:
+                response = await self._take(route, request)
             else:
                 response = await self._read_only(route, request)
         except Rejection as rejection:
@@ -212,7 +218,7 @@ class Application:
         try:
             return await self._predict(route.format, version, request, context)
         except Exception as error:
-            return self._failure(error, version)
+            return self._failure(error, version.label)
         finally:
             self._in_flight[model.name] -= 1
 
@@ -241,7 +247,7 @@ class Application:
             raise Rejection(overloaded._replace(model_version=version.label))
         return version, RequestContext(deadline.expires_at)
 
-    def _failure(self, error: Exception, version: LoadedModel) -> Response:
+    def _failure(self, error: Exception, label: str) -> Response:
         """The response to a request that failed while it was read or scored.
 
         Raises:
@@ -255,7 +261,7 @@ class Application:
             return error_response(408, "DEADLINE_EXCEEDED", message)
         if isinstance(error, DisconnectedError):
             return CLIENT_DISCONNECTED
-        return error_to_response(error, version.label)
+        return error_to_response(error, label)
 
     async def _predict(
         self,
@@ -280,7 +286,7 @@ class Application:
         else:
             texts = await self._watched(predictions, request, context)
         content = protocol.write(texts, found, version.label)
-        return Response(200, content, model_version=version.label)
+        return Response(200, content, model_version=version.label, predictions=texts)
 
     async def _watched(
         self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
@@ -301,6 +307,22 @@ class Application:
         finally:
             watcher.cancel()
 
+    async def _take(self, page: Page, request: Request) -> Response:
+        """Answer a request whose body is not rows.
+
+        Raises:
+            Rejection: Its method is not POST, the token is wrong, or the body is too long.
+        """
+        if request.method != "POST":
+            raise Rejection(_not_allowed("POST"))
+        if not self._auth.can_score(request.headers.get("authorization")):
+            raise Rejection(_unauthorized("a token"))
+        try:
+            body = await request.read(self._max_body_bytes)
+        except Exception as error:
+            return self._failure(error, "")
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, page.write, body)
+
     async def _read_only(self, route: ScoringRoute | Page | None, request: Request) -> Response:
         """Answer a request that does not score.
 
@@ -312,10 +334,7 @@ class Application:
             raise Rejection(error_response(404, "ENDPOINT_NOT_FOUND", f"there is no such {what}"))
         if isinstance(route, ScoringRoute) or request.method not in ("GET", "HEAD"):
             allowed = "POST" if isinstance(route, ScoringRoute) else "GET, HEAD"
-            message = f"this path takes {allowed}"
-            raise Rejection(
-                error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
-            )
+            raise Rejection(_not_allowed(allowed))
         token = request.headers.get("authorization")
         if route.access == SCORING and not self._auth.can_score(token):
             raise Rejection(_unauthorized("a token"))
@@ -346,6 +365,8 @@ class Application:
                 counts.count_response(response.status, seconds)
             if label and response.status == 200 and model.current is not None:
                 model.current.seconds.append(seconds)
+            if self._feedback is not None and response.predictions:
+                self._feedback.remember(request_id, model.name, label, response.predictions)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
                 self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)
@@ -362,6 +383,11 @@ def _scoring_routes(models: Mapping[str, ServedModel]) -> dict[str, ScoringRoute
         routes.append(ScoringRoute(f"/models/{name}/invocations", model, protocol))
         routes.append(ScoringRoute(f"{MODELS}{name}/infer", model, OpenInferenceFormat(name)))
     return {route.path: route for route in routes}
+
+
+def _not_allowed(allowed: str) -> Response:
+    message = f"this path takes {allowed}"
+    return error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
 
 
 def _unauthorized(token: str) -> Response:

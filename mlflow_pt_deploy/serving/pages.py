@@ -1,4 +1,4 @@
-"""Pages that are only read: probes, metadata of models, admin pages."""
+"""Pages: probes, metadata of models, admin pages, feedback."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from mlflow_pt_deploy.serving.http.response import (
     json_response,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 PROBE, SCORING, ADMIN = "probe", "scoring", "admin"
+FEEDBACK = "/feedback"
 
 
 class Page(NamedTuple):
@@ -35,11 +37,13 @@ class Page(NamedTuple):
         access: `PROBE`: no token, not in the access log; `SCORING`: a scoring token; `ADMIN`: an
             admin token, and it is written on a thread.
         write: Makes the response.
+        takes_body: Whether it is asked with POST; `write` then gets the body, on a thread.
     """
 
     path: str
     access: str
-    write: Callable[[], Response]
+    write: Callable[..., Response]
+    takes_body: bool = False
 
 
 class Pages:
@@ -51,6 +55,7 @@ class Pages:
         hang_s: Seconds after which a running batch makes ``/livez`` fail; 0: never.
         states: State of all workers of this server.
         is_listening: Whether the other ports of this worker are open.
+        feedback: Takes feedback, if given.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class Pages:
         hang_s: float,
         states: WorkerStates | None,
         is_listening: Callable[[], bool],
+        feedback: FeedbackCollector | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._hang_s = hang_s
         self._states = states
         self._is_listening = is_listening
+        self._feedback = feedback
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -85,6 +92,8 @@ class Pages:
         }
         self._pages = {path: Page(path, PROBE, write) for path, write in probes.items()}
         self._pages |= {path: Page(path, ADMIN, write) for path, write in admin.items()}
+        take = feedback.take if feedback else _feedback_is_off
+        self._pages[FEEDBACK] = Page(FEEDBACK, SCORING, take, takes_body=True)
         self._pages[ROOT] = Page(ROOT, SCORING, lambda: json_response(server_metadata()))
         self._of_models: dict[str, tuple[str, Callable[[str], Response]]] = {}
         for name in models:
@@ -170,6 +179,8 @@ class Pages:
         status = self._models[name].status()
         if self._states is not None:
             status["replicas"] = self._states.of_model(name)
+        if self._feedback is not None:
+            status["feedback"] = self._feedback.status(name)
         return json_response(status)
 
     def _all_status(self) -> Response:
@@ -198,6 +209,11 @@ def unknown_version(name: str, served: str) -> Response:
     """The response to a request for a version that does not serve."""
     message = f"this version of {name} does not serve; {served} does, ask for it or for none"
     return error_response(404, "RESOURCE_DOES_NOT_EXIST", message)
+
+
+def _feedback_is_off(body: bytes) -> Response:
+    message = "feedback is off; start the server with --feedback-rows and a number of rows"
+    return error_response(404, "FEATURE_DISABLED", message)
 
 
 @cache  # the lookup reads files, and this runs on the event loop

@@ -32,6 +32,8 @@ NAME = "pt-deploy"
 
 # Ray's default of 5 would leave nothing to batch; beyond it requests wait in Ray's proxy.
 _MAX_ONGOING_REQUESTS = 256
+# Ray's replicas share no run directory, in which these keep what all have answered.
+_ABSENT = ("report_s", "feedback_rows")
 _SETTINGS = ("poll_s", "hang_s", "max_body_mb", "max_models", "max_memory_mb", "access_log")
 
 
@@ -143,6 +145,11 @@ def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
         for name, value in given.items()
     }
     kinds = {spec.name: spec.type for spec in option_specs(ServerSettings)}
+    if absent := sorted(values.keys() & set(_ABSENT)):
+        raise ServingError(
+            f"{', '.join(absent)}: Ray's replicas share no counts or answers. Leave it out, or use "
+            "pt-deploy serve."
+        )
     if rays := sorted(values.keys() & kinds.keys() - set(_SETTINGS)):
         raise ServingError(
             f"{', '.join(rays)}: Ray Serve does this. Give it in Ray's configuration; the settings "

@@ -16,6 +16,7 @@ from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 _MAX_SECONDS = 1e9
 _MAX_BODY_MB = 4096
 _MAX_REPLICAS = 256
+_MAX_FEEDBACK_ROWS = 10**8
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ class ServerSettings:
     drain_s: float = option(
         0.0, "seconds between /readyz failing and the port closing after SIGTERM"
     )
+    report_s: float = option(
+        60.0,
+        "seconds between writes of what was served to the registered version in MLflow; 0: never",
+    )
+    feedback_rows: int = option(
+        0, "answered rows that are remembered, so that POST /feedback can judge them; 0: off"
+    )
     log_format: str = option("text", "format of log messages", choices=("text", "json"))
 
     @property
@@ -88,7 +96,7 @@ class ServerSettings:
             raise ServingError("tls_cert and tls_key belong together; give both or neither")
         if self.tls_cert:
             _check_tls(self.tls_cert, self.tls_key)
-        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s"):
+        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s", "report_s"):
             if not 0 <= getattr(self, name) <= _MAX_SECONDS:
                 raise ServingError(
                     f"{name} is {getattr(self, name):g}; give seconds from 0 to {_MAX_SECONDS:g}"
@@ -97,6 +105,7 @@ class ServerSettings:
             raise ServingError(
                 f"max_body_mb is {self.max_body_mb:g}; give more than 0 and at most {_MAX_BODY_MB}"
             )
+        _check_feedback_rows(self.feedback_rows)
         if self.max_connections < 1:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
         MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
@@ -109,6 +118,13 @@ class ServerSettings:
             raise ServingError("replicas: this system has no SO_REUSEPORT; give 1")
         if self.pin and not hasattr(os, "sched_setaffinity"):
             raise ServingError("pin: this system has no CPU affinity; leave it out")
+
+
+def _check_feedback_rows(rows: int) -> None:
+    if not 0 <= rows <= _MAX_FEEDBACK_ROWS:
+        raise ServingError(
+            f"feedback_rows is {rows}; give 1 to {_MAX_FEEDBACK_ROWS}, or 0 for no feedback"
+        )
 
 
 def _check_tls(cert: str, key: str) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.grpc_server import GrpcServer
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+    from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
+    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
@@ -58,6 +60,7 @@ class WorkerJob:
         shares: CPU share of each worker.
         environment: Environment variables that locate the registry.
         main_pid: Process id of the main process.
+        since: When the server started.
     """
 
     models: Sequence[str]
@@ -68,6 +71,7 @@ class WorkerJob:
     shares: Sequence[Share]
     environment: Mapping[str, str]
     main_pid: int
+    since: str
 
 
 def load_worker(job: WorkerJob) -> RsgiAdapter:
@@ -80,7 +84,6 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     index = states.claim()
     _prepare_process(job, states, index)
     from mlflow_pt_deploy.serving.model_names import name_models
-    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.platform import routes_from
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
@@ -100,7 +103,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
     )
-    monitor = Monitor(models, [], states)
+    feedback = _feedback(models, job, metrics)
+    monitor = _monitor(models, job, states, feedback)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -125,6 +129,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         settings,
         metrics,
         states=states,
+        feedback=feedback,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
         on_start=start,
@@ -174,6 +179,36 @@ def new_watcher(
 
     budget = MemoryBudget(settings.max_models, settings.max_memory_mb)
     return RegistryWatcher(list(models.values()), settings.poll_s, budget=budget, **callbacks)
+
+
+def _feedback(
+    models: Mapping[str, ServedModel], job: WorkerJob, metrics: Metrics
+) -> FeedbackCollector | None:
+    """What remembers answers and takes feedback on them, if it is on."""
+    if not job.settings.feedback_rows:
+        return None
+    from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
+    from mlflow_pt_deploy.serving.monitoring.feedback_store import FeedbackStore
+
+    store = FeedbackStore(job.folder, job.settings.feedback_rows)
+    return FeedbackCollector(models, store, metrics)
+
+
+def _monitor(
+    models: Mapping[str, ServedModel],
+    job: WorkerJob,
+    states: WorkerStates,
+    feedback: FeedbackCollector | None,
+) -> Monitor:
+    """The monitor with the duties of this server."""
+    from mlflow_pt_deploy.serving.monitoring.monitor import Duty, Monitor
+    from mlflow_pt_deploy.serving.monitoring.served_figures import ServedFigures
+
+    duties: list[Duty] = [] if feedback is None else [feedback]
+    if report_s := job.settings.report_s:
+        store = feedback.store if feedback else None
+        duties.append(ServedFigures(models, report_s, job.since, store))
+    return Monitor(models, duties, states, feedback.counts if feedback else dict)
 
 
 def _grpc_server(

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,18 @@ RETRY_S, MAX_RETRY_S = 60.0, 3600.0
 MAX_COUNTED = 20
 
 _logger = logging.getLogger(__name__)
+
+
+class CountedVersion(NamedTuple):
+    """A version whose answers are counted, also after it was replaced.
+
+    Attributes:
+        resolved: Its place in the registry.
+        labels: Its classes.
+    """
+
+    resolved: ResolvedVersion
+    labels: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ class ServedModel:
         load_s: Seconds that the load took.
         wake: Called when it is requested while it is unloaded.
         counts: What each version answered, by label; the oldest beyond `MAX_COUNTED` are dropped.
+        counted: These versions.
     """
 
     def __init__(
@@ -140,6 +153,7 @@ class ServedModel:
         self.used_at = self.requested_at = self.loaded_at = self.load_s = 0.0
         self.wake: Callable[[], None] = lambda: None
         self.counts: dict[str, VersionCounts] = {}
+        self.counted: dict[str, CountedVersion] = {}
         self._unloaded_version: ResolvedVersion | None = None
         self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
         self._provider = provider
@@ -337,8 +351,11 @@ class ServedModel:
         service = version.pyfunc.service
         counts = dict(self.counts)
         counts[version.label] = service.counts = counts.pop(version.label, service.counts)
-        # one assignment: the monitor's thread iterates over the dict
+        counted = CountedVersion(version.resolved, service.loaded.labels)
+        known = self.counted | {version.label: counted}
+        # one assignment each: the monitor's thread iterates over the dicts
         self.counts = dict(list(counts.items())[-MAX_COUNTED:])
+        self.counted = {label: known[label] for label in self.counts}
 
     def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
         before = self.rejected

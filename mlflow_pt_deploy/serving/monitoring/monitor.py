@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
@@ -44,6 +44,7 @@ class Monitor(threading.Thread):
         models: Models by name.
         duties: What is done beside answering.
         states: State of all workers; None: this process is the server.
+        shared_counts: Counts that all workers keep together; they are added.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class Monitor(threading.Thread):
         models: Mapping[str, ServedModel],
         duties: Sequence[Duty],
         states: WorkerStates | None = None,
+        shared_counts: Callable[[], ServerCounts] = dict,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._models = models
         self._duties = duties
         self._states = states
+        self._shared_counts = shared_counts
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -98,10 +101,9 @@ class Monitor(threading.Thread):
         found: dict[str, dict[str, VersionCounts]] = {name: {} for name in self._models}
         for document in self._states.counts():
             for name, versions in document.items():
-                for label, values in versions.items():
-                    mine = VersionCounts.from_json(values)
-                    before = found.setdefault(name, {}).get(label)
-                    found[name][label] = before.plus(mine) if before else mine
+                _add(found, name, {k: VersionCounts.from_json(v) for k, v in versions.items()})
+        for name, shared in self._shared_counts().items():
+            _add(found, name, shared)
         return found
 
     def _publish(self) -> None:
@@ -112,3 +114,12 @@ class Monitor(threading.Thread):
                     for name, model in self._models.items()
                 }
             )
+
+
+def _add(
+    found: dict[str, dict[str, VersionCounts]], name: str, versions: Mapping[str, VersionCounts]
+) -> None:
+    mine = found.setdefault(name, {})
+    for label, counts in versions.items():
+        before = mine.get(label)
+        mine[label] = before.plus(counts) if before else counts
