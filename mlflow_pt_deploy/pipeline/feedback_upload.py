@@ -94,11 +94,11 @@ def _check_columns(file: str, names: Sequence[str] | None) -> None:
 
 def _items(chunk: Chunk, sent: Sent) -> Iterator[_Item]:
     """The valid rows; the others are counted as rejected."""
-    known = [name for name in ("request_id", "row", "label") if name in chunk.names()]
+    known: list[str] = [name for name in ("request_id", "row", "label") if name in chunk.names()]
     columns = {name: chunk.values(name) for name in known}
     for index in range(len(chunk)):
         number = chunk.first + index
-        cells = {name: values[index] for name, values in columns.items()}
+        cells: dict[str, Any] = {name: values[index] for name, values in columns.items()}
         reason = chunk.faults.get(index) or _convert(cells)
         if reason:
             sent.reject(number, reason)

@@ -131,7 +131,7 @@ class FeedbackStore:
         found: dict[tuple[str, str], list[Judged]] = {}
         with closing(self._connect()) as connection:
             for model, version, *counts in connection.execute(
-                "SELECT model, version, answered, sent, sum(rows) FROM judged "
+                "SELECT model, versions.version, answered, sent, sum(rows) FROM judged "
                 "JOIN versions ON id = judged.version WHERE rows > 0 "
                 "GROUP BY model, versions.version, answered, sent ORDER BY answered, sent"
             ):
@@ -196,7 +196,7 @@ def _find(
             model that answered; the message has the item's index.
     """
     rows = connection.execute(
-        "SELECT place, version, answered, sent, labels, row FROM answers "
+        "SELECT place, answers.version, answered, sent, labels, row FROM answers "
         "JOIN versions ON id = answers.version WHERE request_id = ? ORDER BY row = ? DESC LIMIT 2",
         (item.request_id, item.row or 0),
     ).fetchall()
