@@ -168,3 +168,46 @@ def test_promote_model_in_the_ui_is_a_promotion(ui: str, page: object, tmp_path:
         dialog.get_by_role("button", name="Promote").last.click()
         until(lambda: load.versions and load.versions[-1] == "2", 60)
     assert not load.failed
+
+
+def test_what_was_served_stands_beside_what_was_promised(
+    ui: str, page: object, tmp_path: Path
+) -> None:
+    promote_choice(read_optimized(optimized_run()), "market")
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("market", "champion")
+    words = ("models:/market@champion", "--replicas", "1", "--report-s", "1")
+    with started(tmp_path / "scratch", *words, "--feedback-rows", "100") as served:
+        for turn in range(3):
+            for at in range(10):
+                answer = requests.post(
+                    f"{served.url}/invocations",
+                    json={"inputs": ["my card"]},
+                    headers={"X-Request-Id": f"id-{turn}-{at}"},
+                    timeout=60,
+                )
+                assert answer.status_code == 200
+            label = answer.json()["predictions"][0]["label"]
+            items = [{"request_id": f"id-{turn}-{at}", "label": label} for at in range(10)]
+            sent = requests.post(f"{served.url}/feedback", json={"feedback": items}, timeout=60)
+            assert sent.json()["taken"] == 10
+            count = str(10 * (turn + 1))
+
+            def written(count: str = count) -> bool:
+                tags = client.get_model_version("market", str(version.version)).tags
+                return tags.get("served.judged_rows") == count
+
+            until(written)
+    page.goto(f"{ui}/#/models/market/versions/{version.version}")  # type: ignore[attr-defined]
+    page.get_by_text("served.accuracy_low").first.wait_for()  # type: ignore[attr-defined]
+    shot(page, "served-tags")
+    experiment = client.get_run(version.run_id).info.experiment_id
+    model_id = str(version.source).removeprefix("models:/")
+    page.goto(f"{ui}/#/experiments/{experiment}/models/{model_id}")  # type: ignore[attr-defined]
+    page.get_by_text("served_accuracy").first.wait_for()  # type: ignore[attr-defined]
+    shot(page, "served-metrics")
+    page.goto(  # type: ignore[attr-defined]
+        f"{ui}/#/experiments/{experiment}/runs/{version.run_id}/model-metrics"
+    )
+    page.get_by_text("served_requests").first.wait_for()  # type: ignore[attr-defined]
+    shot(page, "served-over-time")

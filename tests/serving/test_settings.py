@@ -30,6 +30,8 @@ from mlflow_pt_deploy.serving.settings import ServerSettings
         ({"max_models": -1}, "max_models is -1; give 0"),
         ({"replicas": -1}, "replicas is -1; give 1 to 256, or 0"),
         ({"replicas": 9999}, "replicas is 9999"),
+        ({"report_s": -1}, "report_s is -1; give seconds from 0"),
+        ({"feedback_rows": -1}, "feedback_rows is -1; give 1 to 100000000, or 0 for no feedback"),
         ({"tls_cert": "cert.pem"}, "belong together"),
         ({"tls_key": "key.pem"}, "belong together"),
         ({"tls_cert": "no.pem", "tls_key": "no.pem"}, "no.pem is not a file; give a PEM file"),
