@@ -23,14 +23,13 @@ TABLE = "served_feedback.json"
 COLUMNS = ("version", "", "accuracy", "p50 ms", "p99 ms", "rows/s", "judged", "requests", "errors")
 """Titles of `promised_and_served`."""
 
-_LOGGED_MODEL = "models:/m-"
 _SERVED = ("latency_p50_ms", "latency_p99_ms", "rows_per_s", "judged_rows", "requests", "errors")
 
 
 def write_served(
     version: ResolvedVersion,
     tags: Mapping[str, str],
-    metrics: Mapping[str, float],
+    metrics: Mapping[str, float] | None = None,
     table: Sequence[Sequence[object]] = (),
 ) -> None:
     """Write what a version served.
@@ -39,7 +38,8 @@ def write_served(
         version: A registered version.
         tags: All its tags that begin with `PREFIX`, and `PROFILE_TAG`; others of that prefix, of an
             earlier server, are deleted.
-        metrics: Logged to the run of the version and to its logged model.
+        metrics: Logged to the run of the version, if given. Not to its logged model: MLflow reads
+            all points of its metrics with it.
         table: Rows of `TABLE`; empty: it is not written.
 
     Raises:
@@ -58,7 +58,8 @@ def write_served(
         if key.startswith(PREFIX):
             client.delete_model_version_tag(version.name, version.version, key)
     if found.run_id:
-        _log_metrics(client, found.run_id, str(found.source), metrics)
+        if metrics:
+            _log_metrics(client, found.run_id, metrics)
         if table:
             document = {"columns": ["answered", "sent", "rows"], "data": [*map(list, table)]}
             client.log_dict(found.run_id, document, TABLE)
@@ -94,19 +95,14 @@ def served_tags(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _log_metrics(
-    client: MlflowClient, run_id: str, source: str, metrics: Mapping[str, float]
-) -> None:
+def _log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
     import time
 
     from mlflow.entities import Metric
 
     at = round(time.time() * 1000)
-    model_id = source.removeprefix("models:/") if source.startswith(_LOGGED_MODEL) else None
     # all of one step: MLflow then draws them over time
-    points = [
-        Metric(f"served_{name}", value, at, 0, model_id=model_id) for name, value in metrics.items()
-    ]
+    points = [Metric(f"served_{name}", value, at, 0) for name, value in metrics.items()]
     client.log_batch(run_id, points)
 
 

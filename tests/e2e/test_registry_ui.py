@@ -202,12 +202,12 @@ def test_what_was_served_stands_beside_what_was_promised(
     page.get_by_text("served.accuracy_low").first.wait_for()  # type: ignore[attr-defined]
     shot(page, "served-tags")
     experiment = client.get_run(version.run_id).info.experiment_id
-    model_id = str(version.source).removeprefix("models:/")
-    page.goto(f"{ui}/#/experiments/{experiment}/models/{model_id}")  # type: ignore[attr-defined]
-    page.get_by_text("served_accuracy").first.wait_for()  # type: ignore[attr-defined]
+    page.goto(f"{ui}/#/experiments/{experiment}/runs/{version.run_id}")  # type: ignore[attr-defined]
+    page.get_by_text("served_accuracy", exact=True).first.wait_for()  # type: ignore[attr-defined]
     shot(page, "served-metrics")
     page.goto(  # type: ignore[attr-defined]
         f"{ui}/#/experiments/{experiment}/runs/{version.run_id}/model-metrics"
     )
-    page.get_by_text("served_requests").first.wait_for()  # type: ignore[attr-defined]
+    page.wait_for_timeout(15000)
     shot(page, "served-over-time")
+    page.get_by_text("served_requests").first.wait_for()  # type: ignore[attr-defined]

@@ -85,7 +85,7 @@ def _wait(url: str, process: Command, log: Path) -> None:
         try:
             if requests.get(f"{url}/health", timeout=2).status_code == 200:
                 return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             pass
         time.sleep(0.1)
     raise AssertionError(f"mlflow server did not start: {log.read_text()[-3000:]}")

@@ -94,16 +94,11 @@ class FeedbackStore:
             sqlite3.Error: The file cannot be written.
         """
         with self._transaction() as connection:
-            for each in answers:
-                version = _version(connection, each)
-                connection.executemany(
-                    "INSERT OR REPLACE INTO answers (request_id, row, version, answered, at) "
-                    "VALUES (?, ?, ?, ?, ?)",
-                    [
-                        (each.request_id, row, version, label, each.at)
-                        for row, label in enumerate(each.answered)
-                    ],
-                )
+            connection.executemany(
+                "INSERT OR REPLACE INTO answers (request_id, row, version, answered, at) "
+                "VALUES (?, ?, ?, ?, ?)",
+                _rows(connection, answers),
+            )
             connection.execute(
                 "DELETE FROM answers WHERE place <= (SELECT max(place) FROM answers) - ?",
                 (self._most_rows,),
@@ -152,6 +147,20 @@ class FeedbackStore:
             connection.execute("BEGIN IMMEDIATE")
             yield connection  # closing without a commit rolls back
             connection.execute("COMMIT")
+
+
+def _rows(connection: sqlite3.Connection, answers: Iterable[Answers]) -> list[tuple[object, ...]]:
+    versions: dict[tuple[str, str], int] = {}
+    found: list[tuple[object, ...]] = []
+    for each in answers:
+        key = each.model, each.version
+        if key not in versions:
+            versions[key] = _version(connection, each)
+        found += [
+            (each.request_id, row, versions[key], label, each.at)
+            for row, label in enumerate(each.answered)
+        ]
+    return found
 
 
 def _version(connection: sqlite3.Connection, answers: Answers) -> int:

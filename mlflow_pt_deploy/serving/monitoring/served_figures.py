@@ -31,8 +31,8 @@ CLOSE_S = 3.0
 """Most seconds that the end of a server waits for the registry."""
 MAX_PROFILE = 4999
 """Most characters of the profile."""
-TABLE_S = 300.0
-"""Least seconds between two tables of feedback of a version."""
+RUN_S = 300.0
+"""Least seconds between two points of a version's metrics: MLflow keeps all of them."""
 
 _PROFILE = ("rows", "labels", "scores", "lengths", "pieces", "unknown")
 
@@ -76,7 +76,8 @@ class ServedFigures:
         self._marked: dict[Key, VersionCounts] = {}
         self._marked_at: float | None = None
         self._written: dict[Key, VersionCounts] = {}
-        self._tables: dict[Key, tuple[float, Sequence[Judged]]] = {}
+        self._logged_at: dict[Key, float] = {}
+        self._tables: dict[Key, Sequence[Judged]] = {}
         self._failed: set[Key] = set()
         self._thread: threading.Thread | None = None
 
@@ -101,7 +102,7 @@ class ServedFigures:
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
                 return
-        self._tables = {key: (-math.inf, cells) for key, (_, cells) in self._tables.items()}
+        self._logged_at = {}
         self._start(self._reports(counts, time.monotonic()))
         if self._thread is not None:
             self._thread.join(max(0.0, end - time.monotonic()))
@@ -157,8 +158,9 @@ class ServedFigures:
                 self._failed.discard(report.key)
 
     def _write(self, report: _Report, cells: Sequence[Judged]) -> None:
-        written_at, before = self._tables.get(report.key, (-math.inf, ()))
-        due = cells != before and time.monotonic() - written_at >= TABLE_S
+        logged_at = self._logged_at.get(report.key, -math.inf)
+        due = time.monotonic() - logged_at >= RUN_S
+        table = cells if due and cells != self._tables.get(report.key) else ()
         found = figures(report.counts, report.rows_per_s)
         tags = {
             **{PREFIX + name: str(value) for name, value in found.items()},
@@ -168,9 +170,10 @@ class ServedFigures:
             PREFIX + "machine": _machine(),
             PROFILE_TAG: profile(report.counts, self._since, report.until),
         }
-        write_served(report.resolved, tags, found, cells if due else ())
+        write_served(report.resolved, tags, found if due else None, table)
         if due:
-            self._tables[report.key] = (time.monotonic(), cells)
+            self._logged_at[report.key] = time.monotonic()
+            self._tables[report.key] = cells
 
 
 def figures(counts: VersionCounts, rows_per_s: float | None = None) -> dict[str, float]:

@@ -7,6 +7,7 @@ import logging
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -123,17 +124,23 @@ def test_tags_metrics_and_table_stand_beside_the_promise(
     version = client.get_model_version("shop", "1")
     run = client.get_run(version.run_id)
     assert run.data.metrics["served_requests"] == 10
-    logged = client.get_logged_model(version.source.removeprefix("models:/"))
-    assert {metric.key: metric.value for metric in logged.metrics}["served_accuracy"] == 0.9
+    assert run.data.metrics["served_accuracy"] == 0.9
     table = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/{TABLE}")
     assert table == {"columns": ["answered", "sent", "rows"], "data": [["yes", "no", 1]]}
+
+    lead(duty, counts(11, judged=10, correct=9))
+    assert tags()["served.requests"] == "11"
+    history_of = partial(client.get_metric_history, version.run_id, "served_requests")
+    assert len(history_of()) == 1, "a point costs the database more than a tag"
+    duty.close({"shop": {"1": counts(12, judged=10, correct=9)}})
+    assert [point.value for point in history_of()] == [10, 12]
 
     history = read_history("shop")
     lines = history.served_table().splitlines()
     assert lines[1].split() == ["1", "promised", "0.9", "0.5", "-", "-", "-", "-", "-"]
     assert lines[2].split()[:4] == ["served", "0.9", "[0.5958,", "0.9821]"]
     document = commands.history(type("Parsed", (), {"name": "shop"})())  # type: ignore[arg-type]
-    assert document["served"]["1"]["requests"] == "10"
+    assert document["served"]["1"]["requests"] == "12"
     assert "promised" in capsys.readouterr().out
 
 
