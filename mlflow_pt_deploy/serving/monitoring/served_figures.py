@@ -76,7 +76,7 @@ class ServedFigures:
         self._marked: dict[Key, VersionCounts] = {}
         self._marked_at: float | None = None
         self._written: dict[Key, VersionCounts] = {}
-        self._logged_at: dict[Key, float] = {}
+        self._logged: dict[Key, tuple[float, VersionCounts]] = {}
         self._tables: dict[Key, Sequence[Judged]] = {}
         self._failed: set[Key] = set()
         self._thread: threading.Thread | None = None
@@ -102,7 +102,8 @@ class ServedFigures:
             self._thread.join(CLOSE_S)
             if self._thread.is_alive():
                 return
-        self._logged_at = {}
+        self._written = {key: counted for key, (_, counted) in self._logged.items()}
+        self._logged = {}
         self._start(self._reports(counts, time.monotonic()))
         if self._thread is not None:
             self._thread.join(max(0.0, end - time.monotonic()))
@@ -158,7 +159,7 @@ class ServedFigures:
                 self._failed.discard(report.key)
 
     def _write(self, report: _Report, cells: Sequence[Judged]) -> None:
-        logged_at = self._logged_at.get(report.key, -math.inf)
+        logged_at, _ = self._logged.get(report.key, (-math.inf, None))
         due = time.monotonic() - logged_at >= RUN_S
         table = cells if due and cells != self._tables.get(report.key) else ()
         found = figures(report.counts, report.rows_per_s)
@@ -172,7 +173,7 @@ class ServedFigures:
         }
         write_served(report.resolved, tags, found if due else None, table)
         if due:
-            self._logged_at[report.key] = time.monotonic()
+            self._logged[report.key] = time.monotonic(), report.counts
             self._tables[report.key] = cells
 
 
