@@ -59,7 +59,7 @@ def write_served(
             client.delete_model_version_tag(version.name, version.version, key)
     if found.run_id:
         if metrics:
-            _log_metrics(client, found.run_id, metrics)
+            _log_metrics(client, found, metrics)
         if table:
             document = {"columns": ["answered", "sent", "rows"], "data": [*map(list, table)]}
             client.log_dict(found.run_id, document, TABLE)
@@ -95,15 +95,19 @@ def served_tags(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _log_metrics(client: MlflowClient, run_id: str, metrics: Mapping[str, float]) -> None:
+def _log_metrics(client: MlflowClient, found: ModelVersion, metrics: Mapping[str, float]) -> None:
+    """Log a point; its step is the seconds since the version was registered, also after restarts.
+
+    MLflow draws points of one step as a bar.
+    """
     import time
 
     from mlflow.entities import Metric
 
     at = round(time.time() * 1000)
-    # all of one step: MLflow then draws them over time
-    points = [Metric(f"served_{name}", value, at, 0) for name, value in metrics.items()]
-    client.log_batch(run_id, points)
+    step = (at - (found.creation_timestamp or at)) // 1000
+    points = [Metric(f"served_{name}", value, at, step) for name, value in metrics.items()]
+    client.log_batch(str(found.run_id), points)
 
 
 def _accuracy(tags: Mapping[str, str]) -> str:

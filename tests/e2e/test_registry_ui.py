@@ -198,8 +198,10 @@ def test_what_was_served_stands_beside_what_was_promised(
                 return tags.get("served.judged_rows") == count
 
             until(written)
+        served.process.terminate()
+        assert served.process.wait(60) == 0
     page.goto(f"{ui}/#/models/market/versions/{version.version}")  # type: ignore[attr-defined]
-    page.get_by_text("served.accuracy_low").first.wait_for()  # type: ignore[attr-defined]
+    page.get_by_text("served.accuracy_low").first.scroll_into_view_if_needed()  # type: ignore[attr-defined]
     shot(page, "served-tags")
     experiment = client.get_run(version.run_id).info.experiment_id
     page.goto(f"{ui}/#/experiments/{experiment}/runs/{version.run_id}")  # type: ignore[attr-defined]
@@ -208,6 +210,7 @@ def test_what_was_served_stands_beside_what_was_promised(
     page.goto(  # type: ignore[attr-defined]
         f"{ui}/#/experiments/{experiment}/runs/{version.run_id}/model-metrics"
     )
-    page.wait_for_timeout(15000)
+    page.get_by_text("served_accuracy", exact=True).first.wait_for()  # type: ignore[attr-defined]
     shot(page, "served-over-time")
-    page.get_by_text("served_requests").first.wait_for()  # type: ignore[attr-defined]
+    steps = [point.step for point in client.get_metric_history(version.run_id, "served_requests")]
+    assert len(steps) == len(set(steps)) > 1, "MLflow draws points of one step as a bar"
