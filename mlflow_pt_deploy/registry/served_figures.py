@@ -95,6 +95,15 @@ def served_tags(tags: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def without_served(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags for a copy of a version, which has not served yet."""
+    return {
+        key: value
+        for key, value in tags.items()
+        if not key.startswith(PREFIX) and key != PROFILE_TAG
+    }
+
+
 def _log_metrics(client: MlflowClient, found: ModelVersion, metrics: Mapping[str, float]) -> None:
     """Log a point; its step is the seconds since the version was registered, also after restarts.
 
