@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlflow_pt_deploy.cli_args import build_parser
-from mlflow_pt_deploy.commands import pipeline, predict, registry, serve
+from mlflow_pt_deploy.commands import feedback, pipeline, predict, registry, serve
 from mlflow_pt_deploy.errors import NotPromotedError
 from mlflow_pt_deploy.system.child_process import kill_all
 from mlflow_pt_deploy.system.interrupt import describe_signal, handle_signals
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0 success, 1 a stage failed, 2 wrong usage, 3 nothing was promoted, 4 and 5
-        from `verify`, 4 from `drift`, 130 interrupted, 143 terminated.
+        from `verify`, 4 from `drift` and `feedback`, 130 interrupted, 143 terminated.
     """
     parsed = build_parser().parse_args(arguments)
     _quiet_libraries()
@@ -104,6 +104,7 @@ _COMMANDS: dict[str, Command] = {
     "drift": registry.drift,
     "report": registry.report,
     "predict": predict.predict,
+    "feedback": feedback.feedback,
     "serve": serve.serve,
     "package": serve.package,
 }

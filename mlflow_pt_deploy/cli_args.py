@@ -35,6 +35,7 @@ COMMANDS = {
     "drift": "compare what is served with the rows that decided the promotion",
     "package": "write a folder from which an image, Kubernetes objects or a function are built",
     "predict": "score a Parquet, CSV or JSON lines file of any size",
+    "feedback": "send the right labels of served rows to a running server",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -207,6 +208,16 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             },
         ),
         _CONFIG,
+    ),
+    "feedback": (
+        (
+            "file",
+            {
+                "help": ".csv, .csv.gz, .jsonl or .parquet with request_id, row (optional for the "
+                "only row of a request) and label; - reads JSON lines from standard input"
+            },
+        ),
+        ("--url", {"required": True, "help": "address of the server, e.g. http://127.0.0.1:5000"}),
     ),
     "serve": (
         (

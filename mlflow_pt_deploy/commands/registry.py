@@ -92,13 +92,16 @@ def rollback(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def history(parsed: argparse.Namespace) -> dict[str, Any]:
-    """Print the promotions of a registered model, newest first."""
+    """Print the promotions of a registered model, newest first, and what was served."""
     from dataclasses import asdict
 
     from mlflow_pt_deploy.registry.history import read_history
+    from mlflow_pt_deploy.registry.served_figures import served_tags
 
     found = read_history(parsed.name)
     print(found.table())
+    if served := found.served_table():
+        print(f"\n{served}")
     if found.moved_by_hand:
         print(f"\nchampion is version {found.champion or 'none'} now: it was moved by hand since.")
     return {
@@ -106,6 +109,7 @@ def history(parsed: argparse.Namespace) -> dict[str, Any]:
         "champion": found.champion,
         "moved_by_hand": found.moved_by_hand,
         "events": [asdict(event) for event in found.events],
+        "served": {str(each.version): served_tags(each.tags) for each in found.versions},
     }
 
 

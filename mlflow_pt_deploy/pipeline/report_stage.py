@@ -22,6 +22,7 @@ from mlflow_pt_deploy.pipeline.promotion_stage import read_optimized
 from mlflow_pt_deploy.registry.addresses import RUN_TAG
 from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.history import read_history
+from mlflow_pt_deploy.registry.served_figures import COLUMNS, promised_and_served
 from mlflow_pt_deploy.reporting.html import Page, render
 from mlflow_pt_deploy.reporting.plots import plot
 
@@ -88,6 +89,7 @@ def report_html(done: OptimizationResult, name: str = "", why_not: str = "") -> 
             slices=_slices(run_id),
             name=name,
             history=_events(name),
+            served=_served(name),
         )
     return render(page)
 
@@ -128,6 +130,13 @@ def _events(name: str) -> list[dict[str, Any]]:
     with suppress(TrackingError):  # not registered yet
         if name:
             return [asdict(event) for event in reversed(read_history(name).events)]
+    return []
+
+
+def _served(name: str) -> list[list[str]]:
+    with suppress(TrackingError):  # not registered yet
+        if name and (rows := promised_and_served(read_history(name).versions)):
+            return [list(COLUMNS), *rows]
     return []
 
 

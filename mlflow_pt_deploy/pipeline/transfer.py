@@ -18,6 +18,7 @@ from mlflow_pt_deploy.registry.aliases import CHAMPION
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch
 from mlflow_pt_deploy.registry.mlmodel import digest
 from mlflow_pt_deploy.registry.promotion import Promotion, check_name, create_model, promote_version
+from mlflow_pt_deploy.registry.served_figures import without_served
 from mlflow_pt_deploy.tracking_server import redact_uri
 
 _EXPERIMENT = "pt-deploy promotions"
@@ -48,7 +49,7 @@ def copy_champion(
         with tempfile.TemporaryDirectory(prefix="pt-deploy-copy-") as temporary:
             fetched = fetch(resolved, Path(temporary))
             source = MlflowClient().get_model_version(name, str(resolved.version))
-            tags = {**source.tags, DIGEST_TAG: digest(fetched.root)}
+            tags = {**without_served(source.tags), DIGEST_TAG: digest(fetched.root)}
             origin = (
                 f"copied from {name}/{resolved.version} in {redact_uri(mlflow.get_registry_uri())}"
             )

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import secrets
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from mlflow_pt_deploy.errors import TrackingError
 from mlflow_pt_deploy.registry.addresses import LOGGED_METRICS
+from mlflow_pt_deploy.registry.served_figures import (
+    COLUMNS,
+    promised_and_served,
+    served_versions,
+)
 
 EVENT_PREFIX = "pt_deploy.event."
 _MAX_EVENTS = 200
@@ -60,10 +66,12 @@ class History:
     Attributes:
         events: The events.
         champion: Version of the alias `champion` now, or None.
+        versions: Versions that were served, newest first.
     """
 
     events: tuple[Event, ...]
     champion: str | None
+    versions: tuple[ModelVersion, ...] = ()
 
     @property
     def moved_by_hand(self) -> bool:
@@ -76,11 +84,21 @@ class History:
         if not self.events:
             return "No promotion by pt-deploy."
         newest = self.events[::-1]
-        rows = [("when", "who", "what", "version", "from", *LOGGED_METRICS), *map(_cells, newest)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines = _aligned(
+            [("when", "who", "what", "version", "from", *LOGGED_METRICS), *map(_cells, newest)]
+        )
         reasons = [textwrap.indent(textwrap.fill(event.why, _WIDTH), "    ") for event in newest]
         return "\n".join([lines[0], *chain.from_iterable(zip(lines[1:], reasons, strict=True))])
+
+    def served_table(self) -> str:
+        """Format what versions promised and served as aligned plain text; empty if none served."""
+        rows = promised_and_served(self.versions)
+        return "\n".join(_aligned([COLUMNS, *rows])) if rows else ""
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _cells(event: Event) -> tuple[str, ...]:
@@ -107,8 +125,10 @@ def read_history(name: str) -> History:
     Raises:
         TrackingError: There is no such model, or the registry does not answer.
     """
+    client = MlflowClient()
     try:
-        model = MlflowClient().get_registered_model(name)
+        model = client.get_registered_model(name)
+        versions = served_versions(client, name)
     except MlflowException as error:
         raise TrackingError(
             f"the history of {name} cannot be read: {error.message} Check the name and "
@@ -122,4 +142,4 @@ def read_history(name: str) -> History:
             except (ValueError, TypeError):
                 continue  # written by hand or by a later version
     champion = dict(model.aliases).get("champion")
-    return History(tuple(events), None if champion is None else str(champion))
+    return History(tuple(events), None if champion is None else str(champion), versions)

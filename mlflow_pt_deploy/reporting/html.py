@@ -36,6 +36,7 @@ class Page:
         slices: Accuracy of the chosen variant by class and by length.
         name: Registered model.
         history: Its promotions, newest first: mappings with when, who, action, after, before, why.
+        served: Table of what its versions promised and served, with titles; empty: none served.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Page:
     slices: Sequence[Slice] = ()
     name: str = ""
     history: Sequence[Mapping[str, Any]] = field(default=())
+    served: Sequence[Sequence[str]] = ()
 
 
 def render(page: Page) -> str:
@@ -76,6 +78,7 @@ def render(page: Page) -> str:
         rejected=considered,
         name=page.name,
         history=page.history,
+        served=page.served,
         commands=page.commands,
         facts=list(page.facts.items()),
     )

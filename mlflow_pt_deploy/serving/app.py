@@ -48,6 +48,7 @@ from mlflow_pt_deploy.serving.http.webhook import WEBHOOK_PATH, WebhookReceiver
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
+from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
@@ -116,6 +117,7 @@ class Application:
         states: State of all workers of this server.
         shadows: Samples answered requests, if a model has a shadow.
         canaries: Canaries by model.
+        feedback: Remembers answers and takes feedback on them, if given.
         routes: Additional paths, each with the path that answers it; see `platform.routes_from`.
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
@@ -140,6 +142,7 @@ class Application:
         states: WorkerStates | None = None,
         shadows: ShadowClient | None = None,
         canaries: Mapping[str, Canary] | None = None,
+        feedback: FeedbackCollector | None = None,
         routes: Mapping[str, str] | None = None,
         is_listening: Callable[[], bool] = lambda: True,
         drift: DriftWatch | None = None,
@@ -155,6 +158,7 @@ class Application:
         self._access_log = access_log
         self._tracer = tracer
         self._shadows = shadows or ShadowClient()
+        self._feedback = feedback
         self._max_body_bytes = max_body_bytes
         self._on_start, self._on_stop = on_start, on_stop
         self.active = 0
@@ -163,7 +167,14 @@ class Application:
         self._in_flight = dict.fromkeys(models, 0)
         self._canaries = canaries or {}
         self._pages = Pages(
-            models, self._metrics, hang_s, states, is_listening, drift, self._canaries
+            models,
+            self._metrics,
+            hang_s,
+            states,
+            is_listening,
+            drift=drift,
+            canaries=self._canaries,
+            feedback=feedback,
         )
         self._scoring = _scoring_routes(models)
         for route, path in (routes or {}).items():
@@ -202,6 +213,8 @@ class Application:
         try:
             if isinstance(route, ScoringRoute) and request.method == "POST":
                 response = await self._score(route, request, request_id)
+            elif isinstance(route, Page) and route.takes_body:
+                response = await self._take(route, request)
             else:
                 response = await self._read_only(route, request)
         except Rejection as rejection:
@@ -240,7 +253,7 @@ class Application:
         try:
             return await self._predict(route, version, request, context, request_id, canary)
         except Exception as error:
-            return self._failure(error, version)
+            return self._failure(error, version.label)
         finally:
             self._in_flight[model.name] -= 1
 
@@ -271,7 +284,7 @@ class Application:
             raise Rejection(overloaded._replace(model_version=version.label))
         return version, RequestContext(deadline.expires_at)
 
-    def _failure(self, error: Exception, version: LoadedModel) -> Response:
+    def _failure(self, error: Exception, label: str) -> Response:
         """The response to a request that failed while it was read or scored.
 
         Raises:
@@ -285,7 +298,7 @@ class Application:
             return error_response(408, "DEADLINE_EXCEEDED", message)
         if isinstance(error, DisconnectedError):
             return CLIENT_DISCONNECTED
-        return error_to_response(error, version.label)
+        return error_to_response(error, label)
 
     async def _predict(
         self,
@@ -324,7 +337,7 @@ class Application:
         if name in self._shadows.targets:
             self._shadows.offer(name, version.label, request_id, found.rows, texts)
         content = protocol.write(texts, found, version.label)
-        return Response(200, content, model_version=version.label)
+        return Response(200, content, model_version=version.label, predictions=texts)
 
     async def _watched(
         self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
@@ -345,6 +358,22 @@ class Application:
         finally:
             watcher.cancel()
 
+    async def _take(self, page: Page, request: Request) -> Response:
+        """Answer a request whose body is not rows.
+
+        Raises:
+            Rejection: Its method is not POST, the token is wrong, or the body is too long.
+        """
+        if request.method != "POST":
+            raise Rejection(_not_allowed("POST"))
+        if not self._auth.can_score(request.headers.get("authorization")):
+            raise Rejection(_unauthorized("a token"))
+        try:
+            body = await request.read(self._max_body_bytes)
+        except Exception as error:
+            return self._failure(error, "")
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, page.write, body)
+
     async def _read_only(self, route: Route | None, request: Request) -> Response:
         """Answer a request that does not score.
 
@@ -357,11 +386,7 @@ class Application:
         if isinstance(route, WebhookReceiver) and request.method == "POST":
             return await route.answer(request)
         if not isinstance(route, Page) or request.method not in ("GET", "HEAD"):
-            allowed = "GET, HEAD" if isinstance(route, Page) else "POST"
-            message = f"this path takes {allowed}"
-            raise Rejection(
-                error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
-            )
+            raise Rejection(_not_allowed("GET, HEAD" if isinstance(route, Page) else "POST"))
         token = request.headers.get("authorization")
         if route.access == SCORING and not self._auth.can_score(token):
             raise Rejection(_unauthorized("a token"))
@@ -393,6 +418,8 @@ class Application:
             current = model.current
             if current is not None and current.label == label and response.status == 200:
                 current.seconds.append(seconds)
+            if self._feedback is not None and response.predictions:
+                self._feedback.remember(request_id, model.name, label, response.predictions)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
                 self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)
@@ -409,6 +436,11 @@ def _scoring_routes(models: Mapping[str, ServedModel]) -> dict[str, ScoringRoute
         routes.append(ScoringRoute(f"/models/{name}/invocations", model, protocol))
         routes.append(ScoringRoute(f"{MODELS}{name}/infer", model, OpenInferenceFormat(name)))
     return {route.path: route for route in routes}
+
+
+def _not_allowed(allowed: str) -> Response:
+    message = f"this path takes {allowed}"
+    return error_response(405, "INVALID_PARAMETER_VALUE", message, ("allow", allowed))
 
 
 def _unauthorized(token: str) -> Response:

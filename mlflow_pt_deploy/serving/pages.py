@@ -1,4 +1,4 @@
-"""Pages that are only read: probes, metadata of models, admin pages."""
+"""Pages: probes, metadata of models, admin pages, feedback."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mlflow_pt_deploy.serving.http.response import (
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
+from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
 from mlflow_pt_deploy.serving.monitoring.monitor import server_counts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.rollout.canary import Canary
@@ -30,6 +31,7 @@ from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_status
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 PROBE, SCORING, ADMIN = "probe", "scoring", "admin"
+FEEDBACK = "/feedback"
 
 
 class Page(NamedTuple):
@@ -40,11 +42,13 @@ class Page(NamedTuple):
         access: `PROBE`: no token, not in the access log; `SCORING`: a scoring token; `ADMIN`: an
             admin token, and it is written on a thread.
         write: Makes the response.
+        takes_body: Whether it is asked with POST; `write` then gets the body, on a thread.
     """
 
     path: str
     access: str
-    write: Callable[[], Response]
+    write: Callable[..., Response]
+    takes_body: bool = False
 
 
 class Pages:
@@ -58,6 +62,7 @@ class Pages:
         is_listening: Whether the other ports of this worker are open.
         drift: Compares what is served with the rows of the promotion, if given.
         canaries: Canaries by model.
+        feedback: Takes feedback, if given.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Pages:
         is_listening: Callable[[], bool],
         drift: DriftWatch | None = None,
         canaries: Mapping[str, Canary] | None = None,
+        feedback: FeedbackCollector | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
@@ -77,6 +83,7 @@ class Pages:
         self._is_listening = is_listening
         self._drift = drift
         self._canaries = canaries or {}
+        self._feedback = feedback
         first = next(iter(models))
         probes: dict[str, Callable[[], Response]] = {
             "/ping": self._ping,
@@ -96,6 +103,8 @@ class Pages:
         }
         self._pages = {path: Page(path, PROBE, write) for path, write in probes.items()}
         self._pages |= {path: Page(path, ADMIN, write) for path, write in admin.items()}
+        take = feedback.take if feedback else _feedback_is_off
+        self._pages[FEEDBACK] = Page(FEEDBACK, SCORING, take, takes_body=True)
         self._pages[ROOT] = Page(ROOT, SCORING, lambda: json_response(server_metadata()))
         self._of_models: dict[str, tuple[str, Callable[[str], Response]]] = {}
         for name in models:
@@ -213,6 +222,8 @@ class Pages:
             status["canary"] = self._canary_status(name)
         if self._drift is not None:
             status["drift"] = self._drift.status(name)
+        if self._feedback is not None:
+            status["feedback"] = self._feedback.status(name)
         return status
 
     def _exposition(self) -> Response:
@@ -238,6 +249,11 @@ def unknown_version(name: str, served: str) -> Response:
     """The response to a request for a version that does not serve."""
     message = f"this version of {name} does not serve; {served} does, ask for it or for none"
     return error_response(404, "RESOURCE_DOES_NOT_EXIST", message)
+
+
+def _feedback_is_off(body: bytes) -> Response:
+    message = "feedback is off; start the server with --feedback-rows and a number of rows"
+    return error_response(404, "FEATURE_DISABLED", message)
 
 
 @cache  # the lookup reads files, and this runs on the event loop

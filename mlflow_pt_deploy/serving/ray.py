@@ -33,6 +33,8 @@ NAME = "pt-deploy"
 
 # Ray's default of 5 would leave nothing to batch; beyond it requests wait in Ray's proxy.
 _MAX_ONGOING_REQUESTS = 256
+# Ray's replicas share no run directory, in which these keep what all have answered.
+_ABSENT = ("report_s", "feedback_rows")
 _SETTINGS = (
     "poll_s",
     "hang_s",
@@ -131,10 +133,10 @@ def load_replica(
     _prepare_process()
     from mlflow_pt_deploy.registry.addresses import explain_load_error
     from mlflow_pt_deploy.serving.asgi import AsgiAdapter
+    from mlflow_pt_deploy.serving.features import features_alone
     from mlflow_pt_deploy.serving.model_names import name_models
-    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
-    from mlflow_pt_deploy.serving.worker import new_application, new_canaries, new_watcher
+    from mlflow_pt_deploy.serving.worker import new_application, new_watcher
 
     metrics = new_metrics()
     models = name_models(words, model_options, metrics, cache_mb=settings.cache_mb)
@@ -144,26 +146,25 @@ def load_replica(
         failures.append(error)
         loaded.set()
 
-    canaries, duty = new_canaries(models, settings, metrics)
-    monitor = Monitor(models, [duty])
+    features = features_alone(models, settings, metrics)
     watcher = new_watcher(
         models,
         settings,
         on_opened=loaded.set,
         on_failed=fail,
-        beside=lambda model: canaries[model.name].poll(),
+        beside=features.poll,
     )
     watcher.start()
     loaded.wait()
     if failures:
         raise ServingError(str(explain_load_error(failures[0])))
-    monitor.start()
+    features.monitor.start()
 
     def stop() -> None:
         watcher.stop()
-        monitor.stop()
+        features.monitor.stop()
 
-    return AsgiAdapter(new_application(models, settings, metrics, canaries=canaries, on_stop=stop))
+    return AsgiAdapter(new_application(models, settings, metrics, features, on_stop=stop))
 
 
 def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
@@ -173,6 +174,11 @@ def _split(given: Mapping[str, Any]) -> tuple[ServerSettings, dict[str, Any]]:
         for name, value in given.items()
     }
     kinds = {spec.name: spec.type for spec in option_specs(ServerSettings)}
+    if absent := sorted(values.keys() & set(_ABSENT)):
+        raise ServingError(
+            f"{', '.join(absent)}: Ray's replicas share no counts or answers. Leave it out, or use "
+            "pt-deploy serve."
+        )
     if rays := sorted(values.keys() & kinds.keys() - set(_SETTINGS)):
         raise ServingError(
             f"{', '.join(rays)}: Ray Serve does this. Give it in Ray's configuration; the settings "

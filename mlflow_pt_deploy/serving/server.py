@@ -26,11 +26,13 @@ from granian.server import Server as GranianServer
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import registry_variables
+from mlflow_pt_deploy.serving.monitoring.feedback_store import create_store
 from mlflow_pt_deploy.serving.observability.server_log import log_granian, server_log
 from mlflow_pt_deploy.serving.port import hold_port
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker import WorkerJob, load_worker
 from mlflow_pt_deploy.serving.worker_state import WorkerStates, new_run_folder
+from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.cpu_allocation import Share
 
 ReadyCallback = Callable[[Sequence[str]], None]
@@ -69,6 +71,8 @@ def run_server(
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         address = held[0].getsockname()
         (folder / "metrics").mkdir()
+        if settings.feedback_rows:
+            create_store(folder)
         job = WorkerJob(
             list(models),
             dict(model_config or {}),
@@ -78,6 +82,7 @@ def run_server(
             list(shares),
             registry_variables(),
             os.getpid(),
+            now(),
         )
         _MainProcess(job, on_ready).run()
 

@@ -21,6 +21,7 @@ _MAX_SECONDS = 1e9
 _MAX_BODY_MB = 4096
 _MAX_REPLICAS = 256
 _MAX_MEMORY_MB = 1e9
+_MAX_FEEDBACK_ROWS = 10**8
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,13 @@ class ServerSettings:
         "CPU time of the process of all shadows; idle: only what nothing else on the machine wants",
         choices=("idle", "normal"),
     )
+    report_s: float = option(
+        60.0,
+        "seconds between writes of what was served to the registered version in MLflow; 0: never",
+    )
+    feedback_rows: int = option(
+        0, "answered rows that are remembered, so that POST /feedback can judge them; 0: off"
+    )
     log_format: str = option("text", "format of log messages", choices=("text", "json"))
     canary: str = option(
         "",
@@ -146,7 +154,7 @@ class ServerSettings:
             raise ServingError("tls_cert and tls_key belong together; give both or neither")
         if self.tls_cert:
             _check_tls(self.tls_cert, self.tls_key)
-        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s"):
+        for name in ("poll_s", "grace_s", "hang_s", "keep_alive_s", "drain_s", "report_s"):
             if not 0 <= getattr(self, name) <= _MAX_SECONDS:
                 raise ServingError(
                     f"{name} is {getattr(self, name):g}; give seconds from 0 to {_MAX_SECONDS:g}"
@@ -155,6 +163,7 @@ class ServerSettings:
             raise ServingError(
                 f"max_body_mb is {self.max_body_mb:g}; give more than 0 and at most {_MAX_BODY_MB}"
             )
+        _check_feedback_rows(self.feedback_rows)
         if self.max_connections < 1:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
         MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
@@ -195,6 +204,13 @@ class ServerSettings:
             raise ServingError(
                 f"shadow_memory_mb is {self.shadow_memory_mb:g}; give more than 0, e.g. 2000"
             )
+
+
+def _check_feedback_rows(rows: int) -> None:
+    if not 0 <= rows <= _MAX_FEEDBACK_ROWS:
+        raise ServingError(
+            f"feedback_rows is {rows}; give 1 to {_MAX_FEEDBACK_ROWS}, or 0 for no feedback"
+        )
 
 
 def _check_tls(cert: str, key: str) -> None:

@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +26,12 @@ from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
+    from mlflow_pt_deploy.serving.features import Features
     from mlflow_pt_deploy.serving.grpc_server import GrpcServer
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
     from mlflow_pt_deploy.serving.rollout.canary import Canary
-    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3
@@ -66,6 +65,7 @@ class WorkerJob:
         shares: CPU share of each worker.
         environment: Environment variables that locate the registry.
         main_pid: Process id of the main process.
+        since: When the server started.
     """
 
     models: Sequence[str]
@@ -76,6 +76,7 @@ class WorkerJob:
     shares: Sequence[Share]
     environment: Mapping[str, str]
     main_pid: int
+    since: str
 
 
 def load_worker(job: WorkerJob) -> RsgiAdapter:
@@ -88,15 +89,11 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     index = states.claim()
     _prepare_process(job, states, index)
     from mlflow_pt_deploy.registry.served_copy import ServedCopies
+    from mlflow_pt_deploy.serving.features import features_of_worker
     from mlflow_pt_deploy.serving.http.auth import auth_from_environment
     from mlflow_pt_deploy.serving.model_names import name_models
-    from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
-    from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
     from mlflow_pt_deploy.serving.observability.metrics import new_metrics
     from mlflow_pt_deploy.serving.platform import routes_from
-    from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
-    from mlflow_pt_deploy.serving.rollout.shadow_duty import ShadowDuty
-    from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_figures
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
@@ -109,8 +106,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     models = name_models(
         job.models, job.model_config, metrics, served, copies=copies, cache_mb=settings.cache_mb
     )
-    canaries, canary_duty = new_canaries(models, settings, metrics, states)
-    publisher = _StatePublisher(states, models, canaries, settings)
+    features = features_of_worker(models, settings, metrics, states, job.since)
+    publisher = _StatePublisher(states, models, features.canaries, settings)
     watcher = new_watcher(
         models,
         settings,
@@ -118,14 +115,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
         on_failed=publisher.failed,
         on_polled=publisher.publish,
         changed_at=states.registry_changed_at if auth_from_environment().webhook else None,
-        beside=lambda model: canaries[model.name].poll(),
+        beside=features.poll,
     )
-    drift = DriftWatch(models, states)
-    metrics.add_rows(drift.series)
-    shadows = ShadowClient(job.folder)
-    metrics.add_figures(partial(shadow_figures, states))
-    shadow_duty = ShadowDuty(models, states, shadows, settings)
-    monitor = Monitor(models, [canary_duty, drift, shadow_duty], states)
     watchdog = Watchdog(
         models, states, job.main_pid, settings.hang_s, settings.grace_s, tick=metrics.sample
     )
@@ -134,7 +125,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
     def start(loop: asyncio.AbstractEventLoop) -> None:
         watchdog.watch(application, loop)
-        monitor.start()
+        features.monitor.start()
         if grpc_server is not None:
             grpc_server.start(loop)
 
@@ -143,18 +134,16 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
             grpc_server.close()  # first: its calls in flight still need the other parts
         watchdog.stop()
         watcher.stop()
-        monitor.stop()
+        features.monitor.stop()
 
     application = new_application(
         models,
         settings,
         metrics,
+        features,
         states=states,
-        shadows=shadows,
-        canaries=canaries,
         routes=routes_from(os.environ),
         is_listening=lambda: grpc_server is None or grpc_server.listening,
-        drift=drift,
         on_start=start,
         on_stop=stop,
         on_registry_change=states.note_registry_change,
@@ -167,7 +156,11 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
 
 def new_application(
-    models: Mapping[str, ServedModel], settings: ServerSettings, metrics: Metrics, **parts: Any
+    models: Mapping[str, ServedModel],
+    settings: ServerSettings,
+    metrics: Metrics,
+    features: Features,
+    **parts: Any,
 ) -> Application:
     """An application with the settings of a server.
 
@@ -175,6 +168,7 @@ def new_application(
         models: Models by name.
         settings: Server settings.
         metrics: Counts responses.
+        features: What is done besides answering.
         **parts: Other arguments of `Application`.
     """
     from mlflow_pt_deploy.serving.app import Application
@@ -190,6 +184,10 @@ def new_application(
         tracer=tracer_from_environment(),
         max_body_bytes=settings.max_body_bytes,
         hang_s=settings.hang_s,
+        canaries=features.canaries,
+        shadows=features.shadows,
+        drift=features.drift,
+        feedback=features.feedback,
         **parts,
     )
 
@@ -203,23 +201,6 @@ def new_watcher(
 
     budget = MemoryBudget(settings.max_models, settings.max_memory_mb)
     return RegistryWatcher(list(models.values()), settings.poll_s, budget=budget, **callbacks)
-
-
-def new_canaries(
-    models: Mapping[str, ServedModel],
-    settings: ServerSettings,
-    metrics: Metrics,
-    states: WorkerStates | None = None,
-) -> tuple[dict[str, Canary], CanaryDuty]:
-    """The canaries of a server by model, and the duty that ends them."""
-    from mlflow_pt_deploy.serving.rollout.canary import Canary
-    from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
-    from mlflow_pt_deploy.serving.rollout.endings import Endings
-    from mlflow_pt_deploy.serving.rollout.plan import parse_option
-
-    plans, endings = parse_option(settings.canary), Endings(states)
-    canaries = {name: Canary(model, plans, endings, metrics) for name, model in models.items()}
-    return canaries, CanaryDuty(canaries, endings, settings.canary_limits)
 
 
 def _grpc_server(

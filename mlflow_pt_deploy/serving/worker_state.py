@@ -5,6 +5,7 @@
     ├── worker-<index>.json    its state: versions, readiness, failure
     ├── counts-<index>-<pid>.json   what it answered, also of workers that have died
     ├── <name>.json            documents of the leader: `publish`
+    ├── feedback.db            answers and the labels sent for them, if feedback is on
     ├── leader.lock            held (flock) by the worker that runs the duties of the server
     ├── tmp-<index>/           its model copies; emptied when it starts
     ├── metrics/               prometheus_client's multiprocess files

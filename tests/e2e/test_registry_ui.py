@@ -167,3 +167,49 @@ def test_promote_model_in_the_ui_is_a_promotion(ui: str, page: object, tmp_path:
         dialog.get_by_role("button", name="Promote").last.click()
         until(lambda: load.versions and load.versions[-1] == "2", 60)
     assert not load.failed
+
+
+def test_what_was_served_stands_beside_what_was_promised(
+    ui: str, page: object, tmp_path: Path
+) -> None:
+    promote_choice(read_optimized(optimized_run()), "market")
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("market", "champion")
+    words = ("models:/market@champion", "--replicas", "1", "--report-s", "1")
+    with started(tmp_path / "scratch", *words, "--feedback-rows", "100") as served:
+        for turn in range(3):
+            for at in range(10):
+                answer = requests.post(
+                    f"{served.url}/invocations",
+                    json={"inputs": ["my card"]},
+                    headers={"X-Request-Id": f"id-{turn}-{at}"},
+                    timeout=60,
+                )
+                assert answer.status_code == 200
+            label = answer.json()["predictions"][0]["label"]
+            items = [{"request_id": f"id-{turn}-{at}", "label": label} for at in range(10)]
+            sent = requests.post(f"{served.url}/feedback", json={"feedback": items}, timeout=60)
+            assert sent.json()["taken"] == 10
+            count = str(10 * (turn + 1))
+
+            def written(count: str = count) -> bool:
+                tags = client.get_model_version("market", str(version.version)).tags
+                return tags.get("served.judged_rows") == count
+
+            until(written)
+        served.process.terminate()
+        assert served.process.wait(60) == 0
+    page.goto(f"{ui}/#/models/market/versions/{version.version}")  # type: ignore[attr-defined]
+    page.get_by_text("served.accuracy_low").first.scroll_into_view_if_needed()  # type: ignore[attr-defined]
+    shot(page, "served-tags")
+    experiment = client.get_run(version.run_id).info.experiment_id
+    page.goto(f"{ui}/#/experiments/{experiment}/runs/{version.run_id}")  # type: ignore[attr-defined]
+    page.get_by_text("served_accuracy", exact=True).first.wait_for()  # type: ignore[attr-defined]
+    shot(page, "served-metrics")
+    page.goto(  # type: ignore[attr-defined]
+        f"{ui}/#/experiments/{experiment}/runs/{version.run_id}/model-metrics"
+    )
+    page.get_by_text("served_accuracy", exact=True).first.wait_for()  # type: ignore[attr-defined]
+    shot(page, "served-over-time")
+    steps = [point.step for point in client.get_metric_history(version.run_id, "served_requests")]
+    assert len(steps) == len(set(steps)) > 1, "MLflow draws points of one step as a bar"

@@ -30,6 +30,7 @@ def test_a_page_shows_choice_table_and_reasons() -> None:
             {"when": "now", "who": "me", "action": "promote", "after": "2", "before": None}
             | {"why": "faster"}
         ],
+        served=[["version", "accuracy"], ["3", "<0.93>"]],
     )
     assert "A &amp; B" in text and "&lt;fast&gt;" in text and "class &lt;b&gt;" in text
     assert "student-openvino-int8 takes 1 ms per row" in text
@@ -37,6 +38,7 @@ def test_a_page_shows_choice_table_and_reasons() -> None:
     assert "excluded: validation accuracy 0.8000" in text
     assert "negated" in text and "0.800" in text
     assert "+10.00 [+2.00, +18.00]" in text
+    assert "Promised and served by shop" in text and "&lt;0.93&gt;" in text
     assert "faster" in text and "pt-deploy serve X" in text
     assert 'src="data:image/png;base64,cG5n"' in text
     assert not re.findall(r'(?:src|href)="http', text)  # nothing is fetched

@@ -29,6 +29,10 @@ TESTS = Path(__file__).resolve().parents[1]
     ("given", "message"),
     [
         ({"port": "80"}, "port: Ray Serve does this. .* the settings here are poll_s, hang_s,"),
+        (
+            {"feedback_rows": 9},
+            "feedback_rows: Ray's replicas share no counts or answers. Leave it",
+        ),
         ({"max_batch": 4}, "model_config has no max_batch; it has max_batch_rows"),
         ({"poll_s": "-1"}, "poll_s is -1; give seconds from 0"),
         ({"poll_s": "often"}, "poll_s is 'often'; give a number"),

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -13,6 +15,9 @@ from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
+from mlflow_pt_deploy.serving.monitoring.feedback_store import FeedbackStore
+from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
 from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
@@ -108,8 +113,8 @@ def test_a_rejected_request_is_read_first(adapter: RsgiAdapter) -> None:
         assert answer.status == status
 
 
-def test_the_common_request_takes_few_calls_of_ours(adapter: RsgiAdapter) -> None:
-    """Counts calls of this package's functions, each step of a coroutine as one."""
+def calls_of_ours(adapter: RsgiAdapter) -> list[str]:
+    """Functions of this package that a request calls; each step of a coroutine counts as one."""
     names: list[str] = []
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -125,5 +130,20 @@ def test_the_common_request_takes_few_calls_of_ours(adapter: RsgiAdapter) -> Non
             assert protocol.status == 200
 
     asyncio.run(respond())
+    return names
+
+
+def test_the_common_request_takes_few_calls_of_ours(adapter: RsgiAdapter) -> None:
+    names = calls_of_ours(adapter)
     assert "RsgiAdapter.__rsgi__" in names
     assert 20 < len(names) <= MOST_CALLS, f"{len(names)}: {names}"
+
+
+def test_an_answer_is_remembered_for_feedback_by_one_call(
+    adapter: RsgiAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = calls_of_ours(adapter)
+    collector = FeedbackCollector({}, FeedbackStore(tmp_path, 9), Metrics())
+    monkeypatch.setattr(adapter._application, "_feedback", collector)
+    more = Counter(calls_of_ours(adapter)) - Counter(before)
+    assert more == {"FeedbackCollector.remember": 1}

@@ -47,6 +47,8 @@ from mlflow_pt_deploy.serving.settings import ServerSettings
         ({"shadow_teacher": "101%"}, "shadow_teacher has the share '101%'"),
         ({"shadow_memory_mb": 0}, "shadow_memory_mb is 0; give more than 0, e.g. 2000"),
         ({"shadow_priority": "high"}, "shadow_priority is 'high'; choose from idle, normal"),
+        ({"report_s": -1}, "report_s is -1; give seconds from 0"),
+        ({"feedback_rows": -1}, "feedback_rows is -1; give 1 to 100000000, or 0 for no feedback"),
         ({"tls_cert": "cert.pem"}, "belong together"),
         ({"tls_key": "key.pem"}, "belong together"),
         ({"tls_cert": "no.pem", "tls_key": "no.pem"}, "no.pem is not a file; give a PEM file"),

@@ -45,7 +45,7 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
     from mlflow_pt_deploy._version import __version__
 
     names = list(models)
-    schemas = _schemas(column or "text") | _tensor_schemas()
+    schemas = _schemas(column or "text") | _tensor_schemas() | _feedback_schemas()
     admin = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
     scoring = ["/invocations", *(f"/models/{name}/invocations" for name in names)]
     probes = {path: {"get": _read(about, (405, 503))} for path, about in _PROBES.items()}
@@ -56,6 +56,7 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
             **{path: {"post": _score()} for path in scoring},
             **probes,
             **{path: {"get": _read("Admin page", _ADMIN)} for path in admin},
+            "/feedback": {"post": _feedback()},
             **_open_inference(names),
         },
         "components": {
@@ -127,6 +128,22 @@ def _scoring(
         ],
         "requestBody": {"required": True, "content": content},
         "responses": {"200": good} | _failures(statuses, error),
+    }
+
+
+def _feedback() -> dict[str, Any]:
+    """The operation that takes the right labels of served rows."""
+    taken = {"application/json": {"schema": _reference("FeedbackResult")}}
+    about = "How many labels were taken, and which were not"
+    return {
+        "summary": "Send the right labels of served rows",
+        "security": [{}, {"token": []}],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _reference("Feedback")}},
+        },
+        "responses": {"200": {"description": about, "content": taken}}
+        | _failures((400, 401, 404, 405, 408, 413, 503), "Error"),
     }
 
 
@@ -234,6 +251,31 @@ def _tensor_schemas() -> dict[str, Any]:
             "type": "object",
             "properties": {"error": text},
             "required": ["error"],
+        },
+    }
+
+
+def _feedback_schemas() -> dict[str, Any]:
+    """Bodies of ``/feedback``."""
+    text, whole = {"type": "string"}, {"type": "integer", "minimum": 0}
+    item = {
+        "type": "object",
+        "properties": {"request_id": text, "row": whole, "label": text},
+        "required": ["request_id", "label"],
+        "additionalProperties": False,
+    }
+    fault = {"type": "object", "properties": {"index": whole, "status": whole, "message": text}}
+    return {
+        "Feedback": {
+            "type": "object",
+            "properties": {"feedback": _rows(item) | {"minItems": 1}},
+            "required": ["feedback"],
+            "additionalProperties": False,
+        },
+        "FeedbackResult": {
+            "type": "object",
+            "properties": {"taken": whole, "not_taken": _rows(fault)},
+            "required": ["taken", "not_taken"],
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Header = tuple[str, str]
@@ -20,6 +21,7 @@ class Response(NamedTuple):
         headers: Headers besides content type and length.
         content_type: Media type of the body.
         model_version: The model version that computed it; empty if none did.
+        predictions: The predictions in the body as JSON, one string per row.
     """
 
     status: int
@@ -28,6 +30,7 @@ class Response(NamedTuple):
     headers: tuple[Header, ...] = ()
     content_type: str = "application/json"
     model_version: str = ""
+    predictions: Sequence[str] = ()
 
 
 def error_response(status: int, code: str, message: str, *headers: Header) -> Response:

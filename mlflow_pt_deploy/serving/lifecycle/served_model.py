@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,18 @@ DECIDE_S = 8.0
 """Seconds that the registry has to answer before a local copy serves."""
 
 _logger = logging.getLogger(__name__)
+
+
+class CountedVersion(NamedTuple):
+    """A version whose answers are counted, also after it was replaced.
+
+    Attributes:
+        resolved: Its place in the registry.
+        labels: Its classes.
+    """
+
+    resolved: ResolvedVersion
+    labels: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,7 @@ class ServedModel:
         load_s: Seconds that the load took.
         wake: Called when it is requested while it is unloaded.
         counts: What each version answered, by label; the oldest beyond `MAX_COUNTED` are dropped.
+        counted: These versions.
     """
 
     def __init__(
@@ -153,6 +166,7 @@ class ServedModel:
         self.wake: Callable[[], None] = lambda: None
         self.counts: dict[str, VersionCounts] = {}
         self._counting = threading.Lock()
+        self.counted: dict[str, CountedVersion] = {}
         self._unloaded_version: ResolvedVersion | None = None
         self._executors: tuple[weakref.ref[ModelExecutor], ...] = ()
         self._provider = provider
@@ -266,8 +280,11 @@ class ServedModel:
             counts[version.label] = service.counts = counts.pop(version.label, service.counts)
             if self.current and self.current.label in counts:  # the oldest are dropped below
                 counts[self.current.label] = counts.pop(self.current.label)
-            # one assignment: the monitor's thread iterates over the dict
+            counted = CountedVersion(version.resolved, service.loaded.labels)
+            known = self.counted | {version.label: counted}
+            # one assignment each: the monitor's thread iterates over the dicts
             self.counts = dict(list(counts.items())[-MAX_COUNTED:])
+            self.counted = {label: known[label] for label in self.counts}
 
     def status(self) -> dict[str, Any]:
         """The content of ``/model``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
@@ -44,6 +44,7 @@ class Monitor(threading.Thread):
         models: Models by name.
         duties: What is done beside answering.
         states: State of all workers; None: this process is the server.
+        shared_counts: Counts that all workers keep together; they are added.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class Monitor(threading.Thread):
         models: Mapping[str, ServedModel],
         duties: Sequence[Duty],
         states: WorkerStates | None = None,
+        shared_counts: Callable[[], ServerCounts] = dict,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._models = models
         self._duties = duties
         self._states = states
+        self._shared_counts = shared_counts
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -92,8 +95,13 @@ class Monitor(threading.Thread):
                 _logger.exception("%s failed", type(duty).__name__)
 
     def counts(self) -> dict[str, dict[str, VersionCounts]]:
-        """See `server_counts`."""
-        return server_counts(self._models, self._states)
+        """See `server_counts`; with what all workers count together."""
+        found = server_counts(self._models, self._states)
+        for name, versions in self._shared_counts().items():
+            for label, counts in versions.items():
+                before = found.setdefault(name, {}).get(label, VersionCounts())
+                found[name][label] = before.plus(counts)
+        return found
 
     def _publish(self) -> None:
         if self._states is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from mlflow_pt_deploy.evaluation.drift import Shift
     from mlflow_pt_deploy.evaluation.profile import RowCounts
+    from mlflow_pt_deploy.evaluation.statistics import Estimate
     from mlflow_pt_deploy.serving.http.response import Response
     from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 
@@ -76,6 +77,12 @@ class Metrics:
 
     def registry_reachable(self, name: str, answers: bool) -> None:
         """Record whether the registry answers."""
+
+    def judged(self, name: str, label: str, rows: int, accuracy: Estimate) -> None:
+        """Record the live accuracy of a version, by all `rows` with feedback."""
+
+    def answers_dropped(self, rows: int) -> None:
+        """Record that answered rows were not remembered for feedback."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from mlflow_pt_deploy.evaluation.statistics import Estimate
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.metrics import Figure, Metrics, RowSeries
@@ -80,6 +81,18 @@ class PrometheusMetrics(Metrics):
         self._info = gauge(
             "model_info", "Workers that serve this version", *_VERSION, "variant", "digest"
         )
+        # of the worker that leads, for all
+        shared = "livemostrecent"
+        self._judged = gauge("judged_rows", "Rows with feedback", *_VERSION, mode=shared)
+        self._accuracy = tuple(
+            gauge(f"live_accuracy{bound}", about, *_VERSION, mode=shared)
+            for bound, about in (
+                ("", "Share of judged rows that were answered correctly"),
+                ("_low", "Lower bound of its 95 % interval"),
+                ("_high", "Upper bound of its 95 % interval"),
+            )
+        )
+        self._dropped = counter("feedback_dropped_rows", "Answered rows that were not remembered")
         self._up = gauge("replica_up", "Workers that run")
         self._resident = gauge("resident_memory_bytes", "Resident memory of all workers")
         self._sampled = {
@@ -164,6 +177,17 @@ class PrometheusMetrics(Metrics):
     def registry_reachable(self, name: str, answers: bool) -> None:
         """See `Metrics`."""
         self._registry_up.labels(name).set(int(answers))
+
+    def judged(self, name: str, label: str, rows: int, accuracy: Estimate) -> None:
+        """See `Metrics`."""
+        version = self._version(name, label)
+        self._judged.labels(name, version).set(rows)
+        for gauge, value in zip(self._accuracy, accuracy, strict=True):
+            gauge.labels(name, version).set(value)
+
+    def answers_dropped(self, rows: int) -> None:
+        """See `Metrics`."""
+        self._dropped.inc(rows)
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
         """See `Metrics`."""

@@ -90,3 +90,16 @@ def test_a_process_without_workers_leads_itself(model: ServedModel) -> None:
     model.counts = {"3": VersionCounts(requests=2)}
     monitor.tick()
     assert duty.led[0]["tiny"]["3"].requests == 2
+
+
+def test_counts_that_all_workers_keep_together_are_added_once(
+    model: ServedModel, tmp_path: Path
+) -> None:
+    states = WorkerStates(tmp_path, 1)
+    shared = {"tiny": {"3": VersionCounts(judged=5, correct=4), "2": VersionCounts(judged=1)}}
+    monitor = Monitor({"tiny": model}, [], states, lambda: shared)
+    for pid in (1, 2):
+        (tmp_path / f"counts-0-{pid}.json").write_text('{"tiny": {"3": {"requests": 40}}}')
+    found = monitor.counts()["tiny"]
+    assert (found["3"].requests, found["3"].judged, found["3"].correct) == (80, 5, 4)
+    assert found["2"].judged == 1
