@@ -70,7 +70,7 @@ class Canary:
         self._plan: Plan | None = None
         self._version = ""
         self._served: ServedModel | None = None
-        self._served_as: tuple[ResolvedVersion, ModelSpec] | None = None
+        self._served_as: tuple[ResolvedVersion, dict[str, Any]] | None = None
         self._forgiven: set[Ending] = set()
 
     @property
@@ -181,6 +181,9 @@ class Canary:
         if same and (running.champion, running.share) == (champion.label, plan.share):  # type: ignore[union-attr]
             return
         check_pair(champion, loaded)
+        if ending := self._ending(loaded.label):  # while it was loaded
+            self._stop(ENDED, ending.text)
+            return
         self._model.count(loaded)
         since = running.since if running is not None and same else now()
         with self._lock:
@@ -198,17 +201,18 @@ class Canary:
             ServingError: It cannot be loaded, or is not to be compared with the champion.
         """
         spec = ModelSpec(plan.uri, champion.spec.model_config)
-        if self._served is None or self._served_as != (version, spec):
+        key = version, dict(spec.model_config)
+        served = self._served  # the monitor's thread may drop it
+        if served is None or self._served_as != key:
             self._stop(LOADING, f"version {version.version} is being loaded")
-            self._served = ServedModel(
+            served = self._served = ServedModel(
                 self.name,
                 lambda: spec,
                 metrics=_CanaryMetrics(self._metrics),
                 find=lambda uri: version,
                 load=self._load_beside,
             )
-            self._served_as = (version, spec)
-        served = self._served
+            self._served_as = key
         if served.current is None:
             served.poll()
         if served.current is None:
