@@ -45,6 +45,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
     parse_and_encode,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.explaining import ExplanationThreads
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
@@ -139,6 +140,7 @@ class Application:
         self.active = 0
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
+        self._explanations = ExplanationThreads()
         self._in_flight = dict.fromkeys(models, 0)
         self._pages = Pages(models, self._metrics, hang_s, states, is_listening)
         self._scoring = _scoring_routes(models)
@@ -165,6 +167,7 @@ class Application:
         """Release threads and connections; the event loop has ended."""
         self._on_stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
+        self._explanations.close()
         PARQUET_READER.close()
         if self._tracer is not None:
             self._tracer.close()
@@ -279,6 +282,10 @@ class Application:
             texts = await predictions
         else:
             texts = await self._watched(predictions, request, context)
+        if found.explain:
+            explainer = version.pyfunc.explainer
+            explained = self._explanations.explain(explainer, found.rows, texts, context)
+            texts = await self._watched(asyncio.ensure_future(explained), request, context)
         content = protocol.write(texts, found, version.label)
         return Response(200, content, model_version=version.label)
 
@@ -356,10 +363,15 @@ class Application:
 
 def _scoring_routes(models: Mapping[str, ServedModel]) -> dict[str, ScoringRoute]:
     """Routes by path, without versions."""
-    first, protocol = next(iter(models.values())), MlflowFormat()
-    routes = [ScoringRoute("/invocations", first, protocol)]
+    first = next(iter(models.values()))
+    protocol, explaining = MlflowFormat(), MlflowFormat(explain=True)
+    routes = [
+        ScoringRoute("/invocations", first, protocol),
+        ScoringRoute("/explain", first, explaining),
+    ]
     for name, model in models.items():
         routes.append(ScoringRoute(f"/models/{name}/invocations", model, protocol))
+        routes.append(ScoringRoute(f"/models/{name}/explain", model, explaining))
         routes.append(ScoringRoute(f"{MODELS}{name}/infer", model, OpenInferenceFormat(name)))
     return {route.path: route for route in routes}
 

@@ -52,12 +52,14 @@ class ScoringInput(NamedTuple):
         top_k: Labels per row.
         encoded: The encoded rows; None until they are encoded.
         wanted: What else the protocol's `write` needs.
+        explain: Whether each prediction gets an explanation.
     """
 
     rows: list[Row]
     top_k: int
     encoded: list[Encoded] | None = None
     wanted: Any = None
+    explain: bool = False
 
 
 class ScoringFormat(Protocol):
