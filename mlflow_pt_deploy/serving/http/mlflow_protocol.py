@@ -71,7 +71,7 @@ class MlflowFormat:
             data, params = read(body, column, service.options.queue_rows), None
         rows = parse_rows(data, column)
         check_rows(service, rows)
-        explain = self._explain or (bool(params) and wants_explanation(params))
+        explain = (bool(params) and wants_explanation(params)) or self._explain
         if explain:
             check_explainable(service.loaded.preprocessor.column, rows)
         return ScoringInput(rows, service.formatter.top_k(params), explain=explain)
