@@ -34,6 +34,7 @@ COMMANDS = {
     "verify": "compare a model on this machine with what was logged",
     "package": "write a folder from which an image, Kubernetes objects or a function are built",
     "predict": "score a Parquet, CSV or JSON lines file of any size",
+    "explain": "print which words of a text made its label",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -193,6 +194,11 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
                 "output"
             },
         ),
+        _CONFIG,
+    ),
+    "explain": (
+        ("uri", {"help": _URI}),
+        ("text", {"help": "text to score and explain"}),
         _CONFIG,
     ),
     "serve": (

@@ -287,7 +287,7 @@ class Application:
             explained = self._explanations.explain(explainer, found.rows, texts, context)
             texts = await self._watched(asyncio.ensure_future(explained), request, context)
         content = protocol.write(texts, found, version.label)
-        return Response(200, content, model_version=version.label)
+        return Response(200, content, model_version=version.label, explained=found.explain)
 
     async def _watched(
         self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
@@ -349,10 +349,11 @@ class Application:
         if isinstance(route, ScoringRoute):
             model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
-            if counts := model.counts.get(label):
-                counts.count_response(response.status, seconds)
-            if label and response.status == 200 and model.current is not None:
-                model.current.seconds.append(seconds)
+            if not response.explained:
+                if counts := model.counts.get(label):
+                    counts.count_response(response.status, seconds)
+                if label and response.status == 200 and model.current is not None:
+                    model.current.seconds.append(seconds)
             if self._tracer is not None:
                 parent = request.headers.get("traceparent") or ""
                 self._tracer.response_sent(model.name, label, route.path, response, seconds, parent)

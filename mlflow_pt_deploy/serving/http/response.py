@@ -20,6 +20,7 @@ class Response(NamedTuple):
         headers: Headers besides content type and length.
         content_type: Media type of the body.
         model_version: The model version that computed it; empty if none did.
+        explained: Whether it holds explanations; its latency is not that of a prediction.
     """
 
     status: int
@@ -28,6 +29,7 @@ class Response(NamedTuple):
     headers: tuple[Header, ...] = ()
     content_type: str = "application/json"
     model_version: str = ""
+    explained: bool = False
 
 
 def error_response(status: int, code: str, message: str, *headers: Header) -> Response:

@@ -202,6 +202,16 @@ def test_rows_of_explanations_are_not_counted_as_answered(url: str, model: PyFun
     assert counts.rows == before + 1
 
 
+def test_latencies_of_explanations_are_not_those_of_the_version(model: PyFuncModel) -> None:
+    served = ServedModel("tiny", source("tiny"))
+    version = served.current = LoadedModel(model._model_impl, ResolvedVersion("tiny"))
+    with running(Application({"tiny": served})) as own:
+        post(f"{own}/explain", {"inputs": [TEXT]})
+        assert len(version.seconds) == 0
+        post(f"{own}/invocations", {"inputs": [TEXT]})
+        assert len(version.seconds) == 1
+
+
 def slow_pyfunc(seconds: float, **config: Any) -> PtDeployPyFunc:
     """The tiny model; a batch of several rows takes a while."""
 
