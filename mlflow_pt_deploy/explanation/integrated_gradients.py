@@ -15,7 +15,7 @@ import numpy as np
 
 from mlflow_pt_deploy.artifacts import LoadedVariant
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError
-from mlflow_pt_deploy.explanation.result import Attribution
+from mlflow_pt_deploy.explanation.result import Attribution, above_mean
 from mlflow_pt_deploy.explanation.words import Word
 from mlflow_pt_deploy.runtimes.eager import EagerPredictor
 
@@ -77,10 +77,11 @@ class IntegratedGradients:
         """
         import torch
 
-        def logits(embeddings: torch.Tensor) -> Any:
+        def forward(embeddings: torch.Tensor) -> Any:
             check()
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
-            return self._network(inputs_embeds=embeddings, attention_mask=mask).logits
+            output = self._network(inputs_embeds=embeddings, attention_mask=mask)
+            return above_mean(output.logits, label)
 
         table = self._network.get_input_embeddings()
         start_ids = list(ids)
@@ -89,12 +90,11 @@ class IntegratedGradients:
                 start_ids[at] = pad_id
         with torch.no_grad():
             pair = table(torch.tensor([ids, start_ids], device=table.weight.device))
-            logit, base = logits(pair)[:, label].tolist()
+            logit, base = forward(pair).tolist()
         text, start = pair.split(1)
-        found = self._method(logits).attribute(
+        found = self._method(forward).attribute(
             text,
             start,
-            target=label,
             n_steps=STEPS,
             internal_batch_size=max(1, _BATCH_TOKENS // len(ids)),
         )

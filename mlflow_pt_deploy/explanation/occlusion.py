@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mlflow_pt_deploy.explanation.result import Attribution
+from mlflow_pt_deploy.explanation.result import Attribution, above_mean
 from mlflow_pt_deploy.explanation.words import Word
 from mlflow_pt_deploy.runtimes.base import Logits
 
@@ -39,7 +39,7 @@ def attribute_by_occlusion(
     """
     parts = group_words(words)
     rows = [ids, empty, *(_without(ids, part) or empty for part in parts)]
-    logits = score(rows)[:, label].astype(np.float64)
+    logits = above_mean(score(rows).astype(np.float64), label)
     return Attribution(METHOD, float(logits[0]), float(logits[1]), parts, logits[0] - logits[2:])
 
 

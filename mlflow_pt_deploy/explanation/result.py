@@ -14,13 +14,26 @@ from mlflow_pt_deploy.explanation.words import Word
 _DIGITS = 6
 
 
+def above_mean(logits: Any, label: int) -> Any:
+    """The logit of a label above the mean of all labels' logits.
+
+    This is what is explained. Softmax does not depend on what all logits have in common, so a word
+    that raises all of them has no share in the label.
+
+    Args:
+        logits: An array or tensor (..., labels).
+        label: Index of the label.
+    """
+    return logits[..., label] - logits.mean(-1)
+
+
 @dataclass(frozen=True)
 class Attribution:
     """A logit as a sum over parts of a text.
 
     Attributes:
         method: How it was computed.
-        logit: The explained logit.
+        logit: The explained logit, see `above_mean`.
         base: What belongs to no part.
         parts: Parts of the text.
         values: The share of each part.

@@ -7,9 +7,10 @@ logit is linear in the embeddings. So gradient x input splits it without a remai
     logit = base + sum over embeddings e of e . g,    g = H (a * w) / s
 
 `H` is the hidden layer (with the norm's mean taken out), `a` the active units, `w` the output
-weights of the label, `s` the denominator. That gradient x input is exact for piecewise linear
-networks is due to Ancona et al. 2018; holding the norm's denominator is the rule of Ali et al. 2022
-for layer norms. It is exact for this text, not a forecast of what another text would get.
+weights of the label above their mean over all labels, `s` the denominator. That gradient x input is
+exact for piecewise linear networks is due to Ancona et al. 2018; holding the norm's denominator is
+the rule of Ali et al. 2022 for layer norms. It is exact for this text, not a forecast of what
+another text would get.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlflow_pt_deploy.explanation.result import Attribution
+from mlflow_pt_deploy.explanation.result import Attribution, above_mean
 from mlflow_pt_deploy.explanation.words import Word
 from mlflow_pt_deploy.runtimes.numpy_static import StaticPredictor
 
@@ -41,7 +42,7 @@ def attribute_static(
     """
     array = np.asarray([ids], dtype=np.int64)
     inputs = {"input_ids": array, "attention_mask": np.ones_like(array)}
-    logit = float(model(inputs)[0, label])
+    logit = float(above_mean(model(inputs)[0].astype(np.float64), label))
     rows = model.ngram_rows(array[0])
     gradient, base = _linear(model, np.concatenate(rows), label)
     in_words = np.zeros(len(ids))
@@ -67,6 +68,6 @@ def _linear(
     hidden = model.hidden.astype(np.float64)
     scale = np.sqrt(total.var() + model.epsilon)
     active = total @ hidden / scale + model.hidden_bias > 0
-    weights = model.output[:, label] * active
-    base = float(weights @ model.hidden_bias + model.output_bias[label])
+    weights = above_mean(model.output.astype(np.float64), label) * active
+    base = float(weights @ model.hidden_bias + above_mean(model.output_bias, label))
     return hidden @ weights / scale, base

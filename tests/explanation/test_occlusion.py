@@ -17,6 +17,8 @@ from mlflow_pt_deploy.explanation.occlusion import MAX_PARTS, group_words
 from mlflow_pt_deploy.explanation.words import Word
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 
+OWN, OTHER = 0.666667, -0.333333
+
 
 def explain(text: str, label: str, variant: TinyVariant | None = None) -> dict[str, Any]:
     variant = variant or tiny_variant()
@@ -32,13 +34,17 @@ def values(found: dict[str, Any], text: str) -> list[tuple[str, float]]:
 
 
 def test_the_word_red_makes_red() -> None:
+    """A word adds 1 to the logit of its label, and so 1/3 to the mean of the three labels."""
     text = "one red, and 😀 red green"
     found = explain(text, "red")
-    shares = [("one", 0), ("red", 1), (",", 0), ("and", 0), ("😀", 0), ("red", 1), ("green", 0)]
-    assert values(found, text) == shares
-    assert (found["logit"], found["base"], found["delta"]) == (2, 0, 0)
+    others = [("one", 0), (",", 0), ("and", 0), ("😀", 0)]
+    words = values(found, text)
+    assert [each for each in words if each[1] == 0] == others
+    assert words[1] == words[5] == ("red", OWN)
+    assert words[6] == ("green", OTHER)
+    assert (found["logit"], found["base"], found["delta"]) == (1, 0, 0)
     assert (found["method"], found["label"], found["truncated"]) == ("occlusion", "red", False)
-    assert values(explain(text, "green"), text)[-1] == ("green", 1)
+    assert values(explain(text, "green"), text)[-1] == ("green", OWN)
 
 
 @pytest.mark.parametrize("text", ["", "  "])
@@ -49,25 +55,26 @@ def test_a_text_without_words_is_its_base(text: str) -> None:
 
 
 def test_the_only_word_leaves_an_empty_text() -> None:
-    assert values(explain("red", "red"), "red") == [("red", 1)]
+    assert values(explain("red", "red"), "red") == [("red", OWN)]
 
 
 def test_words_that_only_matter_together_leave_a_delta() -> None:
     def both(inputs: Inputs) -> Logits:
         ids = inputs["input_ids"]
         found = (ids == 2).any(1) & (ids == 3).any(1)
-        return np.stack([found, ~found, ~found], axis=1).astype(np.float32)
+        return np.stack([3 * found, ~found, ~found], axis=1).astype(np.float32)
 
     found = explain("red green", "red", replace(tiny_variant(), predict=both))
-    assert [each["value"] for each in found["contributions"]] == [1, 1]
-    assert (found["logit"], found["base"], found["delta"]) == (1, 0, -1)
+    # logits 3, 0, 0 with both words; 0, 1, 1 without either
+    assert [each["value"] for each in found["contributions"]] == [2 + OWN, 2 + OWN]
+    assert (found["logit"], found["base"], found["delta"]) == (2, -OWN, -2 - OWN)
 
 
 def test_a_truncated_text_says_so() -> None:
     text = "red " * 100
     found = explain(text, "red")
     assert found["truncated"]
-    assert (found["logit"], len(found["contributions"])) == (64, 64)
+    assert (found["logit"], len(found["contributions"])) == (pytest.approx(64 * 2 / 3), 64)
     assert found["contributions"][-1]["end"] == 255
 
 

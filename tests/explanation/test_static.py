@@ -37,6 +37,7 @@ def test_contributions_and_base_are_the_logit(student: LoadedVariant, tiny_split
     explainer = Explainer(student)
     for text in (*tiny_splits.test.rows, *ODD):
         logits = student.logits([text])[0]
+        logits -= logits.mean()
         for label, logit in zip(student.labels, logits, strict=True):
             found = explainer.explain(text, label, never)
             values = [each["value"] for each in found["contributions"]]
@@ -63,13 +64,13 @@ def test_a_truncated_text_says_so(student: LoadedVariant) -> None:
 
 
 def by_hand(epsilon: float = 0.0, **arrays: list[object]) -> StaticPredictor:
-    """Two pieces, no n-grams: embeddings (1, -1) and (3, -3), one hidden unit, one label."""
+    """Two pieces, no n-grams: embeddings (1, -1) and (3, -3), one hidden unit, two labels."""
     given = {
         "embeddings": [[1, -1], [3, -3]],
         "hidden": [[1], [0]],
         "hidden_bias": [0.5],
-        "output": [[2]],
-        "output_bias": [0.25],
+        "output": [[5, 1]],  # 2 and -2 from their mean
+        "output_bias": [0.5, 0],
         **arrays,
     }
     tables = {name: np.array(table, dtype=np.float32) for name, table in given.items()}
@@ -96,8 +97,8 @@ def test_an_ngram_is_split_over_its_pieces_in_words() -> None:
         "embeddings": np.array(table, dtype=np.float32),
         "hidden": np.array([[1], [0]], dtype=np.float32),
         "hidden_bias": np.zeros(1, dtype=np.float32),
-        "output": np.ones((1, 1), dtype=np.float32),
-        "output_bias": np.zeros(1, dtype=np.float32),
+        "output": np.array([[2, 0]], dtype=np.float32),
+        "output_bias": np.zeros(2, dtype=np.float32),
     }
     model = StaticPredictor(tables, pieces=2, buckets=1, multipliers=[1, 1], epsilon=0.0)
     # 0 is special: of three bigrams two touch a word, and the one of 1 and 1 touches it twice
@@ -121,7 +122,8 @@ def test_a_cascade_explains_the_stage_that_answers(
 
     found = Explainer(loaded).explain("my card", "card", score)
     assert found["method"] == method
-    assert found["logit"] == pytest.approx(loaded.logits(["my card"])[0, 0], abs=1e-4)
+    logits = loaded.logits(["my card"])[0]
+    assert found["logit"] == pytest.approx(logits[0] - logits.mean(), abs=1e-4)
 
 
 def test_no_pytorch_is_needed() -> None:

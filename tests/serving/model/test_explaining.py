@@ -37,7 +37,10 @@ from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 SECRET = "zanzibar"
 TEXT = f"{SECRET} red, é😀 red green"
-SHARES = [("zanzibar", 0), ("red", 1), (",", 0), ("é", 0), ("😀", 0), ("red", 1), ("green", 0)]
+# a word adds 1 to the logit of its label, and so 1/3 to the mean of the three labels
+OWN, OTHER = 0.666667, -0.333333
+SHARES = [("zanzibar", 0), ("red", OWN), (",", 0), ("é", 0), ("😀", 0), ("red", OWN)]
+SHARES += [("green", OTHER)]
 JSON, CSV, PARQUET = "application/json", "text/csv", "application/vnd.apache.parquet"
 EXPLAIN = {"explain": True}
 SAVED = Path(__file__).parents[2] / "fixtures" / "saved-by-0.1.0"
@@ -89,18 +92,18 @@ def test_a_prediction_has_its_explanation(
     assert answer.status_code == 200
     first, second = answer.json()["predictions"]
     assert (first["label"], second["label"]) == ("blue", "red")
-    assert shares(first, "blue") == [("blue", 1)]
+    assert shares(first, "blue") == [("blue", OWN)]
     assert shares(second) == SHARES
     contributions = second["explanation"].pop("contributions")
     assert second["explanation"] == {
         "method": "occlusion",
         "label": "red",
-        "logit": 2,
+        "logit": 1,
         "base": 0,
         "delta": 0,
         "truncated": False,
     }
-    assert contributions[1] == {"start": 9, "end": 12, "value": 1}
+    assert contributions[1] == {"start": 9, "end": 12, "value": OWN}
 
 
 def test_predictions_are_those_without_explanation(url: str) -> None:
