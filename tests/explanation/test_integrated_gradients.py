@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from mlflow_pt_deploy.models import load_classifier
 from mlflow_pt_deploy.runtimes.base import Logits
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
-from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 
 TEXT = "please help me with my card, today"
 
@@ -112,10 +112,14 @@ def test_captum_missing_names_the_extra(
         Explainer(loaded, METHOD)
 
 
-def test_variants_without_gradients_are_refused(exported: Callable[..., Path]) -> None:
-    for folder in (exported(NumPy(), "static"), exported(TorchScript())):
+def test_variants_without_gradients_are_refused(
+    exported: Callable[..., Path], eager_variant: Path
+) -> None:
+    eager = load_variant(eager_variant)
+    half = replace(eager, manifest=replace(eager.manifest, precision="bf16"))
+    for loaded in (load_variant(exported(NumPy(), "static")), half):
         with pytest.raises(UnsupportedError, match="has no gradients.*explain_method=auto"):
-            Explainer(load_variant(folder, allow_code=True), METHOD)
+            Explainer(loaded, METHOD)
 
 
 def test_a_network_that_takes_no_embeddings_is_refused(
