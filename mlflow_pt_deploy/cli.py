@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mlflow_pt_deploy.cli_args import build_parser
-from mlflow_pt_deploy.commands import feedback, pipeline, predict, registry, serve
+from mlflow_pt_deploy.commands import explain, feedback, pipeline, predict, registry, serve
 from mlflow_pt_deploy.errors import NotPromotedError
 from mlflow_pt_deploy.system.child_process import kill_all
 from mlflow_pt_deploy.system.interrupt import describe_signal, handle_signals
@@ -105,6 +105,7 @@ _COMMANDS: dict[str, Command] = {
     "report": registry.report,
     "predict": predict.predict,
     "feedback": feedback.feedback,
+    "explain": explain.explain,
     "serve": serve.serve,
     "package": serve.package,
 }

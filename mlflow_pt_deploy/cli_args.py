@@ -36,6 +36,7 @@ COMMANDS = {
     "package": "write a folder from which an image, Kubernetes objects or a function are built",
     "predict": "score a Parquet, CSV or JSON lines file of any size",
     "feedback": "send the right labels of served rows to a running server",
+    "explain": "print which words of a text made its label",
     "report": "write one HTML page about a run, or about the champion of a registered model",
 }
 """All commands and their descriptions."""
@@ -218,6 +219,11 @@ _ARGUMENTS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
             },
         ),
         ("--url", {"required": True, "help": "address of the server, e.g. http://127.0.0.1:5000"}),
+    ),
+    "explain": (
+        ("uri", {"help": _URI}),
+        ("text", {"help": "text to score and explain"}),
+        _CONFIG,
     ),
     "serve": (
         (

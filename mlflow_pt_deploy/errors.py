@@ -96,6 +96,7 @@ class MissingExtraError(VariantError):
 
 
 _EXTRAS = {
+    "captum": "explain",
     "matplotlib": "train",
     "mlflow": "train",
     "onnx": "onnx",

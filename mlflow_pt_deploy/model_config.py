@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.option_fields import option
+from mlflow_pt_deploy.option_fields import option, option_specs
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class ServingOptions(Limits):
     num_threads: int = option(0, "CPU threads of a call; 0: chosen by the runtime")
     allow_code: bool = option(
         False, "load formats that carry code although their digest is not vouched for"
+    )
+    explain_method: str = option(
+        "auto",
+        "how predictions are explained; auto: exactly for static students in NumPy, by leaving "
+        "words out for other models; integrated_gradients: for eager variants in fp32",
+        choices=("auto", "integrated_gradients"),
     )
 
     @classmethod
@@ -86,6 +92,7 @@ def parse_value(text: str) -> str | int | float | bool:
     return text
 
 
+_CHOICES = {spec.name: spec.choices for spec in option_specs(ServingOptions) if spec.choices}
 _AT_LEAST_ONE = ("max_batch_rows", "max_batch_tokens", "queue_rows")
 
 
@@ -95,6 +102,8 @@ def _problem(key: str, value: object) -> str | None:
         return None if isinstance(value, str) and value else "a device such as cpu or cuda"
     if key == "allow_code":
         return None if isinstance(value, bool) else "true or false"
+    if choices := _CHOICES.get(key):
+        return None if value in choices else f"one of {', '.join(choices)}"
     least = 1 if key in _AT_LEAST_ONE else 0
     whole = not key.endswith("_ms")
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)

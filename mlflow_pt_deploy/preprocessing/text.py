@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 _SETTINGS = "preprocessor.json"
 _TOKENIZER = "tokenizer.json"
 _MIN_LENGTH = 2  # tokens; exported graphs do not support shorter batches
+
+
+class LocatedText(NamedTuple):
+    """A text as token ids, and where each of them comes from.
+
+    Attributes:
+        ids: As from `TextPreprocessor.encode`.
+        spans: First character of each token in the text, and the one after its last; None for
+            tokens that the tokenizer adds.
+        numbers: Number of the word that each token is a piece of, as the tokenizer splits words.
+        truncated: Whether the text is longer than what the ids hold.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int] | None]
+    numbers: list[int | None]
+    truncated: bool
 
 
 class TextPreprocessor:
@@ -152,6 +169,19 @@ class TextPreprocessor:
             for index, encoding in zip(rest, self._tokenizer.encode_batch_fast(clean), strict=True):
                 found[index] = encoding.ids or self._empty_ids
         return cast(list[list[int]], found)
+
+    def locate(self, row: str) -> LocatedText:
+        """Encode a row, and find the characters of each token; slower than `encode`."""
+        # A lone surrogate becomes one other character, so the positions stay.
+        encoding = self._tokenizer.encode(row.encode("utf8", "replace").decode("utf8"))
+        ids = encoding.ids or self._empty_ids
+        if not encoding.ids:
+            return LocatedText(ids, [None] * len(ids), [None] * len(ids), False)
+        added = encoding.special_tokens_mask
+        spans = [
+            None if special else span for span, special in zip(encoding.offsets, added, strict=True)
+        ]
+        return LocatedText(ids, spans, encoding.word_ids, bool(encoding.overflowing))
 
     def collate(self, encoded: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.int64]]:
         """Pad encoded rows to the longest one.

@@ -59,7 +59,23 @@ class Eager(Variant):
         else:
             check_device(device)
             module = in_precision(reload_classifier(str(folder)), self.precision).to(device)
-        return torch_predict(module, device)
+        return EagerPredictor(module, device)
+
+
+class EagerPredictor:
+    """A loaded eager variant.
+
+    Args:
+        module: The classifier.
+        device: Its device.
+    """
+
+    def __init__(self, module: Any, device: str) -> None:
+        self.module = module
+        self._predict = torch_predict(module, device)
+
+    def __call__(self, inputs: Inputs) -> Logits:
+        return self._predict(inputs)
 
 
 def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:

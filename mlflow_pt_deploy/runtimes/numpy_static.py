@@ -75,15 +75,21 @@ class NumPy(Variant):
         # limit applies to the whole process.
         threadpool_limits(1, user_api="blas")
         shape = json.loads((folder / _SHAPE).read_text(encoding="utf8"))
-        return _StaticPredictor(load_file(folder / _WEIGHTS), **shape)
+        return StaticPredictor(load_file(folder / _WEIGHTS), **shape)
 
 
-class _StaticPredictor:
+class StaticPredictor:
     """The network of `models.static` without padding.
 
     For one row the call overhead of NumPy dominates, so there are few calls: the mean of the layer
     norm is subtracted from the columns of the hidden layer in advance, and the division is done
     after that layer.
+
+    Attributes:
+        embeddings: Of the pieces, then of the n-grams, float32 (pieces + buckets, width).
+        hidden: float32 (width, hidden), without the mean of its columns.
+        hidden_bias, output, output_bias: float32 (hidden,), (hidden, classes), (classes,).
+        epsilon: Added to the variance.
     """
 
     pads = False
@@ -97,25 +103,25 @@ class _StaticPredictor:
         multipliers: list[int],
         epsilon: float,
     ) -> None:
-        self._embeddings = arrays["embeddings"]
-        self._hidden = arrays["hidden"] - arrays["hidden"].mean(0)
-        self._hidden_bias = arrays["hidden_bias"]
-        self._output, self._output_bias = arrays["output"], arrays["output_bias"]
-        width = self._embeddings.shape[1]
+        self.embeddings = arrays["embeddings"]
+        self.hidden = arrays["hidden"] - arrays["hidden"].mean(0)
+        self.hidden_bias = arrays["hidden_bias"]
+        self.output, self.output_bias = arrays["output"], arrays["output_bias"]
+        width = self.embeddings.shape[1]
         self._mean = np.full(width, 1 / width, dtype=np.float32)
         self._pieces, self._buckets = pieces, buckets
-        self._multipliers, self._epsilon = multipliers, epsilon
+        self._multipliers, self.epsilon = multipliers, epsilon
 
     def __call__(self, inputs: Inputs) -> Logits:
         indices, ends = self._table_rows(inputs["input_ids"], inputs["attention_mask"].sum(1))
         total = self._sums(indices, ends)
         variance = np.einsum("ij,ij->i", total, total) * self._mean[0] - (total @ self._mean) ** 2
-        hidden = total @ self._hidden
-        hidden /= np.sqrt(variance + self._epsilon)[:, None]
-        hidden += self._hidden_bias
+        hidden = total @ self.hidden
+        hidden /= np.sqrt(variance + self.epsilon)[:, None]
+        hidden += self.hidden_bias
         np.maximum(hidden, 0, out=hidden)
-        logits: Logits = hidden @ self._output
-        logits += self._output_bias
+        logits: Logits = hidden @ self.output
+        logits += self.output_bias
         return logits
 
     def _table_rows(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
@@ -126,14 +132,14 @@ class _StaticPredictor:
             lengths: int64 (batch,), number of pieces in each text.
         """
         if len(ids) == 1:  # the common case needs no masks
-            flat = np.concatenate(self._ngram_rows(ids[0, : lengths[0]]))
+            flat = np.concatenate(self.ngram_rows(ids[0, : lengths[0]]))
             return flat, np.asarray([len(flat)])
         real = np.arange(ids.shape[1]) < lengths[:, None]
-        rows = self._ngram_rows(ids)
+        rows = self.ngram_rows(ids)
         kept = np.concatenate([real[:, size:] for size in range(len(rows))], axis=1)
         return np.concatenate(rows, axis=1)[kept], kept.sum(1).cumsum()
 
-    def _ngram_rows(self, ids: Array) -> list[Array]:
+    def ngram_rows(self, ids: Array) -> list[Array]:
         """Return the table rows of the pieces, then of all pairs of neighbors, and so on.
 
         Args:
@@ -152,7 +158,7 @@ class _StaticPredictor:
 
     def _sums(self, indices: Array, ends: Array) -> Array:
         """Sum of the embeddings of each text, float32 (batch, width)."""
-        table, ones = self._embeddings, np.ones(len(indices), dtype=np.float32)
+        table, ones = self.embeddings, np.ones(len(indices), dtype=np.float32)
         total: Array = np.empty((len(ends), table.shape[1]), dtype=np.float32)
         start = 0
         for row, end in zip(total, ends.tolist(), strict=True):

@@ -46,6 +46,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
 )
 from mlflow_pt_deploy.serving.http.webhook import WEBHOOK_PATH, WebhookReceiver
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.explaining import ExplanationThreads
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
 from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
@@ -164,6 +165,7 @@ class Application:
         self.active = 0
         self._request_ids = RequestIds()
         self._parsers = ThreadPoolExecutor(_PARSER_THREADS, thread_name_prefix="parse")
+        self._explanations = ExplanationThreads()
         self._in_flight = dict.fromkeys(models, 0)
         self._canaries = canaries or {}
         self._pages = Pages(
@@ -200,6 +202,7 @@ class Application:
         """Release threads and connections; the event loop has ended."""
         self._on_stop()
         self._parsers.shutdown(wait=False, cancel_futures=True)
+        self._explanations.close()
         PARQUET_READER.close()
         self._shadows.close()
         if self._tracer is not None:
@@ -320,6 +323,8 @@ class Application:
             loop = asyncio.get_running_loop()
             work = partial(parse_and_encode, protocol, service, body, kind)
             found = await loop.run_in_executor(self._parsers, work)
+        if found.explain:  # by the champion
+            canary = None
         if canary is not None:
             begun = time.perf_counter()
             answer = await canary.predict(found, context, service, self._parsers)
@@ -336,8 +341,14 @@ class Application:
             canary.count_failure()
         if name in self._shadows.targets:
             self._shadows.offer(name, version.label, request_id, found.rows, texts)
+        if found.explain:
+            explainer = version.pyfunc.explainer
+            explained = self._explanations.explain(explainer, found.rows, texts, context)
+            texts = await self._watched(asyncio.ensure_future(explained), request, context)
         content = protocol.write(texts, found, version.label)
-        return Response(200, content, model_version=version.label, predictions=texts)
+        return Response(
+            200, content, model_version=version.label, predictions=texts, explained=found.explain
+        )
 
     async def _watched(
         self, predictions: asyncio.Future[list[str]], request: Request, context: RequestContext
@@ -413,11 +424,12 @@ class Application:
         if isinstance(route, ScoringRoute):
             model = route.model
             self._metrics.response_sent(model.name, label, response, seconds)
-            if counts := model.counts.get(label):
-                counts.count_response(response.status, seconds - request.lost_s)
-            current = model.current
-            if current is not None and current.label == label and response.status == 200:
-                current.seconds.append(seconds)
+            if not response.explained:
+                if counts := model.counts.get(label):
+                    counts.count_response(response.status, seconds - request.lost_s)
+                current = model.current
+                if current is not None and current.label == label and response.status == 200:
+                    current.seconds.append(seconds)
             if self._feedback is not None and response.predictions:
                 self._feedback.remember(request_id, model.name, label, response.predictions)
             if self._tracer is not None:
@@ -430,10 +442,15 @@ class Application:
 
 def _scoring_routes(models: Mapping[str, ServedModel]) -> dict[str, ScoringRoute]:
     """Routes by path, without versions."""
-    first, protocol = next(iter(models.values())), MlflowFormat()
-    routes = [ScoringRoute("/invocations", first, protocol)]
+    first = next(iter(models.values()))
+    protocol, explaining = MlflowFormat(), MlflowFormat(explain=True)
+    routes = [
+        ScoringRoute("/invocations", first, protocol),
+        ScoringRoute("/explain", first, explaining),
+    ]
     for name, model in models.items():
         routes.append(ScoringRoute(f"/models/{name}/invocations", model, protocol))
+        routes.append(ScoringRoute(f"/models/{name}/explain", model, explaining))
         routes.append(ScoringRoute(f"{MODELS}{name}/infer", model, OpenInferenceFormat(name)))
     return {route.path: route for route in routes}
 

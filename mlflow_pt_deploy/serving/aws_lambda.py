@@ -22,6 +22,12 @@ from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.mlmodel import read_mlmodel
 from mlflow_pt_deploy.serving.http.json_parser import parse_json
 from mlflow_pt_deploy.serving.model.errors import scoring_error
+from mlflow_pt_deploy.serving.model.explaining import (
+    PredictionExplainer,
+    check_explainable,
+    wants_explanation,
+)
+from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.inputs import parse_rows
 from mlflow_pt_deploy.serving.model.loader import load_logged_variant
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter
@@ -81,7 +87,14 @@ def _score(body: bytes) -> list[Any]:
         raise RequestError(f"'{column}' has {len(rows)} rows; one event may have {MAX_ROWS}.")
     formatter = PredictionFormatter(loaded.labels)
     top_k = formatter.top_k(params)
-    return list(formatter.to_objects(loaded.logits(rows), top_k))
+    explain = wants_explanation(params)
+    if explain:
+        check_explainable(column, rows)
+    predictions = list(formatter.to_objects(loaded.logits(rows), top_k))
+    if explain:
+        service = InferenceService(loaded, ServingOptions())
+        PredictionExplainer(service).explain(rows, predictions, bounded=False)
+    return predictions
 
 
 def _is_http(event: Mapping[str, Any]) -> bool:

@@ -50,6 +50,15 @@ def test_a_direct_event() -> None:
     assert len(ranked["predictions"][0]) == 2
 
 
+def test_an_explanation() -> None:
+    asked = {"inputs": ["my card"], "params": {"explain": True}}
+    (found,) = aws_lambda.handler(asked)["predictions"]
+    assert found["explanation"]["method"] == "gradient_x_input"
+    assert max(found["explanation"]["contributions"], key=lambda each: each["value"])["start"] == 3
+    with pytest.raises(RequestError, match="may have 8"):
+        aws_lambda.handler(asked | {"inputs": ["my card"] * 9})
+
+
 @pytest.mark.parametrize("event", [HTTP_V2, REST_V1, ALB], ids=["HTTP 2.0", "REST 1.0", "ALB"])
 def test_http_events(event: dict[str, Any]) -> None:
     answer = aws_lambda.handler(event)

@@ -221,6 +221,9 @@ def wrong() -> Iterator[tuple[Any, grpc.StatusCode, str]]:
     top = request(SECRET)
     top.parameters["top_k"].string_param = SECRET
     yield top, INVALID, "'top_k'"
+    explained = request(SECRET)
+    explained.parameters["explain"].bool_param = True
+    yield explained, INVALID, "'explain' is not part of this protocol"
     yield request(f"explode {SECRET}"), grpc.StatusCode.INTERNAL, "the server's log"
     yield request("x" * (LIMIT + 1)), grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"
 

@@ -19,6 +19,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
     check_identity_encoding,
     check_rows,
 )
+from mlflow_pt_deploy.serving.model.explaining import check_explainable, wants_explanation
 from mlflow_pt_deploy.serving.model.inputs import parse_rows
 
 if TYPE_CHECKING:
@@ -30,7 +31,14 @@ PARQUET_READER = ParquetReader()
 
 
 class MlflowFormat:
-    """JSON, CSV or Parquet in, ``{"predictions": [...]}`` out."""
+    """JSON, CSV or Parquet in, ``{"predictions": [...]}`` out.
+
+    Args:
+        explain: Whether predictions get explanations although no parameter asks for them.
+    """
+
+    def __init__(self, *, explain: bool = False) -> None:
+        self._explain = explain
 
     def body_type(self, headers: Headers) -> BodyType:
         """See `ScoringFormat`; the media type must be one of MLflow's, and UTF-8."""
@@ -63,7 +71,10 @@ class MlflowFormat:
             data, params = read(body, column, service.options.queue_rows), None
         rows = parse_rows(data, column)
         check_rows(service, rows)
-        return ScoringInput(rows, service.formatter.top_k(params))
+        explain = (bool(params) and wants_explanation(params)) or self._explain
+        if explain:
+            check_explainable(service.loaded.preprocessor.column, rows)
+        return ScoringInput(rows, service.formatter.top_k(params), explain=explain)
 
     def write(self, texts: Sequence[str], found: ScoringInput, version: str) -> bytes:
         """See `ScoringFormat`."""

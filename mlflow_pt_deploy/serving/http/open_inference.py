@@ -24,6 +24,7 @@ from mlflow_pt_deploy.serving.http.scoring_format import (
     check_identity_encoding,
     check_rows,
 )
+from mlflow_pt_deploy.serving.model.explaining import wants_explanation
 from mlflow_pt_deploy.serving.model.inputs import parse_rows
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class OpenInferenceFormat:
         rows = _rows(tensor, count, memoryview(body)[length:], column)
         check_rows(service, rows)
         params = _object(request, "parameters")
+        if wants_explanation(params):
+            raise RequestError(
+                "'explain' is not part of this protocol; POST the rows to /models/NAME/explain"
+            )
         top_k = service.formatter.top_k(params)
         return ScoringInput(rows, top_k, wanted=_wanted(request, params, top_k))
 

@@ -47,7 +47,11 @@ def document(models: Iterable[str], column: str | None) -> dict[str, Any]:
     names = list(models)
     schemas = _schemas(column or "text") | _tensor_schemas() | _feedback_schemas()
     admin = ["/metrics", "/model", "/models", *(f"/models/{name}" for name in names)]
-    scoring = ["/invocations", *(f"/models/{name}/invocations" for name in names)]
+    scoring = [
+        f"{owner}/{what}"
+        for owner in ("", *(f"/models/{name}" for name in names))
+        for what in ("invocations", "explain")
+    ]
     probes = {path: {"get": _read(about, (405, 503))} for path, about in _PROBES.items()}
     return {
         "openapi": "3.1.0",
@@ -182,10 +186,15 @@ def _schemas(column: str) -> dict[str, Any]:
         "dataframe_split": table,
         "dataframe_records": _rows(record),
     }
-    params = {"type": "object", "properties": {"top_k": {"type": "integer", "minimum": 1}}}
+    top_k = {"type": "integer", "minimum": 1}
+    params = {"type": "object", "properties": {"top_k": top_k, "explain": {"type": "boolean"}}}
     label = {
         "type": "object",
-        "properties": {"label": cell, "score": {"type": "number", "minimum": 0, "maximum": 1}},
+        "properties": {
+            "label": cell,
+            "score": {"type": "number", "minimum": 0, "maximum": 1},
+            "explanation": _reference("Explanation"),
+        },
         "required": ["label", "score"],
     }
     return {
@@ -204,12 +213,30 @@ def _schemas(column: str) -> dict[str, Any]:
             "properties": {"predictions": _rows({"oneOf": [label, _rows(label)]})},
             "required": ["predictions"],
         },
+        "Explanation": _explanation(),
         "Error": {
             "type": "object",
             "properties": {"error_code": cell, "message": cell},
             "required": ["error_code", "message"],
         },
     }
+
+
+def _explanation() -> dict[str, Any]:
+    number, position = {"type": "number"}, {"type": "integer", "minimum": 0}
+    contribution = {"start": position, "end": position, "value": number}
+    properties: dict[str, Any] = {
+        "method": {"type": "string"},
+        "label": {"type": "string"},
+        "logit": number,
+        "base": number,
+        "delta": number,
+        "truncated": {"type": "boolean"},
+        "contributions": _rows(
+            {"type": "object", "properties": contribution, "required": list(contribution)}
+        ),
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _rows(of: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Response(NamedTuple):
         content_type: Media type of the body.
         model_version: The model version that computed it; empty if none did.
         predictions: The predictions in the body as JSON, one string per row.
+        explained: Whether it holds explanations; its latency is not that of a prediction.
     """
 
     status: int
@@ -31,6 +32,7 @@ class Response(NamedTuple):
     content_type: str = "application/json"
     model_version: str = ""
     predictions: Sequence[str] = ()
+    explained: bool = False
 
 
 def error_response(status: int, code: str, message: str, *headers: Header) -> Response:

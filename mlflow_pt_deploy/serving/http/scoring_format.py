@@ -52,12 +52,14 @@ class ScoringInput(NamedTuple):
         top_k: Labels per row.
         encoded: The encoded rows, see `InferenceService.encode_missing`; None until then.
         wanted: What else the protocol's `write` needs.
+        explain: Whether each prediction gets an explanation.
     """
 
     rows: list[Row]
     top_k: int
     encoded: list[Encoded | None] | None = None
     wanted: Any = None
+    explain: bool = False
 
 
 class ScoringFormat(Protocol):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlflow_pt_deploy.model_config import ServingOptions
+from mlflow_pt_deploy.serving.batching.request import RequestContext
 from mlflow_pt_deploy.serving.model.errors import scoring_error
+from mlflow_pt_deploy.serving.model.explaining import (
+    PredictionExplainer,
+    check_explainable,
+    wants_explanation,
+)
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.inputs import parse_rows
 
@@ -30,9 +37,11 @@ class PtDeployPyFunc:
 
     Attributes:
         service: Scores the rows.
+        explainer: Explains predictions.
 
     Raises:
         ServingError: An option is invalid; the message names it.
+        VariantError: The option `explain_method` is not possible with this variant.
     """
 
     def __init__(
@@ -41,6 +50,7 @@ class PtDeployPyFunc:
         self.loaded = loaded
         self.options = ServingOptions.from_config(model_config)
         self.service = InferenceService(loaded, self.options)
+        self.explainer = PredictionExplainer(self.service)
 
     def warm_up(self) -> None:
         """See `InferenceService.warm_up`."""
@@ -51,7 +61,8 @@ class PtDeployPyFunc:
 
         Args:
             data: See `inputs.parse_rows`.
-            params: ``top_k``: labels per row, in descending order.
+            params: ``top_k``: labels per row, in descending order. ``explain``: whether the best
+                label of each row gets an explanation.
 
         Returns:
             A ``{"label", "score"}`` per row, in order, see `outputs.Predictions`; with `top_k`
@@ -63,19 +74,29 @@ class PtDeployPyFunc:
         """
         serving = _is_serving()
         try:
-            top_k = self.service.formatter.top_k(params)
-            rows = parse_rows(data, self.loaded.preprocessor.column)
+            formatter, column = self.service.formatter, self.loaded.preprocessor.column
+            top_k, explain = formatter.top_k(params), wants_explanation(params)
+            rows = parse_rows(data, column)
             if serving:
                 self.service.check_row_count(len(rows))
-            formatter = self.service.formatter
+            if explain:
+                check_explainable(column, rows if serving else ())
             objects: list[Any] = []
             for logits in self.service.predict(rows, bounded=serving):
                 objects += formatter.to_objects(logits, top_k)
+            if explain:
+                context = RequestContext(self._expires_at() if serving else None)
+                self.explainer.explain(rows, objects, context, bounded=serving)
             return formatter.as_predictions(objects) if top_k == 1 else objects
         except Exception as error:
             from mlflow_pt_deploy.serving.model.mlflow_error import MlflowScoringError
 
             raise MlflowScoringError(scoring_error(error)) from error
+
+    def _expires_at(self) -> float | None:
+        """The deadline of an explanation that begins now."""
+        seconds = self.options.deadline_ms / 1000
+        return time.monotonic() + seconds if seconds else None
 
     def get_raw_model(self) -> LoadedVariant:
         """The result of ``PyFuncModel.get_raw_model``."""
@@ -83,7 +104,7 @@ class PtDeployPyFunc:
 
 
 def signature() -> ModelSignature:
-    """The model signature: outputs and `top_k`, no inputs, so that MLflow passes every format on.
+    """The model signature: outputs and parameters, no inputs, so that MLflow passes all formats on.
 
     With a declared column MLflow drops a second text column, so that a pair is scored by half;
     rejects plain lists; repeats client data in the error for a missing column; and takes 0.9
@@ -97,7 +118,7 @@ def signature() -> ModelSignature:
 
     return ModelSignature(
         outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
-        params=ParamSchema([ParamSpec("top_k", "long", 1)]),
+        params=ParamSchema([ParamSpec("top_k", "long", 1), ParamSpec("explain", "boolean", False)]),
     )
 
 
