@@ -15,7 +15,7 @@ from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.http.auth import auth_from_environment, require_auth_unless_loopback
 from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
-from mlflow_pt_deploy.serving.rollout import plan, shadow_plan
+from mlflow_pt_deploy.serving.rollout.version_share import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
@@ -38,9 +38,9 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
     for word in models:
         check_folder(word)
-    if chosen.canary:
-        plan.check_served(plan.parse_option(chosen.canary), registered_names(models))
-    shadow_plan.check_served(shadow_plan.parse_shadows(chosen.shadow), models)
+    for role, text, share in (("canary", chosen.canary, None), ("shadow", chosen.shadow, 1.0)):
+        if text:
+            check_served(role, parse_option(role, text, share), registered_names(models))
     require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)
     cores = usable_cores()
     # only Linux spreads connections over several sockets

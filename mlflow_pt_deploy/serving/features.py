@@ -16,10 +16,10 @@ from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.rollout.canary import Canary
 from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
 from mlflow_pt_deploy.serving.rollout.endings import Endings
-from mlflow_pt_deploy.serving.rollout.plan import parse_option
 from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
 from mlflow_pt_deploy.serving.rollout.shadow_duty import ShadowDuty
 from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_figures
+from mlflow_pt_deploy.serving.rollout.version_share import parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -95,6 +95,6 @@ def _canaries(
     metrics: Metrics,
     states: WorkerStates | None,
 ) -> tuple[dict[str, Canary], CanaryDuty]:
-    plans, endings = parse_option(settings.canary), Endings(states)
+    plans, endings = parse_option("canary", settings.canary), Endings(states)
     canaries = {name: Canary(model, plans, endings, metrics) for name, model in models.items()}
     return canaries, CanaryDuty(canaries, endings, settings.canary_limits)

@@ -21,7 +21,7 @@ from mlflow_pt_deploy.errors import MissingExtraError, ServingError
 from mlflow_pt_deploy.model_config import ServingOptions, parse_value
 from mlflow_pt_deploy.option_fields import option_specs
 from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
-from mlflow_pt_deploy.serving.rollout.plan import check_served, parse_option
+from mlflow_pt_deploy.serving.rollout.version_share import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.hardware import CORES_ENV
 
@@ -88,7 +88,7 @@ def app(options: AppOptions) -> Any:
         check_folder(word)
     settings, model_options = _split(options.model_extra or {})
     if settings.canary:
-        check_served(parse_option(settings.canary), registered_names(words))
+        check_served("canary", parse_option("canary", settings.canary), registered_names(words))
 
     def build() -> "AsgiAdapter":
         return load_replica(words, settings, model_options)

@@ -13,8 +13,10 @@ from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.rollout.limits import Limits
-from mlflow_pt_deploy.serving.rollout.plan import parse_option
-from mlflow_pt_deploy.serving.rollout.shadow_plan import parse_shadows, parse_share
+from mlflow_pt_deploy.serving.rollout.version_share import (
+    parse_option,
+    parse_share,
+)
 from mlflow_pt_deploy.system.hardware import memory_bytes
 
 _MAX_SECONDS = 1e9
@@ -168,7 +170,7 @@ class ServerSettings:
             raise ServingError(f"max_connections is {self.max_connections}; give 1 or more")
         MemoryBudget(self.max_models, self.max_memory_mb)  # checks both
         self._check_cache()
-        parse_option(self.canary)
+        parse_option("canary", self.canary)
         Limits(self.canary_p99_ratio, self.canary_disagreement, self.canary_label_shift)
         if not 0 <= self.replicas <= _MAX_REPLICAS:
             raise ServingError(
@@ -197,7 +199,7 @@ class ServerSettings:
             )
 
     def _check_shadow(self) -> None:
-        parse_shadows(self.shadow)
+        parse_option("shadow", self.shadow, 1.0)
         if self.shadow_teacher:
             parse_share(self.shadow_teacher, "shadow_teacher")
         if not 0 < self.shadow_memory_mb < _MAX_MEMORY_MB:

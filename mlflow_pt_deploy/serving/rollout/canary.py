@@ -20,13 +20,13 @@ from mlflow_pt_deploy.registry.addresses import (
     resolve,
     version_tags,
 )
-from mlflow_pt_deploy.registry.canary import CANARY_ENDED_TAG, canary_tag
+from mlflow_pt_deploy.registry.canary import CANARY_ENDED_TAG, CANARY_TAG, canary_tag
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.rollout.endings import Ending, Endings
-from mlflow_pt_deploy.serving.rollout.plan import Plan, wanted
 from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary, check_pair
+from mlflow_pt_deploy.serving.rollout.version_share import VersionShare, parse_tag
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.process_memory import freeze_gc
 
@@ -55,7 +55,7 @@ class Canary:
     def __init__(
         self,
         model: ServedModel,
-        options: Mapping[str, Plan],
+        options: Mapping[str, VersionShare],
         endings: Endings,
         metrics: Metrics | None = None,
     ) -> None:
@@ -67,7 +67,7 @@ class Canary:
         self._lock = threading.Lock()
         self._state = (OFF, "")
         self._fault = ""
-        self._plan: Plan | None = None
+        self._plan: VersionShare | None = None
         self._version = ""
         self._served: ServedModel | None = None
         self._served_as: tuple[ResolvedVersion, dict[str, Any]] | None = None
@@ -136,7 +136,8 @@ class Canary:
         name = champion.resolved.name
         tag = canary_tag(name)
         self._plan, self._version = None, ""
-        self._plan = plan = wanted(name, tag, self._options.get(name))
+        option = self._options.get(name)
+        self._plan = plan = option if tag is None else parse_tag(CANARY_TAG, name, tag)
         if plan is None:
             self._stop(OFF, "")
             return
@@ -173,7 +174,7 @@ class Canary:
             return None
         return ending
 
-    def _run(self, champion: LoadedModel, version: ResolvedVersion, plan: Plan) -> None:
+    def _run(self, champion: LoadedModel, version: ResolvedVersion, plan: VersionShare) -> None:
         """Load the version if that is necessary, and let it answer."""
         loaded = self._load(champion, version, plan)
         running = self.running
@@ -194,7 +195,9 @@ class Canary:
         if not same:
             freeze_gc()
 
-    def _load(self, champion: LoadedModel, version: ResolvedVersion, plan: Plan) -> LoadedModel:
+    def _load(
+        self, champion: LoadedModel, version: ResolvedVersion, plan: VersionShare
+    ) -> LoadedModel:
         """The loaded canary.
 
         Raises:
@@ -260,7 +263,7 @@ class _CanaryMetrics(Metrics):
         self._metrics.version_loaded(name, version)
 
 
-def _look_up(plan: Plan) -> tuple[ResolvedVersion, dict[str, str]]:
+def _look_up(plan: VersionShare) -> tuple[ResolvedVersion, dict[str, str]]:
     """The version that is wanted, and its tags.
 
     Raises:

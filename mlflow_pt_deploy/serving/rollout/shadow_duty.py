@@ -23,9 +23,10 @@ from mlflow_pt_deploy.serving.rollout.shadow_lookup import (
     look_up_targets,
     without_targets,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan, parse_shadows, parse_share
+from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan
 from mlflow_pt_deploy.serving.rollout.shadow_store import read_plans, write_plans, write_sent
 from mlflow_pt_deploy.serving.rollout.shadow_supervisor import ShadowSupervisor
+from mlflow_pt_deploy.serving.rollout.version_share import parse_option, parse_share
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -66,7 +67,7 @@ class ShadowDuty:
         self._poll_s = settings.poll_s
         teacher = settings.shadow_teacher
         self._wish = ShadowWish(
-            parse_shadows(settings.shadow),
+            parse_option("shadow", settings.shadow, 1.0),
             parse_share(teacher, "shadow_teacher") if teacher else 0.0,
         )
         self._supervisor = ShadowSupervisor(states, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlflow_pt_deploy.errors import ServingError
@@ -18,11 +18,10 @@ from mlflow_pt_deploy.serving.rollout.shadow_plan import (
     SHADOW,
     SHADOW_TAG,
     TEACHER,
-    ShadowOption,
     ShadowPlan,
     ShadowTarget,
-    wanted_shadow,
 )
+from mlflow_pt_deploy.serving.rollout.version_share import VersionShare, parse_tag
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
@@ -40,7 +39,7 @@ class ShadowWish:
         teacher_share: Share of the requests for the baseline; 0: none.
     """
 
-    options: tuple[ShadowOption, ...] = ()
+    options: Mapping[str, VersionShare] = field(default_factory=dict)
     teacher_share: float = 0.0
 
 
@@ -79,7 +78,7 @@ def look_up_targets(
     return tuple(found)
 
 
-def _shadow(plan: ShadowPlan, options: Iterable[ShadowOption]) -> Iterable[ShadowTarget]:
+def _shadow(plan: ShadowPlan, options: Mapping[str, VersionShare]) -> Iterable[ShadowTarget]:
     name = plan.registered_model
     if name is None:
         return
@@ -87,7 +86,8 @@ def _shadow(plan: ShadowPlan, options: Iterable[ShadowOption]) -> Iterable[Shado
     from mlflow.exceptions import MlflowException
 
     try:
-        wanted = wanted_shadow(name, MlflowClient().get_registered_model(name).tags, options)
+        tag = MlflowClient().get_registered_model(name).tags.get(SHADOW_TAG)
+        wanted = options.get(name) if tag is None else parse_tag(SHADOW_TAG, name, tag, 1.0)
     except ServingError as error:
         yield ShadowTarget(SHADOW, SHADOW_TAG, 0.0, problem=str(error))
         return

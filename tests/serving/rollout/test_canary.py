@@ -28,7 +28,7 @@ from mlflow_pt_deploy.serving.rollout.canary import Canary
 from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty, reordered
 from mlflow_pt_deploy.serving.rollout.endings import Endings
 from mlflow_pt_deploy.serving.rollout.limits import Limits
-from mlflow_pt_deploy.serving.rollout.plan import Plan, parse_option
+from mlflow_pt_deploy.serving.rollout.version_share import VersionShare, parse_option
 
 KEY = "x-pt-deploy-key"
 
@@ -74,7 +74,7 @@ class Setup(NamedTuple):
 
 
 @contextmanager
-def serving(folder: Path, options: dict[str, Plan], **habits: Any) -> Iterator[Setup]:
+def serving(folder: Path, options: dict[str, VersionShare], **habits: Any) -> Iterator[Setup]:
     client = MlflowClient()
     client.create_registered_model("tiny")
     client.create_model_version("tiny", str(save_tiny(folder / "tiny-1", **habits)))

@@ -27,8 +27,8 @@ from mlflow_pt_deploy.serving.rollout.shadow_plan import (
     TEACHER,
     ShadowPlan,
     ShadowTarget,
-    parse_shadows,
 )
+from mlflow_pt_deploy.serving.rollout.version_share import parse_option
 
 URI = "models:/tiny@challenger"
 CHAMPION = {RUN_TAG: "7f", BASELINE_TAG: "2"}
@@ -49,7 +49,7 @@ def look_up(
     shadow: str = "", teacher: float = 0.0, name: str | None = "tiny", **tags: Any
 ) -> list[ShadowTarget]:
     plan = ShadowPlan(name, "1", ("red",), "text")
-    wish = ShadowWish(parse_shadows(shadow), teacher)
+    wish = ShadowWish(parse_option("shadow", shadow, 1.0), teacher)
     return list(look_up_targets(plan, CHAMPION | tags, wish))
 
 
