@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlflow
 import pytest
 import requests
 from mlflow import MlflowClient
@@ -90,6 +91,9 @@ def server(
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
             patch.setenv(name, uri)
+        for set_uri in (mlflow.set_tracking_uri, mlflow.set_registry_uri):
+            stack.callback(set_uri, "")
+            set_uri(uri)
         run = folder / "run"
         run.mkdir()
         states = WorkerStates(run, 1)
