@@ -9,7 +9,8 @@ from mlflow.exceptions import MlflowException
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.registry.addresses import explain_load_error
-from mlflow_pt_deploy.serving.model_names import name_models
+from mlflow_pt_deploy.serving.api import serve
+from mlflow_pt_deploy.serving.model_names import name_models, registered_names
 
 
 def test_names_of_models() -> None:
@@ -59,3 +60,15 @@ def test_the_whole_reason_is_on_one_line() -> None:
     error = MlflowException("These failed:\n\n  ## a ##\nno such file\nTraceback (most")
     assert "opened: These failed: a no such file. Check its" in str(explain_load_error(error))
     assert "opened: KeyError. Check" in str(explain_load_error(KeyError()))
+
+
+def test_registered_models_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "target.json"
+    file.write_text('{"uri": "models:/c/3"}')
+    words = ["models:/a@champion", "shop=models:/b/Production", f"@{file}", str(tmp_path)]
+    assert registered_names(words) == {"a", "b", "c"}
+
+
+def test_a_canary_of_a_model_that_is_not_served_is_refused_at_the_start() -> None:
+    with pytest.raises(ServingError, match="the canary of b has no champion: this server serves a"):
+        serve("models:/a@champion", canary="models:/b@challenger=5%")
