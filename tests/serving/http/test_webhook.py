@@ -102,7 +102,15 @@ def test_an_unsigned_delivery_is_refused(missing: str) -> None:
         signed(body(), "another secret that is long"),
         signed(body("model_version", "created")),
     ],
-    ids=str,
+    ids=[
+        "empty",
+        "not ASCII",
+        "no version",
+        "other id",
+        "other time",
+        "other secret",
+        "other body",
+    ],
 )
 def test_a_forged_delivery_is_refused(change: dict[str, str]) -> None:
     text = body()
