@@ -243,7 +243,7 @@ def test_what_cannot_be_a_canary_is_said(setup: Setup) -> None:
 
 
 def test_the_option_starts_it_and_the_tag_goes_first(tracking: str, tmp_path: Path) -> None:
-    with serving(tmp_path, parse_option("models:/tiny/2=100%")) as setup:
+    with serving(tmp_path, parse_option("canary", "models:/tiny/2=100%")) as setup:
         assert "models:/tiny/2 does not exist" in setup.poll()["reason"]
         two = setup.add()
         assert setup.poll()["state"] == "running"

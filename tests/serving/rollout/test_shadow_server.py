@@ -25,7 +25,7 @@ CHAMPION, CHALLENGER = "models:/tiny@champion", "models:/tiny@challenger"
 
 
 def test_a_shadow_of_a_model_that_is_not_served_stops_the_start() -> None:
-    with pytest.raises(ServingError, match="but tiny is not served"):
+    with pytest.raises(ServingError, match="but this server serves other"):
         serve("models:/other@champion", shadow=CHALLENGER)
 
 
