@@ -1,6 +1,7 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
 # make test   the test suite          make check   ruff, mypy, layers, docs
 # make slow   tests of Ray, Spark, C++ and several training processes, minutes
+# make soak   an hour of load on a server: promotions, a canary, killed workers
 # make images an image of a packaged model, built by buildah and run by podman; as root, minutes
 # make CI     what CI runs
 # make gpu    tests and benchmark on a CUDA device, by a python3 that has torch and transformers
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: demo test slow images check format clean CI gpu
+.PHONY: demo test slow soak images check format clean CI gpu
 
 demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
@@ -27,6 +28,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -m slow
+
+soak: $(VENV)/.dev
+	MLFLOW_TRACKING_URI= python benchmarks/soak.py
 
 images: $(VENV)/.dev
 	tests/packaging/images.sh

@@ -105,5 +105,5 @@ def test_workers_share_feedback_and_write_back_once(client: MlflowClient, tmp_pa
     assert (found["served.requests"], found["served.rows"]) == ("41", "82")
     assert (found["served.errors"], found["served.judged_rows"]) == ("0", "40")
     profile = json.loads(found["pt_deploy.served_profile"])
-    assert profile["labels"] == [41, 0, 41]
+    assert profile["labels"] == {"0": 41, "1": 0, "2": 41}
     assert list(scratch.iterdir()) == []

@@ -70,5 +70,7 @@ def test_registered_models_are_named(tmp_path: Path) -> None:
 
 
 def test_a_canary_of_a_model_that_is_not_served_is_refused_at_the_start() -> None:
-    with pytest.raises(ServingError, match="the canary of b has no champion: this server serves a"):
+    with pytest.raises(
+        ServingError, match="canary is models:/b@challenger, but this server serves a"
+    ):
         serve("models:/a@champion", canary="models:/b@challenger=5%")

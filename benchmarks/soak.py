@@ -1,0 +1,209 @@
+"""A server under load for an hour: promotions, a canary, killed workers; is its memory flat?
+
+    python benchmarks/soak.py --minutes 60
+
+Serves the tiny models of the tests with two workers. Clients send MLflow's JSON, CSV and the Open
+Inference Protocol on keep-alive connections. A canary gets 5 % of the requests, the alias
+`champion` is moved every minute, and a worker is killed with SIGKILL every five. Every request must
+be answered with 200, or refused with 429 or 503; only a killed worker may cut a connection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from servers import machine, running
+from swaps import wait_until_ready, workers_of
+
+NAME = "soak"
+REFUSED = (429, 503)
+MAX_GROWTH = 0.02
+_WARM_UP = 1 / 6
+_SAMPLE_S = 2.0
+_TESTS = Path(__file__).resolve().parents[1] / "tests"
+
+
+class Format(NamedTuple):
+    """A body that one row is sent in."""
+
+    path: str
+    media: str
+    body: str
+
+
+def formats(text: str) -> list[Format]:
+    """One text in each format."""
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": [text]}
+    return [
+        Format("/invocations", "application/json", json.dumps({"inputs": [text]})),
+        Format("/invocations", "text/csv", f"text\n{text}\n"),
+        Format(f"/v2/models/{NAME}/infer", "application/json", json.dumps({"inputs": [tensor]})),
+    ]
+
+
+class MixedClient(threading.Thread):
+    """Sends one request after the other, in a random format, and connects again if cut.
+
+    Attributes:
+        statuses: Answers by status.
+        versions: Answers with status 200 by version.
+        cut: Requests whose connection ended without an answer.
+    """
+
+    def __init__(self, url: str, seed: int) -> None:
+        super().__init__(daemon=True)
+        self._address = urlsplit(url)
+        self._random = random.Random(seed)
+        self._stop_now = threading.Event()
+        self.statuses: Counter[int] = Counter()
+        self.versions: Counter[str] = Counter()
+        self.cut = 0
+
+    def run(self) -> None:
+        bodies = [each for text in ("red", "green blue", "blue " * 40) for each in formats(text)]
+        connection = self._connect()
+        while not self._stop_now.is_set():
+            path, media, body = self._random.choice(bodies)
+            try:
+                connection.request("POST", path, body, {"Content-Type": media})
+                response = connection.getresponse()
+                response.read()
+            except (OSError, http.client.HTTPException):
+                self.cut += 1
+                connection.close()
+                connection = self._connect()
+                continue
+            self.statuses[response.status] += 1
+            if response.status == 200:
+                self.versions[response.headers.get("x-model-version", "")] += 1
+        connection.close()
+
+    def end(self) -> None:
+        """Stop after the current request."""
+        self._stop_now.set()
+        self.join(60)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(
+            self._address.hostname or "", self._address.port, timeout=60
+        )
+
+
+def register(folder: Path) -> Any:
+    """Register two versions that are promoted in turns, and a canary."""
+    from mlflow import MlflowClient
+    from tiny.serving import save_tiny  # type: ignore[import-not-found]
+
+    store = f"sqlite:///{folder}/mlflow.db"
+    os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = store
+    registry = MlflowClient(tracking_uri=store, registry_uri=store)
+    registry.create_registered_model(NAME)
+    for number in (1, 2, 3):
+        registry.create_model_version(NAME, str(save_tiny(folder / f"model-{number}")))
+    registry.set_registered_model_alias(NAME, "champion", "1")
+    registry.set_registered_model_tag(NAME, "pt_deploy.canary", "3:5%")
+    return registry
+
+
+def disturb(
+    registry: Any, pid: int, seconds: float, swap_s: float, kill_s: float
+) -> dict[str, Any]:
+    """Move the alias and kill workers until the time is over; samples the workers' memory."""
+    start = time.monotonic()
+    next_swap, next_kill = start + swap_s, start + kill_s
+    swaps = kills = 0
+    samples: list[tuple[float, float]] = []
+    while (now := time.monotonic()) < start + seconds:
+        if now >= next_swap:
+            swaps, next_swap = swaps + 1, now + swap_s
+            registry.set_registered_model_alias(NAME, "champion", str(1 + swaps % 2))
+        if now >= next_kill and len(workers := workers_of(pid)) == 2:
+            os.kill(workers[kills % 2], signal.SIGKILL)
+            kills, next_kill = kills + 1, now + kill_s
+        samples += [(now - start, each) for each in _resident_mb(pid)]
+        time.sleep(_SAMPLE_S)
+    return {"swaps": swaps, "kills": kills, "memory": growth(samples, seconds)}
+
+
+def growth(samples: Sequence[tuple[float, float]], seconds: float) -> dict[str, float]:
+    """A worker's memory in MB after the warm-up and at the end, and its growth as a fraction.
+
+    Args:
+        samples: (seconds since the start, MB) of each worker.
+        seconds: Duration; the warm-up is the first sixth.
+    """
+    warm = [mb for at, mb in samples if _WARM_UP * seconds <= at < 2 * _WARM_UP * seconds]
+    last = [mb for at, mb in samples if at >= (1 - _WARM_UP) * seconds]
+    first, end = statistics.median(warm), statistics.median(last)
+    return {"warm_mb": first, "end_mb": end, "growth": end / first - 1}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print one JSON document; exit status 1 if a request was lost or memory has grown."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--swap-s", type=float, default=60.0)
+    parser.add_argument("--kill-s", type=float, default=300.0)
+    parser.add_argument("--clients", type=int, default=6)
+    parsed = parser.parse_args(arguments)
+    sys.path.insert(0, str(_TESTS))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = (str(_TESTS), os.environ.get("PYTHONPATH", ""))
+        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PT_DEPLOY_HOME": str(folder / "home")}
+        registry = register(folder)
+        command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve"]
+        command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", "0.5"]
+        command += ["--feedback-rows", "1000", "--cache-mb", "1"]
+        with running(command, folder / "serve.log") as server:
+            wait_until_ready(server.url)
+            clients = [MixedClient(server.url, seed) for seed in range(parsed.clients)]
+            for client in clients:
+                client.start()
+            done = disturb(registry, server.pid, 60 * parsed.minutes, parsed.swap_s, parsed.kill_s)
+            for client in clients:
+                client.end()
+    statuses = sum((client.statuses for client in clients), Counter[int]())
+    cut = sum(client.cut for client in clients)
+    document = {
+        **machine(),
+        **done,
+        "clients": parsed.clients,
+        "statuses": dict(statuses),
+        "versions": dict(sum((client.versions for client in clients), Counter[str]())),
+        "cut": cut,
+    }
+    print(json.dumps(document, indent=1))
+    lost = statuses.keys() - {200, *REFUSED}
+    grown = done["memory"]["growth"] > MAX_GROWTH
+    return int(bool(lost) or grown or cut > done["kills"] * parsed.clients)
+
+
+def _resident_mb(pid: int) -> list[float]:
+    import psutil  # type: ignore[import-untyped]  # MLflow brings it
+
+    found = []
+    for worker in workers_of(pid):
+        with suppress(psutil.Error):  # it has just ended
+            found.append(psutil.Process(worker).memory_info().rss / 1e6)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
