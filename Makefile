@@ -24,7 +24,7 @@ demo: $(VENV)/.all
 # half of the tests, and then from what the other one has left: so few files are set up in both
 test: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
-	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 2 --dist worksteal
+	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 3 --dist worksteal
 
 slow: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -m slow
