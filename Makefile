@@ -20,8 +20,9 @@ demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
 	  -P epochs=2 -P learning_rate=4e-4 -P student_epochs=2 -P static_epochs=8 -P seconds=1
 
-# one thread a process, and quick compilation: what is tested here is not speed. Each process takes
-# half of the tests, and then from what the other one has left: so few files are set up in both
+# one thread a process, and quick compilation: what is tested here is not speed. Three processes on two
+# cores, because much waits. Each takes a third, and then from what the others have left: so few
+# files are set up more than once
 test: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 \
 	  AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 pytest -n 3 --dist worksteal
