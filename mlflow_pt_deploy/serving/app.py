@@ -31,8 +31,8 @@ from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.serving.observability.tracing import RequestTracer
 from mlflow_pt_deploy.serving.pages import ADMIN, PROBE, SCORING, Page, Pages
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
 from mlflow_pt_deploy.serving.scoring import Scorer, ScoringRoute, failure, scoring_routes
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 

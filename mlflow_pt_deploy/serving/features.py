@@ -13,12 +13,12 @@ from mlflow_pt_deploy.serving.monitoring.feedback_store import FeedbackStore
 from mlflow_pt_deploy.serving.monitoring.monitor import Duty, Monitor
 from mlflow_pt_deploy.serving.monitoring.served_figures import ServedFigures
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty
-from mlflow_pt_deploy.serving.rollout.endings import Endings
-from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
-from mlflow_pt_deploy.serving.rollout.shadow_duty import ShadowDuty
-from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_figures
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.canary.duty import CanaryDuty
+from mlflow_pt_deploy.serving.rollout.canary.endings import Endings
+from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
+from mlflow_pt_deploy.serving.rollout.shadow.duty import ShadowDuty
+from mlflow_pt_deploy.serving.rollout.shadow.report import shadow_figures
 from mlflow_pt_deploy.serving.rollout.version_share import parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates

@@ -23,7 +23,7 @@ from mlflow_pt_deploy.serving.http.open_inference import JSON_LENGTH_HEADER, MOD
 from mlflow_pt_deploy.serving.http.request import Request
 from mlflow_pt_deploy.serving.http.response import Response
 from mlflow_pt_deploy.serving.http.scoring_format import MAX_INLINE_BYTES
-from mlflow_pt_deploy.serving.rollout.split import KEY_HEADER
+from mlflow_pt_deploy.serving.rollout.canary.split import KEY_HEADER
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application

@@ -26,8 +26,8 @@ from mlflow_pt_deploy.serving.monitoring.drift import DriftWatch
 from mlflow_pt_deploy.serving.monitoring.feedback import FeedbackCollector
 from mlflow_pt_deploy.serving.monitoring.monitor import server_counts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_status
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.shadow.report import shadow_status
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 PROBE, SCORING, ADMIN = "probe", "scoring", "admin"

@@ -38,9 +38,9 @@ from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.explaining import ExplanationThreads
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.pages import unavailable, unknown_version
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary
-from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.canary.running_canary import RunningCanary
+from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
 
 # A connection is watched for its end only while a response takes longer than this.
 _WATCH_AFTER_S = 0.05

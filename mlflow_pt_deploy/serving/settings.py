@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import check_choices, option
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
-from mlflow_pt_deploy.serving.rollout.limits import Limits
+from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
 from mlflow_pt_deploy.serving.rollout.version_share import (
     parse_option,
     parse_share,

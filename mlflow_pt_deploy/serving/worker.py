@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.lifecycle.registry_watcher import RegistryWatcher
     from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
-    from mlflow_pt_deploy.serving.rollout.canary import Canary
+    from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
 
 SWITCH_S = 0.5e-3

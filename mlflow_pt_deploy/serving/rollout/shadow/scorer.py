@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, explain_load_error
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
-from mlflow_pt_deploy.serving.rollout.shadow_message import Sample
-from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan, ShadowTarget, label_problem
-from mlflow_pt_deploy.serving.rollout.shadow_store import ACTIVE, LOADING, REFUSED, Comparison
+from mlflow_pt_deploy.serving.rollout.shadow.message import Sample
+from mlflow_pt_deploy.serving.rollout.shadow.plan import ShadowPlan, ShadowTarget, label_problem
+from mlflow_pt_deploy.serving.rollout.shadow.store import ACTIVE, LOADING, REFUSED, Comparison
 
 RETRY_S = 300.0
 MAX_KEPT = 50

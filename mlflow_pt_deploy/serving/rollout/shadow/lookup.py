@@ -14,7 +14,7 @@ from mlflow_pt_deploy.registry.addresses import (
     find_baseline,
     resolve,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import (
+from mlflow_pt_deploy.serving.rollout.shadow.plan import (
     SHADOW,
     SHADOW_TAG,
     TEACHER,

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 from mlflow_pt_deploy.registry.addresses import explain_load_error
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
-from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
-from mlflow_pt_deploy.serving.rollout.shadow_lookup import (
+from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
+from mlflow_pt_deploy.serving.rollout.shadow.lookup import (
     ShadowWish,
     look_up_targets,
     without_targets,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan
-from mlflow_pt_deploy.serving.rollout.shadow_store import read_plans, write_plans, write_sent
-from mlflow_pt_deploy.serving.rollout.shadow_supervisor import ShadowSupervisor
+from mlflow_pt_deploy.serving.rollout.shadow.plan import ShadowPlan
+from mlflow_pt_deploy.serving.rollout.shadow.store import read_plans, write_plans, write_sent
+from mlflow_pt_deploy.serving.rollout.shadow.supervisor import ShadowSupervisor
 from mlflow_pt_deploy.serving.rollout.version_share import parse_option, parse_share
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates

@@ -14,8 +14,8 @@ from mlflow_pt_deploy.serving.http.scoring_format import ScoringInput
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
-from mlflow_pt_deploy.serving.rollout.comparison import Comparison
-from mlflow_pt_deploy.serving.rollout.split import KEY_HEADER, takes
+from mlflow_pt_deploy.serving.rollout.canary.comparison import Comparison
+from mlflow_pt_deploy.serving.rollout.canary.split import KEY_HEADER, takes
 
 DEADLINE_SHARE = 0.5
 """Share of the remaining time that a canary may take; the champion has the rest."""

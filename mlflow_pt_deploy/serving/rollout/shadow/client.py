@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.serving.rollout.shadow_message import (
+from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
     Sample,
     SocketAddress,
@@ -20,7 +20,7 @@ from mlflow_pt_deploy.serving.rollout.shadow_message import (
     pack,
     sampling_point,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan
+from mlflow_pt_deploy.serving.rollout.shadow.plan import ShadowPlan
 
 FLUSH_S = 0.02
 FLUSH_BYTES = 8 * 2**10

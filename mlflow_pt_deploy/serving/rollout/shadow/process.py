@@ -24,7 +24,7 @@ from mlflow_pt_deploy.system.child_process import end_with_parent, signal_at_par
 from mlflow_pt_deploy.system.process_memory import resident_mb
 
 if TYPE_CHECKING:
-    from mlflow_pt_deploy.serving.rollout.shadow_message import Sample
+    from mlflow_pt_deploy.serving.rollout.shadow.message import Sample
 
 IDLE, NORMAL = "idle", "normal"
 """Priorities."""
@@ -51,8 +51,8 @@ class ShadowProcess:
     """
 
     def __init__(self, folder: Path, memory_mb: float) -> None:
-        from mlflow_pt_deploy.serving.rollout.shadow_scorer import ShadowScorer
-        from mlflow_pt_deploy.serving.rollout.shadow_store import read_results
+        from mlflow_pt_deploy.serving.rollout.shadow.scorer import ShadowScorer
+        from mlflow_pt_deploy.serving.rollout.shadow.store import read_results
 
         self._folder = folder
         self._memory_mb = memory_mb
@@ -66,7 +66,7 @@ class ShadowProcess:
 
     def run(self) -> None:
         """Receive until the process ends."""
-        from mlflow_pt_deploy.serving.rollout.shadow_message import (
+        from mlflow_pt_deploy.serving.rollout.shadow.message import (
             MAX_BYTES,
             SocketAddress,
             new_socket,
@@ -88,7 +88,7 @@ class ShadowProcess:
                 next_tick = time.monotonic() + 2 * _TICK_S
 
     def _receive(self, message: bytes) -> None:
-        from mlflow_pt_deploy.serving.rollout.shadow_message import unpack
+        from mlflow_pt_deploy.serving.rollout.shadow.message import unpack
 
         samples = unpack(message)
         if self._received_bytes - self._scored_bytes > MAX_WAITING_BYTES:
@@ -99,7 +99,7 @@ class ShadowProcess:
 
     def _tick(self) -> None:
         """Publish, and end the process if it needs too much memory."""
-        from mlflow_pt_deploy.serving.rollout.shadow_store import write_results
+        from mlflow_pt_deploy.serving.rollout.shadow.store import write_results
 
         write_results(self._states, self._scorer.comparisons.values(), self._dropped)
         if (resident := resident_mb()) > self._memory_mb:
@@ -114,7 +114,7 @@ class ShadowProcess:
             os._exit(1)
 
     def _score_forever(self) -> None:
-        from mlflow_pt_deploy.serving.rollout.shadow_store import read_plans
+        from mlflow_pt_deploy.serving.rollout.shadow.store import read_plans
 
         next_look = time.monotonic()
         while True:

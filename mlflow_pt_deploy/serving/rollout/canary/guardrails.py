@@ -14,7 +14,7 @@ from mlflow_pt_deploy.serving.model.version_counts import (
     LATENCY_STEP,
     VersionCounts,
 )
-from mlflow_pt_deploy.serving.rollout.limits import Limits
+from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
 
 LEVEL = 1e-6
 _Z = 4.753424308822899  # the standard normal's quantile at 1 - LEVEL

@@ -16,12 +16,12 @@ from mlflow_pt_deploy.registry.addresses import (
     ResolvedVersion,
 )
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
-from mlflow_pt_deploy.serving.rollout.shadow_lookup import (
+from mlflow_pt_deploy.serving.rollout.shadow.lookup import (
     ShadowWish,
     look_up_targets,
     without_targets,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import (
+from mlflow_pt_deploy.serving.rollout.shadow.plan import (
     SHADOW,
     SHADOW_TAG,
     TEACHER,

@@ -24,10 +24,10 @@ from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.canary_duty import CanaryDuty, reordered
-from mlflow_pt_deploy.serving.rollout.endings import Endings
-from mlflow_pt_deploy.serving.rollout.limits import Limits
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.canary.duty import CanaryDuty, reordered
+from mlflow_pt_deploy.serving.rollout.canary.endings import Endings
+from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
 from mlflow_pt_deploy.serving.rollout.version_share import VersionShare, parse_option
 
 KEY = "x-pt-deploy-key"

@@ -10,8 +10,8 @@ import time
 from dataclasses import replace
 
 from mlflow_pt_deploy.registry.addresses import registry_variables
-from mlflow_pt_deploy.serving.rollout.shadow_process import MEMORY_STATUS
-from mlflow_pt_deploy.serving.rollout.shadow_store import (
+from mlflow_pt_deploy.serving.rollout.shadow.process import MEMORY_STATUS
+from mlflow_pt_deploy.serving.rollout.shadow.store import (
     ProcessState,
     read_process,
     write_process,
@@ -23,7 +23,7 @@ from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES
 
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 600.0
 
-_MODULE = "serving.rollout.shadow_process"
+_MODULE = "serving.rollout.shadow.process"
 
 _logger = logging.getLogger(__name__)
 

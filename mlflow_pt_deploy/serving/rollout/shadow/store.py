@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
-from mlflow_pt_deploy.serving.rollout.shadow_plan import ShadowPlan
+from mlflow_pt_deploy.serving.rollout.shadow.plan import ShadowPlan
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
 LOADING, ACTIVE, REFUSED = "loading", "active", "refused"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mlflow_pt_deploy.serving.rollout.split import takes
+from mlflow_pt_deploy.serving.rollout.canary.split import takes
 
 KEYS = 50_000
 

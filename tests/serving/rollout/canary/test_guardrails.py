@@ -15,14 +15,14 @@ from mlflow_pt_deploy.serving.model.version_counts import (
     LATENCY_STEP,
     VersionCounts,
 )
-from mlflow_pt_deploy.serving.rollout.guardrails import (
+from mlflow_pt_deploy.serving.rollout.canary.guardrails import (
     LEVEL,
     broken,
     chi_square_quantile,
     exact_p,
     wilson,
 )
-from mlflow_pt_deploy.serving.rollout.limits import Limits
+from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
 
 WINDOWS = 1000
 LIMITS = Limits()

@@ -24,8 +24,8 @@ from mlflow_pt_deploy.registry.canary import CANARY_ENDED_TAG, CANARY_TAG, canar
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
-from mlflow_pt_deploy.serving.rollout.endings import Ending, Endings
-from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary, check_pair
+from mlflow_pt_deploy.serving.rollout.canary.endings import Ending, Endings
+from mlflow_pt_deploy.serving.rollout.canary.running_canary import RunningCanary, check_pair
 from mlflow_pt_deploy.serving.rollout.version_share import VersionShare, parse_tag
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.process_memory import freeze_gc

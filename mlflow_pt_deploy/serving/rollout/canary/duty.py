@@ -11,11 +11,11 @@ from typing import NamedTuple
 from mlflow_pt_deploy.registry.canary import note_canary_ended
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
-from mlflow_pt_deploy.serving.rollout.canary import Canary
-from mlflow_pt_deploy.serving.rollout.endings import Endings
-from mlflow_pt_deploy.serving.rollout.guardrails import broken
-from mlflow_pt_deploy.serving.rollout.limits import Limits
-from mlflow_pt_deploy.serving.rollout.running_canary import RunningCanary
+from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
+from mlflow_pt_deploy.serving.rollout.canary.endings import Endings
+from mlflow_pt_deploy.serving.rollout.canary.guardrails import broken
+from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
+from mlflow_pt_deploy.serving.rollout.canary.running_canary import RunningCanary
 
 WINDOW_S = 30.0
 TAG_RETRY_S = 60.0

@@ -2,7 +2,7 @@
 
 import json
 
-from mlflow_pt_deploy.serving.rollout.shadow_plan import (
+from mlflow_pt_deploy.serving.rollout.shadow.plan import (
     SHADOW,
     TEACHER,
     ShadowPlan,

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
-from mlflow_pt_deploy.serving.rollout.shadow_plan import SHADOW, TEACHER, ShadowPlan, ShadowTarget
-from mlflow_pt_deploy.serving.rollout.shadow_report import shadow_figures, shadow_status
-from mlflow_pt_deploy.serving.rollout.shadow_store import (
+from mlflow_pt_deploy.serving.rollout.shadow.plan import SHADOW, TEACHER, ShadowPlan, ShadowTarget
+from mlflow_pt_deploy.serving.rollout.shadow.report import shadow_figures, shadow_status
+from mlflow_pt_deploy.serving.rollout.shadow.store import (
     ACTIVE,
     REFUSED,
     Comparison,

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_pt_deploy.serving.rollout.shadow_client import FLUSH_BYTES, ShadowClient
-from mlflow_pt_deploy.serving.rollout.shadow_message import (
+from mlflow_pt_deploy.serving.rollout.shadow.client import FLUSH_BYTES, ShadowClient
+from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
     SocketAddress,
     new_socket,
     unpack,
 )
-from mlflow_pt_deploy.serving.rollout.shadow_plan import SHADOW, ShadowPlan, ShadowTarget
+from mlflow_pt_deploy.serving.rollout.shadow.plan import SHADOW, ShadowPlan, ShadowTarget
 
 TEXT = '{"label": "red", "score": 1.0}'
 

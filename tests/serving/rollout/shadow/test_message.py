@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.serving.rollout.shadow_message import (
+from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
     Sample,
     SocketAddress,

@@ -11,10 +11,10 @@ from tiny.serving import save_tiny
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
-from mlflow_pt_deploy.serving.rollout.shadow_message import Sample
-from mlflow_pt_deploy.serving.rollout.shadow_plan import SHADOW, TEACHER, ShadowPlan, ShadowTarget
-from mlflow_pt_deploy.serving.rollout.shadow_scorer import MAX_KEPT, RETRY_S, ShadowScorer
-from mlflow_pt_deploy.serving.rollout.shadow_store import ACTIVE, REFUSED, Comparison
+from mlflow_pt_deploy.serving.rollout.shadow.message import Sample
+from mlflow_pt_deploy.serving.rollout.shadow.plan import SHADOW, TEACHER, ShadowPlan, ShadowTarget
+from mlflow_pt_deploy.serving.rollout.shadow.scorer import MAX_KEPT, RETRY_S, ShadowScorer
+from mlflow_pt_deploy.serving.rollout.shadow.store import ACTIVE, REFUSED, Comparison
 
 LABELS = ("red", "green", "blue")
 

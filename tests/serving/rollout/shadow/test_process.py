@@ -20,11 +20,11 @@ from mlflow_pt_deploy.registry.addresses import AGREEMENT_TAG, BASELINE_TAG, RUN
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
-from mlflow_pt_deploy.serving.rollout.shadow_client import ShadowClient
-from mlflow_pt_deploy.serving.rollout.shadow_duty import ShadowDuty
-from mlflow_pt_deploy.serving.rollout.shadow_plan import SHADOW, TEACHER
-from mlflow_pt_deploy.serving.rollout.shadow_store import read_process
-from mlflow_pt_deploy.serving.rollout.shadow_supervisor import ShadowSupervisor
+from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
+from mlflow_pt_deploy.serving.rollout.shadow.duty import ShadowDuty
+from mlflow_pt_deploy.serving.rollout.shadow.plan import SHADOW, TEACHER
+from mlflow_pt_deploy.serving.rollout.shadow.store import read_process
+from mlflow_pt_deploy.serving.rollout.shadow.supervisor import ShadowSupervisor
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlflow_pt_deploy.evaluation.statistics import Estimate, proportion
 from mlflow_pt_deploy.serving.observability.metrics import Figure
-from mlflow_pt_deploy.serving.rollout.shadow_plan import TEACHER, ShadowPlan, ShadowTarget
-from mlflow_pt_deploy.serving.rollout.shadow_store import (
+from mlflow_pt_deploy.serving.rollout.shadow.plan import TEACHER, ShadowPlan, ShadowTarget
+from mlflow_pt_deploy.serving.rollout.shadow.store import (
     LOADING,
     Comparison,
     ProcessState,

@@ -1,0 +1,1 @@
+"""Versions that score answered requests too, in a process of their own."""
