@@ -1,6 +1,7 @@
 # make demo   the whole line on the embedded data, in a fresh .venv
 # make test   the test suite          make check   ruff, mypy, layers, docs
 # make slow   tests of Ray, Spark, C++ and several training processes, minutes
+# make e2e    tests in MLflow's UI, of its webhook, and on PostgreSQL, 3 minutes
 # make soak   an hour of load on a server: promotions, a canary, killed workers
 # make images an image of a packaged model, built by buildah and run by podman; as root, minutes
 # make CI     what CI runs
@@ -14,7 +15,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: demo test slow soak images check format clean CI gpu
+.PHONY: demo test slow e2e soak images check format clean CI gpu
 
 demo: $(VENV)/.all
 	mlflow run . --env-manager local --experiment-name pt-deploy \
@@ -33,6 +34,9 @@ slow: $(VENV)/.dev
 soak: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= python benchmarks/soak.py
 
+e2e: $(VENV)/.dev
+	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -n 2 -m slow tests/e2e
+
 images: $(VENV)/.dev
 	tests/packaging/images.sh
 
@@ -48,7 +52,7 @@ format: $(VENV)/.dev
 	ruff check --fix
 	ruff format
 
-CI: check test
+CI: check test e2e
 
 # no .venv: on a borrowed machine nothing can be installed. The tests' failure ends it last
 gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.cli_args import build_parser
@@ -30,7 +32,7 @@ SMALL_RUN = (
     "--epochs 1 --student-epochs 0 --static-epochs 1 --learning-rate 1e-3 --retain 0.1 "
     "--seconds 0.1 --threads 1 --variants numpy"
 )
-SMALL_OPTIMIZE = "--seconds 0.1 --threads 1 --variants eager-fp32"
+SMALL_OPTIMIZE = "--seconds 0.5 --threads 1 --variants eager-fp32"
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -124,8 +126,15 @@ def test_run_then_serve_and_score(folder: Path, capsys: pytest.CaptureFixture[st
 
 def test_optimize(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (optimize,) = _commands("pt-deploy optimize")
-    assert main(shlex.split(f"{optimize} {SMALL_OPTIMIZE}")[1:]) == 0
-    assert "next: pt-deploy promote --run" in capsys.readouterr().out
+    assert main([*shlex.split(f"{optimize} {SMALL_OPTIMIZE}")[1:], "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "next: pt-deploy promote --run" in out
+    done = json.loads(out.strip().splitlines()[-1])
+    (row,) = done["variants"]
+    assert row["variant"].endswith("-eager-fp32") and not row["reason"]
+    run = MlflowClient().get_run(done["run_id"])
+    assert run.data.metrics["pyfunc_latency_p50_ms"] > 0
+    assert "through mlflow.pyfunc's predict" in run.data.tags["mlflow.note.content"]
 
 
 def test_python(folder: Path) -> None:

@@ -13,14 +13,16 @@ import soak
 
 
 @pytest.mark.usefixtures("tracking")
-def test_half_a_minute(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quarter_of_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(soak, "MAX_GROWTH", 1.0)  # too short to judge it
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "PYTHONPATH", "PT_DEPLOY_HOME"):
         monkeypatch.setenv(name, "")
-    words = "--minutes 0.4 --swap-s 4 --kill-s 9 --clients 3".split()
+    words = "--minutes 0.25 --swap-s 3 --kill-s 7 --clients 3".split()
     assert soak.main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["swaps"] >= 3 and found["kills"] >= 1
+    assert found["swaps"] >= 2 and found["kills"] >= 1
     assert found["statuses"]["200"] > 1000
     assert set(found["versions"]) == {"1", "2", "3"}
 

@@ -31,6 +31,7 @@ from mlflow_pt_deploy.registry.promotion import Candidate, promote
 
 pytest.importorskip("psycopg")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(postgres_programs() is None, reason="PostgreSQL is not installed"),
 ]
 

@@ -206,17 +206,6 @@ def test_text_options_are_rejected_for_images(
         search_students(replace(options, trials=1))
 
 
-def test_optimize_an_existing_model(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
-    done = optimize_models(
-        Options(data=str(tiny_data), teacher=str(tiny_model), variants="eager-fp32", seconds=0.1)
-    )
-    run = MlflowClient().get_run(done.run_id)
-    assert run.data.metrics["pyfunc_latency_p50_ms"] > 0
-    assert "through mlflow.pyfunc's predict" in run.data.tags["mlflow.note.content"]
-    assert [result.variant for result in done.results] == ["model-eager-fp32"]
-    assert not done.results[0].reason
-
-
 def test_a_cascade_is_built_measured_and_served(
     tracking: str,
     tiny_data: Path,
