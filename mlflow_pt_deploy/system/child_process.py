@@ -38,11 +38,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **variables}
 
 
-def start(arguments: list[str], **options: Any) -> subprocess.Popen[Any]:
+def start(
+    arguments: list[str], *, new_session: bool = True, **options: Any
+) -> subprocess.Popen[Any]:
     """Start a child process; the caller passes it to `end` in any case.
 
     Args:
         arguments: See `command`.
+        new_session: False: the child leads a process group in this session. Linux shares the CPU
+            between sessions first (autogroup), so only there a low priority of the child counts.
         **options: Keyword arguments of `subprocess.Popen`.
 
     Raises:
@@ -50,7 +54,10 @@ def start(arguments: list[str], **options: Any) -> subprocess.Popen[Any]:
     """
     with _lock:
         interrupt.check()
-        child = subprocess.Popen(arguments, start_new_session=True, **options)
+        group = None if new_session else 0
+        child = subprocess.Popen(
+            arguments, start_new_session=new_session, process_group=group, **options
+        )
         _running.add(child)
         return child
 

@@ -85,6 +85,7 @@ class ShadowSupervisor:
         }
         return child_process.start(
             command,
+            new_session=False,
             env=child_process.environment(**variables),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
