@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 GPU_OUT ?= gpu-results
 GPU_FLAGS ?=
+E2E_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -35,7 +36,7 @@ soak: $(VENV)/.dev
 	MLFLOW_TRACKING_URI= python benchmarks/soak.py
 
 e2e: $(VENV)/.dev
-	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -n 2 -m slow tests/e2e
+	MLFLOW_TRACKING_URI= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -n 2 -m slow tests/e2e $(E2E_FLAGS)
 
 images: $(VENV)/.dev
 	tests/packaging/images.sh
