@@ -139,17 +139,18 @@ def mcnemar_p(
     return float(binomtest(losses, losses + gains).pvalue)
 
 
-def proportion(successes: int, total: int) -> Estimate:
-    """Return a proportion with Wilson's 95 % interval (Wilson, JASA 1927).
+def proportion(successes: int, total: int, z: float = _Z95) -> Estimate:
+    """Return a proportion with Wilson's interval (Wilson, JASA 1927).
 
     Args:
         successes: Number of successes.
         total: At least 1.
+        z: Standard deviations to each bound; the default gives 95 %.
     """
-    share, square = successes / total, _Z95**2
+    share, square = successes / total, z**2
     center = (share + square / (2 * total)) / (1 + square / total)
     half = (
-        _Z95
+        z
         * float(np.sqrt(share * (1 - share) / total + square / (4 * total**2)))
         / (1 + square / total)
     )

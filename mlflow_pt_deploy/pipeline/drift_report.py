@@ -16,7 +16,7 @@ from mlflow_pt_deploy.evaluation.drift import LIMIT, MOVED, SAME, TOO_FEW, Shift
 from mlflow_pt_deploy.evaluation.profile import Profile
 from mlflow_pt_deploy.registry.addresses import resolve, version_tags
 from mlflow_pt_deploy.registry.profile_tags import SERVED_TAG, read_profile
-from mlflow_pt_deploy.serving.http.auth import ADMIN_ENV, SCORE_ENV, auth_from_environment
+from mlflow_pt_deploy.serving.http.auth import ADMIN_ENV, SCORE_ENV, auth_from_environment, bearer
 from mlflow_pt_deploy.serving.monitoring.drift import LAST_HOUR, SINCE_START
 
 _TIMEOUT_S = 30
@@ -164,8 +164,7 @@ def _served_models(url: str) -> list[dict[str, Any]]:
     import requests
 
     auth = auth_from_environment()
-    tokens = auth.admin or auth.scoring
-    headers = {"Authorization": f"Bearer {tokens[0].decode()}"} if tokens else {}
+    headers = bearer(auth.admin or auth.scoring)
     try:
         answer = requests.get(f"{url.rstrip('/')}/models", headers=headers, timeout=_TIMEOUT_S)
         content = answer.json()

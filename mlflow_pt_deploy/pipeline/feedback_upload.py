@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_pt_deploy.data.tables.chunk import Chunk
 from mlflow_pt_deploy.data.tables.readers import open_table
 from mlflow_pt_deploy.errors import DataError, ServingError
-from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+from mlflow_pt_deploy.serving.http.auth import auth_from_environment, bearer
 from mlflow_pt_deploy.system.progress import progress
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ def send_feedback(file: str, url: str) -> Sent:
             requests.Session() as session,
             progress("feedback", table.total, table.unit) as bar,
         ):
-            if tokens := auth_from_environment().scoring:
-                session.headers["Authorization"] = f"Bearer {tokens[0].decode()}"
+            session.headers.update(bearer(auth_from_environment().scoring))
             position = 0
             while (chunk := table.read(BATCH)) is not None:
                 sent.rows += len(chunk)

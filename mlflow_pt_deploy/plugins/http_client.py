@@ -18,7 +18,7 @@ from mlflow.protos.databricks_pb2 import (
 from mlflow_pt_deploy.data.columns import INPUTS, find_pair_columns
 from mlflow_pt_deploy.plugins.local_servers import State
 from mlflow_pt_deploy.registry.addresses import ModelSpec
-from mlflow_pt_deploy.serving.http.auth import auth_from_environment
+from mlflow_pt_deploy.serving.http.auth import auth_from_environment, bearer
 
 _FORMATS = {"inputs", "instances", "dataframe_split", "dataframe_records"}
 
@@ -80,7 +80,7 @@ def _request(
 ) -> dict[str, Any]:
     import requests
 
-    headers = {"Authorization": f"Bearer {tokens[0].decode()}"} if tokens else {}
+    headers = bearer(tokens)
     try:
         data = None if body is None else json.dumps(body, default=_text)
         headers |= {"Content-Type": "application/json"} if data else {}

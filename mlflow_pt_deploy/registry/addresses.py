@@ -7,6 +7,7 @@ changed stage takes effect at the next poll.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -180,6 +181,11 @@ def logged_metrics(tags: Mapping[str, str]) -> dict[str, float]:
         with suppress(KeyError, ValueError):
             found[key] = float(tags[key])
     return found
+
+
+def without_password(text: str) -> str:
+    """A text without the user and password of URIs in it."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def explain_load_error(error: Exception) -> PtDeployError:

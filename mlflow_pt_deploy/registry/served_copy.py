@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import ArtifactError, TrackingError
-from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion
+from mlflow_pt_deploy.registry.addresses import DIGEST_TAG, ResolvedVersion, without_password
 from mlflow_pt_deploy.registry.fetch import Fetched
 from mlflow_pt_deploy.registry.mlmodel import check_digest, digest, read_mlmodel
 from mlflow_pt_deploy.system.clock import now
@@ -164,7 +164,7 @@ def _registry_uri() -> str:
     uri = str(mlflow.get_registry_uri())
     if not uri.startswith(_SERVERS):
         uri = f"{uri} in {os.getcwd()}"
-    return re.sub(r"://[^/@\s]+@", "://", uri)
+    return without_password(uri)
 
 
 def _folder_name(version: ResolvedVersion) -> str:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 PREFIX = "served."
 """Prefix of the tags; the metrics begin with ``served_``."""
 
-
 TABLE = "served_feedback.json"
 """Artifact of the version's run: rows by label answered and label sent."""
 

@@ -54,6 +54,11 @@ def auth_from_environment() -> TokenAuth:
     return TokenAuth(_tokens(SCORE_ENV), _tokens(ADMIN_ENV), _tokens(WEBHOOK_ENV))
 
 
+def bearer(tokens: tuple[bytes, ...]) -> dict[str, str]:
+    """The header of a client that has these tokens; empty if there are none."""
+    return {"Authorization": f"Bearer {tokens[0].decode()}"} if tokens else {}
+
+
 def require_auth_unless_loopback(host: str, auth: TokenAuth, insecure: bool) -> None:
     """Refuse to listen beyond this machine without a token.
 

@@ -9,7 +9,6 @@ until it is requested; see `model_cache`.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import weakref
@@ -25,6 +24,7 @@ from mlflow_pt_deploy.registry.addresses import (
     ServedVersion,
     SpecProvider,
     resolve,
+    without_password,
 )
 from mlflow_pt_deploy.registry.outage import answer_within, is_outage
 from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
@@ -451,5 +451,4 @@ def _explain(error: Exception) -> str:
     """The message of our own error, or the root cause of a library's, without passwords."""
     if isinstance(error, PtDeployError):
         return str(error)
-    text = re.sub(r"://[^/@\s]+@", "://", root_cause(error))  # user and password in a URI
-    return f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__}: {without_password(root_cause(error))}"

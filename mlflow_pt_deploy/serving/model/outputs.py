@@ -116,6 +116,13 @@ class PredictionFormatter:
         return [f"{starts[at]}{score!r}}}" for at, score in best]
 
 
+def best_label(text: str) -> str:
+    """The best label of a prediction as JSON, which is a list if several labels were asked for."""
+    found = json.loads(text)
+    label: str = (found[0] if isinstance(found, list) else found)["label"]
+    return label
+
+
 def _exponent(logits: Logits) -> npt.NDArray[np.float64]:
     """Numerators of the softmax, scaled so that the largest of each row is 1."""
     if not np.isfinite(logits).all():

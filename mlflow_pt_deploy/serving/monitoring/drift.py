@@ -20,7 +20,7 @@ from mlflow_pt_deploy.registry.profile_tags import PROFILE_TAG, read_profile
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
-from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts, server_counts
+from mlflow_pt_deploy.serving.monitoring.monitor import Duty, ServerCounts, server_counts
 from mlflow_pt_deploy.serving.observability.metrics import RowSeries
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 
@@ -47,7 +47,7 @@ class _Known:
     reason: str
 
 
-class DriftWatch:
+class DriftWatch(Duty):
     """Keeps snapshots of the counts, and compares them with profiles; a `Duty`.
 
     Args:
@@ -94,9 +94,6 @@ class DriftWatch:
             if self._states is not None:
                 self._states.publish("snapshots", {"snapshots": kept})
         self._next_at = kept[-1]["at"] + STEP_S
-
-    def close(self, counts: ServerCounts) -> None:
-        """Nothing is left to do: the snapshots end with the server."""
 
     def status(self, name: str) -> dict[str, Any] | None:
         """The field ``drift`` of ``/model``; None while no version is in memory."""

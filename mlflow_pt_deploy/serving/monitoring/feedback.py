@@ -5,7 +5,6 @@ The event loop appends answers to a bounded queue; the monitor's thread writes t
 
 from __future__ import annotations
 
-import json
 import logging
 import sqlite3
 import threading
@@ -24,9 +23,10 @@ from mlflow_pt_deploy.serving.http.response import (
     json_response,
 )
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.outputs import best_label
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.monitoring.feedback_store import Answers, Feedback, FeedbackStore
-from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
+from mlflow_pt_deploy.serving.monitoring.monitor import Duty, ServerCounts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 
 MAX_ITEMS = 1000
@@ -48,7 +48,7 @@ class _Queued(NamedTuple):
     predictions: Sequence[str]
 
 
-class FeedbackCollector:
+class FeedbackCollector(Duty):
     """Remembers answers and takes feedback on them; a duty of the monitor.
 
     Args:
@@ -140,9 +140,6 @@ class FeedbackCollector:
                 if accuracy := live_accuracy(each):
                     self._metrics.judged(model, version, each.judged, accuracy)
 
-    def close(self, counts: ServerCounts) -> None:
-        """Do nothing: what is queued ends with the server."""
-
     def _write(self) -> None:
         """Write what is queued.
 
@@ -173,7 +170,7 @@ class FeedbackCollector:
                 each.version,
                 counted.labels,
                 each.at,
-                [_best_label(prediction) for prediction in each.predictions],
+                [best_label(prediction) for prediction in each.predictions],
             )
             for each in queued
             if (counted := self._models[each.model].counted.get(each.version))
@@ -228,12 +225,6 @@ def _parse_item(index: int, item: Any) -> Feedback:
 def _is_utf8(text: str) -> bool:
     """Whether a text has no half of a surrogate pair, which JSON can express."""
     return text.encode("utf8", "ignore").decode() == text
-
-
-def _best_label(prediction: str) -> str:
-    found = json.loads(prediction)
-    label: str = (found[0] if isinstance(found, list) else found)["label"]
-    return label
 
 
 def _as_json(counts: VersionCounts) -> dict[str, float]:

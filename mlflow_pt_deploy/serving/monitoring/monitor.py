@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
@@ -24,7 +23,7 @@ ServerCounts = Mapping[str, Mapping[str, VersionCounts]]
 _logger = logging.getLogger(__name__)
 
 
-class Duty(Protocol):
+class Duty:
     """Something that a server does beside answering; called about once a second."""
 
     def follow(self) -> None:

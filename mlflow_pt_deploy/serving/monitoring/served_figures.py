@@ -24,7 +24,7 @@ from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.monitoring.feedback import live_accuracy
 from mlflow_pt_deploy.serving.monitoring.feedback_store import FeedbackStore, Judged
-from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
+from mlflow_pt_deploy.serving.monitoring.monitor import Duty, ServerCounts
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import hardware
 
@@ -49,7 +49,7 @@ class _Report(NamedTuple):
     until: str
 
 
-class ServedFigures:
+class ServedFigures(Duty):
     """A duty that writes requests, latency, accuracy and a profile of what was served.
 
     Args:
@@ -77,9 +77,6 @@ class ServedFigures:
         self._tables: dict[Key, Sequence[Judged]] = {}
         self._failed: set[Key] = set()
         self._thread: threading.Thread | None = None
-
-    def follow(self) -> None:
-        """Do nothing: one worker writes for all."""
 
     def lead(self, counts: ServerCounts) -> None:
         """Write what has changed, every `report_s` seconds."""

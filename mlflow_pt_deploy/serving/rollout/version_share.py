@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import NamedTuple
 
 from mlflow_pt_deploy.errors import ServingError
@@ -17,6 +18,7 @@ _NEXT = re.compile(r",\s*(?=models:/)")
 _TAG = re.compile(r"(?:version:)?([\w.-]+)(?::(.*))?")
 _SHARE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
 _MAX_SHOWN = 60  # characters
+_DIGEST_BYTES = 8
 
 
 class VersionShare(NamedTuple):
@@ -124,3 +126,16 @@ def check_served(role: str, wanted: Mapping[str, VersionShare], served: set[str]
             f"{role} is {wanted[name].uri}, but this server serves {models}; name a version of a "
             f"served model, or serve models:/{name}@champion"
         )
+
+
+def place_of(key: str, person: bytes = b"") -> float:
+    """Where a key lies, 0 to 1; it belongs to a share if this is below the share.
+
+    It stays there, so a wider share has all keys of a narrower one.
+
+    Args:
+        key: The key.
+        person: Of one decision, so that others by the same key are independent of it.
+    """
+    digest = blake2b(key.encode(), digest_size=_DIGEST_BYTES, person=person).digest()
+    return int.from_bytes(digest, "big") / 256.0**_DIGEST_BYTES

@@ -191,7 +191,9 @@ class Canary:
             self.running = RunningCanary(
                 loaded, self.name, champion.label, plan.share, since, self._metrics
             )
-            self._say(RUNNING, f"version {loaded.label} answers {plan.share:.4g} of the requests")
+            self._set_state(
+                RUNNING, f"version {loaded.label} answers {plan.share:.4g} of the requests"
+            )
         if not same:
             freeze_gc()
 
@@ -241,9 +243,9 @@ class Canary:
             waits = state == REFUSED and self._served and not self._served.current
             if not waits:  # the time of its next try is kept
                 self._served = None
-            self._say(state, reason)
+            self._set_state(state, reason)
 
-    def _say(self, state: str, reason: str) -> None:
+    def _set_state(self, state: str, reason: str) -> None:
         """Set the state, and log it if it is new."""
         if (state, reason) == self._state:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, RequestContext
 from mlflow_pt_deploy.serving.http.scoring_format import ScoringInput
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
+from mlflow_pt_deploy.serving.model.outputs import best_label
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 
 MAX_PER_S = 20.0
@@ -76,14 +76,8 @@ class Comparison:
         with suppress(PtDeployError):  # logits that are not finite
             theirs = champion.formatter.to_objects(done.result())
             differ = sum(
-                _label(text) != other["label"] for text, other in zip(texts, theirs, strict=True)
+                best_label(text) != other["label"]
+                for text, other in zip(texts, theirs, strict=True)
             )
             self._counts.compared += len(texts)
             self._counts.disagreed += differ
-
-
-def _label(text: str) -> str:
-    """The best label of a prediction, which is a list if several labels were asked for."""
-    found = json.loads(text)
-    label: str = (found[0] if isinstance(found, list) else found)["label"]
-    return label

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mlflow_pt_deploy.registry.canary import note_canary_ended
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
-from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
+from mlflow_pt_deploy.serving.monitoring.monitor import Duty, ServerCounts
 from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
 from mlflow_pt_deploy.serving.rollout.canary.endings import Endings
 from mlflow_pt_deploy.serving.rollout.canary.guardrails import broken
@@ -51,7 +51,7 @@ class Window:
         return champion.plus(oldest.champion, -1), canary.plus(oldest.canary, -1)
 
 
-class CanaryDuty:
+class CanaryDuty(Duty):
     """See `monitor.Duty`.
 
     Args:
@@ -83,9 +83,6 @@ class CanaryDuty:
                 canary.end(reason)
                 self._tagged_at = -TAG_RETRY_S
         self._tag()
-
-    def close(self, counts: ServerCounts) -> None:
-        """See `monitor.Duty`."""
 
     def _judge(
         self,

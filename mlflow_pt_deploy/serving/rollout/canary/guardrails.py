@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mlflow_pt_deploy.evaluation.statistics import proportion
 from mlflow_pt_deploy.serving.model.version_counts import (
     LATENCY_FROM_S,
     LATENCY_STEP,
@@ -76,7 +77,7 @@ def _latency(champion: VersionCounts, canary: VersionCounts, ratio: float) -> st
 
 def _disagreement(canary: VersionCounts, limit: float) -> str:
     compared, disagreed = canary.compared, canary.disagreed
-    if not limit or compared < _MIN_COMPARED or wilson(disagreed, compared, -_Z) <= limit:
+    if not limit or compared < _MIN_COMPARED or proportion(disagreed, compared, _Z).low <= limit:
         return ""
     return (
         f"disagreement: {disagreed} of {compared} rows have another label than the champion gives; "
@@ -98,7 +99,7 @@ def _label_shift(champion: VersionCounts, canary: VersionCounts, limit: float) -
     first, second = _shares(champion.labels, canary.labels)
     if canary.compared >= _MIN_COMPARED:
         distance = sum(abs(p - q) for p, q in zip(first, second, strict=True)) / 2
-        if wilson(canary.disagreed, canary.compared, _Z) < distance:
+        if proportion(canary.disagreed, canary.compared, _Z).high < distance:
             return ""
     found = stability_index(first, second)
     noise = (1 / mine + 1 / theirs) * chi_square_quantile(len(first) - 1)
@@ -133,16 +134,6 @@ def exact_p(events: int, total: int, canary_events: int, canary_total: int) -> f
         if term < 1e-9 * tail:  # terms fall above the mean
             break
     return tail
-
-
-def wilson(count: int, total: int, z: float) -> float:
-    """Bound of a share at `z` standard deviations, the lower one if that is negative.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-    """
-    share = count / total
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (share + z * z / (2 * total) + half) / (1 + z * z / total)
 
 
 def stability_index(first: Sequence[float], second: Sequence[float]) -> float:

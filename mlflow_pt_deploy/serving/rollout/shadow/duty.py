@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from mlflow_pt_deploy.registry.addresses import explain_load_error
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
-from mlflow_pt_deploy.serving.monitoring.monitor import ServerCounts
+from mlflow_pt_deploy.serving.monitoring.monitor import Duty, ServerCounts
 from mlflow_pt_deploy.serving.rollout.shadow.client import ShadowClient
 from mlflow_pt_deploy.serving.rollout.shadow.lookup import (
     ShadowWish,
@@ -44,7 +44,7 @@ class _Served(NamedTuple):
     tags: Mapping[str, str]
 
 
-class ShadowDuty:
+class ShadowDuty(Duty):
     """See `Duty`.
 
     Args:

@@ -11,11 +11,12 @@ import os
 import socket
 import sys
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_pt_deploy.preprocessing import Row
+from mlflow_pt_deploy.serving.model.outputs import best_label
+from mlflow_pt_deploy.serving.rollout.version_share import place_of
 
 MAX_BYTES = 128 * 2**10
 """Longest message. Linux holds about 200 KiB in a socket."""
@@ -46,8 +47,7 @@ class Sample(NamedTuple):
     @property
     def labels(self) -> list[str]:
         """The best label of each row."""
-        found = (json.loads(text) for text in self.texts)
-        return [(each[0] if isinstance(each, list) else each)["label"] for each in found]
+        return [best_label(text) for text in self.texts]
 
 
 def sampling_point(request_id: str) -> float:
@@ -55,8 +55,7 @@ def sampling_point(request_id: str) -> float:
 
     Has a key of its own, so that it is independent of other decisions by request id.
     """
-    digest = blake2b(request_id.encode(), digest_size=8, person=b"shadow").digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return place_of(request_id, b"shadow")
 
 
 def pack(samples: Iterable[Sample]) -> bytes:

@@ -1,4 +1,4 @@
-"""Which versions shadow a served model, and what is told of them; pure.
+"""Which versions shadow a served model, and the plan of a server; pure.
 
 A shadow scores the rows of answered requests too. Its answers are compared and discarded.
 """

@@ -80,8 +80,7 @@ def write_plans(states: WorkerStates, plans: Mapping[str, ShadowPlan]) -> None:
 
 def read_plans(states: WorkerStates) -> dict[str, ShadowPlan]:
     """The plans by model; empty before there are any."""
-    documents = states.published(_PLAN)
-    return {name: ShadowPlan.from_json(plan) for each in documents for name, plan in each.items()}
+    return {name: ShadowPlan.from_json(plan) for name, plan in states.document(_PLAN).items()}
 
 
 def write_process(states: WorkerStates, state: ProcessState) -> None:
@@ -91,8 +90,7 @@ def write_process(states: WorkerStates, state: ProcessState) -> None:
 
 def read_process(states: WorkerStates) -> ProcessState:
     """The state of the shadow process."""
-    documents = states.published(_PROCESS)
-    return ProcessState(**documents[0]) if documents else ProcessState()
+    return ProcessState(**states.document(_PROCESS))
 
 
 def write_results(
@@ -112,12 +110,12 @@ def write_results(
 
 def read_results(states: WorkerStates) -> tuple[list[Comparison], Counter[str]]:
     """What was compared, and the requests that the process dropped, by model."""
-    found, dropped = list[Comparison](), Counter[str]()
-    for document in states.published(_RESULTS):
-        dropped.update(document["dropped"])
-        for each in document["comparisons"]:
-            found.append(Comparison(**{**each, "counts": VersionCounts.from_json(each["counts"])}))
-    return found, dropped
+    document = states.document(_RESULTS)
+    found = [
+        Comparison(**{**each, "counts": VersionCounts.from_json(each["counts"])})
+        for each in document.get("comparisons", ())
+    ]
+    return found, Counter(document.get("dropped", {}))
 
 
 def write_sent(states: WorkerStates, sent: Mapping[str, Any]) -> None:

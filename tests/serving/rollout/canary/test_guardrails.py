@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mlflow_pt_deploy.evaluation.statistics import proportion
 from mlflow_pt_deploy.serving.model.version_counts import (
     LATENCY_BUCKETS,
     LATENCY_FROM_S,
@@ -20,7 +21,6 @@ from mlflow_pt_deploy.serving.rollout.canary.guardrails import (
     broken,
     chi_square_quantile,
     exact_p,
-    wilson,
 )
 from mlflow_pt_deploy.serving.rollout.canary.limits import Limits
 
@@ -150,7 +150,7 @@ def test_a_lower_rate_is_no_evidence() -> None:
 
 def test_bounds_are_those_of_scipy() -> None:
     low = stats.binomtest(30, 100).proportion_ci(0.95, "wilson").low
-    assert wilson(30, 100, -stats.norm.ppf(0.975)) == pytest.approx(low, rel=1e-6)
+    assert proportion(30, 100, stats.norm.ppf(0.975)).low == pytest.approx(low, rel=1e-6)
     for freedom in (1, 2, 19, 76):
         exact = stats.chi2.isf(LEVEL, freedom)
         assert 0.99 * exact < chi_square_quantile(freedom) < 1.16 * exact
