@@ -34,18 +34,28 @@ _TESTS = Path(__file__).resolve().parents[1] / "tests"
 _END_S = 60.0
 
 
-def register(folder: Path) -> Any:
-    """Register the champion, a good canary and the bad ones, in a tracking store in `folder`."""
+def register(folder: Path, name: str, habits: Sequence[dict[str, Any]]) -> Any:
+    """Register tiny models in a tracking store in `folder`; the first is champion.
+
+    Servers that are started from here on use that store, and keep no files beyond `folder`.
+    """
+    sys.path.insert(0, str(_TESTS))
     from mlflow import MlflowClient
     from tiny.serving import save_tiny  # type: ignore[import-not-found]
 
     store = f"sqlite:///{folder}/mlflow.db"
-    os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = store
+    paths = (str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", ""))
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": store,
+        "MLFLOW_REGISTRY_URI": store,
+        "PT_DEPLOY_HOME": str(folder / "home"),
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     registry = MlflowClient(tracking_uri=store, registry_uri=store)
-    registry.create_registered_model(NAME)
-    for number, habits in enumerate(({}, {}, *FAULTS.values()), 1):
-        registry.create_model_version(NAME, str(save_tiny(folder / f"model-{number}", **habits)))
-    registry.set_registered_model_alias(NAME, "champion", "1")
+    registry.create_registered_model(name)
+    for number, each in enumerate(habits, 1):
+        registry.create_model_version(name, str(save_tiny(folder / f"model-{number}", **each)))
+    registry.set_registered_model_alias(name, "champion", "1")
     return registry
 
 
@@ -90,12 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=50_000)
     parser.add_argument("--clients", type=int, default=8)
     parsed = parser.parse_args(arguments)
-    sys.path.insert(0, str(_TESTS))
-    path = [str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(path)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        registry = register(folder)
+        registry = register(folder, NAME, ({}, {}, *FAULTS.values()))
         command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve"]
         command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", "0.5"]
         with running(command, folder / "serve.log") as server:
@@ -107,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bad = {
                 fault: end(registry, clients, str(number)) for number, fault in enumerate(FAULTS, 3)
             }
-            seen = [client.end() for client in clients]
+            for client in clients:
+                client.end()
+    seen = [client.seen for client in clients]
     failed = sum(len(each.failed) + len(each.cut) for each in seen)
     document = {**machine(), "clients": parsed.clients, "good": good, "bad": bad, "failed": failed}
     print(json.dumps(document, indent=1))

@@ -11,7 +11,6 @@ be answered with 200, or refused with 429 or 503; only a killed worker may cut a
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import os
 import random
@@ -19,24 +18,22 @@ import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from canary import register
 from servers import machine, running
-from swaps import wait_until_ready, workers_of
+from swaps import KeepAliveClient, wait_until_ready, workers_of
 
 NAME = "soak"
 REFUSED = (429, 503)
 MAX_GROWTH = 0.02
 _WARM_UP = 1 / 6
 _SAMPLE_S = 2.0
-_TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 class Format(NamedTuple):
@@ -57,8 +54,8 @@ def formats(text: str) -> list[Format]:
     ]
 
 
-class MixedClient(threading.Thread):
-    """Sends one request after the other, in a random format, and connects again if cut.
+class MixedClient(KeepAliveClient):
+    """Sends each request in a random format.
 
     Attributes:
         statuses: Answers by status.
@@ -67,58 +64,28 @@ class MixedClient(threading.Thread):
     """
 
     def __init__(self, url: str, seed: int) -> None:
-        super().__init__(daemon=True)
-        self._address = urlsplit(url)
+        super().__init__(url)
         self._random = random.Random(seed)
-        self._stop_now = threading.Event()
+        self._bodies = [
+            each for text in ("red", "green blue", "blue " * 40) for each in formats(text)
+        ]
         self.statuses: Counter[int] = Counter()
         self.versions: Counter[str] = Counter()
         self.cut = 0
 
-    def run(self) -> None:
-        bodies = [each for text in ("red", "green blue", "blue " * 40) for each in formats(text)]
-        connection = self._connect()
-        while not self._stop_now.is_set():
-            path, media, body = self._random.choice(bodies)
-            try:
-                connection.request("POST", path, body, {"Content-Type": media})
-                response = connection.getresponse()
-                response.read()
-            except (OSError, http.client.HTTPException):
-                self.cut += 1
-                connection.close()
-                connection = self._connect()
-                continue
-            self.statuses[response.status] += 1
-            if response.status == 200:
-                self.versions[response.headers.get("x-model-version", "")] += 1
-        connection.close()
+    def next_request(self) -> tuple[str, str, str]:
+        """See `KeepAliveClient`."""
+        return self._random.choice(self._bodies)
 
-    def end(self) -> None:
-        """Stop after the current request."""
-        self._stop_now.set()
-        self.join(60)
+    def on_answer(self, start: float, status: int, version: str) -> None:
+        """See `KeepAliveClient`."""
+        self.statuses[status] += 1
+        if status == 200:
+            self.versions[version] += 1
 
-    def _connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(
-            self._address.hostname or "", self._address.port, timeout=60
-        )
-
-
-def register(folder: Path) -> Any:
-    """Register two versions that are promoted in turns, and a canary."""
-    from mlflow import MlflowClient
-    from tiny.serving import save_tiny  # type: ignore[import-not-found]
-
-    store = f"sqlite:///{folder}/mlflow.db"
-    os.environ["MLFLOW_TRACKING_URI"] = os.environ["MLFLOW_REGISTRY_URI"] = store
-    registry = MlflowClient(tracking_uri=store, registry_uri=store)
-    registry.create_registered_model(NAME)
-    for number in (1, 2, 3):
-        registry.create_model_version(NAME, str(save_tiny(folder / f"model-{number}")))
-    registry.set_registered_model_alias(NAME, "champion", "1")
-    registry.set_registered_model_tag(NAME, "pt_deploy.canary", "3:5%")
-    return registry
+    def on_cut(self, start: float) -> None:
+        """See `KeepAliveClient`."""
+        self.cut += 1
 
 
 def disturb(
@@ -162,12 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kill-s", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=6)
     parsed = parser.parse_args(arguments)
-    sys.path.insert(0, str(_TESTS))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = (str(_TESTS), os.environ.get("PYTHONPATH", ""))
-        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PT_DEPLOY_HOME": str(folder / "home")}
-        registry = register(folder)
+        registry = register(folder, NAME, ({}, {}, {}))
+        registry.set_registered_model_tag(NAME, "pt_deploy.canary", "3:5%")
         command = [sys.executable, "-m", "mlflow_pt_deploy.cli", "serve"]
         command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", "0.5"]
         command += ["--feedback-rows", "1000", "--cache-mb", "1"]

@@ -52,48 +52,76 @@ class Seen:
     cut: list[float] = field(default_factory=list)
 
 
-class Client(threading.Thread):
+class KeepAliveClient(threading.Thread):
     """Sends one request after the other on a keep-alive connection, and connects again if cut."""
 
-    def __init__(self, url: str, text: str) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self._address = urlsplit(url)
-        self._body = json.dumps({"inputs": [text]})
         self._stop_now = threading.Event()
-        self.seen = Seen()
+
+    def next_request(self) -> tuple[str, str, str]:
+        """Path, media type and body of the next request."""
+        raise NotImplementedError
+
+    def on_answer(self, start: float, status: int, version: str) -> None:
+        """Take an answer to the request that began at `start`."""
+        raise NotImplementedError
+
+    def on_cut(self, start: float) -> None:
+        """Take the end of a connection without an answer."""
+        raise NotImplementedError
 
     def run(self) -> None:
         connection = self._connect()
         while not self._stop_now.is_set():
+            path, media, body = self.next_request()
             start = time.monotonic()
             try:
-                connection.request(
-                    "POST", "/invocations", self._body, {"Content-Type": "application/json"}
-                )
+                connection.request("POST", path, body, {"Content-Type": media})
                 response = connection.getresponse()
                 response.read()
             except (OSError, http.client.HTTPException):
-                self.seen.cut.append(start)
+                self.on_cut(start)
                 connection.close()
                 connection = self._connect()
                 continue
-            if response.status == 200:
-                version = response.headers.get("x-model-version", "")
-                self.seen.answers.append((start, time.monotonic() - start, version))
-            else:
-                self.seen.failed.append((start, response.status))
+            self.on_answer(start, response.status, response.headers.get("x-model-version", ""))
         connection.close()
 
-    def end(self) -> Seen:
+    def end(self) -> None:
         """Stop after the current request."""
         self._stop_now.set()
         self.join(60)
-        return self.seen
 
     def _connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(
             self._address.hostname or "", self._address.port, timeout=60
         )
+
+
+class Client(KeepAliveClient):
+    """Sends one text, and keeps what it saw."""
+
+    def __init__(self, url: str, text: str) -> None:
+        super().__init__(url)
+        self._body = json.dumps({"inputs": [text]})
+        self.seen = Seen()
+
+    def next_request(self) -> tuple[str, str, str]:
+        """See `KeepAliveClient`."""
+        return "/invocations", "application/json", self._body
+
+    def on_answer(self, start: float, status: int, version: str) -> None:
+        """See `KeepAliveClient`."""
+        if status == 200:
+            self.seen.answers.append((start, time.monotonic() - start, version))
+        else:
+            self.seen.failed.append((start, status))
+
+    def on_cut(self, start: float) -> None:
+        """See `KeepAliveClient`."""
+        self.seen.cut.append(start)
 
 
 def register(folder: Path, models: Sequence[Path]) -> list[str]:
@@ -165,7 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for _ in range(parsed.kills):
                 os.kill(workers_of(server.pid)[0], signal.SIGKILL)
                 time.sleep(_AFTER_KILL_S)
-            seen = [client.end() for client in clients]
+            for client in clients:
+                client.end()
+            seen = [client.seen for client in clients]
     cut_by_swaps = sum(at < swapped[1] - 0.5 for each in seen for at in each.cut)
     cut_by_kills = sum(len(each.cut) for each in seen) - cut_by_swaps
     failed = Counter(status for each in seen for _, status in each.failed)

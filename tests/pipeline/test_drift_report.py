@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from tiny.registry import register_tiny
 from tiny.server import free_port, running
-from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.cli import main
 from mlflow_pt_deploy.evaluation.drift import compare
@@ -42,9 +42,7 @@ def served(found: RowCounts) -> str:
 def client(tracking: str, tmp_path: Path) -> MlflowClient:
     """A champion without tags."""
     client = MlflowClient()
-    client.create_registered_model("tiny")
-    client.create_model_version("tiny", str(save_tiny(tmp_path / "tiny")))
-    client.set_registered_model_alias("tiny", "champion", "1")
+    register_tiny(client, tmp_path, {})
     return client
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import requests
 from mlflow import MlflowClient
+from tiny.registry import register_tiny
 from tiny.server import START_S, Served, started, until
-from tiny.serving import save_tiny
 
 if not hasattr(socket, "SO_REUSEPORT"):
     pytest.skip("needs SO_REUSEPORT", allow_module_level=True)
@@ -24,9 +24,7 @@ if not hasattr(socket, "SO_REUSEPORT"):
 @pytest.fixture
 def client(tracking: str, tmp_path: Path) -> MlflowClient:
     client = MlflowClient()
-    client.create_registered_model("tiny")
-    client.create_model_version("tiny", str(save_tiny(tmp_path / "tiny")))
-    client.set_registered_model_alias("tiny", "champion", "1")
+    register_tiny(client, tmp_path, {})
     return client
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ import pytest
 import requests
 import yaml
 from mlflow import MlflowClient
+from tiny.registry import new_registry, register_tiny
 from tiny.server import until
-from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import MissingExtraError, ServingError
 from mlflow_pt_deploy.serving.ray import NAME, AppOptions, _split, app
@@ -72,23 +72,13 @@ class Registry(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def registry(
-    once: Callable[[str, Callable[[Path], object]], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Registry:
+def registry(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Registry:
     """A registered model; version 2 calls its first class rouge."""
 
-    def write(path: Path) -> None:
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-
     folder = tmp_path_factory.mktemp("ray")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    (folder / "mlflow.db").write_bytes(once("mlflow.db", write).read_bytes())
-    found = Registry(MlflowClient(tracking_uri=uri, registry_uri=uri), uri)
-    found.client.create_registered_model("tiny")
-    for number, label in ((1, "red"), (2, "rouge")):
-        source = save_tiny(folder / f"tiny-{number}", label=label, predict_s=0.002, slow_s=600)
-        found.client.create_model_version("tiny", str(source))
-    found.move("1")
+    found = Registry(*new_registry(folder, empty_database))
+    habits = ({"label": label, "predict_s": 0.002, "slow_s": 600} for label in ("red", "rouge"))
+    register_tiny(found.client, folder, *habits)
     return found
 
 

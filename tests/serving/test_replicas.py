@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import requests
 from mlflow import MlflowClient
+from tiny.registry import new_registry, register_tiny
 from tiny.server import START_S, Served, started, until
 from tiny.serving import save_tiny
 
@@ -30,21 +31,12 @@ TWO = ("--replicas", "2", "--poll-s", "0.1")
 
 @pytest.fixture(scope="module")
 def registry(
-    once: Callable[[str, Callable[[Path], object]], Path], tmp_path_factory: pytest.TempPathFactory
+    empty_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[MlflowClient, str]:
-    def write(path: Path) -> None:
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-
     folder = tmp_path_factory.mktemp("replicas")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    (folder / "mlflow.db").write_bytes(once("mlflow.db", write).read_bytes())
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.create_registered_model("tiny")
+    client, uri = new_registry(folder, empty_database)
     # a batch with the word "slow" never ends: on a thread, and on the event loop
-    for number, predict_s in ((1, 0.002), (2, 0)):
-        source = save_tiny(folder / f"tiny-{number}", predict_s=predict_s, slow_s=600)
-        client.create_model_version("tiny", str(source))
-    client.set_registered_model_alias("tiny", "champion", "1")
+    register_tiny(client, folder, *({"predict_s": s, "slow_s": 600} for s in (0.002, 0)))
     return client, uri
 
 

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import requests
 from mlflow import MlflowClient
+from tiny.registry import new_registry, register_tiny
 from tiny.server import Client, Served, free_port, request, started, until
-from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.registry.canary import CANARY_ENDED_TAG, CANARY_TAG
 
@@ -37,19 +37,11 @@ REQUESTS, CLIENTS = 1500, 6
 
 @pytest.fixture(scope="module")
 def registry(
-    once: Callable[[str, Callable[[Path], object]], Path], tmp_path_factory: pytest.TempPathFactory
+    empty_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[MlflowClient, str]:
-    def write(path: Path) -> None:
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-
     folder = tmp_path_factory.mktemp("canary")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    (folder / "mlflow.db").write_bytes(once("mlflow.db", write).read_bytes())
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.create_registered_model("tiny")
-    for number, habits in enumerate(HABITS, 1):
-        client.create_model_version("tiny", str(save_tiny(folder / f"tiny-{number}", **habits)))
-    client.set_registered_model_alias("tiny", "champion", "1")
+    client, uri = new_registry(folder, empty_database)
+    register_tiny(client, folder, *HABITS)
     client.set_registered_model_alias("tiny", "challenger", "2")
     return client, uri
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import mlflow
 import pytest
 import requests
 from mlflow import MlflowClient
+from tiny.registry import new_registry
 from tiny.server import START_S, running, until
 from tiny.serving import save_tiny
 
@@ -77,15 +78,11 @@ def _registered(folder: Path, uri: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(
-    once: Callable[[str, Callable[[Path], object]], Path],
+    empty_database: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    def write(path: Path) -> None:
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-
     folder = tmp_path_factory.mktemp("shadow")
-    uri = f"sqlite:///{folder}/mlflow.db"
-    (folder / "mlflow.db").write_bytes(once("mlflow.db", write).read_bytes())
+    _, uri = new_registry(folder, empty_database)
     _registered(folder, uri)
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -6,15 +6,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from mlflow import MlflowClient
+from tiny.registry import new_registry, register_tiny
 from tiny.server import START_S, started, until
-from tiny.serving import save_tiny
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.serving.api import serve
@@ -64,19 +62,11 @@ def parent(pid: int) -> int:
 
 
 def test_two_workers_share_one_process_which_follows_the_lead(
-    once: Callable[[str, Callable[[Path], object]], Path], tmp_path: Path
+    empty_database: Path, tmp_path: Path
 ) -> None:
-    def write(path: Path) -> None:
-        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    (tmp_path / "mlflow.db").write_bytes(once("mlflow.db", write).read_bytes())
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    client.create_registered_model("tiny")
-    for number, alias in ((1, "champion"), (2, "challenger")):
-        source = save_tiny(tmp_path / f"tiny-{number}", **({"wrong": True} if number == 2 else {}))
-        client.create_model_version("tiny", str(source))
-        client.set_registered_model_alias("tiny", alias, str(number))
+    client, uri = new_registry(tmp_path, empty_database)
+    register_tiny(client, tmp_path, {}, {"wrong": True})
+    client.set_registered_model_alias("tiny", "challenger", "2")
     uris = dict.fromkeys(("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"), uri)
     words = (CHAMPION, "--replicas", "2", "--poll-s", "0.1", "--shadow-priority", "normal")
     with started(tmp_path / "scratch", *words, "--shadow", CHALLENGER, **uris) as served:
