@@ -13,7 +13,7 @@ from typing import get_args
 from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
 from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
 from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
-from mlflow_pt_deploy.system.hardware import check_device, check_gpus
+from mlflow_pt_deploy.system.device import check_device, check_gpus
 
 _TRAIN = ("run", "train", "distill")
 _DISTILL = ("run", "distill")

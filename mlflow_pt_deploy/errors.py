@@ -17,6 +17,7 @@
     └── ServingError       a scoring request that is not answered
         ├── RequestError        the request is invalid; names the field
         ├── OverloadedError     the request is rejected because of load
+        ├── DeviceMemoryError   the device has no memory for the model or the batch
         └── DeadlineError       the result was not ready before the deadline
 
 A message states what was given, what is supported, and what to do.
@@ -29,6 +30,7 @@ __all__ = [
     "ArtifactError",
     "DataError",
     "DeadlineError",
+    "DeviceMemoryError",
     "MissingExtraError",
     "ModelError",
     "NotPromotedError",
@@ -169,6 +171,10 @@ class RequestError(ServingError):
 
 class OverloadedError(ServingError):
     """The server is overloaded; the client should retry later."""
+
+
+class DeviceMemoryError(ServingError):
+    """The device has no memory for the model, or for a row of the request."""
 
 
 class DeadlineError(ServingError):

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.option_fields import option, option_specs
+from mlflow_pt_deploy.system.device import AUTO, DEVICE_FORM, is_device
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Limits:
 class ServingOptions(Limits):
     """Options of a served model; MLflow passes them as ``model_config``."""
 
-    device: str = option("cpu", "device of the model: cpu or cuda")
+    device: str = option(
+        AUTO,
+        "device of the model: cpu, cuda, or one GPU such as cuda:1; auto: the device that it was "
+        "built for",
+    )
     num_threads: int = option(0, "CPU threads of a call; 0: chosen by the runtime")
     allow_code: bool = option(
         False, "load formats that carry code although their digest is not vouched for"
@@ -99,7 +104,7 @@ _AT_LEAST_ONE = ("max_batch_rows", "max_batch_tokens", "queue_rows")
 def _problem(key: str, value: object) -> str | None:
     """Describe what the value of an option must be; None if it is valid."""
     if key == "device":
-        return None if isinstance(value, str) and value else "a device such as cpu or cuda"
+        return None if isinstance(value, str) and is_device(value) else DEVICE_FORM
     if key == "allow_code":
         return None if isinstance(value, bool) else "true or false"
     if choices := _CHOICES.get(key):

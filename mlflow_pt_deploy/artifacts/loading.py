@@ -22,6 +22,7 @@ from mlflow_pt_deploy.preprocessing import (
     load_preprocessor,
 )
 from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
+from mlflow_pt_deploy.system.device import AUTO, CPU
 from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
 from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
 
@@ -35,12 +36,14 @@ class LoadedVariant:
         preprocessor: Converts raw rows to named arrays.
         labels: Class names, in the order of the logits.
         predict: Maps named arrays to logits, float32 (batch, classes).
+        device: Where it runs: ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     manifest: Manifest
     preprocessor: Preprocessor
     labels: tuple[str, ...]
     predict: Predict
+    device: str = CPU
 
     def logits(self, rows: Sequence[Row]) -> Logits:
         """Compute the logits of raw rows as one batch, float32 (rows, classes)."""
@@ -78,7 +81,7 @@ def _read_complete_manifest(folder: Path) -> Manifest:
 def load_variant(
     folder: Path,
     *,
-    device: str = "cpu",
+    device: str = AUTO,
     threads: int = 0,
     allow_code: bool = False,
     check_golden: bool = True,
@@ -88,7 +91,8 @@ def load_variant(
 
     Args:
         folder: Folder written by `write_variant`.
-        device: ``cpu``, or ``cuda`` if the runtime supports it.
+        device: ``auto``: the device that the variant was built for; or ``cpu``, ``cuda``,
+            ``cuda:N``, if the runtime supports it.
         threads: Threads per call; 0 uses all cores available to this process.
         allow_code: Load formats that carry code. Allow only artifacts that you built yourself or
             whose digest is trusted.
@@ -114,6 +118,7 @@ def load_variant(
             f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
             "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
         )
+    device = manifest.device if device == AUTO else device
     loaded = _load_files(folder, manifest, device, threads or usable_cores())
     if check_golden:
         check_golden_rows(loaded, folder)
@@ -140,7 +145,7 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
             f"{manifest.name}: {manifest.runtime} cannot load its files "
             f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
         ) from error
-    return LoadedVariant(manifest, preprocessor, labels, predict)
+    return LoadedVariant(manifest, preprocessor, labels, predict, device)
 
 
 def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:

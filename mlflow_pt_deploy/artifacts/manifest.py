@@ -18,6 +18,7 @@ from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import Cascade
 from mlflow_pt_deploy.runtimes.catalog import ON_REQUEST, RUNTIMES, STATIC_VARIANTS, VARIANTS
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.regular_files import parse_json, read_regular
 
 FORMAT = 1
@@ -71,6 +72,11 @@ class Manifest:
     digest: str = field(default="", compare=False)
 
     @property
+    def device(self) -> str:
+        """Kind of device that the variant was built for, see `Variant.device`."""
+        return str(self.options.get("device", CPU))
+
+    @property
     def carries_code(self) -> bool:
         """Whether the native files contain code, see `Variant.carries_code`."""
         # A cascade declares this for its stages; each stage is checked again when it is loaded.
@@ -99,7 +105,9 @@ class Manifest:
                 raise _invalid(self.name, f"{self.runtime} has no option {key[:80]!r}")
             if not _same_type(value, defaults[key]):
                 raise _invalid(self.name, f"options.{key} is not a {type(defaults[key]).__name__}")
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()}
+        options: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()
+        }
         variant = kind(precision=self.precision, **options)
         if isinstance(variant, Cascade):
             _check_cascade(self.name, variant)

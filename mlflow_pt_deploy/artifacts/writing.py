@@ -21,6 +21,7 @@ from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.preprocessing import Preprocessor, Row, row_to_json
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import Probes
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.hardware import library_versions
 from mlflow_pt_deploy.system.regular_files import list_files, open_to_readers, read_json, sha256
 
@@ -56,7 +57,7 @@ def write_variant(
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
         _write_json(folder / LABELS, list(module.labels))
-        predict = variant.load(folder, device=variant.export_device(), threads=1)
+        predict = variant.load(folder, device=variant.device, threads=1)
         (probes or Probes(module, golden_rows)).check(predict, variant.precision)
         write_golden(folder, predict, module.preprocessor, golden_rows)
     return read_manifest(target)
@@ -97,6 +98,8 @@ def _seal(folder: Path, variant: Variant, model: str) -> None:
     """Write the manifest with the digest of every file."""
     options = asdict(variant)
     precision = options.pop("precision")
+    if options["device"] == CPU:  # as manifests were before there were GPU variants
+        del options["device"]
     content: dict[str, Any] = {
         "name": variant.name(model),
         "model": model,

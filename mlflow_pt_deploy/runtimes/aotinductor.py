@@ -22,7 +22,8 @@ from mlflow_pt_deploy.runtimes.base import (
 )
 from mlflow_pt_deploy.runtimes.eager import in_precision, torch_predict
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.hardware import check_device, cpu_flags
+from mlflow_pt_deploy.system.device import check_device, kind_of
+from mlflow_pt_deploy.system.hardware import cpu_flags
 
 if TYPE_CHECKING:
     import torch
@@ -41,22 +42,12 @@ class AOTInductor(Variant):
 
     ``int8-static`` quantizes the exported graph with torchao's x86 post-training quantization,
     calibrated on rows of `train`: linear layers only, weights per channel.
-
-    Attributes:
-        device: ``cpu`` or ``cuda``: the device that the package is compiled for and runs on.
+    A package runs on the kind of device that it was compiled on.
     """
-
-    device: str = "cpu"
 
     runtime: ClassVar[str] = "aotinductor"
     compiles: ClassVar[bool] = True
     carries_code: ClassVar[bool] = True
-
-    def name(self, model: str) -> str:
-        return super().name(model) + ("" if self.device == "cpu" else f"-{self.device}")
-
-    def export_device(self) -> str:
-        return self.device
 
     def unsupported(self) -> str | None:
         if shutil.which(os.environ.get("CXX", "g++")) is None:
@@ -100,7 +91,7 @@ class AOTInductor(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
-        if device.partition(":")[0] != self.device:
+        if kind_of(device) != self.device:
             raise UnsupportedError(
                 f"device={device}: this package was compiled for {self.device}; use "
                 f"device={self.device}, or another variant."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.hardware import cpu_flags
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class Variant(ABC):
     Attributes:
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
             ``int8-accuracy`` (calibrated with accuracy control against the fp32 model).
+        device: ``cpu`` or ``cuda``: the device that the files are exported, checked and measured
+            on, and served on unless the user names another.
         runtime: Name of the runtime; the middle part of the variant's name.
         extra: Extra of this distribution that the runtime needs, if any.
         compiles: True if the export runs a compiler; such exports are started first.
@@ -98,6 +101,7 @@ class Variant(ABC):
     """
 
     precision: str = "fp32"
+    device: str = field(default=CPU, kw_only=True)
 
     runtime: ClassVar[str]
     extra: ClassVar[str | None] = None
@@ -106,8 +110,9 @@ class Variant(ABC):
     stages: ClassVar[tuple[str, ...]] = ()
 
     def name(self, model: str) -> str:
-        """``<model>-<runtime>-<precision>``, e.g. ``student-openvino-fp32``."""
-        return f"{model}-{self.runtime}-{self.precision}"
+        """``<model>-<runtime>-<precision>``, on a GPU with ``-cuda``: ``student-openvino-fp32``."""
+        name = f"{model}-{self.runtime}-{self.precision}"
+        return name if self.device == CPU else f"{name}-{self.device}"
 
     def unsupported(self) -> str | None:
         """Reason why this machine does not build the variant, or None if it does.
@@ -119,10 +124,6 @@ class Variant(ABC):
     def required_cpu_flags(self) -> frozenset[str]:
         """CPU flags that the exported files require."""
         return frozenset()
-
-    def export_device(self) -> str:
-        """Device that the exported files are built for and checked on."""
-        return "cpu"
 
     @abstractmethod
     def export(
@@ -147,7 +148,7 @@ class Variant(ABC):
 
         Args:
             folder: The variant's folder, with verified digests.
-            device: ``cpu``, or ``cuda`` if the runtime supports it.
+            device: ``cpu``, or ``cuda`` or ``cuda:N`` if the runtime supports it.
             threads: Maximum number of threads per call.
 
         Raises:

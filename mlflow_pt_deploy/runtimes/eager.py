@@ -12,7 +12,7 @@ import numpy as np
 from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.hardware import check_device
+from mlflow_pt_deploy.system.device import check_device
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from mlflow_pt_deploy.errors import VariantError, root_cause
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.runtimes.eager import check_int8_linears, quantize_linears, torch_predict
-from mlflow_pt_deploy.system.hardware import check_device
+from mlflow_pt_deploy.system.device import check_device
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier

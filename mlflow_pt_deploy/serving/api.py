@@ -18,6 +18,7 @@ from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
 from mlflow_pt_deploy.serving.rollout.version_share import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
+from mlflow_pt_deploy.system.device import CUDA, kind_of
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
 
 
@@ -44,7 +45,7 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)
     cores = usable_cores()
     # only Linux spreads connections over several sockets
-    fit = sys.platform == "linux" and options.device == "cpu"
+    fit = sys.platform == "linux" and kind_of(options.device) != CUDA
     count = count_replicas(chosen.replicas, cores, fit=fit)
     shares = share_cores(count, cores, core_numbers(), chosen.pin and count > 1)
     if chosen.grpc_port and find_spec("grpc") is None:

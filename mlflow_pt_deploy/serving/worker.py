@@ -351,7 +351,7 @@ def _describe(model: ServedModel, poll_s: float) -> str:
     follows = f", follows {model.uri} every {poll_s:g} s" if followed else ""
     return (
         f"/models/{model.name}: {version.name}, version {version.label}{copied}{follows}; "
-        f"{options.device}, {options.num_threads or usable_cores()} threads a call, batches up to "
-        f"{options.max_batch_rows} rows and {options.max_batch_tokens} tokens, queue of "
-        f"{options.queue_rows} rows, deadline {options.deadline_ms:g} ms"
+        f"{version.pyfunc.loaded.device}, {options.num_threads or usable_cores()} threads a call, "
+        f"batches up to {options.max_batch_rows} rows and {options.max_batch_tokens} tokens, "
+        f"queue of {options.queue_rows} rows, deadline {options.deadline_ms:g} ms"
     )

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from functools import cache
 from math import ceil
 from pathlib import Path, PurePosixPath
 
-from mlflow_pt_deploy.errors import UnsupportedError, root_cause
+from mlflow_pt_deploy.system.device import gpu_name
 
 _LIBRARIES = (
     "torch",
@@ -83,42 +82,6 @@ def core_numbers(_root: Path = _ROOT) -> list[int]:
     return sorted(os.sched_getaffinity(0), key=place)
 
 
-def check_device(name: str) -> None:
-    """Check that PyTorch can use a device.
-
-    Args:
-        name: PyTorch's name: ``cuda``, ``cuda:1``, ...
-
-    Raises:
-        UnsupportedError: It cannot; the message has the reason.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UnsupportedError(
-            f"device={name}: PyTorch cannot use it here ({root_cause(error)}). Give "
-            "device=cpu, or install the driver and a build of PyTorch for this GPU."
-        ) from error
-
-
-def check_gpus(processes: int) -> None:
-    """Check that each of the processes can have a CUDA device of its own.
-
-    Raises:
-        UnsupportedError: PyTorch sees fewer devices.
-    """
-    import torch
-
-    found = torch.cuda.device_count()
-    if processes > found:
-        raise UnsupportedError(
-            f"processes is {processes}, and PyTorch sees {found} GPUs; each process takes one. "
-            f"Give at most {found} processes."
-        )
-
-
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the installed libraries that affect measurements."""
     import importlib.metadata
@@ -146,7 +109,7 @@ def hardware() -> dict[str, str]:
         "cores": str(usable_cores()),
         "cpu_flags": " ".join(flags),
         "memory_gb": f"{memory / 1e9:.1f}" if (memory := memory_bytes()) else "",
-        "gpu": _gpu(),
+        "gpu": gpu_name(),
         "os": f"{platform.system()} {platform.release()}",
         **library_versions(),
     }
@@ -208,14 +171,6 @@ def memory_bytes() -> int:
     if limit.isdigit():
         size = min(size, int(limit))
     return size
-
-
-def _gpu() -> str:
-    # importing torch takes seconds
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return ""
-    return str(torch.cuda.get_device_name(0))
 
 
 def hardware_tags() -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import logging
 from typing import NamedTuple
 
-from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, RequestError
+from mlflow_pt_deploy.errors import DeadlineError, DeviceMemoryError, OverloadedError, RequestError
 
 _logger = logging.getLogger(__name__)
 
@@ -15,6 +15,7 @@ _STATUSES = {
     "INVALID_PARAMETER_VALUE": 400,
     "RESOURCE_EXHAUSTED": 429,
     _INTERNAL: 500,
+    "TEMPORARILY_UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
 
@@ -46,6 +47,7 @@ def scoring_error(error: Exception) -> ScoringError:
     codes = {
         RequestError: "INVALID_PARAMETER_VALUE",
         OverloadedError: "RESOURCE_EXHAUSTED",
+        DeviceMemoryError: "TEMPORARILY_UNAVAILABLE",
         DeadlineError: "DEADLINE_EXCEEDED",
     }
     for kind, code in codes.items():

@@ -1,0 +1,100 @@
+"""Devices that a model can run on: names, checks, free memory.
+
+PyTorch is imported only where a device other than the CPU is asked about.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from mlflow_pt_deploy.errors import UnsupportedError, root_cause
+
+AUTO, CPU, CUDA = "auto", "cpu", "cuda"
+
+DEVICE_FORM = "auto, cpu, cuda, or one GPU such as cuda:1"
+
+_NAME = re.compile(r"auto|cpu|cuda(:\d{1,2})?", re.ASCII)
+# ONNX Runtime raises errors of no kind of its own
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA.*out[ _]of[ _]memory|Failed to allocate memory|BFCArena", re.IGNORECASE
+)
+
+
+def is_device(name: str) -> bool:
+    """Whether a string is the name of a device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    return _NAME.fullmatch(name) is not None
+
+
+def kind_of(device: str) -> str:
+    """``cpu`` or ``cuda``: a device without its number."""
+    return device.partition(":")[0]
+
+
+def has_cuda() -> bool:
+    """Whether PyTorch finds a CUDA device; False if PyTorch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+def check_device(name: str) -> None:
+    """Check that PyTorch can use a device.
+
+    Args:
+        name: PyTorch's name: ``cuda``, ``cuda:1``, ...
+
+    Raises:
+        UnsupportedError: It cannot; the message has the reason.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UnsupportedError(
+            f"device={name}: PyTorch cannot use it here ({root_cause(error)}). Give "
+            "device=cpu, or install the driver and a build of PyTorch for this GPU."
+        ) from error
+
+
+def check_gpus(processes: int) -> None:
+    """Check that each of the processes can have a CUDA device of its own.
+
+    Raises:
+        UnsupportedError: PyTorch sees fewer devices.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if processes > found:
+        raise UnsupportedError(
+            f"processes is {processes}, and PyTorch sees {found} GPUs; each process takes one. "
+            f"Give at most {found} processes."
+        )
+
+
+def gpu_name() -> str:
+    """Name of the first GPU; empty without one, or before something else imported PyTorch."""
+    # importing torch takes seconds
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    return str(torch.cuda.get_device_name(0))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a runtime's error says that the device has no memory left."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def release_cached_memory() -> None:
+    """Return memory that PyTorch's allocator keeps for later to the device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
