@@ -17,7 +17,13 @@ from typing import Any
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import Cascade
-from mlflow_pt_deploy.runtimes.catalog import ON_REQUEST, RUNTIMES, STATIC_VARIANTS, VARIANTS
+from mlflow_pt_deploy.runtimes.catalog import (
+    GPU_VARIANTS,
+    ON_REQUEST,
+    RUNTIMES,
+    STATIC_VARIANTS,
+    VARIANTS,
+)
 from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.regular_files import parse_json, read_regular
 
@@ -114,7 +120,13 @@ class Manifest:
         return variant
 
 
-_ALL_VARIANTS: tuple[Variant, ...] = (*VARIANTS, *STATIC_VARIANTS, *ON_REQUEST, Cascade())
+_ALL_VARIANTS: tuple[Variant, ...] = (
+    *VARIANTS,
+    *STATIC_VARIANTS,
+    *ON_REQUEST,
+    *GPU_VARIANTS,
+    Cascade(),
+)
 
 
 def read_manifest(folder: Path) -> Manifest:

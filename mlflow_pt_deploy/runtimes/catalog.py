@@ -12,6 +12,7 @@ from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
+from mlflow_pt_deploy.system.device import CPU, CUDA, kind_of
 
 RUNTIMES: dict[str, type[Variant]] = {
     kind.runtime: kind
@@ -40,6 +41,16 @@ ON_REQUEST: tuple[Variant, ...] = (
     AOTInductor("int8-static"),
     OpenVino("int8-accuracy"),
 )
+GPU_VARIANTS: tuple[Variant, ...] = (
+    Eager("fp32", device=CUDA),
+    Eager("bf16", device=CUDA),
+    Eager("fp16", device=CUDA),
+    AOTInductor("bf16", device=CUDA),
+    AOTInductor("fp16", device=CUDA),
+    OnnxRuntime("fp32", device=CUDA),
+)
+"""Built with ``device=cuda``, beside `VARIANTS`."""
+
 # For a static student the overhead of the runtime dominates.
 STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
 
@@ -49,18 +60,20 @@ _LINEAR_ONLY = {variant for variant in VARIANTS if variant.precision == "int8-dy
 }
 
 
-def select(names: str) -> tuple[Variant, ...]:
+def select(names: str, device: str = CPU) -> tuple[Variant, ...]:
     """Return the requested variants, and eager fp32 as the baseline.
 
     Args:
         names: Runtimes or runtimes with a precision, separated by commas, e.g.
             ``onnxruntime,openvino-fp32``, and ``cascade``; empty selects all but `ON_REQUEST`.
             Those need their precision: ``openvino`` does not select ``openvino-int8-accuracy``.
+        device: ``cuda`` adds `GPU_VARIANTS`; ``eager-fp16-cuda`` selects only the one for the GPU.
 
     Raises:
         VariantError: A name is not in the catalog.
     """
-    regular = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS))
+    on_device = GPU_VARIANTS if kind_of(device) == CUDA else ()
+    regular = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS + on_device))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
     known = {Cascade.runtime} | {v.runtime for v in regular}
     known |= {_short_name(v) for v in (*regular, *ON_REQUEST)}
@@ -99,4 +112,5 @@ def skip_reason(variant: Variant, model_type: str) -> str:
 
 
 def _short_name(variant: Variant) -> str:
-    return f"{variant.runtime}-{variant.precision}"
+    name = f"{variant.runtime}-{variant.precision}"
+    return name if variant.device == CPU else f"{name}-{variant.device}"
