@@ -57,6 +57,7 @@ class TinyVariant:
     preprocessor: Preprocessor
     labels: tuple[str, ...] = ("red", "green", "blue")
     predict: Any = staticmethod(predict)
+    device: str = "cpu"
 
 
 def tiny_variant() -> TinyVariant:
