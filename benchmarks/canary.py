@@ -27,6 +27,7 @@ from swaps import Client, wait_until_ready
 NAME, SHARE = "canary", 0.05
 FAULTS: dict[str, dict[str, Any]] = {
     "raises": {"fails_on": "green"},
+    "raises for 1 % of the rows": {"fails_on": "blue"},
     "answers wrongly": {"wrong": True},
     "is slow": {"predict_s": 0.1},
 }
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command += [f"models:/{NAME}@champion", "--replicas", "2", "--poll-s", "0.5"]
         with running(command, folder / "serve.log") as server:
             wait_until_ready(server.url)
-            clients = [Client(server.url, "green") for _ in range(parsed.clients)]
+            clients = [Client(server.url, "green", rare="blue") for _ in range(parsed.clients)]
             for client in clients:
                 client.start()
             good = share(registry, clients, parsed.requests)

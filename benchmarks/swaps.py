@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -101,16 +102,17 @@ class KeepAliveClient(threading.Thread):
 
 
 class Client(KeepAliveClient):
-    """Sends one text, and keeps what it saw."""
+    """Sends one text, every hundredth time another, and keeps what it saw."""
 
-    def __init__(self, url: str, text: str) -> None:
+    def __init__(self, url: str, text: str, rare: str = "") -> None:
         super().__init__(url)
-        self._body = json.dumps({"inputs": [text]})
+        texts = [text] * 99 + [rare or text]
+        self._bodies = itertools.cycle([json.dumps({"inputs": [each]}) for each in texts])
         self.seen = Seen()
 
     def next_request(self) -> tuple[str, str, str]:
         """See `KeepAliveClient`."""
-        return "/invocations", "application/json", self._body
+        return "/invocations", "application/json", next(self._bodies)
 
     def on_answer(self, start: float, status: int, version: str) -> None:
         """See `KeepAliveClient`."""
