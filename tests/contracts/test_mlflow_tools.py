@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature, make_metric
+from mlflow.models import Model, ModelSignature, get_model_info, make_metric, set_signature
+from mlflow.pyfunc.scoring_server import invocations
 from mlflow.types import ColSpec, Schema
+from tiny.artifact import SAVED
 from tiny.serving import save_tiny, tiny_variant
 
+from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter, Predictions
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
@@ -154,3 +158,58 @@ def test_why_the_signature_declares_no_inputs(tmp_path: Path) -> None:
     for data in (["red"], "red", pd.Series(["red"])):
         with pytest.raises(MlflowException, match="Failed to enforce schema"):
             declared.predict(data)
+
+
+DECLARED = Schema([ColSpec("string", "text")])
+SENT: dict[str, Any] = {
+    "inputs": {"inputs": ["red", "blue"]},
+    "one": {"inputs": "red"},
+    "null": {"inputs": ["red", None]},
+    "instances": {"instances": ["red", "blue"]},
+    "split": {"dataframe_split": {"columns": ["text"], "data": [["red"], ["blue"]]}},
+    "records": {"dataframe_records": [{"text": "red"}, {"text": "blue"}]},
+}
+
+
+def declare(folder: Path, type_hint: bool = False) -> mlflow.pyfunc.PyFuncModel:
+    """Set the signature as the documentation of the format shows, and load the model."""
+    before = get_model_info(str(folder)).signature
+    declared = ModelSignature(DECLARED, before.outputs, before.params)
+    declared._is_signature_from_type_hint = type_hint
+    set_signature(str(folder), declared)
+    return mlflow.pyfunc.load_model(str(folder))
+
+
+def answered(model: mlflow.pyfunc.PyFuncModel, sent: dict[str, Any]) -> bool:
+    """Whether MLflow's own server reads a body."""
+    body = json.dumps(sent).encode()
+    try:
+        answer = invocations(body, "application/json", model, model.metadata.get_input_schema())
+    except MlflowException:
+        return False
+    return json.loads(answer.response)["predictions"][0]["label"] == "red"
+
+
+def test_no_signature_reads_every_format(tmp_path: Path) -> None:
+    """If this fails, MLflow has changed, and `pyfunc.signature` may declare inputs."""
+    nothing = mlflow.pyfunc.load_model(str(save_tiny(tmp_path / "nothing")))
+    column = declare(save_tiny(tmp_path / "column"))
+    hint = declare(save_tiny(tmp_path / "hint"), type_hint=True)
+    read = {
+        name: [answered(model, sent) for model in (nothing, column, hint)]
+        for name, sent in SENT.items()
+    }
+    assert read == {
+        "inputs": [True, True, True],
+        "one": [True, False, True],
+        "null": [False, True, False],
+        "instances": [True, True, False],
+        "split": [True, True, False],
+        "records": [True, True, False],
+    }
+
+
+def test_a_declared_column_loads_in_our_server_too(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SAVED, tmp_path / "saved"))
+    declare(folder)
+    assert flavor.load_model(str(folder)).manifest.model == "student"
