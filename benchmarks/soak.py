@@ -5,7 +5,8 @@
 Serves the tiny models of the tests with two workers. Clients send MLflow's JSON, CSV and the Open
 Inference Protocol on keep-alive connections. A canary gets 5 % of the requests, the alias
 `champion` is moved every minute, and a worker is killed with SIGKILL every five. Every request must
-be answered with 200, or refused with 429 or 503; only a killed worker may cut a connection.
+be answered with 200, or refused with 429 or 503; only a killed worker may cut a connection. The
+canary is as good as the champion, so nothing may end it.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def disturb(
             kills, next_kill = kills + 1, now + kill_s
         samples += [(now - start, each) for each in _resident_mb(pid)]
         time.sleep(_SAMPLE_S)
-    return {"swaps": swaps, "kills": kills, "memory": growth(samples, seconds)}
+    ended = registry.get_model_version(NAME, "3").tags.get("pt_deploy.canary_ended")
+    memory = growth(samples, seconds)
+    return {"swaps": swaps, "kills": kills, "memory": memory, "canary_ended": ended}
 
 
 def growth(samples: Sequence[tuple[float, float]], seconds: float) -> dict[str, float]:
@@ -122,7 +125,7 @@ def growth(samples: Sequence[tuple[float, float]], seconds: float) -> dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print one JSON document; exit status 1 if a request was lost or memory has grown."""
+    """Print one JSON document; exit status 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--swap-s", type=float, default=60.0)
@@ -157,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(document, indent=1))
     lost = statuses.keys() - {200, *REFUSED}
     grown = done["memory"]["growth"] > MAX_GROWTH
-    return int(bool(lost) or grown or cut > done["kills"] * parsed.clients)
+    broken = [lost, grown, done["canary_ended"], cut > done["kills"] * parsed.clients]
+    return int(any(broken))
 
 
 def _resident_mb(pid: int) -> list[float]:
