@@ -147,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             done = disturb(registry, server.pid, 60 * parsed.minutes, parsed.swap_s, parsed.kill_s)
             for client in clients:
                 client.end()
+            tracebacks = (folder / "serve.log").read_text(encoding="utf8").count("Traceback")
     statuses = sum((client.statuses for client in clients), Counter[int]())
     cut = sum(client.cut for client in clients)
     document = {
@@ -156,11 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "statuses": dict(statuses),
         "versions": dict(sum((client.versions for client in clients), Counter[str]())),
         "cut": cut,
+        "tracebacks": tracebacks,
     }
     print(json.dumps(document, indent=1))
     lost = statuses.keys() - {200, *REFUSED}
     grown = done["memory"]["growth"] > MAX_GROWTH
-    broken = [lost, grown, done["canary_ended"], cut > done["kills"] * parsed.clients]
+    broken = [lost, grown, tracebacks, done["canary_ended"], cut > done["kills"] * parsed.clients]
     return int(any(broken))
 
 

@@ -47,14 +47,16 @@ class Comparison:
             return
         self._next_at = now + 1 / MAX_PER_S
         loop = asyncio.get_running_loop()
-        rows, encoded = found.rows[:MAX_ROWS], found.encoded and found.encoded[:MAX_ROWS]
+        rows, encoded = found.rows[:MAX_ROWS], (found.encoded or ())[:MAX_ROWS]
+        if any(each is None for each in encoded):  # the champion has its prediction in the cache
+            encoded = ()
         loop.call_soon(self._submit, loop, rows, encoded, texts[:MAX_ROWS], champion)
 
     def _submit(
         self,
         loop: asyncio.AbstractEventLoop,
         rows: Sequence[Row],
-        encoded: Sequence[Encoded] | None,
+        encoded: Sequence[Encoded],
         texts: Sequence[str],
         champion: InferenceService,
     ) -> None:

@@ -22,6 +22,7 @@ from mlflow_pt_deploy.registry.addresses import source
 from mlflow_pt_deploy.registry.canary import CANARY_ENDED_TAG, CANARY_TAG
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.prediction_cache import PredictionCache
 from mlflow_pt_deploy.serving.monitoring.monitor import Monitor
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics
 from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
@@ -202,6 +203,20 @@ def test_large_requests_and_images_are_encoded_by_each_version(setup: Setup) -> 
     ] * 30
     until(lambda: setup.model.counts[two].compared == 8, 5)
     assert setup.model.counts[two].disagreed == 0
+
+
+def test_rows_that_the_champion_has_cached_are_compared_too(setup: Setup) -> None:
+    champion = setup.model.current
+    assert champion is not None
+    champion.pyfunc.service.cache = PredictionCache(1.0)
+    csv = {"data": "text\nred\n", "headers": {"Content-Type": "text/csv"}, "timeout": 20}
+    setup.session.post(f"{setup.url}/invocations", **csv)
+    setup.tag(f"{setup.add()}:100%")
+    running = setup.canary.running
+    assert running is not None
+    answer = setup.session.post(f"{setup.url}/invocations", **csv)
+    assert answer.headers["x-model-version"] == "2"
+    until(lambda: running.version.pyfunc.service.counts.compared == 1)
 
 
 def test_labels_in_another_order_are_the_same_labels(setup: Setup) -> None:
