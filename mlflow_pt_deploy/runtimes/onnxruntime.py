@@ -113,11 +113,13 @@ def _to_fp16(path: Path) -> None:
     """Convert the graph in place; inputs and logits keep their types."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights too small for fp16, which become 0
             model = convert_float_to_float16(onnx.load(str(path)), keep_io_types=True)
+        OnnxModel(model).topological_sort()  # the converter appends the casts of the inputs
         onnx.checker.check_model(model)
     except Exception as error:  # the converter and onnx raise many types
         raise VariantError(f"conversion to fp16 failed: {root_cause(error)}") from error

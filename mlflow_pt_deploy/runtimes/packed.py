@@ -59,7 +59,7 @@ class Packed(Variant):
     ) -> None:
         from mlflow_pt_deploy.models import save_classifier
 
-        check_packable(module.network.config)
+        check_packable(module.network.config, module.preprocessor)
         save_classifier(module, folder)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
@@ -67,24 +67,26 @@ class Packed(Variant):
 
         self.check_device_kind(device)
         classifier = load_eager(folder, "fp32", device, threads)
-        check_packable(classifier.network.config)
+        check_packable(classifier.network.config, classifier.preprocessor)
         module = in_precision(PackedBert(classifier.network), self.precision).to(device).eval()
         return PackedPredictor(module, device)
 
 
-def check_packable(config: Any) -> None:
+def check_packable(config: Any, preprocessor: Any) -> None:
     """Check that a model is a BERT of the usual kind.
 
     Raises:
         VariantError: It is not; the message names what differs.
     """
-    width = config.hidden_size // config.num_attention_heads
     if config.model_type != MODEL_TYPE:
-        problem = f"the model type is {config.model_type}"
-    elif getattr(config, "is_decoder", False):
+        raise VariantError(f"packed runs BERT only, and the model type is {config.model_type}.")
+    width = config.hidden_size // config.num_attention_heads
+    if getattr(config, "is_decoder", False):
         problem = "the model is a decoder"
     elif getattr(config, "position_embedding_type", "absolute") not in (None, "absolute"):
         problem = f"its positions are {config.position_embedding_type}"
+    elif preprocessor.padding_side != "right":
+        problem = "its rows are padded on the left"
     elif width % 8 or width > _MAX_HEAD_WIDTH:
         problem = f"its attention heads are {width} wide"
     else:
