@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from mlflow_pt_deploy.artifacts import load_variant
@@ -19,7 +18,7 @@ from mlflow_pt_deploy.runtimes.tensorrt import RowSlices, TensorRT, shape_profil
 from mlflow_pt_deploy.training.inference import predict_logits
 
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
-HAS_CUDA = CUDA_PROVIDER in onnxruntime.get_available_providers()
+HAS_CUDA = no_provider(CUDA_PROVIDER) is None
 
 
 @pytest.mark.parametrize("model", ["teacher", "resnet"])
