@@ -12,8 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 GPU_OUT ?= gpu-results
 GPU_FLAGS ?=
-# folders with tests marked gpu that need no MLflow
-GPU_TESTS ?= tests/runtimes
+# folders whose tests marked gpu need no MLflow
+GPU_FOLDERS := tests/artifacts tests/evaluation tests/runtimes tests/system tests/training
 E2E_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
@@ -58,12 +58,13 @@ format: $(VENV)/.dev
 
 CI: check test e2e
 
-# no .venv: on a borrowed machine nothing can be installed. A test file whose imports are missing
-# there is an error, and the other files still run. The tests' failure ends it last
+# no .venv: on a borrowed machine nothing can be installed, so other test files could not even be
+# imported. The tests' failure ends it last
 gpu: export PYTHONPATH := .:$(PYTHONPATH)
 gpu:
 	mkdir -p $(GPU_OUT)
-	timeout 200 $(PYTHON) -m pytest -m gpu -rs --continue-on-collection-errors $(GPU_TESTS) \
+	timeout 200 $(PYTHON) -m pytest -m gpu -rs --continue-on-collection-errors \
+	  $$(grep -rl --include='test_*.py' 'mark[.]gpu' $(GPU_FOLDERS)) \
 	  > $(GPU_OUT)/tests.txt 2>&1; tests=$$?; tail -n 40 $(GPU_OUT)/tests.txt; \
 	  timeout 270 $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_FLAGS) && exit $$tests
 
