@@ -74,7 +74,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
         self.folder = folder
-        self.deadline = time.perf_counter() + options.minutes * 60
+        self.deadline: float = time.perf_counter() + options.minutes * 60
         self.splits = load_data(options.data)
         self.rows = [str(row) for row in self.splits.test.rows]
         self.out = Path(options.out)

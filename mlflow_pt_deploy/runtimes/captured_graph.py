@@ -74,7 +74,6 @@ class CapturedGraph:
         with torch.inference_mode():
             if device == CPU:
                 self._allocate(example, device)
-                self._output = torch.empty_like(self._logits())
             else:
                 with torch.cuda.device(device), _CAPTURING:
                     self._allocate(example, device)
@@ -86,7 +85,7 @@ class CapturedGraph:
 
         if self._graph is None:
             with torch.inference_mode():
-                self._step()
+                self._output = self._logits()
             return
         with torch.cuda.stream(self._stream):
             self._graph.replay()

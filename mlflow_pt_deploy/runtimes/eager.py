@@ -73,11 +73,7 @@ class EagerPredictor:
 
 
 def load_eager(folder: Path, precision: str, device: str, threads: int) -> Any:
-    """Load the classifier of an exported folder in a precision, on a device.
-
-    TF32 is disabled for the whole process: it is PyTorch's default for convolutions on a GPU, and
-    its 10-bit mantissa would fail the golden check of fp32.
-    """
+    """Load the classifier of an exported folder in a precision, on a device."""
     import torch
 
     from mlflow_pt_deploy.models import reload_classifier
@@ -85,8 +81,19 @@ def load_eager(folder: Path, precision: str, device: str, threads: int) -> Any:
     torch.set_num_threads(threads)
     check_device(device)
     if device != CPU:
-        torch.backends.cudnn.allow_tf32 = False
+        _disable_tf32()
     return in_precision(reload_classifier(str(folder)), precision).to(device)
+
+
+def _disable_tf32() -> None:
+    """Disable TF32 for the whole process.
+
+    It is PyTorch's default for convolutions on a GPU, and its 10-bit mantissa would fail the golden
+    check of fp32.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
@@ -117,7 +124,10 @@ def torch_predict(module: Any, device: str) -> Predict:
             logits = module(*(tensor.to(device, non_blocking=True) for tensor in pinned))
             return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
 
-    return predict if device == CPU else predict_on_gpu
+    if device == CPU:
+        return predict
+    _disable_tf32()
+    return predict_on_gpu
 
 
 def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:

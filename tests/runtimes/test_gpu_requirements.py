@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mlflow_pt_deploy.errors import UnsupportedError
+from mlflow_pt_deploy.registry.environment import RUNTIME_LIBRARIES
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
 from mlflow_pt_deploy.runtimes.base import Variant
-from mlflow_pt_deploy.runtimes.catalog import GPU_VARIANTS, ON_REQUEST, VARIANTS, select
+from mlflow_pt_deploy.runtimes.catalog import GPU_VARIANTS, ON_REQUEST, RUNTIMES, VARIANTS, select
 from mlflow_pt_deploy.runtimes.gpu_requirements import (
     NO_DEVICE,
     check_capability,
@@ -77,6 +78,10 @@ def test_names_of_variants_for_a_gpu() -> None:
     assert selected == {"eager-fp32", "torchao-fp8-dynamic-cuda"}
     assert set(GPU_VARIANTS) < set(select("", "cuda"))
     assert not any(variant.device == "cuda" for variant in select(""))
+
+
+def test_a_model_names_the_libraries_of_each_runtime() -> None:
+    assert RUNTIME_LIBRARIES.keys() == RUNTIMES.keys() - {"cascade"}
 
 
 def test_the_manifest_of_a_cpu_package_has_no_capability() -> None:
