@@ -212,4 +212,6 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # several packages are compiled at once, and each would start a process per core
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     main()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_pt_deploy.artifacts import Manifest
 from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.registry.environment import RUNTIME_LIBRARIES
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
@@ -86,3 +87,14 @@ def test_a_model_names_the_libraries_of_each_runtime() -> None:
 
 def test_the_manifest_of_a_cpu_package_has_no_capability() -> None:
     assert AOTInductor("bf16").for_this_machine() == AOTInductor("bf16")
+
+
+@pytest.mark.parametrize("capability", ["", "9.0"])
+def test_the_manifest_of_a_package_has_the_capability(capability: str) -> None:
+    variant = AOTInductor("bf16", capability=capability, device="cuda")
+    options = {"device": "cuda", "capability": capability} if capability else {"device": "cuda"}
+    name = variant.name("student")
+    manifest = Manifest(name, "student", variant.runtime, "bf16", options, (), {}, {})
+    assert manifest.variant() == variant
+    assert manifest.device == "cuda"
+    assert name == "student-aotinductor-bf16-cuda"

@@ -93,7 +93,7 @@ def test_concurrent_calls(
 def test_buckets_of_a_server_are_captured(loaded: LoadedVariant, splits: Splits) -> None:
     import torch
 
-    warm_up_buckets(loaded.predict, 8, 128, 64)
+    warm_up_buckets(loaded.predict, 8, 1024, 64)
     before = torch.cuda.memory_reserved()
     for size in (1, 3, 8):
         loaded.logits(splits.train.rows[:size])
