@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.device import CPU, check_device
+from mlflow_pt_deploy.system.device import CPU, CUDA, check_device, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -117,9 +119,11 @@ def torch_predict(module: Any, device: str) -> Predict:
             logits = module(*(torch.from_numpy(array) for array in inputs.values()))
         return np.asarray(logits.float().numpy(), dtype=np.float32)
 
+    # a compiled package runs on the current stream of the current device
+    current = partial(torch.cuda.device, device) if kind_of(device) == CUDA else nullcontext
+
     def predict_on_gpu(inputs: Inputs) -> Logits:
-        # the device is also that of the stream on which a compiled package runs
-        with torch.inference_mode(), torch.cuda.device(device):
+        with torch.inference_mode(), current():
             pinned = [torch.from_numpy(array).pin_memory() for array in inputs.values()]
             logits = module(*(tensor.to(device, non_blocking=True) for tensor in pinned))
             return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
