@@ -1,10 +1,11 @@
-"""What a GPU gains: ways to run a model, measured beside eager fp32 with the same weights.
+"""What a GPU gains: the variants that it gets, measured beside eager fp32 with the same weights.
 
     python benchmarks/gpu.py --out FOLDER
     python benchmarks/gpu.py --out FOLDER --device cpu --models tiny --sizes 1,4
 
-Needs PyTorch, transformers and tokenizers, and no MLflow. Writes results.json and table.md into the
-folder after each row. What cannot run is a row with its reason.
+Needs PyTorch, transformers and tokenizers, and no MLflow. Variants are built and loaded as by
+``pt-deploy optimize``. Writes results.json and table.md into the folder after each row. What cannot
+run is a row with its reason.
 """
 
 from __future__ import annotations
@@ -17,29 +18,41 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_forms import BASELINE, FORMS, PACKAGES, Build, Form, Source, package
-from gpu_measure import (
-    Reference,
-    Seen,
-    answers,
-    full_flops,
-    gpu_state,
-    matrix_tflops,
-    measure,
-)
+from gpu_measure import Reference, Seen, full_flops, gpu_state, matrix_tflops, measure, used_mb
 from gpu_models import models
 from gpu_tables import write_tables
 
+from mlflow_pt_deploy.artifacts import load_variant
+from mlflow_pt_deploy.artifacts.builder import BuildResult, build
 from mlflow_pt_deploy.data import load_data
 from mlflow_pt_deploy.errors import root_cause
+from mlflow_pt_deploy.models import save_classifier
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.catalog import GPU_VARIANTS, ON_REQUEST
+from mlflow_pt_deploy.system.device import CUDA
 from mlflow_pt_deploy.system.hardware import hardware
 
-_LONGEST_BUILD_S = 120
+BASELINE = "eager-fp32"
+
+
+def variants_for(device: str) -> list[Variant]:
+    """The variants of the catalog for a GPU; with ``cpu`` the same runtimes on the CPU.
+
+    What is built in seconds comes first: where time runs out, the last ones are not run.
+    """
+    found = [v for v in (*GPU_VARIANTS, *ON_REQUEST) if v.device == CUDA]
+    return sorted((replace(v, device=device) for v in found), key=lambda v: v.compiles)
+
+
+def short_name(variant: Variant) -> str:
+    """Runtime and precision."""
+    return f"{variant.runtime}-{variant.precision}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,21 +68,21 @@ class Run:
 
     Args:
         options: See `_parser`.
-        folder: For variants; it is removed afterwards.
+        folder: For models and variants; it is removed afterwards.
     """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
         self.folder = folder
-        self.deadline = time.perf_counter() + options.minutes * 60
+        self.deadline: float = time.perf_counter() + options.minutes * 60
         self.splits = load_data(options.data)
         self.rows = [str(row) for row in self.splits.test.rows]
         self.out = Path(options.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.sizes = [int(size) for size in options.sizes.split(",")]
-        self.forms = [form for form in FORMS if not options.forms or form in options.forms]
         self.facts: dict[str, Any] = {}
         self.seen: list[Seen] = []
+        self.references: dict[str, Reference] = {}
 
     def go(self) -> None:
         device = self.options.device
@@ -81,90 +94,91 @@ class Run:
             "matrix product, TFLOP/s": matrix_tflops(device),
             "gpu after the matrix products": gpu_state(device),
         }
-        sources = list(self._sources())
-        references = [self._reference(name, source) for name, source in sources]
-        built = False
-        for form in self.forms:
-            if form in PACKAGES and not built:
-                built = True
-                self._build_packages([source for _, source in sources])
-            for (name, source), reference in zip(sources, references, strict=True):
-                self._form(name, form, source, reference)
+        folders = self._models()
+        wanted = [v for v in variants_for(device) if self._is_wanted(v)]
+        for compiles in (False, True):
+            self._variants(folders, [v for v in wanted if v.compiles == compiles])
         self.facts["gpu at the end"] = gpu_state(device)
         self._write()
         print((self.out / "table.md").read_text(encoding="utf8"))
 
-    def _sources(self) -> Iterator[tuple[str, Source]]:
-        options = self.options
-        names = options.models.split(",")
-        tokens = []
-        for model in models(names, self.splits, options.device, options.minilm):
-            folder = self.folder / model.name
-            folder.mkdir()
-            classifier = model.classifier
-            tokens = [len(row) for row in classifier.preprocessor.encode(self.rows)]
+    def _is_wanted(self, variant: Variant) -> bool:
+        name = short_name(variant)
+        chosen: list[str] | None = self.options.variants
+        return not chosen or name in (*chosen, BASELINE)
+
+    def _models(self) -> dict[str, Path]:
+        """Write the models as Hugging Face folders."""
+        options, folders = self.options, {}
+        for model in models(options.models.split(","), self.splits, options.device, options.minilm):
+            folders[model.name] = self.folder / model.name
+            save_classifier(model.classifier, folders[model.name])
+            preprocessor = model.classifier.preprocessor
+            start = time.perf_counter()
+            tokens = [len(row) for row in preprocessor.encode(self.rows)]
+            took_s = time.perf_counter() - start
             self.facts[f"weights of {model.name}"] = model.weights
-            yield model.name, Source(classifier, self.rows, folder, options.device)
-        self.facts["tokens of a text"] = f"mean {sum(tokens) / len(tokens):.1f}, most {max(tokens)}"
-        start = time.perf_counter()
-        classifier.preprocessor.encode(self.rows)
-        tokenizing = (time.perf_counter() - start) / len(self.rows)
-        self.facts["tokenization, microseconds a text, one thread"] = tokenizing * 1e6
+            self.facts[f"tokens of a text, {model.name}"] = {
+                "mean": sum(tokens) / len(tokens),
+                "most": max(tokens),
+                "microseconds to tokenize": took_s / len(tokens) * 1e6,
+            }
+        return folders
 
-    def _build_packages(self, sources: Sequence[Source]) -> None:
-        """Compile all AOTInductor packages at once, while nothing is timed."""
-        if time.perf_counter() > self.deadline:
+    def _variants(self, folders: dict[str, Path], variants: Sequence[Variant]) -> None:
+        """Build variants of all models while nothing is timed, then measure them."""
+        if not variants or self._is_over():
+            for name in folders:
+                self.seen += [self._not_run(Seen(name, short_name(v))) for v in variants]
             return
-        start = time.perf_counter()
-        builds = [(source, Build(source, package(source))) for source in sources]
-        for source, build in builds:
-            reason = build.wait(start + _LONGEST_BUILD_S - time.perf_counter())
-            if reason:
-                source.failed[build.target.name] = reason[:300]
-                (self.out / f"{source.folder.name}-{build.target.name}.txt").write_text(reason)
-        self.facts["AOTInductor builds, seconds"] = time.perf_counter() - start
-
-    def _reference(self, name: str, source: Source) -> Reference:
-        preprocessor = source.classifier.preprocessor
-        form = FORMS[BASELINE](source)
-        return Reference(
-            form=form,
-            preprocessor=preprocessor,
-            rows=self.rows,
-            logits=answers(form, preprocessor, self.rows),
-            targets=self.splits.test.targets,
-            flops=full_flops(source.classifier.network.config)
-            if self.options.device != "cpu"
-            else 0,
+        built = build(
+            folders,
+            self.splits,
+            self.folder / "variants",
+            variants=variants,
+            parallel=self.options.parallel,
         )
+        first = sorted(built, key=lambda result: f"{result.runtime}-{result.precision}" != BASELINE)
+        for result in first:
+            self._row(result)
 
-    def _form(self, name: str, form: str, source: Source, reference: Reference) -> None:
-        seen = Seen(name, form)
+    def _row(self, result: BuildResult) -> None:
+        seen = Seen(result.model, f"{result.runtime}-{result.precision}", result.reason)
+        seen.build_s = result.seconds
         self.seen.append(seen)
-        if time.perf_counter() > self.deadline:
-            seen.reason = f"not run: the {self.options.minutes:g} minutes were over"
-            return
-        start = time.perf_counter()
-        before_mb = self._settle()
-        try:
-            built: Form = FORMS[form](source)
-            measure(built, reference, seen, self.sizes, self.options.device)
-        except Exception as error:  # a failure is a row of the table
-            seen.reason = f"{type(error).__name__}: {root_cause(error)}"[:300]
-        seen.build_s = time.perf_counter() - start
-        if self.options.device != "cpu":
-            seen.peak_mb = torch.cuda.max_memory_allocated() / 1e6 - before_mb
+        if result.folder is not None and self._is_over():
+            self._not_run(seen)
+        elif result.folder is not None:
+            start = time.perf_counter()
+            try:
+                self._measure(result.folder, seen)
+            except Exception as error:  # a failure is a row of the table
+                seen.reason = f"{type(error).__name__}: {root_cause(error)}"[:300]
+            seen.measured_s = time.perf_counter() - start
         self._write()
-        print(f"{seen.build_s:6.1f} s  {name}  {form}  {seen.reason}", flush=True)
+        print(f"{seen.measured_s:6.1f} s  {result.name}  {seen.reason}", flush=True)
 
-    def _settle(self) -> float:
-        """Free what the previous form left; megabytes on the device that are still in use."""
+    def _measure(self, folder: Path, seen: Seen) -> None:
+        device = self.options.device
         gc.collect()
-        if self.options.device == "cpu":
-            return 0.0
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 1e6
+        if device != "cpu":
+            torch.cuda.empty_cache()
+        before_mb = used_mb(device)
+        loaded = load_variant(folder, device=device, allow_code=True)
+        if seen.model not in self.references:  # the baseline is the first one
+            flops = full_flops(self.folder / seen.model) if device != "cpu" else 0.0
+            self.references[seen.model] = Reference.of(
+                loaded, self.rows, self.splits.test.targets, flops
+            )
+        measure(loaded, self.references[seen.model], seen, self.sizes, device)
+        seen.used_mb = used_mb(device) - before_mb
+
+    def _is_over(self) -> bool:
+        return time.perf_counter() > self.deadline
+
+    def _not_run(self, seen: Seen) -> Seen:
+        seen.reason = f"not run: the {self.options.minutes:g} minutes were over"
+        return seen
 
     def _write(self) -> None:
         content = {"facts": self.facts, "rows": [seen.record() for seen in self.seen]}
@@ -186,12 +200,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minilm", default="", help="folder of MiniLM-L6, if not its package")
     parser.add_argument("--sizes", default="1,8,64,256,1024", help="batch sizes in rows")
     parser.add_argument(
-        "--forms", action="append", choices=list(FORMS), help="a form to run; repeat for more"
+        "--variants",
+        action="append",
+        choices=[short_name(variant) for variant in variants_for(CUDA)],
+        help="a variant to measure; repeat for more",
     )
-    parser.add_argument("--minutes", type=float, default=5, help="no form starts after that")
+    parser.add_argument("--parallel", type=int, default=4, help="variants built at the same time")
+    parser.add_argument("--minutes", type=float, default=3.5, help="no variant starts after that")
     return parser
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # several packages are compiled at once, and each would start a process per core
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     main()

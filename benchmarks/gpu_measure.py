@@ -1,34 +1,38 @@
-"""Times, rates and agreement of one way to run a model, beside the baseline.
+"""Times, rates and agreement of a loaded variant, beside the baseline.
 
-Host times are those of whole calls: raw rows in, labels out, copies and tokenization included.
+Host times are those of whole calls, which wait for the device: raw rows in, labels out, copies and
+tokenization included.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_forms import Form, labels
 
-from mlflow_pt_deploy.preprocessing.text import TextPreprocessor
+from mlflow_pt_deploy.artifacts import LoadedVariant
 
 _ROUNDS = 3
 _BLOCK_S = 0.07
 _CALLS = (3, 60)
+_CALLERS = 2
 _RATE_ROWS, _RATE_LENGTH = 256, 128
 _QUERY = "name,driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 
 
 @dataclass
 class Batch:
-    """One batch size of a form.
+    """One batch size of a variant.
 
     Attributes:
         p50_ms: Host time of a call, median; `p95_ms` likewise.
@@ -36,7 +40,7 @@ class Batch:
         ratio: The baseline's median divided by this one's, both measured in turns.
         model_ms: Host time without tokenization: token ids to logits.
         model_ratio: The baseline's divided by it.
-        device_ms: The same between two device events; None without a GPU.
+        callers_rows_per_s: Token ids to logits from two threads at once: copies may overlap.
     """
 
     rows: int
@@ -46,34 +50,36 @@ class Batch:
     ratio: float
     model_ms: float
     model_ratio: float
-    device_ms: float | None
+    callers_rows_per_s: float
 
 
 @dataclass
 class Seen:
-    """What was seen of a form, or why it could not run.
+    """What was seen of a variant, or why it could not run.
 
     Attributes:
         model: Name of the model.
-        form: Key of `FORMS`.
+        variant: Runtime and precision.
         reason: Why there are no figures; empty where there are.
+        build_s: Time of the export, in a process of its own.
         same_labels: Share of the rows whose label is the baseline's.
         accuracy: Share of the rows whose label is right.
         off: Largest difference to the baseline's logits; `largest` is their largest magnitude.
-        peak_mb: Device memory that the form added at its peak, weights included.
-        full_ms: Device time of 256 rows of 128 tokens, from tensors on the device.
+        used_mb: Memory of the device that is in use after the last row, and was not before.
+        full_ms: Token ids to logits of 256 rows of 128 tokens.
         tflops: Floating-point operations of that divided by its time, in 10^12/s.
     """
 
     model: str
-    form: str
+    variant: str
     reason: str = ""
     build_s: float = 0.0
+    measured_s: float = 0.0
     same_labels: float = 0.0
     accuracy: float = 0.0
     off: float = 0.0
     largest: float = 0.0
-    peak_mb: float = 0.0
+    used_mb: float = 0.0
     full_ms: float = 0.0
     tflops: float = 0.0
     batches: list[Batch] = field(default_factory=list)
@@ -94,12 +100,22 @@ class Reference:
         flops: Floating-point operations of 256 rows of 128 tokens.
     """
 
-    form: Form
-    preprocessor: TextPreprocessor
+    loaded: LoadedVariant
     rows: Sequence[str]
     logits: np.ndarray[Any, Any]
     targets: np.ndarray[Any, Any]
     flops: float
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedVariant,
+        rows: Sequence[str],
+        targets: np.ndarray[Any, Any],
+        flops: float,
+    ) -> Reference:
+        """Compute the baseline's answers."""
+        return cls(loaded, rows, answers(loaded, rows), targets, flops)
 
 
 def sync(device: str) -> None:
@@ -108,20 +124,25 @@ def sync(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def answers(form: Form, preprocessor: TextPreprocessor, rows: Sequence[str]) -> Any:
+def used_mb(device: str) -> float:
+    """Megabytes of the device that are in use, by whatever library; 0 for the CPU."""
+    if device == "cpu":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 1e6
+
+
+def answers(loaded: LoadedVariant, rows: Sequence[str]) -> Any:
     """Logits of all rows, by batches of 256."""
-    parts = [
-        form.predict(preprocessor.encode(rows[start : start + 256]))
-        for start in range(0, len(rows), 256)
-    ]
-    return np.concatenate(parts)
+    starts = range(0, len(rows), 256)
+    return np.concatenate([loaded.logits(rows[start : start + 256]) for start in starts])
 
 
 def measure(
-    form: Form, reference: Reference, seen: Seen, sizes: Sequence[int], device: str
+    loaded: LoadedVariant, reference: Reference, seen: Seen, sizes: Sequence[int], device: str
 ) -> None:
-    """Check a form, then time it, and write both into `seen`."""
-    found = answers(form, reference.preprocessor, reference.rows)
+    """Check a variant, then time it, and write both into `seen`."""
+    found = answers(loaded, reference.rows)
     seen.off = float(np.abs(found - reference.logits).max())
     seen.largest = float(np.abs(reference.logits).max())
     if not np.isfinite(found).all() or seen.off > 0.5 * seen.largest:
@@ -129,21 +150,21 @@ def measure(
     seen.same_labels = float((found.argmax(1) == reference.logits.argmax(1)).mean())
     seen.accuracy = float((found.argmax(1) == reference.targets).mean())
     for size in sizes:
-        seen.batches.append(_batch(form, reference, size, device))
-    seen.full_ms = _full_ms(form, device, int(reference.preprocessor.max_length))
+        seen.batches.append(_batch(loaded, reference, size))
+    seen.full_ms = _full_ms(loaded, device)
     seen.tflops = reference.flops / seen.full_ms / 1e9
 
 
-def _batch(form: Form, reference: Reference, size: int, device: str) -> Batch:
+def _batch(loaded: LoadedVariant, reference: Reference, size: int) -> Batch:
     picks = _Picks(reference.rows, size)
 
-    def answer(which: Form) -> float:
+    def answer(which: LoadedVariant) -> float:
         rows = picks.next()
         start = time.perf_counter()
-        labels(which, reference.preprocessor.encode(rows))
+        which.logits(rows).argmax(1)
         return time.perf_counter() - start
 
-    both = {"own": form, "base": reference.form}
+    both = {"own": loaded, "base": reference.loaded}
     samples: dict[str, list[float]] = {name: [] for name in both}
     calls = {}
     for name, which in both.items():
@@ -155,8 +176,8 @@ def _batch(form: Form, reference: Reference, size: int, device: str) -> Batch:
             picks.restart()
             samples[name] += [answer(which) for _ in range(calls[name])]
     own_s = statistics.median(samples["own"])
-    model_s, device_ms = _model(form, reference, picks, device)
-    baseline_s, _ = _model(reference.form, reference, picks, device)
+    inputs = _inputs(loaded, picks)
+    model_s = _model_s(loaded, inputs)
     return Batch(
         rows=size,
         p50_ms=own_s * 1e3,
@@ -164,30 +185,34 @@ def _batch(form: Form, reference: Reference, size: int, device: str) -> Batch:
         rows_per_s=size / own_s,
         ratio=statistics.median(samples["base"]) / own_s,
         model_ms=model_s * 1e3,
-        model_ratio=baseline_s / model_s,
-        device_ms=device_ms,
+        model_ratio=_model_s(reference.loaded, inputs) / model_s,
+        callers_rows_per_s=size * _calls_per_s(loaded, inputs),
     )
 
 
-def _model(
-    form: Form, reference: Reference, picks: _Picks, device: str
-) -> tuple[float, float | None]:
-    """Median host seconds and device milliseconds of token ids to logits."""
+def _inputs(loaded: LoadedVariant, picks: _Picks) -> list[Any]:
+    """Twelve batches, encoded."""
     picks.restart()
-    hosts, devices = [], []
-    for _ in range(12):
-        encoded = reference.preprocessor.encode(picks.next())
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device != "cpu" else []
+    return [loaded.preprocessor(picks.next()) for _ in range(12)]
+
+
+def _model_s(loaded: LoadedVariant, inputs: Sequence[Any]) -> float:
+    """Median host seconds of token ids to logits."""
+    took_s = []
+    for batch in inputs:
         start = time.perf_counter()
-        if events:
-            events[0].record()
-        form.predict(encoded)
-        if events:
-            events[1].record()
-        sync(device)
-        hosts.append(time.perf_counter() - start)
-        devices += [events[0].elapsed_time(events[1])] if events else []
-    return statistics.median(hosts), statistics.median(devices) if devices else None
+        loaded.predict(batch)
+        took_s.append(time.perf_counter() - start)
+    return statistics.median(took_s)
+
+
+def _calls_per_s(loaded: LoadedVariant, inputs: Sequence[Any]) -> float:
+    """Calls per second of two threads, after a warm-up of both."""
+    with ThreadPoolExecutor(_CALLERS) as pool:
+        list(pool.map(loaded.predict, inputs))
+        start = time.perf_counter()
+        list(pool.map(loaded.predict, inputs))
+        return len(inputs) / (time.perf_counter() - start)
 
 
 class _Picks:
@@ -208,13 +233,15 @@ class _Picks:
         return self._rows[self._at - self._size : self._at]
 
 
-def _full_ms(form: Form, device: str, longest: int) -> float:
+def _full_ms(loaded: LoadedVariant, device: str) -> float:
     """Median milliseconds of 256 rows of 128 tokens; a tiny batch without a GPU."""
+    longest = loaded.preprocessor.axes["input_ids"][1].maximum
     rows, length = (_RATE_ROWS, min(_RATE_LENGTH, longest)) if device != "cpu" else (2, 16)
     ids = np.random.default_rng(0).integers(1000, 20000, (rows, length)).tolist()
-    tensors = [torch.from_numpy(array).to(device) for array in form.arrays(ids).values()]
-    with torch.inference_mode():
-        return timed_ms(lambda: form.module(*tensors), device)
+    inputs = loaded.preprocessor.collate(ids)
+    for _ in range(3):
+        loaded.predict(inputs)
+    return _model_s(loaded, [inputs] * 9) * 1e3
 
 
 def timed_ms(call: Callable[[], object], device: str, repeats: int = 7) -> float:
@@ -239,12 +266,17 @@ def timed_ms(call: Callable[[], object], device: str, repeats: int = 7) -> float
     return statistics.median(samples)
 
 
-def full_flops(config: Any) -> float:
-    """Floating-point operations of an encoder on 256 rows of 128 tokens: its matrix products."""
-    width, tokens = config.hidden_size, _RATE_ROWS * _RATE_LENGTH
-    weights = 4 * width**2 + 2 * width * config.intermediate_size
+def full_flops(folder: Path) -> float:
+    """Floating-point operations of an encoder on 256 rows of 128 tokens: its matrix products.
+
+    Args:
+        folder: Hugging Face folder of the model.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf8"))
+    width, tokens = config["hidden_size"], _RATE_ROWS * _RATE_LENGTH
+    weights = 4 * width**2 + 2 * width * config["intermediate_size"]
     attention = 2 * _RATE_LENGTH * width
-    return float(2 * tokens * (weights + attention) * config.num_hidden_layers)
+    return float(2 * tokens * (weights + attention) * config["num_hidden_layers"])
 
 
 def matrix_tflops(device: str) -> dict[str, float]:

@@ -30,13 +30,15 @@ def _fact(fact: object) -> str:
 
 def _table(rows: Sequence[Seen], facts: Mapping[str, Any]) -> Iterator[str]:
     sizes = next((batches for row in rows if (batches := [b.rows for b in row.batches])), [])
-    heads = ["form", "1 row: p50, p95 ms", "device ms", "x"]
-    heads += [f"{size} rows/call: rows/s, x (model only)" for size in sizes if size > 1]
-    heads += ["256 x 128: ms, TFLOP/s, share", "same labels", "logits off", "accuracy", "peak MB"]
+    heads = ["variant", "1 row: p50, p95 ms", "x"]
+    heads += [
+        f"{size} rows/call: rows/s, x (model only; two callers)" for size in sizes if size > 1
+    ]
+    heads += ["256 x 128: ms, TFLOP/s, share", "same labels", "logits off", "accuracy", "memory MB"]
     yield f"| {' | '.join(heads)} |"
     yield f"|---|{'--:|' * (len(heads) - 1)}"
     for row in rows:
-        cells = [row.form, *(_cells(row, facts) if not row.reason else [row.reason])]
+        cells = [row.variant, *(_cells(row, facts) if not row.reason else [row.reason])]
         yield f"| {' | '.join(cells)} |" + " |" * (len(heads) - len(cells))
 
 
@@ -45,14 +47,14 @@ def _cells(row: Seen, facts: Mapping[str, Any]) -> Iterator[str]:
     for batch in row.batches:
         if batch.rows == 1:
             yield f"{batch.p50_ms:.3f}, {batch.p95_ms:.3f}"
-            yield "-" if batch.device_ms is None else f"{batch.device_ms:.3f}"
             yield f"{batch.ratio:.1f}"
         else:
             model = batch.rows / batch.model_ms * 1e3
             own = f"{batch.rows_per_s:,.0f}, {batch.ratio:.1f}"
-            yield f"{own} ({model:,.0f}, {batch.model_ratio:.1f})"
+            callers = f"{batch.callers_rows_per_s:,.0f}"
+            yield f"{own} ({model:,.0f}, {batch.model_ratio:.1f}; {callers})"
     yield f"{row.full_ms:.2f}, {row.tflops:.0f}, {row.tflops / rate:.0%}"
     yield f"{row.same_labels:.2%}"
     yield f"{row.off:.2g} of {row.largest:.3g}"
     yield f"{row.accuracy:.2%}"
-    yield f"{row.peak_mb:,.0f}"
+    yield f"{row.used_mb:,.0f}"

@@ -22,6 +22,7 @@ _TOLERANCE = {
     "fp32": 1e-3,
     "bf16": 5e-2,
     "fp16": 1e-2,
+    "fp8-dynamic": 1e-1,
     "int8-dynamic": 1e-1,
     "int8-static": 1e-1,
     "int8-accuracy": 1e-1,

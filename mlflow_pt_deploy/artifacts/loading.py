@@ -128,7 +128,7 @@ def load_variant(
 def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:
     """Load the files of the runtime; library errors become `ArtifactError` with the cause."""
     variant, labels = manifest.variant(), _read_labels(folder)
-    if manifest.runtime == "eager":
+    if not variant.stages:
         _check_shards(folder, manifest)
     preprocessor = load_preprocessor(folder)
     try:

@@ -53,6 +53,7 @@ def write_variant(
         VariantError: The runtime does not support the model, or its output differs from eager.
         OSError: The disk is full or not writable; partial output is removed.
     """
+    variant = variant.for_this_machine()
     with staged(target, variant, model) as folder:
         variant.export(module, example, calibration, folder)
         module.preprocessor.save(folder)
@@ -98,8 +99,9 @@ def _seal(folder: Path, variant: Variant, model: str) -> None:
     """Write the manifest with the digest of every file."""
     options = asdict(variant)
     precision = options.pop("precision")
-    if options["device"] == CPU:  # as manifests were before there were GPU variants
-        del options["device"]
+    for name, default in (("device", CPU), ("capability", "")):
+        if options.get(name) == default:  # as manifests were before there were GPU variants
+            del options[name]
     content: dict[str, Any] = {
         "name": variant.name(model),
         "model": model,

@@ -33,6 +33,10 @@ RUNTIME_LIBRARIES = {
     "onnxruntime": ("onnxruntime",),
     "openvino": ("openvino",),
     "numpy": (),  # a dependency of this package
+    "cudagraphs": ("torch", "transformers"),
+    "packed": ("torch", "transformers"),
+    "tensorrt": ("onnxruntime-gpu",),
+    "torchao": ("torch", "transformers", "torchao"),
 }
 """Libraries that each runtime needs beside this package's own requirements."""
 

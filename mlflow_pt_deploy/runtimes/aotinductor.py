@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,12 @@ from mlflow_pt_deploy.runtimes.base import (
 )
 from mlflow_pt_deploy.runtimes.eager import in_precision, torch_predict
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.device import check_device, kind_of
+from mlflow_pt_deploy.runtimes.gpu_requirements import (
+    capability_of,
+    check_capability,
+    no_gpu_for,
+)
+from mlflow_pt_deploy.system.device import CPU, check_device, kind_of
 from mlflow_pt_deploy.system.hardware import cpu_flags
 
 if TYPE_CHECKING:
@@ -43,16 +49,28 @@ class AOTInductor(Variant):
     ``int8-static`` quantizes the exported graph with torchao's x86 post-training quantization,
     calibrated on rows of `train`: linear layers only, weights per channel.
     A package runs on the kind of device that it was compiled on.
+
+    Attributes:
+        capability: Compute capability of the GPU that a package was compiled for, such as ``9.0``;
+            empty on the CPU, and before the export.
     """
+
+    capability: str = ""
 
     runtime: ClassVar[str] = "aotinductor"
     compiles: ClassVar[bool] = True
     carries_code: ClassVar[bool] = True
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16"})
 
     def unsupported(self) -> str | None:
+        if reason := super().unsupported():
+            return reason
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "skipped: no C++ compiler; install g++ (or set CXX)"
-        return super().unsupported() if self.device == "cpu" else _no_cuda(self.precision)
+        return None if self.device == CPU else _no_triton(self.precision)
+
+    def for_this_machine(self) -> AOTInductor:
+        return self if self.device == CPU else replace(self, capability=capability_of(self.device))
 
     def required_cpu_flags(self) -> frozenset[str]:
         return _COMPILED_FOR & cpu_flags()
@@ -97,6 +115,8 @@ class AOTInductor(Variant):
                 f"device={self.device}, or another variant."
             )
         check_device(device)
+        if device != CPU:
+            check_capability(self.capability, capability_of(device))
         torch.set_num_threads(threads)
         return torch_predict(load_package(folder, device), device)
 
@@ -157,12 +177,10 @@ def _require_torchao() -> None:
         raise MissingExtraError("torchao", "quantize") from error
 
 
-def _no_cuda(precision: str) -> str | None:
-    import torch
-
-    if precision.startswith("int8"):
-        return "skipped: AOTInductor int8 packages support the CPU only"
-    return None if torch.cuda.is_available() else "skipped: PyTorch finds no CUDA device"
+def _no_triton(precision: str) -> str | None:
+    if find_spec("triton") is None:
+        return "skipped: AOTInductor compiles for a GPU with Triton; install triton"
+    return no_gpu_for(precision, least=(7, 0))
 
 
 def _tensors(batch: Inputs, device: str = "cpu") -> tuple[torch.Tensor, ...]:

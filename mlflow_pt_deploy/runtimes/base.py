@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import VariantError
+from mlflow_pt_deploy.errors import UnsupportedError, VariantError
+from mlflow_pt_deploy.runtimes.gpu_requirements import no_gpu_for
 from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.hardware import cpu_flags
 
@@ -39,6 +40,20 @@ def tokens_computed(predict: Predict, default: int) -> int:
     """Tokens of the last batch with padding; `default` for a predictor without `tokens`."""
     tokens = getattr(predict, "tokens", None)
     return default if tokens is None else int(tokens)
+
+
+def warm_up_buckets(predict: Predict, max_rows: int, max_tokens: int, longest: int) -> None:
+    """Prepare a predictor with fixed shapes for all batches within the limits of a server.
+
+    Args:
+        predict: Does this in a method of the same name; others need no preparation.
+        max_rows: Most rows of a batch.
+        max_tokens: Most tokens of a batch of several rows, padding included.
+        longest: Most tokens of a row.
+    """
+    prepare = getattr(predict, "warm_up_buckets", None)
+    if prepare is not None:
+        prepare(max_rows, max_tokens, longest)
 
 
 def streams_of(predict: Predict) -> tuple[Predict, int]:
@@ -88,11 +103,12 @@ class Variant(ABC):
     A subclass is a frozen dataclass of its options, which are written to the manifest.
 
     Attributes:
-        precision: ``fp32``, ``bf16``, ``fp16``, ``int8-dynamic``, ``int8-static`` (calibrated) or
-            ``int8-accuracy`` (calibrated with accuracy control against the fp32 model).
+        precision: ``fp32``, ``bf16``, ``fp16``, ``fp8-dynamic``, ``int8-dynamic``, ``int8-static``
+            (calibrated) or ``int8-accuracy`` (calibrated with accuracy control against fp32).
         device: ``cpu`` or ``cuda``: the device that the files are exported, checked and measured
             on, and served on unless the user names another.
         runtime: Name of the runtime; the middle part of the variant's name.
+        gpu_precisions: Precisions that run on a GPU.
         extra: Extra of this distribution that the runtime needs, if any.
         compiles: True if the export runs a compiler; such exports are started first.
         stages: Subfolders of the variants that this one combines, see `combine`.
@@ -104,6 +120,7 @@ class Variant(ABC):
     device: str = field(default=CPU, kw_only=True)
 
     runtime: ClassVar[str]
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset()
     extra: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
@@ -119,7 +136,27 @@ class Variant(ABC):
 
         A missing library is not reported here: `export` and `load` raise `MissingExtraError`.
         """
-        return no_native_bf16() if self.precision == "bf16" else None
+        if self.device == CPU:
+            return no_native_bf16() if self.precision == "bf16" else None
+        if self.precision not in self.gpu_precisions:
+            return f"skipped: {self._cpu_only()}"
+        return no_gpu_for(self.precision)
+
+    def check_device_kind(self, device: str) -> None:
+        """Check that the runtime has the precision on a kind of device.
+
+        Raises:
+            UnsupportedError: It runs on the CPU only.
+        """
+        if device != CPU and self.precision not in self.gpu_precisions:
+            raise UnsupportedError(f"{self._cpu_only()}.")
+
+    def _cpu_only(self) -> str:
+        return f"{self.runtime}-{self.precision} runs on the CPU only; use device=cpu"
+
+    def for_this_machine(self) -> Variant:
+        """This variant with the options that an export on this machine gives it."""
+        return self
 
     def required_cpu_flags(self) -> frozenset[str]:
         """CPU flags that the exported files require."""

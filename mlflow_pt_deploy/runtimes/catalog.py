@@ -7,16 +7,32 @@ from mlflow_pt_deploy.model_types import CONVOLUTIONAL, STATIC
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import Cascade
+from mlflow_pt_deploy.runtimes.cuda_graphs import CudaGraphs
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.runtimes.packed import MODEL_TYPE, Packed
+from mlflow_pt_deploy.runtimes.tensorrt import TensorRT
+from mlflow_pt_deploy.runtimes.torchao import TorchAO
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 from mlflow_pt_deploy.system.device import CPU, CUDA, kind_of
 
 RUNTIMES: dict[str, type[Variant]] = {
     kind.runtime: kind
-    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade)
+    for kind in (
+        Eager,
+        TorchScript,
+        AOTInductor,
+        OnnxRuntime,
+        OpenVino,
+        NumPy,
+        Cascade,
+        CudaGraphs,
+        Packed,
+        TensorRT,
+        TorchAO,
+    )
 }
 
 VARIANTS: tuple[Variant, ...] = (
@@ -35,19 +51,31 @@ VARIANTS: tuple[Variant, ...] = (
     OpenVino("int8-static"),
 )
 
-# Slow to build, slower than a similar one in VARIANTS in all measurements, or for a GPU.
+# Slow to build, slower than a similar one in VARIANTS in all measurements, or for a GPU and either
+# slow to build or quantized.
 ON_REQUEST: tuple[Variant, ...] = (
     Eager("fp16"),
     AOTInductor("int8-static"),
     OpenVino("int8-accuracy"),
+    CudaGraphs("fp32", device=CUDA),
+    AOTInductor("fp32", device=CUDA),
+    Packed("fp16", device=CUDA),
+    TensorRT("fp32", device=CUDA),
+    TensorRT("fp16", device=CUDA),
+    TorchAO("int8-dynamic", device=CUDA),
+    TorchAO("fp8-dynamic", device=CUDA),
 )
 GPU_VARIANTS: tuple[Variant, ...] = (
     Eager("fp32", device=CUDA),
     Eager("bf16", device=CUDA),
     Eager("fp16", device=CUDA),
+    CudaGraphs("bf16", device=CUDA),
+    CudaGraphs("fp16", device=CUDA),
+    Packed("bf16", device=CUDA),
     AOTInductor("bf16", device=CUDA),
     AOTInductor("fp16", device=CUDA),
     OnnxRuntime("fp32", device=CUDA),
+    OnnxRuntime("fp16", device=CUDA),
 )
 """Built with ``device=cuda``, beside `VARIANTS`."""
 
@@ -56,7 +84,9 @@ STATIC_VARIANTS: tuple[Variant, ...] = (NumPy("fp32"), OnnxRuntime("fp32"))
 
 # These quantize linear layers only; a convolutional network has one.
 _LINEAR_ONLY = {variant for variant in VARIANTS if variant.precision == "int8-dynamic"} | {
-    AOTInductor("int8-static")
+    AOTInductor("int8-static"),
+    TorchAO("int8-dynamic", device=CUDA),
+    TorchAO("fp8-dynamic", device=CUDA),
 }
 
 
@@ -108,6 +138,8 @@ def skip_reason(variant: Variant, model_type: str) -> str:
             f"skipped: {_short_name(variant)} quantizes linear layers only, and all layers but the "
             "last are convolutions; int8-static of ONNX Runtime and OpenVINO quantizes convolutions"
         )
+    if isinstance(variant, Packed) and model_type != MODEL_TYPE:
+        return f"skipped: packed runs models of the type {MODEL_TYPE} only, and not {model_type}"
     return ""
 
 

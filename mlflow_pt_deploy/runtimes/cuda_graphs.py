@@ -1,35 +1,60 @@
-"""CUDA graphs for a few shapes: one launch per batch instead of one per kernel.
+"""CUDA graphs over a few (rows, length) buckets, with eager PyTorch's kernels and weights.
 
-For a small model Python needs more time to launch the kernels than the GPU to run them. A graph is
-captured once per bucket, a shape (rows, length), and replayed with new contents. A batch is padded
-to the smallest bucket that holds it. Copies to and from pinned host memory are part of
-the graph. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
-
-On the CPU the same code runs the module directly, for tests without a GPU.
+A batch is padded to the smallest bucket that holds it, see `captured_graph`.
 """
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.runtimes.base import Inputs, Logits
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.runtimes.captured_graph import GraphLanes, GraphPart, Module
+from mlflow_pt_deploy.runtimes.eager import load_eager
 
 if TYPE_CHECKING:
-    import torch
+    from mlflow_pt_deploy.models import Classifier
+
+Bucket = tuple[int, int]
+"""Rows and length; the length is 0 if axis 1 is fixed, as for images."""
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 LENGTHS = (16, 32, 64, 128, 256, 512)
 # Batches below this size take about as long as an empty one: they are not split by length.
 _SPLIT_TOKENS = 4096
-# Calls before a capture, in which libraries allocate workspaces and select kernels.
-_WARM_UP_CALLS = 2
 _MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class CudaGraphs(Variant):
+    """Eager PyTorch replayed as CUDA graphs; stores the same files as eager."""
+
+    runtime: ClassVar[str] = "cudagraphs"
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16"})
+
+    def export(
+        self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
+    ) -> None:
+        from mlflow_pt_deploy.models import save_classifier
+
+        save_classifier(module, folder)
+
+    def load(self, folder: Path, *, device: str, threads: int) -> Predict:
+        module = load_eager(folder, self.precision, device, threads)
+        preprocessor = module.preprocessor
+        example = preprocessor.collate(preprocessor.warmup_rows()[:1])
+        longest = [axes[1].maximum for axes in preprocessor.axes.values() if 1 in axes]
+        return GraphPredictor(
+            module, example, device=device, lengths=lengths_up_to(max(longest, default=0))
+        )
 
 
 class Part(NamedTuple):
@@ -40,99 +65,14 @@ class Part(NamedTuple):
     length: int
 
 
-class CapturedGraph:
-    """One captured graph with static input and output buffers.
-
-    Not safe for concurrent use: the buffers hold one batch at a time.
-
-    Args:
-        module: Takes one tensor per input on `device`; returns logits (rows, classes).
-        example: Valid input arrays of the bucket's shape.
-        device: ``cuda``, ``cuda:1``, ...; on ``cpu`` no graph is captured.
-        pool: Memory pool shared by graphs that never run at the same time.
-
-    Attributes:
-        inputs: Views of the pinned input buffers; write here, then call `launch`.
-    """
-
-    def __init__(
-        self, module: Callable[..., torch.Tensor], example: Inputs, device: str, pool: Any = None
-    ) -> None:
-        import torch
-
-        self._module = module
-        self._device = torch.device(device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        with torch.inference_mode():
-            self._hosts = [self._host_buffer(torch.from_numpy(array)) for array in example.values()]
-            self._tensors = [torch.empty_like(host, device=device) for host in self._hosts]
-            self.inputs = {
-                name: host.numpy() for name, host in zip(example, self._hosts, strict=True)
-            }
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):
-                    self._capture(pool)
-            else:
-                self._output = torch.empty_like(self._logits())
-
-    def launch(self) -> None:
-        """Start the computation of the contents of `inputs`."""
-        import torch
-
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            with torch.inference_mode():
-                self._step()
-
-    def logits(self) -> Logits:
-        """Wait for the result; the next launch overwrites the array."""
-        import torch
-
-        if self._graph is not None:
-            torch.cuda.current_stream(self._device).synchronize()
-        return np.asarray(self._output.numpy(), dtype=np.float32)
-
-    def _host_buffer(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._device.type != "cuda":
-            return tensor.clone()
-        return tensor.pin_memory()
-
-    def _logits(self) -> torch.Tensor:
-        for tensor, host in zip(self._tensors, self._hosts, strict=True):
-            tensor.copy_(host, non_blocking=True)
-        return self._module(*self._tensors).float()
-
-    def _step(self) -> None:
-        self._output.copy_(self._logits(), non_blocking=True)
-
-    def _capture(self, pool: Any) -> None:
-        import torch
-
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_CALLS):
-                logits = self._logits()
-            self._output = torch.empty(logits.shape, dtype=torch.float32, pin_memory=True)
-            self._step()
-        stream.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate during the capture, e.g. to serve the previous model.
-        with torch.cuda.graph(
-            self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            self._step()
-
-
-class CudaGraphs:
-    """A `Predict` that replays one graph per bucket; safe for concurrent calls.
+class GraphPredictor:
+    """A `Predict` that replays one graph per bucket; safe for concurrent calls, which overlap.
 
     A batch of many tokens is first split by length, so that short rows are not padded to the
-    longest one. Buckets are captured on first use, or by `warm_up`.
+    longest one. Buckets are captured on first use, or by `warm_up_buckets`.
 
     Args:
-        module: See `CapturedGraph`.
+        module: See `captured_graph.Module`.
         example: Any batch; its rows fill the unused rows of a bucket.
         device: See `CapturedGraph`.
         rows: Bucket sizes, ascending; larger batches are split.
@@ -142,7 +82,7 @@ class CudaGraphs:
 
     def __init__(
         self,
-        module: Callable[..., torch.Tensor],
+        module: Module,
         example: Inputs,
         *,
         device: str,
@@ -151,39 +91,37 @@ class CudaGraphs:
     ) -> None:
         self._module = module
         self._example = {name: array[:1] for name, array in example.items()}
-        self._device = device
         self._rows = tuple(rows)
         self._lengths = tuple(lengths)
-        self._graphs: dict[tuple[int, int], CapturedGraph] = {}
-        self._pool: Any = None
-        self._lock = threading.Lock()
+        self._lanes = GraphLanes(self._make, device)
 
     def __call__(self, inputs: Inputs) -> Logits:
-        with self._lock:
-            return self._predict(inputs)
+        return self.launch(inputs)()
 
-    def warm_up(self, shapes: Sequence[tuple[int, int]] = ()) -> None:
-        """Capture buckets before the first request.
+    def launch(self, inputs: Inputs) -> Callable[[], Logits]:
+        """Start a batch; returns a function that waits for its logits, to be called once."""
+        parts = self.parts(inputs)
+        collect = self._lanes.launch(
+            GraphPart(part[1:], len(part.indices), partial(_fill, inputs=inputs, part=part))
+            for part in parts
+        )
+        return lambda: _in_row_order(parts, collect())
 
-        Args:
-            shapes: Pairs of rows and length; empty captures every bucket.
-        """
-        all_shapes = [(rows, length) for rows in self._rows for length in self._lengths or (0,)]
-        with self._lock:
-            # Largest first: smaller graphs then reuse its memory from the pool.
-            for rows, length in sorted(shapes or all_shapes, reverse=True):
-                self._bucket(rows, length)
+    def warm_up_buckets(self, max_rows: int, max_tokens: int, longest: int) -> None:
+        """Capture every bucket that batches within these limits use, see `reachable_buckets`."""
+        buckets = reachable_buckets(self._rows, self._lengths, max_rows, max_tokens, longest)
+        self._lanes.warm_up(buckets)
 
     def parts(self, inputs: Inputs) -> list[Part]:
         """Split a batch into parts, each with the smallest bucket that holds it."""
         size = len(next(iter(inputs.values())))
         indices = np.arange(size)
         if not self._lengths:
-            return list(self._split(indices, 0))
+            return self._split(indices, 0)
         longest = next(iter(inputs.values())).shape[1]
-        length = _smallest_bucket(self._lengths, longest)
+        length = smallest_bucket(self._lengths, longest)
         if _MASK not in inputs or size * length <= _SPLIT_TOKENS:
-            return list(self._split(indices, length))
+            return self._split(indices, length)
         lengths = inputs[_MASK].shape[1] - np.argmax(inputs[_MASK][:, ::-1] != 0, axis=1)
         buckets = np.searchsorted(self._lengths, lengths)
         return [
@@ -195,59 +133,66 @@ class CudaGraphs:
     def _split(self, indices: npt.NDArray[np.int64], length: int) -> list[Part]:
         size = self._rows[-1]
         chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
-        return [Part(chunk, _smallest_bucket(self._rows, len(chunk)), length) for chunk in chunks]
+        return [Part(chunk, smallest_bucket(self._rows, len(chunk)), length) for chunk in chunks]
 
-    def _predict(self, inputs: Inputs) -> Logits:
-        in_flight: dict[CapturedGraph, Part] = {}
-        results: list[tuple[Part, Logits]] = []
-
-        def collect(bucket: CapturedGraph) -> None:
-            part = in_flight.pop(bucket)
-            results.append((part, bucket.logits()[: len(part.indices)].copy()))
-
-        for part in self.parts(inputs):
-            bucket = self._bucket(part.rows, part.length)
-            if bucket in in_flight:  # its buffers are in use
-                collect(bucket)
-            _fill(bucket.inputs, inputs, part)
-            bucket.launch()
-            in_flight[bucket] = part
-        for bucket in list(in_flight):
-            collect(bucket)
-        size = len(next(iter(inputs.values())))
-        logits = np.empty((size, results[0][1].shape[1]), dtype=np.float32)
-        for part, result in results:
-            logits[part.indices] = result
-        return logits
-
-    def _bucket(self, rows: int, length: int) -> CapturedGraph:
-        graph = self._graphs.get((rows, length))
-        if graph is None:
-            example = self._filler(rows, length)
-            graph = CapturedGraph(self._module, example, self._device, self._shared_pool())
-            self._graphs[rows, length] = graph
-        return graph
-
-    def _shared_pool(self) -> Any:
-        import torch
-
-        if self._pool is None and torch.device(self._device).type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
-
-    def _filler(self, rows: int, length: int) -> dict[str, npt.NDArray[Any]]:
-        """Valid rows of a bucket's shape, so that unused rows compute no NaN."""
+    def _make(self, bucket: Bucket) -> tuple[Module, Inputs]:
+        """The module, and valid rows of a bucket's shape, so that unused rows compute no NaN."""
+        rows, length = bucket
         filler = {}
         for name, array in self._example.items():
             shape = (rows, length, *array.shape[2:]) if length else (rows, *array.shape[1:])
             filler[name] = np.zeros(shape, dtype=array.dtype)
             filler[name][:, : array.shape[1]] = array[:, : shape[1]]
-        return filler
+        return self._module, filler
 
 
-def _smallest_bucket(sizes: Sequence[int], required: int) -> int:
+def lengths_up_to(longest: int) -> tuple[int, ...]:
+    """Bucket lengths of a model whose rows have at most `longest` tokens; empty for 0."""
+    return (*(length for length in LENGTHS if length < longest), longest) if longest else ()
+
+
+def smallest_bucket(sizes: Sequence[int], required: int) -> int:
     """Smallest size that is at least `required`, or the largest size."""
     return sizes[min(bisect_left(sizes, required), len(sizes) - 1)]
+
+
+def reachable_buckets(
+    rows: Sequence[int], lengths: Sequence[int], max_rows: int, max_tokens: int, longest: int
+) -> list[Bucket]:
+    """Buckets that a micro-batcher with these limits can need.
+
+    Args:
+        rows: See `GraphPredictor`.
+        lengths: See `GraphPredictor`.
+        max_rows: Most rows of a batch.
+        max_tokens: Most tokens of a batch of several rows, padding included.
+        longest: Most tokens of a row; for images, the tokens that each of them counts as.
+
+    Returns:
+        Largest first: smaller graphs then reuse its memory from the pool.
+    """
+    by_length = [(bucket, least) for least, bucket in _ranges(lengths)] or [(0, longest)]
+    found = [
+        (row_bucket, length_bucket)
+        for least_rows, row_bucket in _ranges(rows)
+        for length_bucket, least_length in by_length
+        if least_rows <= max_rows
+        and least_length <= longest
+        and (least_rows == 1 or least_rows * least_length <= max_tokens)
+    ]
+    return sorted(found, reverse=True)
+
+
+def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Smallest and largest size for which each bucket is used."""
+    return [(below + 1, size) for below, size in pairwise((0, *sizes))]
+
+
+def _in_row_order(parts: Sequence[Part], results: Sequence[Logits]) -> Logits:
+    logits = np.empty((sum(map(len, results)), results[0].shape[1]), dtype=np.float32)
+    for part, result in zip(parts, results, strict=True):
+        logits[part.indices] = result
+    return logits
 
 
 def _fill(buffers: Inputs, inputs: Inputs, part: Part) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.device import check_device
+from mlflow_pt_deploy.system.device import CPU, CUDA, check_device, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class Eager(Variant):
     """
 
     runtime: ClassVar[str] = "eager"
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16"})
 
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
@@ -49,17 +51,11 @@ class Eager(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
-        from mlflow_pt_deploy.models import reload_classifier
-
+        self.check_device_kind(device)
+        if self.precision != "int8-dynamic":
+            return EagerPredictor(load_eager(folder, self.precision, device, threads), device)
         torch.set_num_threads(threads)
-        if self.precision == "int8-dynamic":
-            if device != "cpu":
-                raise UnsupportedError("eager-int8-dynamic runs on the CPU only; use device=cpu.")
-            module: torch.nn.Module = _load_int8(folder)
-        else:
-            check_device(device)
-            module = in_precision(reload_classifier(str(folder)), self.precision).to(device)
-        return EagerPredictor(module, device)
+        return EagerPredictor(_load_int8(folder), device)
 
 
 class EagerPredictor:
@@ -78,6 +74,30 @@ class EagerPredictor:
         return self._predict(inputs)
 
 
+def load_eager(folder: Path, precision: str, device: str, threads: int) -> Any:
+    """Load the classifier of an exported folder in a precision, on a device."""
+    import torch
+
+    from mlflow_pt_deploy.models import reload_classifier
+
+    torch.set_num_threads(threads)
+    check_device(device)
+    if device != CPU:
+        _disable_tf32()
+    return in_precision(reload_classifier(str(folder)), precision).to(device)
+
+
+def _disable_tf32() -> None:
+    """Disable TF32 for the whole process.
+
+    It is PyTorch's default for convolutions on a GPU, and its 10-bit mantissa would fail the golden
+    check of fp32.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
     """Convert a module's weights, in place, to ``fp32``, ``bf16`` or ``fp16``."""
     import torch
@@ -87,27 +107,31 @@ def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
 
 
 def torch_predict(module: Any, device: str) -> Predict:
-    """Wrap a callable that maps input tensors to logits.
+    """Wrap a callable that maps input tensors on a device to logits.
 
-    On a GPU inputs are copied through pinned memory, and TF32 is disabled for the whole process:
-    it is PyTorch's default for convolutions, and its 10-bit mantissa would fail the golden check.
+    On a GPU inputs are copied through pinned memory. `pin_memory` takes it from PyTorch's cache of
+    pinned blocks, which reuses a block once its copy is done, so it needs no buffers of its own.
     """
     import torch
 
-    if device != "cpu":
-        torch.backends.cudnn.allow_tf32 = False
-
-    def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        if device == "cpu":
-            return tensor
-        return tensor.pin_memory().to(device, non_blocking=True)
-
     def predict(inputs: Inputs) -> Logits:
         with torch.inference_mode():
-            logits = module(*(to_device(torch.from_numpy(array)) for array in inputs.values()))
-        return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
+            logits = module(*(torch.from_numpy(array) for array in inputs.values()))
+        return np.asarray(logits.float().numpy(), dtype=np.float32)
 
-    return predict
+    # a compiled package runs on the current stream of the current device
+    current = partial(torch.cuda.device, device) if kind_of(device) == CUDA else nullcontext
+
+    def predict_on_gpu(inputs: Inputs) -> Logits:
+        with torch.inference_mode(), current():
+            pinned = [torch.from_numpy(array).pin_memory() for array in inputs.values()]
+            logits = module(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+            return np.asarray(logits.float().cpu().numpy(), dtype=np.float32)
+
+    if device == CPU:
+        return predict
+    _disable_tf32()
+    return predict_on_gpu
 
 
 def quantize_linears(module: torch.nn.Module) -> torch.nn.Module:

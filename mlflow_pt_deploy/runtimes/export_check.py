@@ -41,6 +41,7 @@ TOLERANCE = {
     "fp32": Tolerance(1e-3, 1e-3),
     "bf16": Tolerance(0.3, 0.1),
     "fp16": Tolerance(0.05, 0.02),
+    "fp8-dynamic": Tolerance(0.6, 0.1),
     "int8-dynamic": Tolerance(0.6, 0.5),
     "int8-static": Tolerance(0.6, 0.1),
     "int8-accuracy": Tolerance(0.6, 0.1),
@@ -156,21 +157,22 @@ def _check_limit(limit: float, value: float, words: str, probe: _Probe) -> None:
         )
 
 
-def check_int8(quantized: int, total: int, *, min_share: float = 0.5) -> None:
-    """Check that enough weight matrices are int8.
+def check_int8(quantized: int, total: int, *, min_share: float = 0.5, kind: str = "int8") -> None:
+    """Check that enough weight matrices are quantized.
 
     Args:
-        quantized: Number of weight matrices that are stored and multiplied as int8.
+        quantized: Number of weight matrices that are multiplied as 8-bit numbers.
         total: Number of weight matrices, counted once per use, without embeddings.
-        min_share: Minimum share of int8 matrices.
+        min_share: Minimum share of quantized matrices.
+        kind: ``int8`` or ``fp8``.
 
     Raises:
-        VariantError: Too few matrices, or none, are int8.
+        VariantError: Too few matrices, or none, are quantized.
     """
     if not quantized or quantized < min_share * total:
         raise VariantError(
-            f"only {quantized} of {total} weight matrices are int8 after quantization. Use fp32, "
-            "or int8 of another runtime."
+            f"only {quantized} of {total} weight matrices are {kind} after quantization. Use fp32, "
+            f"or {kind} of another runtime."
         )
 
 

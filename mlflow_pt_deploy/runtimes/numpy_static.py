@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import UnsupportedError, VariantError
+from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.model_types import STATIC
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 
@@ -69,8 +69,7 @@ class NumPy(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        if device != "cpu":
-            raise UnsupportedError("the numpy runtime runs on the CPU only; use device=cpu.")
+        self.check_device_kind(device)
         # The products are too small for a second thread, and waiting for a busy core is slow. The
         # limit applies to the whole process.
         threadpool_limits(1, user_api="blas")

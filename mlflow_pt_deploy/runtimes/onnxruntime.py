@@ -1,4 +1,4 @@
-"""ONNX Runtime: fp32, dynamic int8, and int8 calibrated on rows of train."""
+"""ONNX Runtime: fp32, dynamic int8, int8 calibrated on rows of train; on a GPU fp32 and fp16."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, root_cause
+from mlflow_pt_deploy.errors import MissingExtraError, VariantError, root_cause
 from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
     Inputs,
-    Logits,
     Predict,
     Variant,
     check_calibration,
     int8_saturates,
 )
 from mlflow_pt_deploy.runtimes.export_check import check_int8
+from mlflow_pt_deploy.runtimes.onnx_gpu import (
+    CUDA_PROVIDER,
+    cuda_provider,
+    gpu_session,
+    no_provider,
+    run_session,
+)
 from mlflow_pt_deploy.runtimes.streams import Streams
+from mlflow_pt_deploy.system.device import CPU
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
 
 FILE = "model.onnx"
-# TF32 is the default on a GPU; its 10-bit mantissa would fail the golden check.
-_PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
-    "cpu": ("CPUExecutionProvider", {}),
-    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
-}
 # On the CPU the fused kernels of these two are slower than the separate operators: without them a
 # text takes 10 to 17 % less time in int8 and 9 to 13 % in fp32.
 _DISABLED_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
@@ -50,11 +51,17 @@ class OnnxRuntime(Variant):
 
     ``int8-static`` calibrates the ranges of activations on rows of `train`: QDQ format, weights per
     channel (Jacob et al. 2018), attention, softmax and layer norm in fp32. Convolutional networks
-    are quantized completely.
+    are quantized completely. ``fp16`` keeps the inputs and the logits in their types.
     """
 
     runtime: ClassVar[str] = "onnxruntime"
     extra: ClassVar[str | None] = "onnx"
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "fp16"})
+    gpu_provider: ClassVar[str] = CUDA_PROVIDER
+
+    def unsupported(self) -> str | None:
+        reason = super().unsupported()
+        return reason if reason or self.device == CPU else no_provider(self.gpu_provider)
 
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
@@ -62,6 +69,9 @@ class OnnxRuntime(Variant):
         path = folder / FILE
         _to_onnx(module, example, path)
         if self.precision == "fp32":
+            return
+        if self.precision == "fp16":
+            _to_fp16(path)
             return
         _name_weights(path)
         if self.precision == "int8-dynamic":
@@ -77,13 +87,9 @@ class OnnxRuntime(Variant):
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "onnx") from error
 
-        unusable = UnsupportedError(
-            f"the installed onnxruntime does not support device={device}; use device=cpu, or "
-            "install onnxruntime-gpu and the CUDA libraries that it needs."
-        )
-        provider, settings = _PROVIDERS.get(device, ("", {}))
-        if provider not in onnxruntime.get_available_providers():
-            raise unusable
+        self.check_device_kind(device)
+        if device != CPU:
+            return gpu_session(folder / FILE, [cuda_provider(device)], threads, device)
 
         def session(threads: int) -> Predict:
             options = onnxruntime.SessionOptions()
@@ -94,21 +100,30 @@ class OnnxRuntime(Variant):
             loaded = onnxruntime.InferenceSession(
                 str(folder / FILE),
                 options,
-                providers=[(provider, settings)],
-                disabled_optimizers=_DISABLED_FUSIONS if device == "cpu" else [],
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=_DISABLED_FUSIONS,
             )
-            if provider not in loaded.get_providers():
-                raise unusable  # onnxruntime falls back to the CPU with a warning only
+            return partial(run_session, loaded)
 
-            def predict(inputs: Inputs) -> Logits:
-                return np.asarray(loaded.run(["logits"], dict(inputs))[0], dtype=np.float32)
-
-            return predict
-
-        if device != "cpu":
-            return session(threads)
         single = session(1)
         return Streams(session(threads) if threads > 1 else single, single, threads=threads)
+
+
+def _to_fp16(path: Path) -> None:
+    """Convert the graph in place; inputs and logits keep their types."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights too small for fp16, which become 0
+            model = convert_float_to_float16(onnx.load(str(path)), keep_io_types=True)
+        OnnxModel(model).topological_sort()  # the converter appends the casts of the inputs
+        onnx.checker.check_model(model)
+    except Exception as error:  # the converter and onnx raise many types
+        raise VariantError(f"conversion to fp16 failed: {root_cause(error)}") from error
+    onnx.save(model, str(path))
 
 
 def _to_onnx(module: Classifier, example: Inputs, path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError, VariantError, root_cause
+from mlflow_pt_deploy.errors import MissingExtraError, VariantError, root_cause
 from mlflow_pt_deploy.model_types import CONVOLUTIONAL
 from mlflow_pt_deploy.runtimes.base import (
     Inputs,
@@ -68,8 +68,7 @@ class OpenVino(Variant):
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         openvino = _openvino()
-        if device != "cpu":
-            raise UnsupportedError("the openvino runtime runs on the CPU only; use device=cpu.")
+        self.check_device_kind(device)
         compiled = openvino.compile_model(
             str(folder / _FILE),
             "CPU",

@@ -24,6 +24,7 @@ class TorchScript(Variant):
     """Frozen TorchScript trace; ``int8-dynamic`` traces the dynamically quantized module."""
 
     runtime: ClassVar[str] = "torchscript"
+    gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32"})
     carries_code: ClassVar[bool] = True
 
     def export(
@@ -49,6 +50,7 @@ class TorchScript(Variant):
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
         import torch
 
+        self.check_device_kind(device)
         check_device(device)
         torch.set_num_threads(threads)
         with warnings.catch_warnings():

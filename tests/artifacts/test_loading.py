@@ -114,7 +114,7 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"format": 2}, {"format": None}, {"runtime": "tensorrt"}, {"runtime": None}]
+    "changes", [{"format": 2}, {"format": None}, {"runtime": "tvm"}, {"runtime": None}]
 )
 def test_another_format_version_is_rejected(folder: Path, changes: dict[str, Any]) -> None:
     edit_manifest(folder, **changes)

@@ -36,6 +36,7 @@ from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.training.inference import predict_logits
 
 LARGEST = 5.0  # largest logit of the tiny model
@@ -59,7 +60,7 @@ BATCH_TOLERANCE = {
     "int8-static": 0.02,
     "int8-accuracy": 0.02,
 }
-ALL = (*VARIANTS, *ON_REQUEST)
+ALL = tuple(variant for variant in (*VARIANTS, *ON_REQUEST) if variant.device == CPU)
 CALIBRATED = [variant for variant in ALL if variant.precision in ("int8-static", "int8-accuracy")]
 CONTRACTS = [("teacher", variant) for variant in ALL]
 CONTRACTS += [("static", variant) for variant in STATIC_VARIANTS]

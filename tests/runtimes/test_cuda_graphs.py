@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,14 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor, load_package
 from mlflow_pt_deploy.runtimes.base import Inputs
-from mlflow_pt_deploy.runtimes.cuda_graphs import CapturedGraph, CudaGraphs
-from mlflow_pt_deploy.runtimes.eager import Eager, in_precision
+from mlflow_pt_deploy.runtimes.captured_graph import CapturedGraph, GraphLanes, GraphPart
+from mlflow_pt_deploy.runtimes.cuda_graphs import (
+    CudaGraphs,
+    GraphPredictor,
+    lengths_up_to,
+    reachable_buckets,
+)
+from mlflow_pt_deploy.runtimes.eager import in_precision
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -29,10 +36,10 @@ def classifier(tiny_model: Path) -> Classifier:
     return load_classifier(str(tiny_model))
 
 
-def graphs(classifier: Classifier, device: str, **options) -> CudaGraphs:
+def graphs(classifier: Classifier, device: str, **options) -> GraphPredictor:
     example = classifier.preprocessor(["a card"])
     options = {"rows": (1, 4, 8), "lengths": (8, 16, 128), **options}
-    return CudaGraphs(classifier.to(device), example, device=device, **options)
+    return GraphPredictor(classifier.to(device), example, device=device, **options)
 
 
 def expected(classifier: Classifier, inputs: Inputs) -> np.ndarray:
@@ -107,7 +114,7 @@ def test_results_of_split_batches_are_in_row_order(
     np.testing.assert_allclose(predict(inputs), reference, atol=1e-3)
 
 
-def test_buckets_are_captured_once(classifier: Classifier) -> None:
+def test_a_batch_is_computed_in_its_bucket(classifier: Classifier) -> None:
     calls = []
 
     def counted(*tensors):
@@ -115,12 +122,28 @@ def test_buckets_are_captured_once(classifier: Classifier) -> None:
         return classifier(*tensors)
 
     example = classifier.preprocessor(["a card"])
-    predict = CudaGraphs(counted, example, device="cpu", rows=(1, 4), lengths=(8, 128))
-    predict.warm_up()
-    assert calls == [(4, 128), (4, 8), (1, 128), (1, 8)]
-    calls.clear()
+    predict = GraphPredictor(counted, example, device="cpu", rows=(1, 4), lengths=(8, 128))
+    predict.warm_up_buckets(4, 512, 128)
+    assert not calls  # there is nothing to capture on the CPU
     predict(classifier.preprocessor(["card", "refund"]))
     assert calls == [(4, 8)]
+
+
+def test_warm_up_captures_each_bucket_in_each_lane() -> None:
+    import torch
+
+    made = []
+
+    def make(bucket: int):
+        made.append(bucket)
+        return torch.clone, {"values": np.zeros((bucket, 2), dtype=np.float32)}
+
+    lanes = GraphLanes(make, "cpu", count=3)
+    lanes.warm_up([4, 1])
+    assert made == [4, 1] * 3
+    lanes.warm_up([4, 1])
+    lanes.launch([GraphPart(4, 4, lambda buffers: None)])()
+    assert made == [4, 1] * 3
 
 
 def test_images(tiny_resnet: Path, image_splits: Splits, device: str) -> None:
@@ -128,7 +151,8 @@ def test_images(tiny_resnet: Path, image_splits: Splits, device: str) -> None:
     inputs = classifier.preprocessor(image_splits.test.rows[:6])
     reference = expected(classifier, inputs)
     example = {name: array[:1] for name, array in inputs.items()}
-    predict = CudaGraphs(classifier.to(device), example, device=device, rows=(1, 4), lengths=())
+    predict = GraphPredictor(classifier.to(device), example, device=device, rows=(1, 4), lengths=())
+    predict.warm_up_buckets(4, 64, 4)
     np.testing.assert_allclose(predict(inputs), reference, atol=1e-2)
 
 
@@ -139,37 +163,116 @@ def arrays(lengths: list[int]) -> dict[str, np.ndarray]:
 
 
 def test_captured_graph(classifier: Classifier, device: str) -> None:
+    import torch
+
     inputs = classifier.preprocessor(["my card", "a refund"])
     reference = expected(classifier, inputs)
-    captured = CapturedGraph(classifier.to(device), inputs, device)
+    stream = None if device == "cpu" else torch.cuda.Stream()
+    captured = CapturedGraph(classifier.to(device), inputs, device, stream)
     for name, array in inputs.items():
         captured.inputs[name][:] = array[::-1]
     captured.launch()
     np.testing.assert_allclose(captured.logits()[::-1], reference, atol=1e-3)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_eager_on_a_gpu(exported: Callable[..., Path], tiny_splits: Splits, precision: str) -> None:
-    folder = exported(Eager(precision))
-    rows = tiny_splits.test.rows
-    reference = load_variant(folder, device="cpu").logits(rows)
-    found = load_variant(folder, device="cuda").logits(rows)  # includes the golden check
-    np.testing.assert_allclose(found, reference, atol=5 * (1e-3 if precision == "fp32" else 5e-2))
+def test_two_batches_are_in_flight_at_once(classifier: Classifier, device: str) -> None:
+    first = classifier.preprocessor(["card"])
+    second = classifier.preprocessor(["refund"])
+    references = [expected(classifier, first), expected(classifier, second)]
+    predict = graphs(classifier, device)
+    pending = [predict.launch(first), predict.launch(second)]
+    found = [collect() for collect in reversed(pending)][::-1]
+    np.testing.assert_allclose(found, references, atol=1e-3)
+
+
+def test_concurrent_calls(classifier: Classifier, tiny_splits: Splits, device: str) -> None:
+    batches = [classifier.preprocessor(tiny_splits.train.rows[at : at + 3]) for at in range(24)]
+    references = [expected(classifier, batch) for batch in batches]
+    predict = graphs(classifier, device)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(predict, batches))
+    for logits, reference in zip(found, references, strict=True):
+        np.testing.assert_allclose(logits, reference, atol=1e-3)
+
+
+def test_a_batch_that_fails_frees_its_lane() -> None:
+    import torch
+
+    def make(bucket: int):
+        if bucket == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.clone, {"values": np.zeros((bucket, 2), dtype=np.float32)}
+
+    lanes = GraphLanes(make, "cpu", count=1)
+
+    def part(bucket: int) -> GraphPart:
+        return GraphPart(bucket, bucket, lambda buffers: buffers["values"].fill(bucket))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        lanes.launch([part(3), part(0)])
+    with pytest.raises(torch.OutOfMemoryError):
+        lanes.warm_up([3, 0])
+    assert [len(logits) for logits in lanes.launch([part(2), part(3), part(2)])()] == [2, 3, 2]
+
+
+def test_the_second_of_two_lanes_is_captured_when_it_is_needed() -> None:
+    import torch
+
+    made = []
+
+    def make(bucket: int):
+        made.append(bucket)
+        return torch.clone, {"values": np.zeros((bucket, 2), dtype=np.float32)}
+
+    lanes = GraphLanes(make, "cpu")
+    part = GraphPart(1, 1, lambda buffers: None)
+    lanes.launch([part])()
+    lanes.launch([part])()
+    assert made == [1]
+    first = lanes.launch([part])
+    lanes.launch([part])()
+    first()
+    assert made == [1, 1]
+
+
+def test_buckets_that_a_server_needs() -> None:
+    rows, lengths = (1, 2, 4, 8), (16, 64, 128)
+    # two rows of up to 32 tokens need the length 64; a long row is alone
+    found = reachable_buckets(rows, lengths, max_rows=8, max_tokens=64, longest=128)
+    assert found == [(8, 16), (4, 64), (4, 16), (2, 64), (2, 16), (1, 128), (1, 64), (1, 16)]
+    assert reachable_buckets(rows, lengths, max_rows=3, max_tokens=9999, longest=20)[0] == (4, 64)
+    assert reachable_buckets(rows, (), max_rows=8, max_tokens=12, longest=4) == [
+        (4, 0),
+        (2, 0),
+        (1, 0),
+    ]
+    assert lengths_up_to(128) == (16, 32, 64, 128)
+    assert lengths_up_to(100) == (16, 32, 64, 100)
+    assert lengths_up_to(0) == ()
+
+
+@pytest.mark.parametrize("model", ["teacher", "resnet"])
+def test_variant_on_the_cpu(
+    exported: Callable[..., Path], tiny_models: dict[str, tuple[Path, Splits]], model: str
+) -> None:
+    loaded = load_variant(exported(CudaGraphs(), model), threads=1)
+    assert not loaded.manifest.carries_code
+    rows = tiny_models[model][1].test.rows[:5]
+    inputs = loaded.preprocessor(rows)
+    reference = expected(load_classifier(str(tiny_models[model][0])), inputs)
+    np.testing.assert_allclose(loaded.predict(inputs), reference, atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_aotinductor_on_a_gpu(
+def test_aotinductor_package_in_a_graph(
     exported: Callable[..., Path], tiny_splits: Splits, classifier: Classifier
 ) -> None:
     folder = exported(AOTInductor("bf16", device="cuda"))
-    loaded = load_variant(folder, device="cuda", allow_code=True)
     inputs = classifier.preprocessor(tiny_splits.test.rows)
     reference = expected(classifier, inputs)
-    allowed = 5 * 5e-2
-    np.testing.assert_allclose(loaded.predict(inputs), reference, atol=allowed)
-    replayed = CudaGraphs(load_package(folder, "cuda"), inputs, device="cuda", lengths=(16, 128))
-    np.testing.assert_allclose(replayed(inputs), reference, atol=allowed)
+    package = load_package(folder, "cuda")
+    replayed = GraphPredictor(package, inputs, device="cuda", lengths=(16, 128))
+    np.testing.assert_allclose(replayed(inputs), reference, atol=5 * 5e-2)
 
 
 def test_half_precision_is_in_place(classifier: Classifier) -> None:
@@ -177,12 +280,3 @@ def test_half_precision_is_in_place(classifier: Classifier) -> None:
 
     assert in_precision(classifier, "fp16") is classifier
     assert next(classifier.parameters()).dtype == torch.float16
-
-
-def test_package_for_a_gpu() -> None:
-    import torch
-
-    variant = AOTInductor("bf16", device="cuda")
-    assert variant.name("student") == "student-aotinductor-bf16-cuda"
-    if not torch.cuda.is_available():
-        assert variant.unsupported() == "skipped: PyTorch finds no CUDA device"

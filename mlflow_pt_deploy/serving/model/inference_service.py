@@ -25,7 +25,7 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import RequestError, RowError
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.runtimes.base import Logits, pads_rows, streams_of
+from mlflow_pt_deploy.runtimes.base import Logits, pads_rows, streams_of, warm_up_buckets
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.batching.admission import LoopIterationEstimator
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
@@ -114,13 +114,17 @@ class InferenceService:
         """
         preprocessor, predict = self.loaded.preprocessor, self.loaded.predict
         samples = preprocessor.warmup_rows()
+        models = predict.models if isinstance(predict, CascadePredictor) else (predict,)
+        rows, tokens = self.options.max_batch_rows, self.options.max_batch_tokens
+        most = getattr(preprocessor, "max_length", 0) or preprocessor.token_count(samples[-1])
+        for model in models:
+            warm_up_buckets(model, rows, tokens, most)
         for sample in samples:
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
                 self.formatter.to_objects(self.batcher.submit([sample] * rows, bounded=False))
         if preprocessor.column != "text":
             return
         longest = samples[-1]
-        models = predict.models if isinstance(predict, CascadePredictor) else (predict,)
         warm_up_shapes(models, preprocessor.collate([longest] * max(FEW)))
         if self.options.max_wait_ms:
             return

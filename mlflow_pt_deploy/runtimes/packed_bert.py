@@ -7,27 +7,11 @@ transformers network; query, key and value become one product.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
-
-from mlflow_pt_deploy.runtimes.base import Logits
-from mlflow_pt_deploy.runtimes.cuda_graphs import CapturedGraph
-
-TOKENS = tuple(sorted({*(16 << i for i in range(12)), *(24 << i for i in range(2, 11))}))
-# From 2 on: a compiler makes a special case of one row. Unused rows have no tokens.
-ROWS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-LONGEST = (32, 64, 128, 256, 512)
-
-Encoded = Sequence[Sequence[int]]
 
 
 class PackedBert(nn.Module):
@@ -77,6 +61,7 @@ class _Layer(nn.Module):
         self.mixed = layer.attention.output.dense
         self.mixed_norm = layer.attention.output.LayerNorm
         self.wide = layer.intermediate.dense
+        self.activation = layer.intermediate.intermediate_act_fn
         self.narrow = layer.output.dense
         self.narrow_norm = layer.output.LayerNorm
 
@@ -85,7 +70,7 @@ class _Layer(nn.Module):
         query, key, value = self.qkv(hidden).view(tokens, 3, self.heads, -1).unbind(1)
         context = _attention(query, key, value, ends, longest).reshape(tokens, -1)
         hidden = self.mixed_norm(self.mixed(context) + hidden)
-        wide = functional.gelu(self.wide(hidden))
+        wide = self.activation(self.wide(hidden))
         normed: torch.Tensor = self.narrow_norm(self.narrow(wide) + hidden)
         return normed
 
@@ -104,61 +89,3 @@ def _attention(
         q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
         mixed[start:end] = functional.scaled_dot_product_attention(q, k, v).transpose(0, 1)
     return mixed
-
-
-def pack(encoded: Encoded, tokens: int, rows: int) -> dict[str, npt.NDArray[Any]]:
-    """Arrays for `PackedBert`: at least `tokens` long, for at least `rows` rows."""
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    total = int(lengths.sum())
-    ids = np.zeros(max(tokens, total), dtype=np.int64)
-    places = np.zeros_like(ids)
-    ends = np.full(max(rows, len(encoded)) + 1, total, dtype=np.int32)
-    ids[:total] = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=total)
-    ends[0] = 0
-    ends[1 : len(encoded) + 1] = np.cumsum(lengths)
-    places[:total] = np.arange(total) - np.repeat(ends[: len(encoded)], lengths)
-    return {"ids": ids, "places": places, "ends": ends}
-
-
-class PackedGraphs:
-    """Encoded rows to logits by one graph per bucket of tokens, rows and longest row.
-
-    Args:
-        module: A `PackedBert` on `device`, as it is or compiled.
-        device: See `CapturedGraph`.
-    """
-
-    def __init__(self, module: Callable[..., torch.Tensor], device: str) -> None:
-        self._module = module
-        self._device = device
-        self._captured: dict[tuple[int, int, int], CapturedGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device != "cpu" else None
-
-    def __call__(self, encoded: Encoded) -> Logits:
-        answers = []
-        for start in range(0, len(encoded), ROWS[-1]):
-            rows = encoded[start : start + ROWS[-1]]
-            answers.append(self.start(rows).logits()[: len(rows)].copy())
-        return np.concatenate(answers)
-
-    def start(self, encoded: Encoded) -> CapturedGraph:
-        """Start a batch of at most 1024 rows; wait for it before the next one is started."""
-        tokens = _least(TOKENS, sum(map(len, encoded)))
-        rows = _least(ROWS, len(encoded))
-        longest = _least(LONGEST, max(map(len, encoded)))
-        arrays = pack(encoded, tokens, rows)
-        bucket = self._captured.get((tokens, rows, longest))
-        if bucket is None:
-            module = partial(self._module, longest=longest)
-            bucket = CapturedGraph(module, arrays, self._device, self._pool)
-            self._captured[tokens, rows, longest] = bucket
-        for name, array in arrays.items():
-            bucket.inputs[name][:] = array
-        bucket.launch()
-        return bucket
-
-
-def _least(sizes: Sequence[int], wanted: int) -> int:
-    """The smallest size that holds `wanted`; `wanted` itself where none does."""
-    at = bisect_left(sizes, wanted)
-    return sizes[at] if at < len(sizes) else wanted
