@@ -11,12 +11,13 @@ from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
+from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
 from mlflow_pt_deploy.system.device import CPU, CUDA, kind_of
 
 RUNTIMES: dict[str, type[Variant]] = {
     kind.runtime: kind
-    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade)
+    for kind in (Eager, TorchScript, AOTInductor, OnnxRuntime, OpenVino, NumPy, Cascade, Portable)
 }
 
 VARIANTS: tuple[Variant, ...] = (
