@@ -161,8 +161,10 @@ def _load_usable_stage(
 
 def _needs_gpu(manifest: Manifest, lacking: str) -> UnsupportedError:
     """The error for a variant for GPUs on a host without one."""
+    capability = manifest.options.get("capability")  # of compiled packages
+    chip = f" of compute capability {capability}" if capability else ""
     return UnsupportedError(
-        f"{manifest.name} needs an NVIDIA GPU and its driver, and this host cannot offer them: "
+        f"{manifest.name} needs an NVIDIA GPU{chip} with its driver, and this host offers none: "
         f"{lacking}. Choose a variant for this host: pt-deploy promote --run RUN_ID --name NAME "
         "--runtimes portable (or onnxruntime, openvino, ...)."
     )

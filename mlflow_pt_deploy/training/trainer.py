@@ -6,7 +6,8 @@ loss from `distillation`. Epochs are reported to a callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from torch.nn import functional
 
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import DataError, RowError
+from mlflow_pt_deploy.errors import DataError, RowError, TrainingError
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import is_out_of_memory, release_cached_memory
 from mlflow_pt_deploy.system.progress import progress
-from mlflow_pt_deploy.training.inference import Tensors
+from mlflow_pt_deploy.training.inference import Tensors, to_device
 from mlflow_pt_deploy.training.optimization import Schedule
 from mlflow_pt_deploy.training.process_group import ALONE, ProcessGroup
 from mlflow_pt_deploy.training.training_state import Epoch, Loss, TrainingState
@@ -30,7 +32,7 @@ def cross_entropy(targets: npt.NDArray[np.int64]) -> Loss:
     truth = torch.from_numpy(targets)
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
-        return functional.cross_entropy(logits, truth[rows].to(logits.device))
+        return functional.cross_entropy(logits, to_device(truth[rows], logits.device))
 
     return loss
 
@@ -83,7 +85,7 @@ def fit(
         splits: Trains on `train` and selects the epoch on `validation`; `test` is not used.
         loss: Loss function, see `Loss`.
         schedule: Training hyperparameters.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or, for one process, ``cuda:N``.
         checkpoint: Checkpoint file, written at least once a minute and after each epoch. If it
             exists, training resumes from it. It is removed at the end.
         on_epoch: Called after each epoch.
@@ -95,9 +97,39 @@ def fit(
 
     Raises:
         DataError: The loss is not finite, or the checkpoint was made with other hyperparameters.
-        TrainingError: The processes have other rows, or a batch has too few for all of them.
+        TrainingError: The processes have other rows, a batch has too few for all of them, or the
+            GPU has no memory for one.
     """
     schedule = schedule.resolved(classifier)
+    with _memory_error_explained(schedule.batch_size, device):
+        return _fit(classifier, splits, loss, schedule, device, checkpoint, on_epoch, group)
+
+
+@contextmanager
+def _memory_error_explained(batch_size: int, device: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release_cached_memory()
+        raise TrainingError(
+            f"{device} has no memory for a training step with --batch-size {batch_size}. Give a "
+            "smaller --batch-size and start again; or free its memory, or give more --processes, "
+            "which share a batch, and continue with --resume."
+        ) from error
+
+
+def _fit(
+    classifier: Classifier,
+    splits: Splits,
+    loss: Loss,
+    schedule: Schedule,
+    device: str,
+    checkpoint: Path | None,
+    on_epoch: Callable[[Epoch], None] | None,
+    group: ProcessGroup,
+) -> list[Epoch]:
     if group.size > 1:
         group.check_same(splits.train.digest)
     checkpoint = checkpoint if group.rank == 0 else None

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiny.gpu import built_for_cuda, edit_manifest
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
 from mlflow_pt_deploy.artifacts.golden import compare_golden_rows, read_golden_rows
+from mlflow_pt_deploy.artifacts.loading import _needs_gpu
 from mlflow_pt_deploy.artifacts.portable_writer import write_portable
 from mlflow_pt_deploy.artifacts.writing import replace_golden_rows
 from mlflow_pt_deploy.data import Splits
@@ -140,7 +142,7 @@ def test_a_variant_for_gpus_says_what_it_needs(
 ) -> None:
     write_portable(*pair, tmp_path / "p")
     message = (
-        "teacher-eager-fp16-cuda needs an NVIDIA GPU and its driver, .* it has no NVIDIA driver. "
+        "teacher-eager-fp16-cuda needs an NVIDIA GPU with its driver, .* it has no NVIDIA driver. "
         "Choose .* pt-deploy promote --run RUN_ID --name NAME --runtimes portable"
     )
     with pytest.raises(UnsupportedError, match=message):
@@ -149,6 +151,9 @@ def test_a_variant_for_gpus_says_what_it_needs(
         with pytest.raises(UnsupportedError, match=message):
             load_variant(tmp_path / "p", device=name)
     assert load_variant(pair[1], device="cpu").device == "cpu"  # eager needs no GPU
+    compiled = replace(verify(pair[1]), options={"device": "cuda", "capability": "9.0"})
+    error = _needs_gpu(compiled, "PyTorch 2.13.0+cpu finds no CUDA device")
+    assert "NVIDIA GPU of compute capability 9.0 with its driver" in str(error)
 
 
 def test_a_changed_byte_of_the_other_stage_is_detected(
