@@ -180,6 +180,7 @@ def _label_split(teacher: Classifier, split: Split, cache: Path, device: str) ->
             logits[indices], features[indices] = batch_logits.cpu(), capture.features().cpu()
             bar.update(len(indices))
     capture.remove()
+    teacher.cpu()  # a GPU has room for the student
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     with interrupt.shielded():

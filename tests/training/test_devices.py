@@ -19,10 +19,15 @@ from mlflow_pt_deploy.models import Classifier, load_classifier
 from mlflow_pt_deploy.system.progress import progress
 from mlflow_pt_deploy.system.ranks import Ranks
 from mlflow_pt_deploy.training import optimization, training_state
-from mlflow_pt_deploy.training.distillation import label_with_teacher
+from mlflow_pt_deploy.training.distillation import (
+    add_similarity_loss,
+    distillation_loss,
+    label_with_teacher,
+)
 from mlflow_pt_deploy.training.inference import predict_logits
 from mlflow_pt_deploy.training.optimization import Schedule
 from mlflow_pt_deploy.training.process_group import ALONE, joined
+from mlflow_pt_deploy.training.qat import int8_rounding
 from mlflow_pt_deploy.training.trainer import cross_entropy, fit
 from mlflow_pt_deploy.training.training_state import Epoch, TrainingState
 
@@ -264,3 +269,17 @@ def test_training_on_a_gpu(tiny_model: Path, tiny_splits: Splits) -> None:
     expected = predict_logits(classifier, tiny_splits.test.rows)
     found = predict_logits(classifier, tiny_splits.test.rows, device="cuda")
     np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_distillation_on_a_gpu(classifier: Classifier, tiny_splits: Splits, tmp_path: Path) -> None:
+    train = tiny_splits.train
+    expected = label_with_teacher(classifier, train, tmp_path / "cpu")
+    labels = label_with_teacher(classifier, train, tmp_path / "cuda", device="cuda")
+    np.testing.assert_allclose(labels.logits, expected.logits, atol=1e-3)
+    assert next(classifier.parameters()).device.type == "cpu"
+    loss = distillation_loss(labels.logits, labels.split.targets)
+    loss = add_similarity_loss(loss, classifier, labels.features, 0.5)
+    with int8_rounding(classifier.network):
+        epochs = fit(classifier, tiny_splits, loss, SHORT, device="cuda")
+    assert np.isfinite(losses(epochs)).all()
