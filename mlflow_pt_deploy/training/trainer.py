@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.data import Split, Splits
 from mlflow_pt_deploy.errors import DataError, RowError, TrainingError
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.system import interrupt
@@ -101,8 +101,20 @@ def fit(
             GPU has no memory for one.
     """
     schedule = schedule.resolved(classifier)
+    if group.size > 1:
+        group.check_same(splits.train.digest)
+    checkpoint = checkpoint if group.rank == 0 else None
+    saved = checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""
     with _memory_error_explained(schedule.batch_size, device):
-        return _fit(classifier, splits, loss, schedule, device, checkpoint, on_epoch, group)
+        run = TrainingState(classifier.to(device), splits.train, schedule, device, group)
+        if saved := group.broadcast(saved):
+            run.restore(saved)
+        _run(run, loss, splits.validation, checkpoint, on_epoch)
+    classifier.load_state_dict(run.best)
+    classifier.to("cpu").eval()
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return run.epochs
 
 
 @contextmanager
@@ -120,27 +132,18 @@ def _memory_error_explained(batch_size: int, device: str) -> Iterator[None]:
         ) from error
 
 
-def _fit(
-    classifier: Classifier,
-    splits: Splits,
+def _run(
+    run: TrainingState,
     loss: Loss,
-    schedule: Schedule,
-    device: str,
+    validation: Split,
     checkpoint: Path | None,
     on_epoch: Callable[[Epoch], None] | None,
-    group: ProcessGroup,
-) -> list[Epoch]:
-    if group.size > 1:
-        group.check_same(splits.train.digest)
-    checkpoint = checkpoint if group.rank == 0 else None
-    saved = checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""
-    run = TrainingState(classifier.to(device), splits.train, schedule, device, group)
-    if saved := group.broadcast(saved):
-        run.restore(saved)
-    shown = group.rank == 0
+) -> None:
+    """Run the epochs that are left."""
+    shown = run.group.rank == 0
     with progress("training", run.total_steps, "batches", done=run.step, shown=shown) as bar:
-        while len(run.epochs) < schedule.epochs:
-            epoch = run.next_epoch(loss, splits.validation, checkpoint, bar)
+        while len(run.epochs) < run.schedule.epochs:
+            epoch = run.next_epoch(loss, validation, checkpoint, bar)
             bar.update(
                 0, f"loss {epoch.train_loss:.3f}, validation {epoch.validation_accuracy:.4f}"
             )
@@ -148,8 +151,3 @@ def _fit(
                 run.save(checkpoint)
             if on_epoch:
                 on_epoch(epoch)
-    classifier.load_state_dict(run.best)
-    classifier.to("cpu").eval()
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return run.epochs
