@@ -58,6 +58,15 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cpu_only(without_gpu: None) -> None:
+    """The machine has no GPU that PyTorch could use, whatever the functions above say."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+
+
+@pytest.fixture
 def pair(exported: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
     return exported(Eager()), built_for_cuda(exported(Eager("fp16")), tmp_path / "cuda")
 
@@ -138,7 +147,7 @@ def test_without_pytorch(exported: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_a_variant_for_gpus_says_what_it_needs(
-    pair: tuple[Path, Path], tmp_path: Path, without_gpu: None
+    pair: tuple[Path, Path], tmp_path: Path, cpu_only: None
 ) -> None:
     write_portable(*pair, tmp_path / "p")
     message = (
@@ -214,7 +223,7 @@ def test_a_manifest_with_another_stage(
 
 
 def test_golden_rows_can_be_replaced_where_both_stages_run(
-    pair: tuple[Path, Path], tmp_path: Path, without_gpu: None
+    pair: tuple[Path, Path], tmp_path: Path, cpu_only: None
 ) -> None:
     write_portable(*pair, tmp_path / "p")
     with pytest.raises(PtDeployError, match="teacher-eager-fp16-cuda needs an NVIDIA GPU"):

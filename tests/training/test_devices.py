@@ -153,7 +153,7 @@ def test_training_in_fp16_resumes_as_if_uninterrupted(
         assert losses(found) == losses(expected)
         assert_same(weights(resumed), weights(straight))
     else:  # sums of a GPU come in any order
-        assert losses(found) == pytest.approx(losses(expected), rel=0.02)
+        assert losses(found) == pytest.approx(losses(expected), rel=0.05)
 
 
 def test_a_step_that_overflows_changes_no_weight(
@@ -250,7 +250,11 @@ def test_processes_without_a_gpu_each_are_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_training_on_a_gpu(tiny_model: Path, tiny_splits: Splits) -> None:
+@pytest.mark.parametrize("model", ["teacher", "static"])
+def test_training_on_a_gpu(
+    tiny_models: dict[str, tuple[Path, Splits]], tiny_splits: Splits, model: str
+) -> None:
+    folder = str(tiny_models[model][0])
     seen = set()
     entropy = cross_entropy((tiny_splits.train.targets + 1) % 3)
 
@@ -259,13 +263,13 @@ def test_training_on_a_gpu(tiny_model: Path, tiny_splits: Splits) -> None:
         return entropy(logits, rows, inputs)
 
     first, second = (
-        fit(load_classifier(str(tiny_model)), tiny_splits, loss, SHORT, device=device)
+        fit(load_classifier(folder), tiny_splits, loss, SHORT, device=device)
         for device in ("cuda", "cuda:0")
     )
     assert seen == {("cuda", optimization.compute_dtype("cuda"))}
-    assert losses(second) == pytest.approx(losses(first), rel=0.02)
+    assert losses(second) == pytest.approx(losses(first), rel=0.05)
     assert losses(first)[1] < losses(first)[0]
-    classifier = load_classifier(str(tiny_model))
+    classifier = load_classifier(folder)
     expected = predict_logits(classifier, tiny_splits.test.rows)
     found = predict_logits(classifier, tiny_splits.test.rows, device="cuda")
     np.testing.assert_allclose(found, expected, atol=1e-3)
