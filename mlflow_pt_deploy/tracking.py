@@ -28,6 +28,7 @@ from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, TrackingError
 from mlflow_pt_deploy.evaluation import Result
 from mlflow_pt_deploy.evaluation.slices import Change, Slice, changed_rows, slice_accuracy
+from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
@@ -245,7 +246,12 @@ def _log_table(rows: Sequence[tuple[object, ...]], columns: Sequence[str], name:
 
 
 def _serving_config(result: Result) -> dict[str, int]:
-    """Return the serving options with which the variant performed best."""
+    """Return the serving options with which the variant performed best.
+
+    A portable variant has none: its figures are those of a GPU, and it also serves without one.
+    """
+    if result.runtime == Portable.runtime:
+        return {}
     config = {"num_threads": result.threads} if result.threads < usable_cores() else {}
     rows = result.value("best_batch_rows")
     return {**config, "max_batch_rows": int(rows)} if rows else config

@@ -5,12 +5,13 @@
 ├── labels.json          class names, in the order of the logits
 ├── golden.json          a few rows and the logits of this artifact for them
 ├── preprocessor.json    for text also tokenizer.json
-└── ...                  files of the runtime
+└── ...                  files of the runtime; of a cascade or portable variant, a folder a stage
 """
 
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
 from mlflow_pt_deploy.artifacts.loading import LoadedVariant, load_variant, verify
 from mlflow_pt_deploy.artifacts.manifest import Manifest, read_manifest
+from mlflow_pt_deploy.artifacts.portable_writer import write_portable
 from mlflow_pt_deploy.artifacts.writing import write_variant
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "read_manifest",
     "verify",
     "write_cascade",
+    "write_portable",
     "write_variant",
 ]

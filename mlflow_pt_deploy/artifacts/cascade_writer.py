@@ -10,9 +10,8 @@ import numpy as np
 
 from mlflow_pt_deploy.artifacts.loading import load_variant, verify
 from mlflow_pt_deploy.artifacts.manifest import Manifest
-from mlflow_pt_deploy.artifacts.writing import staged, write_golden
-from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.preprocessing import Row, load_preprocessor
+from mlflow_pt_deploy.artifacts.writing import check_same_inputs, staged, write_golden
+from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.runtimes.base import confidence
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, FAST, STRONG, Cascade
 
@@ -43,13 +42,9 @@ def write_cascade(
         OSError: The disk is full or not writable; partial output is removed.
     """
     first, second = verify(fast), verify(strong)
-    shared = ("labels.json", *load_preprocessor(fast).files)
-    for part in shared:
-        if first.files[part] != second.files.get(part):
-            raise VariantError(
-                f"{first.name} and {second.name} cannot form a cascade: their {part} differ. "
-                "Distill both from the same teacher."
-            )
+    shared = check_same_inputs(
+        fast, strong, "form a cascade", "Distill both from the same teacher."
+    )
     cascade = Cascade(
         threshold=threshold,
         fast=first.name,

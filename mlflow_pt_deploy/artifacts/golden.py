@@ -10,6 +10,7 @@ import numpy as np
 from mlflow_pt_deploy.errors import ArtifactError, root_cause
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Logits
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.regular_files import read_json
 
 if TYPE_CHECKING:
@@ -51,11 +52,18 @@ class GoldenComparison(NamedTuple):
         return self.difference <= self.allowed
 
 
+def read_golden_rows(folder: Path) -> list[Row]:
+    """Golden rows of a variant that was verified; of a portable one, those of the CPU's stage."""
+    own = folder / GOLDEN
+    golden = read_json(own if own.exists() else folder / CPU / GOLDEN)
+    return [row_from_json(row) for row in golden["rows"]]
+
+
 def _read_golden(loaded: LoadedVariant, folder: Path) -> tuple[list[Row], Logits]:
     """Return the golden rows and their stored logits, float32 (rows, classes)."""
     column = loaded.preprocessor.column
     try:
-        golden = read_json(folder / GOLDEN)
+        golden = read_json(loaded.running_folder(folder) / GOLDEN)
         rows = [row_from_json(row) for row in golden["rows"]]
         expected = np.asarray(golden["logits"], dtype=np.float32)
         kind = str if column == "text" else bytes
@@ -111,7 +119,7 @@ def compare_golden_rows(loaded: LoadedVariant, folder: Path) -> GoldenComparison
             f"has {len(loaded.labels)} classes. Export the variant again."
         )
     difference = float(np.abs(actual - expected).max())
-    allowed = _TOLERANCE[loaded.manifest.precision] * float(np.abs(expected).max())
+    allowed = _TOLERANCE[loaded.running.precision] * float(np.abs(expected).max())
     if not np.isfinite(expected).all():
         difference = float("nan")
     changed = int(np.sum(actual.argmax(axis=1) != expected.argmax(axis=1)))

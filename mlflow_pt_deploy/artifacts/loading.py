@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow_pt_deploy.artifacts.golden import check_golden_rows
@@ -22,7 +22,8 @@ from mlflow_pt_deploy.preprocessing import (
     load_preprocessor,
 )
 from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
-from mlflow_pt_deploy.system.device import AUTO, CPU
+from mlflow_pt_deploy.runtimes.portable import Portable, usable_device
+from mlflow_pt_deploy.system.device import AUTO, CPU, kind_of, missing_gpu
 from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
 from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
 
@@ -37,6 +38,7 @@ class LoadedVariant:
         labels: Class names, in the order of the logits.
         predict: Maps named arrays to logits, float32 (batch, classes).
         device: Where it runs: ``cpu``, ``cuda`` or ``cuda:N``.
+        stage: Of a portable variant, the manifest of the stage that was loaded; else None.
     """
 
     manifest: Manifest
@@ -44,6 +46,16 @@ class LoadedVariant:
     labels: tuple[str, ...]
     predict: Predict
     device: str = CPU
+    stage: Manifest | None = None
+
+    @property
+    def running(self) -> Manifest:
+        """Manifest of the files that run: the loaded stage of a portable variant, or its own."""
+        return self.stage or self.manifest
+
+    def running_folder(self, folder: Path) -> Path:
+        """The folder of `running`, in the variant's folder."""
+        return folder / kind_of(self.device) if self.stage else folder
 
     def logits(self, rows: Sequence[Row]) -> Logits:
         """Compute the logits of raw rows as one batch, float32 (rows, classes)."""
@@ -91,14 +103,14 @@ def load_variant(
 
     Args:
         folder: Folder written by `write_variant`.
-        device: ``auto``: the device that the variant was built for; or ``cpu``, ``cuda``,
-            ``cuda:N``, if the runtime supports it.
+        device: ``auto``: the device that the variant was built for, of a portable one the GPU if
+            there is one; or ``cpu``, ``cuda``, ``cuda:N``, if the runtime supports it.
         threads: Threads per call; 0 uses all cores available to this process.
         allow_code: Load formats that carry code. Allow only artifacts that you built yourself or
             whose digest is trusted.
         check_golden: Compare the logits of the golden rows with those stored at export; the same
             integer kernels can give other results on another processor.
-        verified: The digests were verified before, as part of a cascade.
+        verified: The digests were verified before, as part of a cascade or portable variant.
 
     Raises:
         ArtifactError: The folder is incomplete or changed, or the golden check fails.
@@ -118,11 +130,44 @@ def load_variant(
             f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
             "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
         )
+    if manifest.runtime == Portable.runtime:
+        return _load_usable_stage(folder, manifest, usable_device(device), threads, check_golden)
     device = manifest.device if device == AUTO else device
-    loaded = _load_files(folder, manifest, device, threads or usable_cores())
+    try:
+        loaded = _load_files(folder, manifest, device, threads or usable_cores())
+    except UnsupportedError as error:
+        if manifest.device == CPU or not (lacking := missing_gpu()):
+            raise
+        raise _needs_gpu(manifest, lacking) from error
     if check_golden:
         check_golden_rows(loaded, folder)
     return loaded
+
+
+def _load_usable_stage(
+    folder: Path, manifest: Manifest, device: str, threads: int, check_golden: bool
+) -> LoadedVariant:
+    """Load the stage of a portable variant for a device, and nothing of the other."""
+    loaded = load_variant(
+        folder / kind_of(device),
+        device=device,
+        threads=threads,
+        allow_code=manifest.variant().allows_code,
+        check_golden=check_golden,
+        verified=True,
+    )
+    return replace(loaded, manifest=manifest, stage=loaded.manifest)
+
+
+def _needs_gpu(manifest: Manifest, lacking: str) -> UnsupportedError:
+    """The error for a variant for GPUs on a host without one."""
+    capability = manifest.options.get("capability")  # of compiled packages
+    chip = f" of compute capability {capability}" if capability else ""
+    return UnsupportedError(
+        f"{manifest.name} needs an NVIDIA GPU{chip} with its driver, and this host offers none: "
+        f"{lacking}. Choose a variant for this host: pt-deploy promote --run RUN_ID --name NAME "
+        "--runtimes portable (or onnxruntime, openvino, ...)."
+    )
 
 
 def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> LoadedVariant:

@@ -24,6 +24,7 @@ from mlflow_pt_deploy.runtimes.catalog import (
     STATIC_VARIANTS,
     VARIANTS,
 )
+from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.regular_files import parse_json, read_regular
 
@@ -85,15 +86,14 @@ class Manifest:
     @property
     def carries_code(self) -> bool:
         """Whether the native files contain code, see `Variant.carries_code`."""
-        # A cascade declares this for its stages; each stage is checked again when it is loaded.
+        # Declared for all stages; each is checked again when it is loaded.
         return RUNTIMES[self.runtime].carries_code or bool(self.options.get("trusted"))
 
     @property
     def runtimes(self) -> tuple[str, ...]:
-        """Runtimes that must be installed: its own, or those of the stages of a cascade."""
-        if self.runtime != Cascade.runtime:
-            return (self.runtime,)
-        return tuple(self.options[stage].split("-")[1] for stage in ("fast", "strong"))
+        """Runtimes that must be installed: its own, or those of its stages."""
+        stages = RUNTIMES[self.runtime].stages
+        return tuple(self.options[stage].split("-")[1] for stage in stages) or (self.runtime,)
 
     def variant(self) -> Variant:
         """Return the variant with the options of this manifest.
@@ -115,8 +115,9 @@ class Manifest:
             k: tuple(v) if isinstance(v, list) else v for k, v in self.options.items()
         }
         variant = kind(precision=self.precision, **options)
-        if isinstance(variant, Cascade):
-            _check_cascade(self.name, variant)
+        if isinstance(variant, Cascade) and not 0 <= variant.threshold <= 1:
+            raise _invalid(self.name, "options.threshold is not between 0 and 1")
+        _check_stages(self.name, variant)
         return variant
 
 
@@ -126,6 +127,7 @@ _ALL_VARIANTS: tuple[Variant, ...] = (
     *ON_REQUEST,
     *GPU_VARIANTS,
     Cascade(),
+    Portable(),
 )
 
 
@@ -182,18 +184,18 @@ def _check(name: str, content: dict[str, Any]) -> None:
             raise _invalid(name, f"files: {_shown(path)} is not a path inside the folder")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise _invalid(name, f"files has no SHA-256 for {_shown(path)}")
-        # The stages of a cascade have manifests of their own.
+        # Stages have manifests of their own.
         if not carries_code and "/" not in path and _may_carry_code(path):
             raise _invalid(name, f"files: {content['runtime']} never writes {_shown(path)}")
 
 
-def _check_cascade(name: str, cascade: Cascade) -> None:
-    if not 0 <= cascade.threshold <= 1:
-        raise _invalid(name, "options.threshold is not between 0 and 1")
-    for stage in (cascade.fast, cascade.strong):
-        parts = stage.split("-")
-        if len(parts) < 3 or parts[1] not in RUNTIMES or parts[1] == Cascade.runtime:
-            raise _invalid(name, f"options contains {_shown(stage)}, which is not a variant name")
+def _check_stages(name: str, variant: Variant) -> None:
+    """Check that the options name a variant without stages for each stage."""
+    for stage in variant.stages:
+        given = getattr(variant, stage)
+        parts = given.split("-")
+        if len(parts) < 3 or parts[1] not in RUNTIMES or RUNTIMES[parts[1]].stages:
+            raise _invalid(name, f"options contains {_shown(given)}, which is not a variant name")
 
 
 def _same_type(value: object, default: object) -> bool:

@@ -18,7 +18,7 @@ from mlflow_pt_deploy.artifacts.golden import GOLDEN
 from mlflow_pt_deploy.artifacts.loading import load_variant
 from mlflow_pt_deploy.artifacts.manifest import FORMAT, LABELS, MANIFEST, Manifest, read_manifest
 from mlflow_pt_deploy.errors import VariantError
-from mlflow_pt_deploy.preprocessing import Preprocessor, Row, row_to_json
+from mlflow_pt_deploy.preprocessing import Preprocessor, Row, load_preprocessor, row_to_json
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import Probes
 from mlflow_pt_deploy.system.device import CPU
@@ -95,6 +95,30 @@ def write_golden(
     _write_json(folder / GOLDEN, {"rows": [row_to_json(row) for row in rows], "logits": logits})
 
 
+def check_same_inputs(first: Path, second: Path, purpose: str, cure: str) -> tuple[str, ...]:
+    """Check that two variants have the same class names and preprocessing.
+
+    Args:
+        first, second: Folders with verified digests.
+        purpose: What the two were to do together, for the message.
+        cure: How to get two that can, for the message.
+
+    Returns:
+        Names of the files that are the same.
+
+    Raises:
+        VariantError: A file differs; the message names it.
+    """
+    one, other = read_manifest(first), read_manifest(second)
+    shared = (LABELS, *load_preprocessor(first).files)
+    for part in shared:
+        if one.files[part] != other.files.get(part):
+            raise VariantError(
+                f"{one.name} and {other.name} cannot {purpose}: their {part} differ. {cure}"
+            )
+    return shared
+
+
 def _seal(folder: Path, variant: Variant, model: str) -> None:
     """Write the manifest with the digest of every file."""
     options = asdict(variant)
@@ -125,7 +149,8 @@ def _write_json(path: Path, content: object) -> None:
 def replace_golden_rows(folder: Path, *, allow_code: bool = False) -> None:
     """Replace the golden rows, which are rows of the user's data, by made ones.
 
-    The digest of the variant changes. The stages of a cascade have golden rows of their own.
+    The digest of the variant changes. Stages have golden rows of their own; those of a portable
+    variant must both run on this machine.
 
     Args:
         folder: A verified variant folder; changed in place.
@@ -137,6 +162,8 @@ def replace_golden_rows(folder: Path, *, allow_code: bool = False) -> None:
     for manifest in sorted(folder.rglob(MANIFEST), key=lambda path: -len(path.parts)):
         part = manifest.parent
         _reseal(part)  # its stages have changed
+        if not (part / GOLDEN).exists():
+            continue  # a portable variant: each stage has its own
         loaded = load_variant(part, allow_code=allow_code, check_golden=False)
         rows = _made_rows(loaded.preprocessor.column)
         write_golden(part, loaded.predict, loaded.preprocessor, rows)

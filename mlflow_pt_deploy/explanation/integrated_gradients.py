@@ -40,7 +40,7 @@ class IntegratedGradients:
 
     def __init__(self, loaded: LoadedVariant) -> None:
         predict, name = loaded.predict, loaded.manifest.name
-        if not isinstance(predict, EagerPredictor) or loaded.manifest.precision != "fp32":
+        if not isinstance(predict, EagerPredictor) or loaded.running.precision != "fp32":
             raise UnsupportedError(
                 f"{name} has no gradients: {METHOD} needs an eager variant in fp32. Serve such a "
                 "one, or set explain_method=auto."

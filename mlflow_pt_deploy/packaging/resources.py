@@ -6,10 +6,8 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_pt_deploy.artifacts.golden import GOLDEN
+from mlflow_pt_deploy.artifacts.golden import read_golden_rows
 from mlflow_pt_deploy.evaluation import Worker
-from mlflow_pt_deploy.preprocessing import row_from_json
-from mlflow_pt_deploy.system.regular_files import read_json
 
 # What the server takes beside the model: HTTP, registry client, request bodies.
 _SERVER_MB = 160
@@ -42,7 +40,7 @@ def measure_resources(variant: Path, threads: int) -> Resources:
     Raises:
         PtDeployError: The variant cannot run on this machine.
     """
-    rows = [row_from_json(row) for row in read_json(variant / GOLDEN)["rows"]]
+    rows = read_golden_rows(variant)
     with Worker(variant, rows[0], threads=threads) as worker:
         worker.load_rows(rows)
         worker.batch(list(range(len(rows))), len(rows))

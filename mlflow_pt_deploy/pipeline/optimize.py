@@ -13,6 +13,7 @@ import mlflow
 from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.artifacts.builder import BuildResult, build, golden_rows, supported_pairs
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
+from mlflow_pt_deploy.artifacts.portable_writer import write_portable
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits
 from mlflow_pt_deploy.errors import ModelError, PtDeployError, VariantError
@@ -22,10 +23,12 @@ from mlflow_pt_deploy.pipeline.pyfunc_timer import PYFUNC_ROWS, pyfunc_latency_m
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
-from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades
+from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades, wants_portable
+from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.selection.cascade_planner import CascadePlan, cross_fitted, plan_cascades
 from mlflow_pt_deploy.selection.choice import Choice, choose, finalists, not_slower_than
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.selection.portable_planner import plan_portable
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
@@ -85,6 +88,8 @@ def optimize(
             plans = {_name(plan): plan for plan in plan_cascades(results, policy)}
             cascades = _cascades(plans, splits, folders)
             results = _judge(results + _measure(bench, cascades), plans, baseline)
+        if wants_portable(options.variants):
+            results += _measure(bench, _portable(plan_portable(results, policy), folders))
         results = _judge(_with_fewer_threads(bench, results, options, policy), plans, baseline)
     uris = _log_results(results, splits)
     choice = choose(results, policy)
@@ -156,6 +161,21 @@ def _cascades(plans: Mapping[str, CascadePlan], splits: Splits, target: Path) ->
         path = None if reason else folder
         built.append(BuildResult(name, CASCADE, cascade.runtime, cascade.precision, path, reason))
     return built
+
+
+def _portable(names: tuple[str, str] | None, target: Path) -> list[BuildResult]:
+    """Build the portable variant of two others, if there are two."""
+    if names is None:
+        return []
+    cpu, cuda = names
+    model, variant, reason = cpu.partition("-")[0], Portable(cpu=cpu, cuda=cuda), ""
+    folder = target / variant.name(model)
+    try:
+        write_portable(target / cpu, target / cuda, folder)
+    except (PtDeployError, OSError) as error:
+        reason = str(error)
+    path = None if reason else folder
+    return [BuildResult(folder.name, model, variant.runtime, variant.precision, path, reason)]
 
 
 def _bench(built: Sequence[BuildResult], baseline: str, splits: Splits, options: Options) -> Bench:

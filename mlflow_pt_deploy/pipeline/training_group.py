@@ -69,7 +69,8 @@ def check_launch(stage: str, options: Options, ranks: Ranks) -> None:
     """Check that torchrun's processes can train this stage.
 
     Raises:
-        TrainingError: The stage is trained by one process, or `processes` contradicts torchrun.
+        TrainingError: The stage is trained by one process, or `processes` or `device` contradicts
+            torchrun.
     """
     if ranks.size == 1:
         return
@@ -77,6 +78,11 @@ def check_launch(stage: str, options: Options, ranks: Ranks) -> None:
         raise TrainingError(
             f"torchrun started {ranks.size} processes, and a static student (student_layers 0) is "
             "trained by one. Start the command without torchrun."
+        )
+    if ":" in options.device:
+        raise TrainingError(
+            f"device={options.device} is one GPU, and torchrun started {ranks.size} processes. "
+            "Give --device cuda, and each process takes a GPU."
         )
     if options.processes not in (1, ranks.size):
         raise TrainingError(

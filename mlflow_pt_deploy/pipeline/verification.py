@@ -77,7 +77,7 @@ def verify_model(uri: str, *, latency: bool = False) -> Verification:
         slowdown = None
         if latency:
             threads = int(fetched.mlmodel.config.get("num_threads") or 0) or usable_cores()
-            here_ms = _latency_ms(folder, compared, threads)
+            here_ms = _latency_ms(folder, compared, threads, loaded.device)
             slowdown, sentence = _compare_latency(here_ms, _logged_ms(fetched.tags, uri))
             findings.append(sentence)
     degraded = compared.changed or (slowdown is not None and slowdown > SLOWDOWN)
@@ -92,10 +92,10 @@ def _describe(compared: GoldenComparison) -> str:
     )
 
 
-def _latency_ms(folder: Path, compared: GoldenComparison, threads: int) -> float:
+def _latency_ms(folder: Path, compared: GoldenComparison, threads: int, device: str) -> float:
     """Median latency of a row in a fresh process, in milliseconds."""
     indices = list(range(len(compared.rows)))
-    with Worker(folder, compared.rows[0], threads=threads) as worker:
+    with Worker(folder, compared.rows[0], threads=threads, device=device) as worker:
         worker.load_rows(compared.rows)
         warm_up(worker, indices)
         return float(np.median(worker.time(indices, _PASSES))) / 1e6

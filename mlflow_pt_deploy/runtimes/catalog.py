@@ -13,6 +13,7 @@ from mlflow_pt_deploy.runtimes.numpy_static import NumPy
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.openvino import OpenVino
 from mlflow_pt_deploy.runtimes.packed import MODEL_TYPE, Packed
+from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.runtimes.tensorrt import TensorRT
 from mlflow_pt_deploy.runtimes.torchao import TorchAO
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
@@ -32,6 +33,7 @@ RUNTIMES: dict[str, type[Variant]] = {
         Packed,
         TensorRT,
         TorchAO,
+        Portable,
     )
 }
 
@@ -95,8 +97,9 @@ def select(names: str, device: str = CPU) -> tuple[Variant, ...]:
 
     Args:
         names: Runtimes or runtimes with a precision, separated by commas, e.g.
-            ``onnxruntime,openvino-fp32``, and ``cascade``; empty selects all but `ON_REQUEST`.
-            Those need their precision: ``openvino`` does not select ``openvino-int8-accuracy``.
+            ``onnxruntime,openvino-fp32``, ``cascade`` and ``portable``; empty selects all but
+            `ON_REQUEST`. Those need their precision: ``openvino`` does not select
+            ``openvino-int8-accuracy``.
         device: ``cuda`` adds `GPU_VARIANTS`; ``eager-fp16-cuda`` selects only the one for the GPU.
 
     Raises:
@@ -105,7 +108,7 @@ def select(names: str, device: str = CPU) -> tuple[Variant, ...]:
     on_device = GPU_VARIANTS if kind_of(device) == CUDA else ()
     regular = tuple(dict.fromkeys(VARIANTS + STATIC_VARIANTS + on_device))
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = {Cascade.runtime} | {v.runtime for v in regular}
+    known = {Cascade.runtime, Portable.runtime} | {v.runtime for v in regular}
     known |= {_short_name(v) for v in (*regular, *ON_REQUEST)}
     if unknown := sorted(wanted - known):
         raise VariantError(
@@ -121,7 +124,16 @@ def select(names: str, device: str = CPU) -> tuple[Variant, ...]:
 
 def wants_cascades(names: str) -> bool:
     """Whether `names` (see `select`) include cascades."""
-    return not names.strip() or Cascade.runtime in {name.strip() for name in names.split(",")}
+    return _wants(Cascade.runtime, names)
+
+
+def wants_portable(names: str) -> bool:
+    """Whether `names` (see `select`) include a portable variant of each model."""
+    return _wants(Portable.runtime, names)
+
+
+def _wants(runtime: str, names: str) -> bool:
+    return not names.strip() or runtime in {name.strip() for name in names.split(",")}
 
 
 def supports(variant: Variant, model_type: str) -> bool:

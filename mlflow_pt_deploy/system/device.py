@@ -5,6 +5,7 @@ PyTorch is imported only where a device other than the CPU is asked about.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 
@@ -38,6 +39,27 @@ def has_cuda() -> bool:
     except ImportError:
         return False
     return bool(torch.cuda.is_available())
+
+
+def has_driver() -> bool:
+    """Whether the library of NVIDIA's driver can be loaded; takes no time, unlike PyTorch."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def missing_gpu() -> str:
+    """What this host lacks to use a GPU, as a part of a sentence; empty if it lacks nothing."""
+    if not has_driver():
+        return "it has no NVIDIA driver"
+    try:
+        import torch
+    except ImportError:
+        return ""  # another library may use the GPU
+    found = torch.cuda.is_available()
+    return "" if found else f"PyTorch {torch.__version__} finds no CUDA device"
 
 
 def check_device(name: str) -> None:

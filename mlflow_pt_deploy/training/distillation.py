@@ -36,7 +36,7 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.progress import progress
 from mlflow_pt_deploy.training.augmentation import make_texts
-from mlflow_pt_deploy.training.inference import Tensors, predict_batches
+from mlflow_pt_deploy.training.inference import Tensors, predict_batches, to_device
 from mlflow_pt_deploy.training.training_state import Loss
 
 
@@ -149,7 +149,7 @@ def label_with_teacher(
         cache: Cache folder; file names contain the digests of the weights and of the rows.
         made: Number of augmented texts, as a multiple of train's rows, see `make_texts`.
         seed: Random seed of the augmented texts.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
     """
     labels = _label_split(teacher, train, cache, device)
     if not made:
@@ -180,6 +180,7 @@ def _label_split(teacher: Classifier, split: Split, cache: Path, device: str) ->
             logits[indices], features[indices] = batch_logits.cpu(), capture.features().cpu()
             bar.update(len(indices))
     capture.remove()
+    teacher.cpu()  # a GPU has room for the student
     cache.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     with interrupt.shielded():
@@ -235,7 +236,7 @@ def distillation_loss(
     teacher, truth = torch.from_numpy(teacher_logits), torch.from_numpy(targets)
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
-        soft, hard = (it[rows].to(logits.device) for it in (teacher, truth))
+        soft, hard = (to_device(it[rows], logits.device) for it in (teacher, truth))
         return _combined_loss(logits, soft, hard, temperature, weight)
 
     return loss
@@ -264,7 +265,8 @@ def online_distillation_loss(
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors) -> torch.Tensor:
         with torch.no_grad():
             soft = teacher(*inputs).float()
-        return _combined_loss(logits, soft, truth[rows].to(logits.device), temperature, weight)
+        hard = to_device(truth[rows], logits.device)
+        return _combined_loss(logits, soft, hard, temperature, weight)
 
     return loss
 
@@ -301,7 +303,7 @@ def add_similarity_loss(
 
     def total(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
         actual = _cosine_similarities(capture.features().float())
-        target = _cosine_similarities(teacher[rows].float().to(actual.device))
+        target = _cosine_similarities(to_device(teacher[rows].float(), actual.device))
         return loss(logits, rows, inputs) + weight * functional.mse_loss(actual, target)
 
     return total

@@ -17,6 +17,7 @@ import torch
 from torch import distributed, nn
 
 from mlflow_pt_deploy.errors import TrainingError
+from mlflow_pt_deploy.system.device import check_gpus
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.ranks import Ranks
 
@@ -114,10 +115,15 @@ def joined(ranks: Ranks, device: str, rendezvous: str = "env://") -> Iterator[Pr
 
     Args:
         ranks: Place of this process.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu`` or ``cuda``: the GPU of this process's local rank.
         rendezvous: Where the processes meet, as PyTorch's `init_method`; ``env://`` is torchrun's
             ``MASTER_ADDR`` and ``MASTER_PORT``.
+
+    Raises:
+        UnsupportedError: This machine has fewer GPUs than processes.
     """
+    if device == "cuda":
+        check_gpus(ranks.local_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, usable_cores() // ranks.local_size))
     if device == "cuda":

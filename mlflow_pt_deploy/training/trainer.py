@@ -6,7 +6,8 @@ loss from `distillation`. Epochs are reported to a callback.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.errors import DataError, RowError
+from mlflow_pt_deploy.data import Split, Splits
+from mlflow_pt_deploy.errors import DataError, RowError, TrainingError
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import is_out_of_memory, release_cached_memory
 from mlflow_pt_deploy.system.progress import progress
-from mlflow_pt_deploy.training.inference import Tensors
+from mlflow_pt_deploy.training.inference import Tensors, to_device
 from mlflow_pt_deploy.training.optimization import Schedule
 from mlflow_pt_deploy.training.process_group import ALONE, ProcessGroup
 from mlflow_pt_deploy.training.training_state import Epoch, Loss, TrainingState
@@ -30,7 +32,7 @@ def cross_entropy(targets: npt.NDArray[np.int64]) -> Loss:
     truth = torch.from_numpy(targets)
 
     def loss(logits: torch.Tensor, rows: torch.Tensor, inputs: Tensors = ()) -> torch.Tensor:
-        return functional.cross_entropy(logits, truth[rows].to(logits.device))
+        return functional.cross_entropy(logits, to_device(truth[rows], logits.device))
 
     return loss
 
@@ -83,7 +85,7 @@ def fit(
         splits: Trains on `train` and selects the epoch on `validation`; `test` is not used.
         loss: Loss function, see `Loss`.
         schedule: Training hyperparameters.
-        device: ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda`` or, for one process, ``cuda:N``.
         checkpoint: Checkpoint file, written at least once a minute and after each epoch. If it
             exists, training resumes from it. It is removed at the end.
         on_epoch: Called after each epoch.
@@ -95,20 +97,53 @@ def fit(
 
     Raises:
         DataError: The loss is not finite, or the checkpoint was made with other hyperparameters.
-        TrainingError: The processes have other rows, or a batch has too few for all of them.
+        TrainingError: The processes have other rows, a batch has too few for all of them, or the
+            GPU has no memory for one.
     """
     schedule = schedule.resolved(classifier)
     if group.size > 1:
         group.check_same(splits.train.digest)
     checkpoint = checkpoint if group.rank == 0 else None
     saved = checkpoint.read_bytes() if checkpoint and checkpoint.exists() else b""
-    run = TrainingState(classifier.to(device), splits.train, schedule, device, group)
-    if saved := group.broadcast(saved):
-        run.restore(saved)
-    shown = group.rank == 0
+    with _memory_error_explained(schedule.batch_size, device):
+        run = TrainingState(classifier.to(device), splits.train, schedule, device, group)
+        if saved := group.broadcast(saved):
+            run.restore(saved)
+        _run(run, loss, splits.validation, checkpoint, on_epoch)
+    classifier.load_state_dict(run.best)
+    classifier.to("cpu").eval()
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return run.epochs
+
+
+@contextmanager
+def _memory_error_explained(batch_size: int, device: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        release_cached_memory()
+        raise TrainingError(
+            f"{device} has no memory for a training step with --batch-size {batch_size}. Give a "
+            "smaller --batch-size and start again; or free its memory, or give more --processes, "
+            "which share a batch, and continue with --resume."
+        ) from error
+
+
+def _run(
+    run: TrainingState,
+    loss: Loss,
+    validation: Split,
+    checkpoint: Path | None,
+    on_epoch: Callable[[Epoch], None] | None,
+) -> None:
+    """Run the epochs that are left."""
+    shown = run.group.rank == 0
     with progress("training", run.total_steps, "batches", done=run.step, shown=shown) as bar:
-        while len(run.epochs) < schedule.epochs:
-            epoch = run.next_epoch(loss, splits.validation, checkpoint, bar)
+        while len(run.epochs) < run.schedule.epochs:
+            epoch = run.next_epoch(loss, validation, checkpoint, bar)
             bar.update(
                 0, f"loss {epoch.train_loss:.3f}, validation {epoch.validation_accuracy:.4f}"
             )
@@ -116,8 +151,3 @@ def fit(
                 run.save(checkpoint)
             if on_epoch:
                 on_epoch(epoch)
-    classifier.load_state_dict(run.best)
-    classifier.to("cpu").eval()
-    if checkpoint:
-        checkpoint.unlink(missing_ok=True)
-    return run.epochs

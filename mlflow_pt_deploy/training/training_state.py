@@ -19,13 +19,16 @@ from mlflow_pt_deploy.data import Split
 from mlflow_pt_deploy.errors import DataError
 from mlflow_pt_deploy.models import Classifier
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import CUDA, kind_of
 from mlflow_pt_deploy.system.progress import Progress
 from mlflow_pt_deploy.training.inference import Tensors, evaluate, to_tensors
 from mlflow_pt_deploy.training.optimization import (
     Schedule,
+    autocast,
     clip_gradients,
+    compute_dtype,
+    new_grad_scaler,
     new_optimizers,
-    precision,
 )
 from mlflow_pt_deploy.training.process_group import ProcessGroup, check_shares
 
@@ -78,6 +81,8 @@ class TrainingState:
         self.losses: list[float] = []
         self.epochs: list[Epoch] = []
         self.best: dict[str, torch.Tensor] = {}
+        self.dtype = compute_dtype(device)
+        self.scaler = new_grad_scaler(device, self.dtype)
         self.optimizers = new_optimizers(classifier, schedule)
         warm = max(1, int(schedule.warmup * self.total_steps))
         rest = max(1, self.total_steps - warm)
@@ -148,7 +153,9 @@ class TrainingState:
             "classifier": self.classifier.state_dict(),
             "optimizers": [each.state_dict() for each in self.optimizers],
             "schedulers": [each.state_dict() for each in self.schedulers],
+            "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
+            "device_random": self._device_random(),
             "step": self.step,
             "losses": self.losses,
             "epochs": [asdict(epoch) for epoch in self.epochs],
@@ -156,7 +163,7 @@ class TrainingState:
         }
 
     def restore(self, content: bytes) -> None:
-        saved = torch.load(io.BytesIO(content), weights_only=True, map_location=self.device)
+        saved = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         if saved["schedule"] != asdict(self.schedule):
             raise DataError(
                 f"the checkpoint was made with {saved['schedule']}, and this run has "
@@ -166,7 +173,12 @@ class TrainingState:
         for name in ("optimizers", "schedulers"):
             for each, state in zip(getattr(self, name), saved[name], strict=True):
                 each.load_state_dict(state)
-        torch.set_rng_state(saved["random"].cpu())
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["random"])
+        random = saved.get("device_random")
+        if random is not None and kind_of(self.device) == CUDA:
+            torch.cuda.set_rng_state(random, self.device)
         self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
         self.epochs = [Epoch(**epoch) for epoch in saved["epochs"]]
 
@@ -178,20 +190,32 @@ class TrainingState:
         rows, weight = self.group.share(rows, self.least)
         augmented = self.classifier.augment(self._encode(rows), random)
         inputs = to_tensors(self.classifier, augmented, self.device)
-        with precision(self.device):
+        with autocast(self.device, self.dtype):
             logits = self.model(*inputs)
             value = weight * loss(logits.float(), torch.from_numpy(rows), inputs)
-        value.backward()
+        self.scaler.scale(value).backward()
         # Before the step: where another process has ended, the weights are still those of the last.
         number = self.group.sum(value.item()) / self.group.size
         if not np.isfinite(number):
             raise DataError("the training loss is not a number; try a lower --learning-rate.")
+        self._update_weights()
+        return number
+
+    def _update_weights(self) -> None:
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         clip_gradients(self.classifier, 1.0)
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            optimizer.step()
+            self.scaler.step(optimizer)  # does nothing where fp16 overflowed
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-        return number
+        self.scaler.update()
+
+    def _device_random(self) -> torch.Tensor | None:
+        """State of the GPU's random numbers, which dropout takes; None on the CPU."""
+        if kind_of(self.device) != CUDA:
+            return None
+        return torch.cuda.get_rng_state(self.device)
 
     def _encode_all(self) -> Sequence[Any] | None:
         """Encode all rows; None if they need too much memory and each step encodes its own."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from tiny.gpu import built_for_cuda
 
+from mlflow_pt_deploy.artifacts import verify
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.pipeline import optimize
+from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.runtimes.catalog import select, wants_portable
+from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.tracking import _serving_config
 
@@ -88,3 +95,27 @@ def test_a_variant_is_served_with_its_measured_options(monkeypatch: pytest.Monke
         "max_batch_rows": 32
     }  # and on other machines all of theirs
     assert _serving_config(replace(every_core, measurements=())) == {}
+    assert _serving_config(_result("a-portable-mixed-cuda", 2, threads=1)) == {}
+
+
+def test_a_portable_variant_is_built_of_two(
+    exported: Callable[[Variant], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(exported(Eager()), tmp_path / BASELINE)
+    cuda = built_for_cuda(exported(Eager("fp16")), tmp_path / "teacher-eager-fp16-cuda")
+    assert optimize._portable(None, tmp_path) == []
+    (built,) = optimize._portable((BASELINE, cuda.name), tmp_path)
+    assert (built.name, built.reason) == ("teacher-portable-mixed-cuda", "")
+    assert (built.model, built.runtime, built.precision) == ("teacher", "portable", "mixed")
+    assert built.folder is not None and verify(built.folder).options["cuda"] == cuda.name
+    (failed,) = optimize._portable((BASELINE, BASELINE), tmp_path)
+    assert failed.folder is None and "was built for device=cpu" in failed.reason
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [("", True), ("portable", True), ("eager, portable", True), ("eager", False)],
+)
+def test_portable_variants_by_name(names: str, wanted: bool) -> None:
+    assert wants_portable(names) == wanted
+    assert Eager() in select(names)

@@ -149,6 +149,14 @@ def test_torchrun_starts_what_two_can_train(stage: str, processes: int, message:
         check_launch(stage, Options(processes=processes), Ranks(size=2))
 
 
+def test_torchrun_processes_do_not_share_a_gpu() -> None:
+    options = Options()
+    object.__setattr__(options, "device", "cuda:1")  # as on a machine with two
+    check_launch("train", options, Ranks())
+    with pytest.raises(TrainingError, match="device=cuda:1 is one GPU, and torchrun started 2"):
+        check_launch("train", options, Ranks(size=2))
+
+
 def test_torchrun_does_not_start_the_whole_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

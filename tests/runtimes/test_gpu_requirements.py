@@ -82,7 +82,7 @@ def test_names_of_variants_for_a_gpu() -> None:
 
 
 def test_a_model_names_the_libraries_of_each_runtime() -> None:
-    assert RUNTIME_LIBRARIES.keys() == RUNTIMES.keys() - {"cascade"}
+    assert RUNTIME_LIBRARIES.keys() == RUNTIMES.keys() - {"cascade", "portable"}
 
 
 def test_the_manifest_of_a_cpu_package_has_no_capability() -> None:

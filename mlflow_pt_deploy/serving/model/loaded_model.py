@@ -69,7 +69,7 @@ class LoadedModel:
 
     def compare_libraries(self) -> None:
         """Log libraries whose versions differ from those that the model was exported with."""
-        then, here = self.pyfunc.loaded.manifest.libraries, library_versions()
+        then, here = self.pyfunc.loaded.running.libraries, library_versions()
         different = [
             f"{name} {then[name]} (here {here[name]})"
             for name in sorted(then.keys() & here.keys())
