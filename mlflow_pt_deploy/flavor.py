@@ -58,6 +58,7 @@ from mlflow_pt_deploy.registry.mlmodel import (
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE as ONNX_FILE
 from mlflow_pt_deploy.serving.model.loader import load_checked, load_logged_variant
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
+from mlflow_pt_deploy.system.device import CPU, CUDA
 from mlflow_pt_deploy.system.regular_files import (
     list_files,
     open_to_readers,
@@ -76,6 +77,10 @@ __all__ = [
 ]
 
 _META = "registered_model_meta"
+_PROVIDERS = {
+    CPU: ["CPUExecutionProvider"],
+    CUDA: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 
 
 def save_model(
@@ -129,7 +134,9 @@ def save_model(
     _add_flavors(model, manifest, options)
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
-    defaults = get_default_pip_requirements(*manifest.runtimes, column=input_column(folder))
+    defaults = get_default_pip_requirements(
+        *manifest.runtimes, column=input_column(folder), device=manifest.device
+    )
     write_environment(root, defaults, pip_requirements, extra_pip_requirements, package)
     open_to_readers(root)
     if not existed:
@@ -224,7 +231,7 @@ def _add_flavors(model: Model, manifest: Manifest, config: dict[str, Any]) -> No
             "onnx",
             onnx_version=onnx.__version__,
             data=f"{FOLDER}/{ONNX_FILE}",
-            providers=["CPUExecutionProvider"],
+            providers=_PROVIDERS[manifest.device],
             onnx_session_options=None,
         )
     model.add_flavor(

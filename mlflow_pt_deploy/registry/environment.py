@@ -6,6 +6,7 @@ can be built from the model and a package index, without another source of this 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mlflow.utils.environment import (
 
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.registry.wheel import WHEELS, write_wheel
+from mlflow_pt_deploy.system.device import CPU, CUDA
 
 CONDA_FILE: str = _CONDA_ENV_FILE_NAME
 PYTHON_FILE: str = _PYTHON_ENV_FILE_NAME
@@ -35,33 +37,47 @@ RUNTIME_LIBRARIES = {
     "numpy": (),  # a dependency of this package
     "cudagraphs": ("torch", "transformers"),
     "packed": ("torch", "transformers"),
-    "tensorrt": ("onnxruntime-gpu",),
+    "tensorrt": ("onnxruntime",),
     "torchao": ("torch", "transformers", "torchao"),
 }
 """Libraries that each runtime needs beside this package's own requirements."""
+
+_GPU_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu"}
+_OTHER_DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "onnxruntime-gpu": ("onnxruntime",),
+}
 
 INPUT_LIBRARIES = {"text": ("tokenizers",), "image": ("pillow",)}
 """Libraries that read each kind of input."""
 
 
-def get_default_pip_requirements(*runtimes: str, column: str = "text") -> list[str]:
+def get_default_pip_requirements(
+    *runtimes: str, column: str = "text", device: str = CPU
+) -> list[str]:
     """Return pinned requirements to serve variants.
 
     Args:
         *runtimes: Their runtimes; none: eager.
         column: What they read, ``text`` or ``image``.
+        device: ``cuda``: ONNX Runtime is the distribution for GPUs, which runs on the CPU too.
     """
     needed = [name for runtime in runtimes or ("eager",) for name in RUNTIME_LIBRARIES[runtime]]
     names = dict.fromkeys(("mlflow-skinny", "numpy", *INPUT_LIBRARIES[column], *needed))
+    if device == CUDA:
+        names = {_GPU_DISTRIBUTIONS.get(name, name): None for name in names}
     return [f"mlflow-pt-deploy=={__version__}", *filter(None, map(_pin, names))]
 
 
 def _pin(name: str) -> str:
-    """The installed version of a library as a requirement; empty if it is not installed."""
-    try:
-        return f"{name}=={version(name).partition('+')[0]}"
-    except PackageNotFoundError:
-        return ""
+    """The installed version of a library as a requirement; empty if it is not installed.
+
+    Distributions for the CPU and for GPUs have the same versions, and a machine has one of them.
+    """
+    for installed in (name, *_OTHER_DISTRIBUTIONS.get(name, ())):
+        with suppress(PackageNotFoundError):
+            return f"{name}=={version(installed).partition('+')[0]}"
+    return ""
 
 
 def get_default_conda_env(*runtimes: str) -> dict[str, Any]:

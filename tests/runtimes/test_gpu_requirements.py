@@ -9,7 +9,10 @@ import pytest
 
 from mlflow_pt_deploy.artifacts import Manifest
 from mlflow_pt_deploy.errors import UnsupportedError
-from mlflow_pt_deploy.registry.environment import RUNTIME_LIBRARIES
+from mlflow_pt_deploy.registry.environment import (
+    RUNTIME_LIBRARIES,
+    get_default_pip_requirements,
+)
 from mlflow_pt_deploy.runtimes.aotinductor import AOTInductor
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.catalog import GPU_VARIANTS, ON_REQUEST, RUNTIMES, VARIANTS, select
@@ -98,3 +101,11 @@ def test_the_manifest_of_a_package_has_the_capability(capability: str) -> None:
     assert manifest.variant() == variant
     assert manifest.device == "cuda"
     assert name == "student-aotinductor-bf16-cuda"
+
+
+def test_a_model_for_a_gpu_names_the_distribution_for_gpus() -> None:
+    for runtimes in (("tensorrt",), ("onnxruntime", "tensorrt")):
+        pins = get_default_pip_requirements(*runtimes, device="cuda")
+        names = [pin.partition("==")[0] for pin in pins]
+        assert names.count("onnxruntime-gpu") == 1 and "onnxruntime" not in names
+    assert "onnxruntime-gpu" not in " ".join(get_default_pip_requirements("onnxruntime"))
