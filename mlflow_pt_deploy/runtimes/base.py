@@ -46,6 +46,15 @@ def streams_of(predict: Predict) -> tuple[Predict, int]:
     return getattr(predict, "single", predict), int(getattr(predict, "threads", 1))
 
 
+def remote_calls(predict: Predict) -> int:
+    """Concurrent calls that a predictor takes whose model is in another process.
+
+    0: it computes in this one. A remote predictor sets `remote_calls`; it waits for the other
+    process, so it must never run on an event loop.
+    """
+    return int(getattr(predict, "remote_calls", 0))
+
+
 def no_native_bf16() -> str | None:
     """Reason to skip bf16 on this CPU, or None if it has bf16 instructions."""
     if cpu_flags() & BF16_FLAGS:
