@@ -13,6 +13,6 @@ with suppress(ImportError):  # an interpreter of another environment
     mlmodel.LOADERS["tiny.serving"] = "tiny.serving"
 
 if "TINY_DEVICE_PROCESS" in os.environ:
-    from mlflow_pt_deploy.serving.device import remote_predictor
+    from mlflow_pt_deploy.serving.device import placement
 
-    remote_predictor.needs_device_process = lambda device, workers: workers > 1
+    placement.needs_device_process = lambda device, workers: workers > 1

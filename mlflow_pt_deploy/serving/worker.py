@@ -158,8 +158,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
 
 def _share_devices(job: WorkerJob, states: WorkerStates) -> None:
     """Load models on GPUs once for all workers."""
+    from mlflow_pt_deploy.serving.device.placement import DevicePlacement
     from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
-    from mlflow_pt_deploy.serving.device.remote_predictor import DevicePlacement
     from mlflow_pt_deploy.serving.model.loader import use_placement
 
     settings = job.settings

@@ -24,6 +24,9 @@ from mlflow_pt_deploy.errors import PtDeployError, ServingError
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
+HELLO, OPEN, PREDICT, WARM_UP = "hello", "open", "predict", "warm_up"
+"""Requests: devices of this machine; load a model; compute a batch; prepare for shapes."""
+
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_ARRAY_BYTES = 2**30
 """Most bytes of all arrays of a message: 1,700 images of 224 x 224."""
@@ -38,6 +41,11 @@ _JOINED_BYTES = 64 * 2**10
 _ERRORS: Mapping[str, type[PtDeployError]] = {
     name: kind for name in errors.__all__ if "__init__" not in vars(kind := getattr(errors, name))
 }
+
+
+def file_name(device: str) -> str:
+    """Part of the names of a device's files in the run directory: ``device-cuda-0``."""
+    return f"device-{device.replace(':', '-')}"
 
 
 class Message(NamedTuple):
@@ -75,18 +83,18 @@ class Channel:
         for buffer in buffers:
             self._socket.sendall(buffer)
 
-    def receive(self, timeout_s: float | None = None) -> Message:
-        """Wait for a message.
+    def set_timeout(self, seconds: float | None) -> None:
+        """Give up after this many seconds without progress, with `TimeoutError`; None: never."""
+        self._socket.settimeout(seconds)
 
-        Args:
-            timeout_s: Seconds without a byte after which this gives up; None: never.
+    def receive(self) -> Message:
+        """Wait for a message.
 
         Raises:
             EOFError: The other side closed the connection.
-            OSError: The connection is broken; `TimeoutError`: nothing came in time.
+            OSError: The connection is broken.
             ServingError: What came is no message.
         """
-        self._socket.settimeout(timeout_s)
         size = int.from_bytes(self._read(_PREFIX_BYTES), "big")
         if size > MAX_HEADER_BYTES:
             raise ServingError(

@@ -15,8 +15,16 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import DeviceLostError, PtDeployError, root_cause
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
-from mlflow_pt_deploy.serving.device.channel import Arrays, Channel, Message, raise_error
-from mlflow_pt_deploy.serving.device.process import HELLO, OPEN, PREDICT, WARM_UP
+from mlflow_pt_deploy.serving.device.channel import (
+    HELLO,
+    OPEN,
+    PREDICT,
+    WARM_UP,
+    Arrays,
+    Channel,
+    Message,
+    raise_error,
+)
 from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
 
 RETRY_S, MAX_RETRY_S = 0.2, 60.0
@@ -38,7 +46,7 @@ class DeviceLink:
     Args:
         processes: Connects to the process.
         device: ``cpu`` or ``cuda:N``.
-        request: What the process loads, see `process.OPEN`.
+        request: What the process loads, see `channel.OPEN`.
 
     Attributes:
         device: As given.
@@ -57,7 +65,7 @@ class DeviceLink:
         self._processes = processes
         self._request = {"request": OPEN, **request}
         self._sizes: list[int] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may call `close` on any thread
         self._idle: list[Channel] = []
         self._generation = 0
         self._holder: Channel | None = None
@@ -262,5 +270,6 @@ def _exchange(
     arrays: Arrays | None = None,
     timeout_s: float | None = None,
 ) -> Message:
+    channel.set_timeout(timeout_s)
     channel.send(header, arrays)
-    return channel.receive(timeout_s)
+    return channel.receive()

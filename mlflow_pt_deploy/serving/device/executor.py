@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 from mlflow_pt_deploy.artifacts import LoadedVariant
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, pads_rows
 from mlflow_pt_deploy.serving.batching.request import BatchShape
-from mlflow_pt_deploy.system.device import CUDA, kind_of
+from mlflow_pt_deploy.system.device import CUDA, check_device, kind_of
 
 Context = Callable[[], AbstractContextManager[object]]
 """Entered by a thread before it computes."""
@@ -74,14 +75,25 @@ def next_jobs(waiting: Sequence[Job]) -> list[Job]:
     return taken
 
 
+def device_context(device: str) -> AbstractContextManager[object]:
+    """Makes a GPU PyTorch's current one, so that a thread allocates nothing on the first GPU.
+
+    Raises:
+        UnsupportedError: PyTorch cannot use it.
+    """
+    if kind_of(device) != CUDA or not _has_torch():
+        return nullcontext()
+    import torch
+
+    check_device(device)
+    return torch.cuda.device(device)
+
+
 def stream_contexts(device: str) -> list[Context]:
     """What the threads of a device enter: on a GPU each a CUDA stream of its own."""
-    if kind_of(device) != CUDA:
+    if kind_of(device) != CUDA or not _has_torch():
         return [nullcontext]
-    try:
-        import torch
-    except ModuleNotFoundError:  # ONNX Runtime alone has streams of its own
-        return [nullcontext]
+    import torch
 
     def enter() -> AbstractContextManager[object]:
         stack = ExitStack()
@@ -90,6 +102,11 @@ def stream_contexts(device: str) -> list[Context]:
         return stack
 
     return [enter] * CUDA_STREAMS
+
+
+def _has_torch() -> bool:
+    """Whether PyTorch is installed; ONNX Runtime alone has streams of its own."""
+    return find_spec("torch") is not None
 
 
 class DeviceExecutor:

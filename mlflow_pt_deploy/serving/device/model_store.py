@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mlflow_pt_deploy.artifacts import LoadedVariant, load_variant, read_manifest
 from mlflow_pt_deploy.errors import ArtifactError, ServingError
 from mlflow_pt_deploy.model_config import Limits
-from mlflow_pt_deploy.serving.device.executor import HeldModel
+from mlflow_pt_deploy.serving.device.executor import HeldModel, device_context
 from mlflow_pt_deploy.system.device import release_cached_memory
 
 _logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ class ModelStore:
             del self._entries[key]
         name = entry.model.loaded.manifest.name
         del entry
-        gc.collect()  # networks have reference cycles
-        release_cached_memory()
+        _release_memory()
         _logger.info("%s: %s was freed", self._device, name)
 
     def _find(self, key: ModelKey) -> HeldModel | None:
@@ -121,4 +120,16 @@ def _load(key: ModelKey, folder: Path, device: str) -> LoadedVariant:
             f"{manifest.name}: manifest.json is not the one that the worker has checked (SHA-256 "
             "differs). The artifact was changed meanwhile; download it again."
         )
-    return load_variant(folder, device=device, threads=key.threads, allow_code=key.allow_code)
+    try:
+        with device_context(device):
+            return load_variant(
+                folder, device=device, threads=key.threads, allow_code=key.allow_code
+            )
+    except Exception:
+        _release_memory()
+        raise
+
+
+def _release_memory() -> None:
+    gc.collect()  # networks have reference cycles
+    release_cached_memory()

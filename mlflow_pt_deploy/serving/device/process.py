@@ -20,15 +20,26 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.serving.device.channel import Channel, Message, error_header
-from mlflow_pt_deploy.serving.device.executor import DeviceExecutor, HeldModel, stream_contexts
+from mlflow_pt_deploy.errors import PtDeployError, ServingError
+from mlflow_pt_deploy.serving.device.channel import (
+    HELLO,
+    OPEN,
+    PREDICT,
+    WARM_UP,
+    Channel,
+    Message,
+    error_header,
+    file_name,
+)
+from mlflow_pt_deploy.serving.device.executor import (
+    DeviceExecutor,
+    HeldModel,
+    device_context,
+    stream_contexts,
+)
 from mlflow_pt_deploy.serving.device.model_store import ModelKey, ModelStore, parse_key
 from mlflow_pt_deploy.system.device import CUDA, kind_of
 from mlflow_pt_deploy.system.socket_address import SocketAddress
-
-HELLO, OPEN, PREDICT, WARM_UP = "hello", "open", "predict", "warm_up"
-"""Requests: devices of this machine; load a model; compute a batch; prepare for shapes."""
 
 HANG_STATUS = 70
 """Exit status if a batch hangs."""
@@ -40,11 +51,6 @@ _TICK_S = 0.25
 _BACKLOG = 1024
 
 _logger = logging.getLogger(__name__)
-
-
-def file_name(device: str) -> str:
-    """Part of the names of a device's files in the run directory: ``device-cuda-0``."""
-    return f"device-{device.replace(':', '-')}"
 
 
 class DeviceProcess:
@@ -148,7 +154,8 @@ class _User:
             raise ServingError("a message has no sizes to prepare for")
         warm_up = getattr(self._model.loaded.predict, "warm_up_buckets", None)
         if warm_up is not None:
-            warm_up(*sizes)
+            with device_context(self._device):
+                warm_up(*sizes)
         return {}
 
 
@@ -164,8 +171,6 @@ def _devices(own: str) -> list[str]:
 
 
 def _log_unexpected(error: Exception) -> None:
-    from mlflow_pt_deploy.errors import PtDeployError
-
     if not isinstance(error, PtDeployError):
         _logger.error("the model failed (%s)", type(error).__name__, exc_info=error)
 

@@ -22,8 +22,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 
 from mlflow_pt_deploy.errors import DeviceLostError
-from mlflow_pt_deploy.serving.device.channel import Channel
-from mlflow_pt_deploy.serving.device.process import file_name
+from mlflow_pt_deploy.serving.device.channel import Channel, file_name
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 from mlflow_pt_deploy.system import child_process
 from mlflow_pt_deploy.system.socket_address import SocketAddress
