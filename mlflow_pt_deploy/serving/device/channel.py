@@ -109,11 +109,9 @@ class Channel:
 
     def wait_until_closed(self) -> None:
         """Wait until the other side is gone, or `close` is called; it must not send."""
-        self._socket.settimeout(None)
-        try:
+        with suppress(OSError):
+            self._socket.settimeout(None)
             self._socket.recv(1)
-        except OSError:
-            return
 
     def close(self) -> None:
         """End the connection, also for a thread that waits in this channel."""

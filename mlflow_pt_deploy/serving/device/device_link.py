@@ -133,9 +133,13 @@ class DeviceLink:
     def _ask(self, header: Mapping[str, Any], arrays: Arrays, timeout_s: float | None) -> Message:
         channel, generation = self._take()
         try:
+            if channel is None:
+                channel = self._processes.dial(self.device)
+                raise_error(_exchange(channel, self._request, {}, timeout_s).header)
             reply = _exchange(channel, header, arrays, timeout_s)
         except (OSError, EOFError, PtDeployError) as error:
-            channel.close()
+            if channel is not None:
+                channel.close()
             if isinstance(error, TimeoutError):
                 self._kill()
             raise self._lost() from error
@@ -143,27 +147,12 @@ class DeviceLink:
         raise_error(reply.header)
         return reply
 
-    def _take(self) -> tuple[Channel, int]:
-        """A free connection with the model, if need be a new one."""
+    def _take(self) -> tuple[Channel | None, int]:
+        """A free connection with the model, None if a new one is needed; and its generation."""
         with self._lock:
             if self.problem:
                 raise self._lost()
-            generation = self._generation
-            if self._idle:
-                return self._idle.pop(), generation
-        try:
-            channel = self._processes.dial(self.device)
-        except OSError as error:
-            raise self._lost() from error
-        try:
-            _ask(channel, self._request)
-        except (OSError, EOFError) as error:
-            channel.close()
-            raise self._lost() from error
-        except BaseException:
-            channel.close()
-            raise
-        return channel, generation
+            return (self._idle.pop() if self._idle else None), self._generation
 
     def _give_back(self, channel: Channel, generation: int) -> None:
         with self._lock:

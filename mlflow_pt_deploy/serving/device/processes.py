@@ -56,8 +56,7 @@ class StartState:
 
     def after_start(self, now: float) -> StartState:
         """The state once it is started; the wait doubles, unless it ran for long."""
-        ran_s = now - self.started_at
-        again = self.starts and ran_s < MAX_BACKOFF_S
+        again = self.starts and now - self.started_at < self.backoff_s + MAX_BACKOFF_S
         backoff_s = min(2 * self.backoff_s, MAX_BACKOFF_S) if again else BACKOFF_S
         return StartState(self.starts + 1, now, backoff_s)
 

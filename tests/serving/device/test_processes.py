@@ -36,7 +36,7 @@ def test_the_first_start_is_at_once_and_later_ones_wait_longer_and_longer() -> N
 
 def test_after_a_long_run_the_wait_is_short_again() -> None:
     state = StartState(starts=7, started_at=100.0, backoff_s=MAX_BACKOFF_S)
-    assert state.after_start(100 + MAX_BACKOFF_S).backoff_s == BACKOFF_S
+    assert state.after_start(100 + 2 * MAX_BACKOFF_S).backoff_s == BACKOFF_S
 
 
 def pid_of(channel: Channel) -> int:

@@ -111,9 +111,9 @@ def open_link(processes: DeviceProcesses) -> DeviceLink:
 
 
 def test_a_batch_goes_to_the_other_device_while_one_is_lost(
-    new_processes: Callable[[], DeviceProcesses],
+    processes: DeviceProcesses, new_processes: Callable[[], DeviceProcesses]
 ) -> None:
-    links = [open_link(new_processes()) for _ in range(2)]
+    links = [open_link(new_processes()), open_link(processes)]
     predictor = RemotePredictor(links)
     batch = LOADED.preprocessor(TEXTS)
     predictor.warm_up_buckets(32, 2048, 64)
@@ -121,11 +121,9 @@ def test_a_batch_goes_to_the_other_device_while_one_is_lost(
     until(lambda: not links[0].ready)
     assert predictor.ready and "has ended" in predictor.status()[0]["problem"]
     np.testing.assert_allclose(predictor(batch), LOADED.predict(batch), atol=1e-5)
-    os.kill(links[1].pid, signal.SIGKILL)
-    until(lambda: not links[1].ready or links[0].ready)
-    until(lambda: all(link.ready for link in links))
-    np.testing.assert_allclose(predictor(batch), LOADED.predict(batch), atol=1e-5)
-    assert [link["starts"] for link in predictor.status()] == [2, 2]
+    until(lambda: links[0].ready)
+    np.testing.assert_allclose(links[0].predict(batch), LOADED.predict(batch), atol=1e-5)
+    assert [link["starts"] for link in predictor.status()] == [2, 1]
 
 
 def test_a_link_is_freed_with_its_predictor(processes: DeviceProcesses) -> None:
