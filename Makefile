@@ -57,7 +57,8 @@ CI: check test e2e
 
 # no .venv: on a borrowed machine nothing can be installed. The tests' failure ends it last
 gpu:
-	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/runtimes/test_cuda_graphs.py; tests=$$?; \
+	PYTHONPATH=.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests/runtimes/test_cuda_graphs.py tests/serving/device/test_gpu.py; \
+	  tests=$$?; \
 	  PYTHONPATH=.:$$PYTHONPATH $(PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_FLAGS) && exit $$tests
 
 clean:

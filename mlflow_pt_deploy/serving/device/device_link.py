@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import DeviceLostError, PtDeployError, root_cause
+from mlflow_pt_deploy.errors import DeviceLostError, DeviceMemoryError, PtDeployError, root_cause
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.serving.device.channel import (
     HELLO,
@@ -31,6 +31,7 @@ RETRY_S, MAX_RETRY_S = 0.2, 60.0
 """Seconds between tries to load a model again; the longer one after an error of the model."""
 
 _OPEN_S = 120.0
+_FULL_S, _FULL_RETRY_S = 10.0, 1.0
 # The process ends itself after `hang_s` in one batch; a stopped one cannot.
 _STOPPED_FACTOR, _STOPPED_S = 2.0, 5.0
 
@@ -82,15 +83,7 @@ class DeviceLink:
         Raises:
             PtDeployError: See `load_variant`; `DeviceLostError`: the process does not start.
         """
-        end = time.monotonic() + _OPEN_S
-        while True:
-            try:
-                holder = self._load()
-                break
-            except DeviceLostError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(RETRY_S)
+        holder = self._load_patiently()
         name = f"link-{self.device}"
         threading.Thread(target=self._hold, args=(holder,), name=name, daemon=True).start()
 
@@ -178,6 +171,21 @@ class DeviceLink:
         with self._lock:
             self._holder, self.pid, self.problem = channel, pid, ""
         return channel
+
+    def _load_patiently(self) -> Channel:
+        """Load the model, after a few tries if the process has ended or the device is full.
+
+        Memory may be short until other workers let go of the version before.
+        """
+        start = time.monotonic()
+        while True:
+            try:
+                return self._load()
+            except (DeviceLostError, DeviceMemoryError) as error:
+                is_lost = isinstance(error, DeviceLostError)
+                if time.monotonic() - start > (_OPEN_S if is_lost else _FULL_S):
+                    raise
+                time.sleep(RETRY_S if is_lost else _FULL_RETRY_S)
 
     def _hold(self, holder: Channel | None) -> None:
         """Notice the end of the process, and load the model again."""

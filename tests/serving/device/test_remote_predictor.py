@@ -146,30 +146,3 @@ def test_a_process_that_is_stopped_is_killed(
         link.predict(LOADED.preprocessor(TEXTS))
     until(lambda: not link.ready)
     link.close()
-
-
-@pytest.mark.gpu
-def test_workers_share_a_model_on_the_gpu(
-    eager_variant: Path, new_processes: Callable[[], DeviceProcesses]
-) -> None:
-    import torch
-
-    processes = new_processes()
-    here = load_variant(eager_variant, device="cuda")
-    options = ServingOptions(device="cuda:0")
-    workers = [load_on_devices(processes, eager_variant, "cuda:0", options) for _ in range(3)]
-    texts = ["my card", "refund the money to my account please", "wire abroad"] * 5
-    batches = [here.preprocessor(texts[: size + 1]) for size in range(len(texts))]
-    for worker in workers:
-        with ThreadPoolExecutor(4) as threads:
-            for batch, found in zip(batches, threads.map(worker.predict, batches), strict=True):
-                np.testing.assert_allclose(found, here.predict(batch), atol=1e-3)
-    process = next(iter(workers)).predict.status()[0]["pid"]  # type: ignore[attr-defined]
-    assert {each.predict.status()[0]["pid"] for each in workers} == {process}  # type: ignore[attr-defined]
-    free, _ = torch.cuda.mem_get_info()
-    os.kill(process, signal.SIGKILL)
-    until(lambda: not workers[0].predict.ready)  # type: ignore[attr-defined]
-    until(lambda: all(each.predict.ready for each in workers), 120)  # type: ignore[attr-defined]
-    for worker in workers:
-        np.testing.assert_allclose(worker.predict(batches[3]), here.predict(batches[3]), atol=1e-3)
-    assert free > 0
