@@ -76,7 +76,7 @@ class DeviceProcess:
     def answer(self, channel: Channel) -> None:
         """Answer one connection until it ends; its model is released then."""
         user = _User(self._device, self._store, self.executor)
-        with closing(channel), suppress(EOFError, OSError):
+        with closing(channel), closing(user), suppress(EOFError, OSError):
             while True:
                 try:
                     message = channel.receive()
@@ -89,7 +89,6 @@ class DeviceProcess:
                     _log_unexpected(error)
                     header, arrays = error_header(error), {}
                 channel.send(header, arrays)
-        user.close()
 
 
 class _User:
