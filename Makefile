@@ -13,7 +13,7 @@ VENV := .venv
 GPU_OUT ?= gpu-results
 GPU_FLAGS ?=
 # folders whose tests marked gpu need no MLflow
-GPU_FOLDERS := tests/artifacts tests/evaluation tests/runtimes tests/system tests/training
+GPU_FOLDERS := tests/artifacts tests/evaluation tests/runtimes tests/serving/device tests/system tests/training
 E2E_FLAGS ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db

@@ -18,6 +18,7 @@
         ├── RequestError        the request is invalid; names the field
         ├── OverloadedError     the request is rejected because of load
         ├── DeviceMemoryError   the device has no memory for the model or the batch
+        ├── DeviceLostError     the process that owns the device has ended
         └── DeadlineError       the result was not ready before the deadline
 
 A message states what was given, what is supported, and what to do.
@@ -30,6 +31,7 @@ __all__ = [
     "ArtifactError",
     "DataError",
     "DeadlineError",
+    "DeviceLostError",
     "DeviceMemoryError",
     "MissingExtraError",
     "ModelError",
@@ -175,6 +177,10 @@ class OverloadedError(ServingError):
 
 class DeviceMemoryError(ServingError):
     """The device has no memory for the model, or for a row of the request."""
+
+
+class DeviceLostError(ServingError):
+    """The process that owns the device has ended; it is started again."""
 
 
 class DeadlineError(ServingError):

@@ -135,7 +135,7 @@ def save_model(
     model.model_size_bytes = get_total_file_size(str(root))
     model.save(str(root / MLMODEL_FILE_NAME))
     defaults = get_default_pip_requirements(
-        *manifest.runtimes, column=input_column(folder), device=manifest.device
+        *manifest.runtimes, column=input_column(folder), gpu_runtime=manifest.gpu_runtime
     )
     write_environment(root, defaults, pip_requirements, extra_pip_requirements, package)
     open_to_readers(root)

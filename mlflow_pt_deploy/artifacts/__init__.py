@@ -9,7 +9,12 @@
 """
 
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
-from mlflow_pt_deploy.artifacts.loading import LoadedVariant, load_variant, verify
+from mlflow_pt_deploy.artifacts.loading import (
+    LoadedVariant,
+    load_description,
+    load_variant,
+    verify,
+)
 from mlflow_pt_deploy.artifacts.manifest import Manifest, read_manifest
 from mlflow_pt_deploy.artifacts.portable_writer import write_portable
 from mlflow_pt_deploy.artifacts.writing import write_variant
@@ -17,6 +22,7 @@ from mlflow_pt_deploy.artifacts.writing import write_variant
 __all__ = [
     "LoadedVariant",
     "Manifest",
+    "load_description",
     "load_variant",
     "read_manifest",
     "verify",

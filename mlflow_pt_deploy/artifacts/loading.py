@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow_pt_deploy.artifacts.golden import check_golden_rows
 from mlflow_pt_deploy.artifacts.manifest import LABELS, MANIFEST, Manifest, read_manifest
@@ -26,6 +27,14 @@ from mlflow_pt_deploy.runtimes.portable import Portable, usable_device
 from mlflow_pt_deploy.system.device import AUTO, CPU, kind_of, missing_gpu
 from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
 from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
+
+
+class Description(NamedTuple):
+    """What a variant says about itself: all of a `LoadedVariant` but the model."""
+
+    manifest: Manifest
+    preprocessor: Preprocessor
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,16 @@ def _read_complete_manifest(folder: Path) -> Manifest:
             "The artifact is incomplete; download or export it again."
         )
     return manifest
+
+
+def load_description(folder: Path) -> Description:
+    """Verify a variant like `load_variant`, without loading its model.
+
+    Raises:
+        ArtifactError: The folder is incomplete or changed.
+    """
+    manifest = verify(folder)
+    return Description(manifest, load_preprocessor(folder), _read_labels(folder))
 
 
 def load_variant(

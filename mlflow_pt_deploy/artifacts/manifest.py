@@ -25,7 +25,7 @@ from mlflow_pt_deploy.runtimes.catalog import (
     VARIANTS,
 )
 from mlflow_pt_deploy.runtimes.portable import Portable
-from mlflow_pt_deploy.system.device import CPU
+from mlflow_pt_deploy.system.device import CPU, CUDA
 from mlflow_pt_deploy.system.regular_files import parse_json, read_regular
 
 FORMAT = 1
@@ -94,6 +94,11 @@ class Manifest:
         """Runtimes that must be installed: its own, or those of its stages."""
         stages = RUNTIMES[self.runtime].stages
         return tuple(self.options[stage].split("-")[1] for stage in stages) or (self.runtime,)
+
+    @property
+    def gpu_runtime(self) -> str:
+        """The runtime of `runtimes` that runs on a GPU; empty if none does."""
+        return self.runtimes[-1] if self.device == CUDA else ""
 
     def variant(self) -> Variant:
         """Return the variant with the options of this manifest.

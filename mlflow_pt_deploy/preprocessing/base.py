@@ -56,6 +56,11 @@ class Preprocessor(Protocol):
     def collate(self, encoded: Sequence[Any]) -> dict[str, npt.NDArray[Any]]:
         """Combine encoded rows into a batch of named arrays, batch axis first, in `axes` order."""
 
+    def join(
+        self, batches: Sequence[Mapping[str, npt.NDArray[Any]]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Combine results of `collate` into one batch, as if their rows were collated together."""
+
     def warmup_rows(self) -> Sequence[Any]:
         """Encoded rows of several sizes, to warm up a model."""
 

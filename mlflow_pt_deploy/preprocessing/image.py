@@ -191,6 +191,12 @@ class ImagePreprocessor:
         pixels += self._shift
         return {"pixel_values": pixels}
 
+    def join(
+        self, batches: Sequence[Mapping[str, npt.NDArray[Any]]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Combine results of `collate`."""
+        return {"pixel_values": np.concatenate([batch["pixel_values"] for batch in batches])}
+
     def warmup_rows(self) -> list[Pixels]:
         """A grey image, to warm up a model."""
         return [np.full((self.settings.height, self.settings.width, 3), 128, dtype=np.uint8)]

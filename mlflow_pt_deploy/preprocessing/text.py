@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -198,6 +198,28 @@ class TextPreprocessor:
             ids[row, start : start + len(tokens)] = tokens
             mask[row, start : start + len(tokens)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def join(
+        self, batches: Sequence[Mapping[str, npt.NDArray[np.int64]]]
+    ) -> dict[str, npt.NDArray[np.int64]]:
+        """Combine results of `collate`, padded to the longest row of all.
+
+        Returns:
+            See `collate`.
+        """
+        sizes = [batch["input_ids"].shape for batch in batches]
+        shape = sum(rows for rows, _ in sizes), max(length for _, length in sizes)
+        joined = {
+            "input_ids": np.full(shape, self.pad_id, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        start = 0
+        for batch, (rows, length) in zip(batches, sizes, strict=True):
+            left = shape[1] - length if self.padding_side == "left" else 0
+            for name, array in joined.items():
+                array[start : start + rows, left : left + length] = batch[name]
+            start += rows
+        return joined
 
     def warmup_rows(self) -> list[list[int]]:
         """Encoded rows of several lengths, to warm up a model."""

@@ -23,7 +23,6 @@ from mlflow.utils.environment import (
 
 from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.registry.wheel import WHEELS, write_wheel
-from mlflow_pt_deploy.system.device import CPU, CUDA
 
 CONDA_FILE: str = _CONDA_ENV_FILE_NAME
 PYTHON_FILE: str = _PYTHON_ENV_FILE_NAME
@@ -42,6 +41,7 @@ RUNTIME_LIBRARIES = {
 }
 """Libraries that each runtime needs beside this package's own requirements."""
 
+_ON_ONNX_RUNTIME = ("onnxruntime", "tensorrt")
 _GPU_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu"}
 _OTHER_DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime-gpu",),
@@ -53,18 +53,19 @@ INPUT_LIBRARIES = {"text": ("tokenizers",), "image": ("pillow",)}
 
 
 def get_default_pip_requirements(
-    *runtimes: str, column: str = "text", device: str = CPU
+    *runtimes: str, column: str = "text", gpu_runtime: str = ""
 ) -> list[str]:
     """Return pinned requirements to serve variants.
 
     Args:
         *runtimes: Their runtimes; none: eager.
         column: What they read, ``text`` or ``image``.
-        device: ``cuda``: ONNX Runtime is the distribution for GPUs, which runs on the CPU too.
+        gpu_runtime: The one of them that runs on a GPU, if any. If that is ONNX Runtime, all use
+            its distribution for GPUs, which runs on the CPU too.
     """
     needed = [name for runtime in runtimes or ("eager",) for name in RUNTIME_LIBRARIES[runtime]]
     names = dict.fromkeys(("mlflow-skinny", "numpy", *INPUT_LIBRARIES[column], *needed))
-    if device == CUDA:
+    if gpu_runtime in _ON_ONNX_RUNTIME:
         names = {_GPU_DISTRIBUTIONS.get(name, name): None for name in names}
     return [f"mlflow-pt-deploy=={__version__}", *filter(None, map(_pin, names))]
 

@@ -42,23 +42,18 @@ def tokens_computed(predict: Predict, default: int) -> int:
     return default if tokens is None else int(tokens)
 
 
-def warm_up_buckets(predict: Predict, max_rows: int, max_tokens: int, longest: int) -> None:
-    """Prepare a predictor with fixed shapes for all batches within the limits of a server.
-
-    Args:
-        predict: Does this in a method of the same name; others need no preparation.
-        max_rows: Most rows of a batch.
-        max_tokens: Most tokens of a batch of several rows, padding included.
-        longest: Most tokens of a row.
-    """
-    prepare = getattr(predict, "warm_up_buckets", None)
-    if prepare is not None:
-        prepare(max_rows, max_tokens, longest)
-
-
 def streams_of(predict: Predict) -> tuple[Predict, int]:
     """Single-threaded predictor and the number of concurrent calls it supports, see `Streams`."""
     return getattr(predict, "single", predict), int(getattr(predict, "threads", 1))
+
+
+def remote_calls(predict: Predict) -> int:
+    """Concurrent calls that a predictor takes whose model is in another process.
+
+    0: it computes in this one. A remote predictor sets `remote_calls`; it waits for the other
+    process, so it must never run on an event loop.
+    """
+    return int(getattr(predict, "remote_calls", 0))
 
 
 def no_native_bf16() -> str | None:

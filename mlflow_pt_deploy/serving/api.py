@@ -18,7 +18,6 @@ from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
 from mlflow_pt_deploy.serving.rollout.version_share import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.system.cpu_allocation import count_replicas, describe_shares, share_cores
-from mlflow_pt_deploy.system.device import CUDA, kind_of
 from mlflow_pt_deploy.system.hardware import core_numbers, usable_cores
 
 
@@ -36,7 +35,8 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
         MissingExtraError: `grpc_port` is given and the extra `grpc` is not installed.
         ServingError: An option is invalid (the message names it), or a model cannot be opened.
     """
-    chosen, options = ServerSettings(**settings), ServingOptions.from_config(model_config)
+    chosen = ServerSettings(**settings)
+    ServingOptions.from_config(model_config)  # checks it
     for word in models:
         check_folder(word)
     for role, text, share in (("canary", chosen.canary, None), ("shadow", chosen.shadow, 1.0)):
@@ -45,8 +45,7 @@ def serve(*models: str, model_config: Mapping[str, Any] | None = None, **setting
     require_auth_unless_loopback(chosen.host, auth_from_environment(), chosen.insecure)
     cores = usable_cores()
     # only Linux spreads connections over several sockets
-    fit = sys.platform == "linux" and kind_of(options.device) != CUDA
-    count = count_replicas(chosen.replicas, cores, fit=fit)
+    count = count_replicas(chosen.replicas, cores, fit=sys.platform == "linux")
     shares = share_cores(count, cores, core_numbers(), chosen.pin and count > 1)
     if chosen.grpc_port and find_spec("grpc") is None:
         raise MissingExtraError("grpc", "grpc")

@@ -144,7 +144,7 @@ class Pages:
             return alive
         if self._states is not None and self._states.draining:
             return Response(503, b'{"status": "draining"}', "TEMPORARILY_UNAVAILABLE")
-        own = all(model.current or model.unloaded for model in self._models.values())
+        own = all(map(_can_answer, self._models.values()))
         own = own and self._is_listening()
         if own and (self._states is None or self._states.started()):
             return Response(200, b'{"status": "ready"}')
@@ -165,7 +165,7 @@ class Pages:
         current = model.current
         if version and current is not None and version not in self._labels(name, current):
             return unknown_version(name, current.label)
-        if current is None and (version or not model.unloaded):
+        if (current is None and version) or not _can_answer(model):
             body = json.dumps({"name": name, "ready": False}).encode()
             return Response(503, body, "TEMPORARILY_UNAVAILABLE")
         return json_response({"name": name, "ready": True})
@@ -249,6 +249,12 @@ def unknown_version(name: str, served: str) -> Response:
     """The response to a request for a version that does not serve."""
     message = f"this version of {name} does not serve; {served} does, ask for it or for none"
     return error_response(404, "RESOURCE_DOES_NOT_EXIST", message)
+
+
+def _can_answer(model: ServedModel) -> bool:
+    """Whether a model is in memory, in that of its device too, or is loaded on demand."""
+    current = model.current
+    return bool(model.unloaded) if current is None else current.pyfunc.service.ready
 
 
 def _feedback_is_off(body: bytes) -> Response:

@@ -73,7 +73,8 @@ class ServerSettings:
     )
     replicas: int = option(
         0,
-        "worker processes, each with its own copy of the models; 0: one per 4 CPU cores, at most 8",
+        "worker processes; on the CPU each has its own copy of a model, on a GPU all share one; "
+        "0: one per 4 CPU cores, at most 8",
     )
     hang_s: float = option(
         30.0,

@@ -98,6 +98,7 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
     settings = job.settings
+    _share_devices(job, states)
     metrics = new_metrics()
     if predecessor := states.predecessor():
         metrics.forget_process(predecessor)
@@ -153,6 +154,18 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     if served:
         publisher.ready.wait()
     return RsgiAdapter(application)
+
+
+def _share_devices(job: WorkerJob, states: WorkerStates) -> None:
+    """Load models on GPUs once for all workers."""
+    from mlflow_pt_deploy.serving.device.placement import DevicePlacement
+    from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
+    from mlflow_pt_deploy.serving.model.loader import use_placement
+
+    settings = job.settings
+    cores = [core for share in job.shares for core in share.pinned]
+    processes = DeviceProcesses(states, job.main_pid, settings.hang_s, settings.log_format, cores)
+    use_placement(DevicePlacement(processes, len(job.shares)))
 
 
 def new_application(

@@ -10,7 +10,7 @@ from mlflow_pt_deploy.errors import ServingError
 # A process keeps about four cores busy: the event loop takes one, and a small model gains little
 # from more than three threads. A machine with fewer than eight cores runs one process.
 CORES_PER_REPLICA = 4
-# Each replica has its own copy of the model and polls the registry.
+# Each replica polls the registry, and on the CPU has its own copy of the model.
 MAX_REPLICAS = 8
 
 
@@ -33,7 +33,7 @@ def count_replicas(requested: int, cores: int, *, fit: bool = True) -> int:
     Args:
         requested: Number that the user requested; 0: choose by `cores`.
         cores: Usable cores.
-        fit: Whether several replicas suit this system and model; on a GPU each would hold a copy.
+        fit: Whether this system spreads connections over several replicas.
     """
     return requested or (min(max(1, cores // CORES_PER_REPLICA), MAX_REPLICAS) if fit else 1)
 

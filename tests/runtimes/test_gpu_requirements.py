@@ -105,7 +105,7 @@ def test_the_manifest_of_a_package_has_the_capability(capability: str) -> None:
 
 def test_a_model_for_a_gpu_names_the_distribution_for_gpus() -> None:
     for runtimes in (("tensorrt",), ("onnxruntime", "tensorrt")):
-        pins = get_default_pip_requirements(*runtimes, device="cuda")
+        pins = get_default_pip_requirements(*runtimes, gpu_runtime="tensorrt")
         names = [pin.partition("==")[0] for pin in pins]
         assert names.count("onnxruntime-gpu") == 1 and "onnxruntime" not in names
     assert "onnxruntime-gpu" not in " ".join(get_default_pip_requirements("onnxruntime"))

@@ -49,7 +49,7 @@ class Batcher:
     fail: one bad row of n costs about 2 log2(n) extra calls.
 
     Args:
-        predict: The model; called by one thread at a time.
+        predict: The model; called by one thread at a time, see `allow_concurrent_calls`.
         collate: Joins encoded rows to named arrays, batch first.
         limits: Sizes and times.
         count_tokens: Cost of an encoded row.
@@ -101,11 +101,20 @@ class Batcher:
                 the model itself computes.
             streams: Most batches at a time.
         """
+        self.allow_concurrent_calls(streams)
         with self._lock:
-            self.concurrency.set_streams(streams)
-            self.admission.queue_share = STREAM_QUEUE_SHARE
             self._max_rows = min(self.limits.max_batch_rows, _STREAM_ROWS)
             self.executor.enable_streams(predict_single)
+
+    def allow_concurrent_calls(self, calls: int) -> None:
+        """Run several batches at a time from now on, all by the model itself.
+
+        Args:
+            calls: Most batches at a time.
+        """
+        with self._lock:
+            self.concurrency.set_streams(calls)
+            self.admission.queue_share = STREAM_QUEUE_SHARE
 
     def submit(
         self,

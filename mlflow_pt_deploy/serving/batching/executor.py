@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 
-from mlflow_pt_deploy.errors import ServingError
-from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, tokens_computed
+from mlflow_pt_deploy.errors import DeviceLostError, ServingError
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, remote_calls, tokens_computed
 from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
 from mlflow_pt_deploy.serving.batching.request import BatchShape, Encoded
 
@@ -59,7 +59,13 @@ class ModelExecutor:
 
     @property
     def running_s(self) -> float:
-        """Seconds since the oldest running call began; 0 if none is running."""
+        """Seconds since the oldest running call began; 0 if none is running.
+
+        A call of a remote predictor also waits for other workers; its device process is watched
+        instead.
+        """
+        if remote_calls(self._predict):
+            return 0.0
         started = min(list(self._started.values()), default=None)
         return 0.0 if started is None else time.perf_counter() - started
 
@@ -127,6 +133,9 @@ class ModelExecutor:
         """
         try:
             logits = self.run([row for _, row in rows], sole)
+        except DeviceLostError as error:  # says nothing about the rows
+            results.update(dict.fromkeys((key for key, _ in rows), error))
+            return
         except Exception as error:
             if len(rows) == 1:
                 results[rows[0][0]] = error

@@ -6,7 +6,13 @@ import json
 import logging
 from typing import NamedTuple
 
-from mlflow_pt_deploy.errors import DeadlineError, DeviceMemoryError, OverloadedError, RequestError
+from mlflow_pt_deploy.errors import (
+    DeadlineError,
+    DeviceLostError,
+    DeviceMemoryError,
+    OverloadedError,
+    RequestError,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +54,7 @@ def scoring_error(error: Exception) -> ScoringError:
         RequestError: "INVALID_PARAMETER_VALUE",
         OverloadedError: "RESOURCE_EXHAUSTED",
         DeviceMemoryError: "TEMPORARILY_UNAVAILABLE",
+        DeviceLostError: "TEMPORARILY_UNAVAILABLE",
         DeadlineError: "DEADLINE_EXCEEDED",
     }
     for kind, code in codes.items():

@@ -25,7 +25,7 @@ import numpy as np
 
 from mlflow_pt_deploy.errors import RequestError, RowError
 from mlflow_pt_deploy.preprocessing import Row
-from mlflow_pt_deploy.runtimes.base import Logits, pads_rows, streams_of, warm_up_buckets
+from mlflow_pt_deploy.runtimes.base import Logits, pads_rows, remote_calls, streams_of
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.serving.batching.admission import LoopIterationEstimator
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
@@ -33,7 +33,12 @@ from mlflow_pt_deploy.serving.batching.request import BatchRequest, Encoded, Req
 from mlflow_pt_deploy.serving.model.outputs import PredictionFormatter
 from mlflow_pt_deploy.serving.model.prediction_cache import CachedPrediction, PredictionCache
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
-from mlflow_pt_deploy.serving.model.warmup import FEW, fastest_s, warm_up_shapes
+from mlflow_pt_deploy.serving.model.warmup import (
+    FEW,
+    fastest_s,
+    warm_up_buckets,
+    warm_up_shapes,
+)
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.artifacts import LoadedVariant
@@ -98,12 +103,20 @@ class InferenceService:
             pads_rows(loaded.predict),
         )
         self.runs_inline = self.fast_stage_runs_inline = False
-        self._may_run_inline = True
+        calls = remote_calls(loaded.predict)
+        self._may_run_inline = not calls
+        if calls:
+            self.batcher.allow_concurrent_calls(calls)
         self._pending: list[PendingRequest] = []
         self._loop_cost = LoopIterationEstimator()
         self._finished: deque[tuple[PendingRequest, BatchRequest]] = deque()
         self._collecting = False
         self._in_batcher = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model can compute; a remote predictor may lose its device."""
+        return bool(getattr(self.loaded.predict, "ready", True))
 
     def warm_up(self) -> None:
         """Run a few input shapes, so that the first requests are not slow.
@@ -113,12 +126,9 @@ class InferenceService:
             Exception: An error of the model.
         """
         preprocessor, predict = self.loaded.preprocessor, self.loaded.predict
-        samples = preprocessor.warmup_rows()
         models = predict.models if isinstance(predict, CascadePredictor) else (predict,)
-        rows, tokens = self.options.max_batch_rows, self.options.max_batch_tokens
-        most = getattr(preprocessor, "max_length", 0) or preprocessor.token_count(samples[-1])
-        for model in models:
-            warm_up_buckets(model, rows, tokens, most)
+        warm_up_buckets(models, self.options, preprocessor)
+        samples = preprocessor.warmup_rows()
         for sample in samples:
             for rows in {1, 4, min(16, self.options.max_batch_rows)}:
                 self.formatter.to_objects(self.batcher.submit([sample] * rows, bounded=False))
@@ -129,7 +139,7 @@ class InferenceService:
         if self.options.max_wait_ms:
             return
         row_s = fastest_s(lambda: self.batcher.submit([longest], bounded=False))
-        self.runs_inline = row_s < INLINE_THRESHOLD_S
+        self.runs_inline = self._may_run_inline and row_s < INLINE_THRESHOLD_S
         predict_single, streams = streams_of(predict)
         if streams > 1 and not self.runs_inline:
             self.batcher.enable_streams(predict_single, streams)

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
+from mlflow_pt_deploy.runtimes.base import remote_calls
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
@@ -90,8 +91,14 @@ class LoadedModel:
             "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
             "served_from_copy": self.copied_at or None,
+            "device_processes": self._device_processes(),
             "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
+
+    def _device_processes(self) -> list[dict[str, Any]] | None:
+        """Where the model is loaded, if that is not this process."""
+        predict: Any = self.pyfunc.loaded.predict
+        return predict.status() if remote_calls(predict) else None
 
 
 def load_version(

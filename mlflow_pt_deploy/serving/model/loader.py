@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.artifacts import LoadedVariant, load_variant, read_manifest
+from mlflow_pt_deploy.artifacts.manifest import Manifest
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.mlmodel import FOLDER, MLmodel
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
+
+Placement = Callable[[Path, Manifest, ServingOptions], LoadedVariant]
+"""Loads a variant somewhere: its folder, its manifest, all serving options."""
 
 
 def load_checked(root: Path, mlmodel: MLmodel, config: Mapping[str, Any]) -> PtDeployPyFunc:
@@ -42,9 +46,22 @@ def load_logged_variant(root: Path, mlmodel: MLmodel, options: ServingOptions) -
             f"{manifest.name}: manifest.json is not the one that was logged (SHA-256 differs). "
             "The artifact is corrupted; log the variant again."
         )
+    return _placements[-1](folder, manifest, options)
+
+
+def load_here(folder: Path, manifest: Manifest, options: ServingOptions) -> LoadedVariant:
+    """Load a variant into this process; see `Placement`."""
     return load_variant(
         folder,
         device=options.device,
         threads=options.num_threads,
         allow_code=options.allow_code,
     )
+
+
+def use_placement(placement: Placement) -> None:
+    """Load variants this way in this process from now on."""
+    _placements.append(placement)
+
+
+_placements: list[Placement] = [load_here]

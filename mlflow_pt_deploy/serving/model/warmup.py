@@ -8,6 +8,8 @@ from functools import partial
 from itertools import product
 from statistics import median
 
+from mlflow_pt_deploy.model_config import Limits
+from mlflow_pt_deploy.preprocessing import Preprocessor
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict
 
 FEW = (1, 2, 3, 4)
@@ -19,6 +21,23 @@ _MAX_S = 1.0
 # their second runs, in CPU time: on a busy machine the wall time is mostly waiting.
 _PROBES = 8
 _SLOW_RATIO = 1.3
+
+
+def warm_up_buckets(models: Sequence[Predict], limits: Limits, preprocessor: Preprocessor) -> None:
+    """Let models that compute in buckets of shapes prepare those that their batches need.
+
+    Args:
+        models: The models; one with buckets has ``warm_up_buckets(rows, tokens, longest)``.
+        limits: Of a batch.
+        preprocessor: Tells the longest row; an image counts as its tokens.
+    """
+    for model in models:
+        prepare = getattr(model, "warm_up_buckets", None)
+        if prepare is not None:
+            axes = next(iter(preprocessor.axes.values()))
+            sample = preprocessor.warmup_rows()[-1]
+            longest = axes[1].maximum if 1 in axes else preprocessor.token_count(sample)
+            prepare(limits.max_batch_rows, limits.max_batch_tokens, longest)
 
 
 def warm_up_shapes(models: Sequence[Predict], batch: Inputs, max_s: float = _MAX_S) -> int:

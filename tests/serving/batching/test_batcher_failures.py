@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny.batching import BAD, GatedModel, hold, new_batcher, queue, until
 
-from mlflow_pt_deploy.errors import DeadlineError, OverloadedError, ServingError
+from mlflow_pt_deploy.errors import DeadlineError, DeviceLostError, OverloadedError, ServingError
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
 from mlflow_pt_deploy.serving.batching.request import RequestContext
 
@@ -142,3 +142,15 @@ def test_a_model_that_loses_rows_is_an_error() -> None:
 def test_a_request_of_no_rows_is_refused(model: GatedModel) -> None:
     with pytest.raises(ServingError, match="without rows"):
         new_batcher(model).submit([])
+
+
+def test_a_lost_device_fails_the_whole_batch_in_one_call(model: GatedModel) -> None:
+    calls = []
+
+    def lost(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        calls.append(len(inputs["ids"]))
+        raise DeviceLostError("the process of cuda:0 has ended")
+
+    with pytest.raises(DeviceLostError):
+        Batcher(lost, model.collate).submit([[1], [2], [3], [4]])
+    assert calls == [4]

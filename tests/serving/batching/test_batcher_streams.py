@@ -243,3 +243,17 @@ def test_no_request_is_lost_or_mixed_up_under_load(
         future.result(timeout=20)
     assert batcher.queued_rows == 0
     until(lambda: not batcher.concurrency.busy)
+
+
+def test_a_model_that_takes_concurrent_calls_keeps_the_size_of_its_batches(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    model.streams = 2
+    batcher = new_batcher(model, max_batch_rows=32)
+    batcher.allow_concurrent_calls(2)
+    first = hold(model, batcher, pool)
+    second = pool.submit(batcher.submit, [[n + 2] for n in range(60)])
+    until(lambda: model.busy == 2)
+    model.gate.set()
+    assert first.result().tolist() == [[1, 1]] and len(second.result()) == 60
+    assert [len(batch) for batch in model.batches] == [1, 30, 30]

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny.serving import predict, tiny_variant
+from tiny.serving import predict, tiny_images, tiny_variant
 
+from mlflow_pt_deploy.model_config import Limits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
 from mlflow_pt_deploy.runtimes.streams import Streams
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
-from mlflow_pt_deploy.serving.model.warmup import warm_up_shapes
+from mlflow_pt_deploy.serving.model.warmup import warm_up_buckets, warm_up_shapes
 
 BATCH = {"input_ids": np.ones((4, 40), np.int64), "attention_mask": np.ones((4, 40), np.int64)}
 
@@ -77,3 +78,20 @@ def test_batches_of_a_model_with_streams_are_computed_side_by_side(
     words = ["red", "green", "blue", "red green", "green blue"] * 9
     labels = [answer["label"] for answer in pyfunc.predict(words)]
     assert labels == [answer["label"] for answer in PtDeployPyFunc(tiny_variant()).predict(words)]
+
+
+class BucketModel(ShapeModel):
+    """A model that prepares buckets of shapes."""
+
+    prepared: tuple[int, int, int] | None = None
+
+    def warm_up_buckets(self, rows: int, tokens: int, longest: int) -> None:
+        self.prepared = rows, tokens, longest
+
+
+@pytest.mark.parametrize(("variant", "longest"), [(tiny_variant(), 64), (tiny_images(), 1)])
+def test_buckets_are_prepared_for_the_limits_of_a_batch(variant: Any, longest: int) -> None:
+    model = BucketModel(0, 0)
+    limits = Limits(max_batch_rows=8, max_batch_tokens=256)
+    warm_up_buckets([predict, model], limits, variant.preprocessor)
+    assert model.prepared == (8, 256, longest)

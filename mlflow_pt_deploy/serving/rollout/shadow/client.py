@@ -15,7 +15,7 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
     Sample,
-    SocketAddress,
+    new_address,
     new_socket,
     pack,
     sampling_point,
@@ -48,7 +48,7 @@ class ShadowClient:
         self.targets: Mapping[str, tuple[str, float]] = {}
         self.sent: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
-        self._address = SocketAddress(folder) if folder else None
+        self._address = new_address(folder) if folder else None
         self._socket = new_socket() if folder else None
         if self._socket is not None:
             self._socket.setblocking(False)

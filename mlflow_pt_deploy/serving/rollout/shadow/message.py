@@ -7,9 +7,7 @@ through a Unix datagram socket in the run directory, which only this user can op
 from __future__ import annotations
 
 import json
-import os
 import socket
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +15,13 @@ from typing import NamedTuple
 from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.serving.model.outputs import best_label
 from mlflow_pt_deploy.serving.rollout.version_share import place_of
+from mlflow_pt_deploy.system.socket_address import SocketAddress
 
 MAX_BYTES = 128 * 2**10
 """Longest message. Linux holds about 200 KiB in a socket."""
 
 _SOCKET = "shadow.sock"
 _PREFIX_BYTES = 4
-# of struct sockaddr_un, with a margin
-_MAX_PATH = 100
 
 
 class Sample(NamedTuple):
@@ -94,23 +91,6 @@ def new_socket() -> socket.socket:
     return made
 
 
-class SocketAddress:
-    """Address of the shadow process in a run directory.
-
-    Attributes:
-        path: For `socket.bind` and `socket.sendto`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = str(folder / _SOCKET)
-        self._folder: int | None = None
-        if len(os.fsencode(self.path)) > _MAX_PATH and sys.platform == "linux":
-            # the name of an open folder is short
-            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            self.path = f"/proc/self/fd/{self._folder}/{_SOCKET}"
-
-    def close(self) -> None:
-        """Make the address invalid."""
-        if self._folder is not None:
-            os.close(self._folder)
-            self._folder = None
+def new_address(folder: Path) -> SocketAddress:
+    """Address of the shadow process in a run directory."""
+    return SocketAddress(folder, _SOCKET)

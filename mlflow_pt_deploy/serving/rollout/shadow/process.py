@@ -68,11 +68,11 @@ class ShadowProcess:
         """Receive until the process ends."""
         from mlflow_pt_deploy.serving.rollout.shadow.message import (
             MAX_BYTES,
-            SocketAddress,
+            new_address,
             new_socket,
         )
 
-        address = SocketAddress(self._folder)
+        address = new_address(self._folder)
         with suppress(FileNotFoundError):
             os.unlink(address.path)
         receiver = new_socket()

@@ -11,7 +11,7 @@ import pytest
 from mlflow_pt_deploy.serving.rollout.shadow.client import FLUSH_BYTES, ShadowClient
 from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
-    SocketAddress,
+    new_address,
     new_socket,
     unpack,
 )
@@ -35,7 +35,7 @@ def client(tmp_path: Path) -> Iterator[ShadowClient]:
 @pytest.fixture
 def receiver(tmp_path: Path) -> Iterator[socket.socket]:
     with new_socket() as receiver:
-        receiver.bind(SocketAddress(tmp_path).path)
+        receiver.bind(new_address(tmp_path).path)
         receiver.settimeout(5)
         yield receiver
 
@@ -94,7 +94,7 @@ def test_what_is_not_taken_is_dropped_and_counted(client: ShadowClient, tmp_path
     offer(client, ["red"])  # no process
     assert (client.sent["tiny"], client.dropped["tiny"]) == (0, 1)
     with new_socket() as receiver:
-        receiver.bind(SocketAddress(tmp_path).path)
+        receiver.bind(new_address(tmp_path).path)
         for _ in range(600):  # the process reads nothing
             offer(client, ["x" * 10_000])
         assert client.dropped["tiny"] > 1

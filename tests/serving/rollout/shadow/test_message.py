@@ -9,7 +9,7 @@ from mlflow_pt_deploy.preprocessing import Row
 from mlflow_pt_deploy.serving.rollout.shadow.message import (
     MAX_BYTES,
     Sample,
-    SocketAddress,
+    new_address,
     new_socket,
     pack,
     sampling_point,
@@ -45,7 +45,7 @@ def test_the_longest_message_passes_whatever_the_folder_is_called(
     folder = tmp_path.joinpath(*["folder"] * depth)
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        closing(SocketAddress(folder)) as address,
+        closing(new_address(folder)) as address,
         new_socket() as receiver,
         new_socket() as sender,
     ):
