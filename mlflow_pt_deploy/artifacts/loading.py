@@ -10,6 +10,7 @@ from mlflow_pt_deploy.artifacts.golden import check_golden_rows
 from mlflow_pt_deploy.artifacts.manifest import LABELS, MANIFEST, Manifest, read_manifest
 from mlflow_pt_deploy.errors import (
     ArtifactError,
+    DeviceMemoryError,
     PtDeployError,
     UnsupportedError,
     UntrustedError,
@@ -22,7 +23,15 @@ from mlflow_pt_deploy.preprocessing import (
     load_preprocessor,
 )
 from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
-from mlflow_pt_deploy.system.device import AUTO, CPU
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard, was_out_of_memory
+from mlflow_pt_deploy.system.device import (
+    AUTO,
+    CPU,
+    CUDA,
+    kind_of,
+    lacks_memory,
+    release_cached_memory,
+)
 from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
 from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
 
@@ -105,6 +114,7 @@ def load_variant(
         UntrustedError: The variant carries code and `allow_code` is false.
         UnsupportedError: This machine lacks the instruction set or the device.
         MissingExtraError: The library of the runtime is not installed.
+        DeviceMemoryError: The device has no memory for it.
     """
     manifest = _read_complete_manifest(folder) if verified else verify(folder)
     if manifest.carries_code and not allow_code:
@@ -136,16 +146,31 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
             predict = variant.combine(_load_stages(folder, variant, device, threads))
         else:
             predict = variant.load(folder, device=device, threads=threads)
+            if kind_of(device) == CUDA:
+                predict = DeviceMemoryGuard(predict, f"{manifest.name} on {device}", device)
     except PtDeployError:
         raise
     except Exception as error:  # runtimes have no common base class for errors
         if missing := missing_extra(error):
             raise missing from error
-        raise ArtifactError(
-            f"{manifest.name}: {manifest.runtime} cannot load its files "
-            f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
-        ) from error
-    return LoadedVariant(manifest, preprocessor, labels, predict, device)
+        if not _found_no_memory(error, folder, device):
+            raise ArtifactError(
+                f"{manifest.name}: {manifest.runtime} cannot load its files "
+                f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
+            ) from error
+    else:
+        return LoadedVariant(manifest, preprocessor, labels, predict, device)
+    release_cached_memory()  # not within `except`: the frames of the error hold tensors
+    raise DeviceMemoryError(
+        f"{manifest.name} needs more memory than is free on {device}. Free some, choose a smaller "
+        "variant, or give device=cpu."
+    )
+
+
+def _found_no_memory(error: Exception, folder: Path, device: str) -> bool:
+    """Whether a load failed for memory; the errors of compiled packages do not say so."""
+    size = sum((folder / name).stat().st_size for name in list_files(folder))
+    return was_out_of_memory(error) or lacks_memory(device, size)
 
 
 def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:

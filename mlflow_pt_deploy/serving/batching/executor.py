@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import ServingError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, tokens_computed
+from mlflow_pt_deploy.runtimes.device_memory import PartialBatchError
 from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
 from mlflow_pt_deploy.serving.batching.request import BatchShape, Encoded
 
@@ -120,6 +121,8 @@ class ModelExecutor:
     ) -> None:
         """Run one batch; on failure bisect it until each failing row is isolated.
 
+        Where memory was short the error names the rows, and nothing is computed again.
+
         Args:
             rows: Rows with their deduplication keys.
             results: Gets the result of each row.
@@ -127,6 +130,13 @@ class ModelExecutor:
         """
         try:
             logits = self.run([row for _, row in rows], sole)
+        except PartialBatchError as error:
+            for number, (key, _) in enumerate(rows):
+                if error.logits is None or number in error.rows:
+                    results[key] = error
+                else:
+                    results[key] = error.logits[number]
+            return
         except Exception as error:
             if len(rows) == 1:
                 results[rows[0][0]] = error
