@@ -58,13 +58,13 @@ def load_patiently(load: Callable[[], LoadedModel]) -> LoadedModel:
     """
     end, pause_s = time.monotonic() + LOAD_S, _PAUSE_S
     while True:
-        free_memory()
         try:
             return load()
         except DeviceMemoryError:
             if time.monotonic() + pause_s > end:
                 raise
         time.sleep(pause_s)
+        free_memory()
         pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
 

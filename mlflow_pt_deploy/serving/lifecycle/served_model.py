@@ -36,6 +36,7 @@ from mlflow_pt_deploy.registry.served_copy import ServedCopies
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
 from mlflow_pt_deploy.serving.lifecycle.device_swap import (
     clear_frames,
+    free_memory,
     load_patiently,
     wait_until_freed,
 )
@@ -479,6 +480,7 @@ class ServedModel:
     def _restore(self, ended: ServedVersion) -> None:
         """Load the version again that ended for one that cannot serve; never raises."""
         start, rejected = time.perf_counter(), self.rejected
+        free_memory()
         try:
             loaded = load_patiently(partial(self._prepare, ended.version, ended.spec))
         except Exception as error:

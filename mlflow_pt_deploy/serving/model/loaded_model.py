@@ -126,6 +126,7 @@ def load_version(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     weakref.finalize(version, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(version, pyfunc.service.batcher.release)
     return version
 
 

@@ -30,8 +30,8 @@ from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
 def units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The device has 4 units, and waiting for it is short."""
     monkeypatch.setattr(DEVICE, "units", 4)
-    monkeypatch.setattr(device_swap, "_PAUSE_S", 0.02)
-    monkeypatch.setattr(device_swap, "LOAD_S", 0.1)
+    monkeypatch.setattr(device_swap, "_PAUSE_S", 0.1)
+    monkeypatch.setattr(device_swap, "LOAD_S", 0.05)
     device_swap.free_memory()
     assert DEVICE.used == 0
     yield
