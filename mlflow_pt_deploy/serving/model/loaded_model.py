@@ -15,6 +15,7 @@ import numpy as np
 
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemory, memory_of
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
@@ -63,6 +64,11 @@ class LoadedModel:
         """The variant's name, e.g. ``student-openvino-fp32``."""
         return self.pyfunc.loaded.manifest.name
 
+    @property
+    def device_memory(self) -> DeviceMemory | None:
+        """How its calls fared in the memory of a device; None on the CPU."""
+        return memory_of(self.pyfunc.loaded.predict)
+
     def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
         """Whether this is the version and configuration given."""
         return self.resolved == resolved and self.spec.model_config == spec.model_config
@@ -80,7 +86,7 @@ class LoadedModel:
 
     def status(self) -> dict[str, Any]:
         """Its part of ``/model``; times in milliseconds."""
-        manifest = self.pyfunc.loaded.manifest
+        manifest, memory = self.pyfunc.loaded.manifest, self.device_memory
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
             "registered_model": self.resolved.name,
@@ -90,6 +96,8 @@ class LoadedModel:
             "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
             "served_from_copy": self.copied_at or None,
+            "device": self.pyfunc.loaded.device,
+            "device_memory": memory._asdict() if memory else None,
             "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections import Counter
@@ -246,3 +247,17 @@ def test_an_eviction_meanwhile_finds_nothing_to_unload(versions: Versions) -> No
     assert model.unload("max_models is 1")() is None
     assert model.unloaded is None
     assert not cache.reconcile()
+
+
+def test_a_version_is_freed_without_a_garbage_collection(versions: Versions) -> None:
+    gc.disable()
+    try:
+        model = versions.opened()
+        assert model.current and DEVICE.used == 3
+        batcher = model.current.pyfunc.service.batcher
+        model.current = None
+        assert batcher.submit([[2]]).shape == (1, 3), "a late caller is answered"
+        del batcher
+        assert DEVICE.used == 0
+    finally:
+        gc.enable()
