@@ -24,6 +24,7 @@ from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.registry import mlmodel
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
 mlmodel.LOADERS["tiny.serving"] = "tiny.serving"
@@ -156,6 +157,15 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pt
         variant = replace(
             variant, predict=CascadePredictor(predict, predict, habits["unsure_below"])
         )
+    if "full_on" in habits:
+        large = WORDS.index(habits["full_on"])
+
+        def allocating(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == large).any():
+                raise RuntimeError("CUDA error: out of memory; secret /path/to/model")
+            return predict(inputs)
+
+        variant = replace(variant, predict=DeviceMemoryGuard(allocating, "tiny", "cuda"))
     if "memory" in habits:
         compute = variant.predict
 
@@ -181,7 +191,8 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
             with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
             be a cascade of the model and itself; `wrong`: answer with the next label;
             `reversed`: have the same labels in the other order; `fails_on`: fail on this word;
-            `memory`: units of `DEVICE` that it needs.
+            `memory`: units of `DEVICE` that it needs; `full_on`: a row with this word finds no
+            device memory.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

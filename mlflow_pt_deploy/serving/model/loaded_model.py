@@ -96,7 +96,6 @@ class LoadedModel:
             "logged": logged_metrics(self.tags),
             "observed": _percentiles(list(self.seconds)),
             "served_from_copy": self.copied_at or None,
-            "device": self.pyfunc.loaded.device,
             "device_memory": memory._asdict() if memory else None,
             "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
