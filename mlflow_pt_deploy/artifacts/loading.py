@@ -23,7 +23,11 @@ from mlflow_pt_deploy.preprocessing import (
     load_preprocessor,
 )
 from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
-from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard, was_out_of_memory
+from mlflow_pt_deploy.runtimes.device_memory import (
+    DeviceMemoryGuard,
+    hides_reason,
+    was_out_of_memory,
+)
 from mlflow_pt_deploy.system.device import (
     AUTO,
     CPU,
@@ -168,9 +172,11 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
 
 
 def _found_no_memory(error: Exception, folder: Path, device: str) -> bool:
-    """Whether a load failed for memory; the errors of compiled packages do not say so."""
+    """Whether a load failed for memory."""
+    if was_out_of_memory(error) or not hides_reason(error):
+        return was_out_of_memory(error)
     size = sum((folder / name).stat().st_size for name in list_files(folder))
-    return was_out_of_memory(error) or lacks_memory(device, size)
+    return lacks_memory(device, size)
 
 
 def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:

@@ -32,9 +32,6 @@ CALLS = 16
 _ROW_TOO_LARGE = (
     "a row needs more memory than is free on the device; retry later, or send a shorter row"
 )
-# AOTInductor's C interface writes the reason to standard error and raises this
-_HIDDEN = "API call failed"
-
 _logger = logging.getLogger(__name__)
 
 
@@ -211,7 +208,7 @@ class DeviceMemoryGuard:
             self._failed_allocations,
             failed_allocations(self._device),
         )
-        hidden = _HIDDEN in str(error) and self._failed_allocations > before
+        hidden = hides_reason(error) and self._failed_allocations > before
         return hidden or was_out_of_memory(error)
 
     def _log(self, row_failed: bool) -> None:
@@ -251,6 +248,11 @@ def memory_of(predict: Predict) -> DeviceMemory | None:
 def unguarded(predict: Predict) -> Predict:
     """The model itself."""
     return predict.guarded if isinstance(predict, DeviceMemoryGuard) else predict
+
+
+def hides_reason(error: BaseException) -> bool:
+    """Whether an error is one of AOTInductor's, whose reason is only on standard error."""
+    return isinstance(error, RuntimeError) and "API call failed" in str(error)
 
 
 def was_out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.errors import DeviceMemoryError
+from mlflow_pt_deploy.runtimes import device_memory
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, streams_of, tokens_computed
 from mlflow_pt_deploy.runtimes.device_memory import (
     CALLS,
@@ -265,6 +266,19 @@ def test_other_errors_pass(error: Exception) -> None:
     assert raised.value is error
     assert device.sizes == [16]
     assert predict.memory == DeviceMemory(0, 0)
+
+
+def test_a_compiled_package_tells_memory_only_by_the_allocator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = [0]
+    monkeypatch.setattr(device_memory, "failed_allocations", lambda device: failures[0])
+
+    def failed() -> Exception:
+        failures[0] += 1
+        return RuntimeError("run_func_(...) API call failed at runner.cpp, line 145")
+
+    assert guard(SmallDevice(10, failed))(texts(4, 4, 4)).tolist() == expected(4, 4, 4)
 
 
 def test_an_error_that_followed_from_one_of_memory_counts() -> None:

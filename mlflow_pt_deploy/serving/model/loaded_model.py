@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_pt_deploy.errors import DeviceMemoryError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
-from mlflow_pt_deploy.runtimes.device_memory import DeviceMemory, memory_of
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemory, memory_of, was_out_of_memory
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
@@ -119,6 +120,7 @@ def load_version(
     Raises:
         PtDeployError: The model is damaged, its predictions differ from those at export, its digest
             is not trusted, or it cannot run here.
+        DeviceMemoryError: The device has no memory for it.
         MlflowException: It cannot be fetched.
     """
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
@@ -129,8 +131,13 @@ def load_version(
         version.root = fetched.root
         version.compare_libraries()
         version.pyfunc.warm_up()
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if was_out_of_memory(error) and not isinstance(error, DeviceMemoryError):
+            raise DeviceMemoryError(
+                f"version {resolved.version or resolved.uri} needs more memory for its warm-up "
+                "than is free on the device; free some, or choose a smaller variant"
+            ) from error
         raise
     weakref.finalize(version, shutil.rmtree, folder, ignore_errors=True)
     weakref.finalize(version, pyfunc.service.batcher.release)

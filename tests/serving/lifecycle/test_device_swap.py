@@ -25,6 +25,7 @@ from mlflow_pt_deploy.serving.lifecycle import device_swap, served_model
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 
 
 @pytest.fixture(autouse=True)
@@ -261,3 +262,22 @@ def test_a_version_is_freed_without_a_garbage_collection(versions: Versions) -> 
         assert DEVICE.used == 0
     finally:
         gc.enable()
+
+
+def test_no_memory_for_the_warm_up_ends_the_current_version_too(
+    versions: Versions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where graphs are captured, PyTorch's own error comes from the warm-up."""
+    warm_up = PtDeployPyFunc.warm_up
+
+    def capture(self: PtDeployPyFunc) -> None:
+        if DEVICE.used > 3:
+            raise RuntimeError("CUDA error: out of memory")
+        warm_up(self)
+
+    versions.add(memory=1)
+    model = versions.opened()
+    monkeypatch.setattr(PtDeployPyFunc, "warm_up", capture)
+    versions.wanted = 2
+    model.poll()
+    assert (label(model), DEVICE.used) == ("2", 1)
