@@ -275,8 +275,7 @@ class ServedModel:
         if self.current and self.current.matches(version, spec):
             self.uri, self.rejected = spec.uri, None
         elif self._is_blocked(version, spec):
-            if self.ended is not None:
-                self._restore(self.ended)
+            self._restore()
         elif load:
             self._try(version, spec)
         else:
@@ -376,7 +375,10 @@ class ServedModel:
     def _load_in_place(self, version: ResolvedVersion, spec: ModelSpec) -> None:
         """End the current version and load another one; if that fails, the old one again."""
         start = time.perf_counter()
-        ended, serving, executor = self._end(version)
+        ended = self._end(version)
+        if ended is None:
+            return
+        serving, executor = ended
         freed = wait_until_freed(serving, executor, self._grace_s)
         if not freed and (old := serving()):
             self.current, self.ended = old, None
@@ -394,16 +396,21 @@ class ServedModel:
         else:
             self._activate(loaded, time.perf_counter() - start)
             return
-        self._restore(ended)
+        self._restore()
         self._reject(version, spec, failure, alone=True)
 
     def _end(
         self, version: ResolvedVersion
-    ) -> tuple[ServedVersion, weakref.ref[LoadedModel], weakref.ref[ModelExecutor]]:
-        """Give the current version to no new request; returns it, and what holds its memory."""
+    ) -> tuple[weakref.ref[LoadedModel], weakref.ref[ModelExecutor]] | None:
+        """Give the current version to no new request.
+
+        Returns:
+            What holds its memory; None if it was evicted meanwhile.
+        """
         current = self.current
-        assert current is not None
-        self.ended = ended = ServedVersion(current.spec, current.resolved)
+        if current is None:
+            return None
+        self.ended = ServedVersion(current.spec, current.resolved)
         self._unloaded_version = current.resolved
         self.current = None  # after `ended`, which says why
         _logger.warning(
@@ -415,11 +422,13 @@ class ServedModel:
             version.version,
         )
         executor = current.pyfunc.service.batcher.executor
-        return ended, weakref.ref(current), weakref.ref(executor)
+        return weakref.ref(current), weakref.ref(executor)
 
-    def _restore(self, ended: ServedVersion) -> None:
+    def _restore(self) -> None:
         """Load the version again that ended for one that cannot serve; never raises."""
-        start, rejected = time.perf_counter(), self.rejected
+        start, rejected, ended = time.perf_counter(), self.rejected, self.ended
+        if ended is None:
+            return
         free_memory()
         try:
             loaded = load_patiently(partial(self._prepare, ended.version, ended.spec))
