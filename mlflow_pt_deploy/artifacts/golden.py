@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ArtifactError, root_cause
+from mlflow_pt_deploy.errors import ArtifactError, DeviceMemoryError, root_cause
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Logits
 from mlflow_pt_deploy.system.device import CPU
@@ -104,10 +104,13 @@ def compare_golden_rows(loaded: LoadedVariant, folder: Path) -> GoldenComparison
 
     Raises:
         ArtifactError: golden.json is invalid, or the variant fails on its rows.
+        DeviceMemoryError: The device has no memory for a row.
     """
     rows, expected = _read_golden(loaded, folder)
     try:
         actual = np.concatenate([loaded.logits([row]) for row in rows])
+    except DeviceMemoryError:
+        raise
     except Exception as error:  # any error of the runtime, e.g. tokenizer does not fit
         raise ArtifactError(
             f"{loaded.manifest.name} fails on its golden rows ({type(error).__name__}: "

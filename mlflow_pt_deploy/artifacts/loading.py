@@ -11,6 +11,7 @@ from mlflow_pt_deploy.artifacts.golden import check_golden_rows
 from mlflow_pt_deploy.artifacts.manifest import LABELS, MANIFEST, Manifest, read_manifest
 from mlflow_pt_deploy.errors import (
     ArtifactError,
+    DeviceMemoryError,
     PtDeployError,
     UnsupportedError,
     UntrustedError,
@@ -23,8 +24,21 @@ from mlflow_pt_deploy.preprocessing import (
     load_preprocessor,
 )
 from mlflow_pt_deploy.runtimes.base import Logits, Predict, Variant
+from mlflow_pt_deploy.runtimes.device_memory import (
+    DeviceMemoryGuard,
+    hides_reason,
+    was_out_of_memory,
+)
 from mlflow_pt_deploy.runtimes.portable import Portable, usable_device
-from mlflow_pt_deploy.system.device import AUTO, CPU, kind_of, missing_gpu
+from mlflow_pt_deploy.system.device import (
+    AUTO,
+    CPU,
+    CUDA,
+    kind_of,
+    lacks_memory,
+    missing_gpu,
+    release_cached_memory,
+)
 from mlflow_pt_deploy.system.hardware import cpu_flags, usable_cores
 from mlflow_pt_deploy.system.regular_files import list_files, read_json, sha256
 
@@ -136,6 +150,7 @@ def load_variant(
         UntrustedError: The variant carries code and `allow_code` is false.
         UnsupportedError: This machine lacks the instruction set or the device.
         MissingExtraError: The library of the runtime is not installed.
+        DeviceMemoryError: The device has no memory for it.
     """
     manifest = _read_complete_manifest(folder) if verified else verify(folder)
     if manifest.carries_code and not allow_code:
@@ -200,16 +215,33 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
             predict = variant.combine(_load_stages(folder, variant, device, threads))
         else:
             predict = variant.load(folder, device=device, threads=threads)
+            if kind_of(device) == CUDA:
+                predict = DeviceMemoryGuard(predict, f"{manifest.name} on {device}", device)
     except PtDeployError:
         raise
     except Exception as error:  # runtimes have no common base class for errors
         if missing := missing_extra(error):
             raise missing from error
-        raise ArtifactError(
-            f"{manifest.name}: {manifest.runtime} cannot load its files "
-            f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
-        ) from error
-    return LoadedVariant(manifest, preprocessor, labels, predict, device)
+        if not _found_no_memory(error, folder, device):
+            raise ArtifactError(
+                f"{manifest.name}: {manifest.runtime} cannot load its files "
+                f"({type(error).__name__}: {root_cause(error)[:300]}). Export the variant again."
+            ) from error
+    else:
+        return LoadedVariant(manifest, preprocessor, labels, predict, device)
+    release_cached_memory()  # not within `except`: the frames of the error hold tensors
+    raise DeviceMemoryError(
+        f"{manifest.name} needs more memory than is free on {device}. Free some, choose a smaller "
+        "variant, or give device=cpu."
+    )
+
+
+def _found_no_memory(error: Exception, folder: Path, device: str) -> bool:
+    """Whether a load failed for memory."""
+    if was_out_of_memory(error) or not hides_reason(error):
+        return was_out_of_memory(error)
+    size = sum((folder / name).stat().st_size for name in list_files(folder))
+    return lacks_memory(device, size)
 
 
 def _load_stages(folder: Path, variant: Variant, device: str, threads: int) -> list[Predict]:

@@ -17,6 +17,7 @@ from mlflow_pt_deploy.artifacts import LoadedVariant
 from mlflow_pt_deploy.errors import MissingExtraError, UnsupportedError
 from mlflow_pt_deploy.explanation.result import Attribution, above_mean
 from mlflow_pt_deploy.explanation.words import Word
+from mlflow_pt_deploy.runtimes.device_memory import unguarded
 from mlflow_pt_deploy.runtimes.eager import EagerPredictor
 
 METHOD = "integrated_gradients"
@@ -39,7 +40,7 @@ class IntegratedGradients:
     """
 
     def __init__(self, loaded: LoadedVariant) -> None:
-        predict, name = loaded.predict, loaded.manifest.name
+        predict, name = unguarded(loaded.predict), loaded.manifest.name
         if not isinstance(predict, EagerPredictor) or loaded.running.precision != "fp32":
             raise UnsupportedError(
                 f"{name} has no gradients: {METHOD} needs an eager variant in fp32. Serve such a "

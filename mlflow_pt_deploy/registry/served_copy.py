@@ -1,12 +1,14 @@
 """Local copies of the versions that served last, for a start while the registry is down.
 
     PT_DEPLOY_HOME/served/<model>-<key>/
-    ├── lock                    held (flock) while the copy is replaced or read
+    ├── lock                    held (flock) while the copy is replaced, read or removed
+    ├── in-use                  held (flock, shared) by each process that serves the URI
     ├── copy.json               what is copied, and the name of the folder
     └── <version>-<random>/     the model as it was fetched
 
 There is one for each registry and URI. `copy.json` is replaced by renaming once the new folder is
-whole; then the old folder is removed.
+whole; then the old folder is removed. Of the copies of a registered model, those that a server uses
+stay, and the two that were used last. Others are renamed to ``.removed-<random>``, then deleted.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import re
 import secrets
 import shutil
 import stat
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,9 @@ from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.paths import home
 from mlflow_pt_deploy.system.regular_files import link_files, list_files, read_json
 
-_NOTE = "copy.json"
+_NOTE, _LOCK, _IN_USE = "copy.json", "lock", "in-use"
+_REMOVED = ".removed-"
+_NEWEST = 2
 _SERVERS = ("http", "databricks", "postgresql", "mysql", "mssql", "uc:")
 
 
@@ -95,6 +101,8 @@ class ServedCopies:
 
     def __init__(self, registry: Callable[[], str] | None = None) -> None:
         self._registry = registry or _registry_uri
+        self._in_use: set[Path] = set()
+        self._lock = threading.Lock()
 
     def find(self, uri: str) -> ServedCopy | None:
         """The copy of what `uri` meant when it was last served; None if there is none.
@@ -113,7 +121,8 @@ class ServedCopies:
     def keep(self, uri: str, version: ResolvedVersion, root: Path, tags: Mapping[str, str]) -> None:
         """Copy a version that serves, with hard links where possible.
 
-        Nothing happens if another worker has copied it, or if `uri` is a folder.
+        Nothing is copied if another worker has done it, or if `uri` is a folder. The copy is in use
+        from now on, for as long as this object exists. Old copies of the model are removed.
 
         Args:
             uri: What it was resolved from.
@@ -130,21 +139,32 @@ class ServedCopies:
         place = self._place(uri)
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(place.parent)
-        place.mkdir(mode=0o700, exist_ok=True)
+        self._use(place)
         found = digest(root)
         copy = ServedCopy(place, _folder_name(version), version, dict(tags), found, now())
         with _locked(place):
-            if _is_kept(copy):
-                return
-            try:
-                link_files(root, place / copy.folder)
-                _write(copy)
-            except BaseException:
-                shutil.rmtree(place / copy.folder, ignore_errors=True)
-                raise
+            if not _is_kept(copy):
+                _copy(copy, root)
+            kept = _read(place).folder
             for other in place.iterdir():
-                if other.is_dir() and other.name != copy.folder:
+                if other.is_dir() and other.name != kept:
                     shutil.rmtree(other, ignore_errors=True)
+        _remove_old(place.parent, version.name)
+
+    def _use(self, place: Path) -> None:
+        """Hold the shared lock of a place, which is made if it does not exist."""
+        with self._lock:
+            while place not in self._in_use:
+                place.mkdir(mode=0o700, exist_ok=True)
+                with suppress(FileNotFoundError):  # it was removed meanwhile
+                    held = _open(place / _IN_USE)
+                    fcntl.flock(held, fcntl.LOCK_SH)
+                    os.utime(held)
+                    if _is_at(held, place / _IN_USE):
+                        self._in_use.add(place)
+                        weakref.finalize(self, os.close, held)
+                    else:
+                        os.close(held)
 
     def _place(self, uri: str) -> Path:
         key = hashlib.sha256(f"{self._registry()}\n{uri}".encode()).hexdigest()[:16]
@@ -183,7 +203,7 @@ def _check_private(folder: Path) -> None:
 
 @contextmanager
 def _locked(place: Path) -> Iterator[None]:
-    with (place / "lock").open("a") as lock:
+    with (place / _LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -199,6 +219,66 @@ def _is_kept(copy: ServedCopy) -> bool:
         ) and digest(before.place / before.folder) == copy.digest
     except ArtifactError:
         return False
+
+
+def _copy(copy: ServedCopy, root: Path) -> None:
+    try:
+        link_files(root, copy.place / copy.folder)
+        _write(copy)
+    except BaseException:
+        shutil.rmtree(copy.place / copy.folder, ignore_errors=True)
+        raise
+
+
+def _remove_old(served: Path, name: str | None) -> None:
+    """Remove copies of a model that no process uses, except those used last."""
+    for removed in served.glob(f"{_REMOVED}*"):  # by a process that ended before it deleted them
+        shutil.rmtree(removed, ignore_errors=True)
+    found = [
+        (used_at, place)
+        for place in served.iterdir()
+        if (used_at := _used_at(place, name)) is not None
+    ]
+    for _, place in sorted(found, reverse=True)[_NEWEST:]:
+        with suppress(OSError):  # it is in use, or another process has removed it
+            _remove(place)
+
+
+def _used_at(place: Path, name: str | None) -> float | None:
+    """When a copy of this model was last used, 0 if it is damaged; None for other models."""
+    try:
+        if _read(place).version.name != name:
+            return None
+        return max(each.stat().st_mtime for each in (place / _NOTE, place / _IN_USE))
+    except (ArtifactError, OSError):
+        return 0.0
+
+
+def _remove(place: Path) -> None:
+    """Remove a copy.
+
+    Raises:
+        OSError: A process uses it, or it does not exist.
+    """
+    with ExitStack() as closing:
+        for name in (_IN_USE, _LOCK):
+            lock = _open(place / name)
+            closing.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        removed = place.with_name(f"{_REMOVED}{secrets.token_hex(4)}")
+        os.rename(place, removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _is_at(held: int, path: Path) -> bool:
+    """Whether an open file is still at its path; a missing one is not."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(held), path.stat())
+    return False
 
 
 def _write(copy: ServedCopy) -> None:

@@ -56,6 +56,14 @@ def remote_calls(predict: Predict) -> int:
     return int(getattr(predict, "remote_calls", 0))
 
 
+def trim_padding(inputs: Inputs) -> Inputs:
+    """Remove the padding columns that all rows share; images have none."""
+    if "attention_mask" not in inputs:
+        return inputs
+    longest = int(inputs["attention_mask"].sum(1).max())
+    return {name: array[:, :longest] for name, array in inputs.items()}
+
+
 def no_native_bf16() -> str | None:
     """Reason to skip bf16 on this CPU, or None if it has bf16 instructions."""
     if cpu_flags() & BF16_FLAGS:

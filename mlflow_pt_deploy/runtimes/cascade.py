@@ -22,6 +22,7 @@ from mlflow_pt_deploy.runtimes.base import (
     Variant,
     confidence,
     pads_rows,
+    trim_padding,
 )
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class CascadePredictor:
     def __call__(self, inputs: Inputs) -> Logits:
         logits, unsure = self.run_fast_stage(inputs)
         if unsure.any():
-            logits[unsure] = self._strong(_trim_padding({n: a[unsure] for n, a in inputs.items()}))
+            logits[unsure] = self._strong(trim_padding({n: a[unsure] for n, a in inputs.items()}))
         return logits
 
     def run_fast_stage(self, inputs: Inputs) -> tuple[Logits, npt.NDArray[np.bool_]]:
@@ -112,11 +113,3 @@ class CascadePredictor:
         """
         logits = self._fast(inputs)
         return logits, confidence(logits) < self._threshold
-
-
-def _trim_padding(inputs: Inputs) -> Inputs:
-    """Remove the padding columns that all rows share; images have none."""
-    if "attention_mask" not in inputs:
-        return inputs
-    longest = int(inputs["attention_mask"].sum(1).max())
-    return {name: array[:, :longest] for name, array in inputs.items()}

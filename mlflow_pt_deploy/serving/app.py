@@ -132,6 +132,8 @@ class Application:
                 "in_flight", name, partial(self._scorer.in_flight.__getitem__, name)
             )
             self._metrics.gauge("loaded", name, partial(_is_loaded, model))
+            self._metrics.gauge("device_batch_limit", name, partial(_batch_limit, model))
+            self._metrics.count_out_of_memory(name, partial(_out_of_memory, model))
 
     @property
     def hangs(self) -> bool:
@@ -262,3 +264,15 @@ def _queued_rows(model: ServedModel) -> int:
 
 def _is_loaded(model: ServedModel) -> int:
     return int(model.current is not None)
+
+
+def _batch_limit(model: ServedModel) -> int:
+    version = model.current
+    memory = version.device_memory if version else None
+    return memory.batch_limit if memory else 0
+
+
+def _out_of_memory(model: ServedModel) -> int:
+    version = model.current
+    memory = version.device_memory if version else None
+    return memory.out_of_memory if memory else 0

@@ -240,6 +240,8 @@ def unavailable(model: ServedModel) -> Response:
     if model.rejected and model.unloaded:
         retry = ("retry-after", str(max(1, round(model.rejected.remaining_s))))
         message = "the model is not in memory and its version was rejected; see /model"
+    elif model.ended:
+        message = "another version is being loaded, and the device has no memory for two; retry"
     elif model.unloaded:
         message = "the model is not in memory and is being loaded; retry in a moment"
     return error_response(503, "TEMPORARILY_UNAVAILABLE", message, retry)

@@ -105,7 +105,13 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     served = states.served()
     copies = None if settings.no_copy else ServedCopies()
     models = name_models(
-        job.models, job.model_config, metrics, served, copies=copies, cache_mb=settings.cache_mb
+        job.models,
+        job.model_config,
+        metrics,
+        served,
+        copies=copies,
+        cache_mb=settings.cache_mb,
+        grace_s=settings.grace_s,
     )
     features = features_of_worker(models, settings, metrics, states, job.since)
     publisher = _StatePublisher(states, models, features.canaries, settings)

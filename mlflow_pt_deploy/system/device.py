@@ -120,3 +120,19 @@ def release_cached_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def failed_allocations(device: str) -> int:
+    """How often PyTorch's allocator found no memory on a device so far."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized() or kind_of(device) != CUDA:
+        return 0
+    return int(torch.cuda.memory_stats(device).get("num_ooms", 0))
+
+
+def lacks_memory(device: str, size: int) -> bool:
+    """Whether less than `size` bytes are free on a CUDA device."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized() or kind_of(device) != CUDA:
+        return False
+    return bool(torch.cuda.mem_get_info(device)[0] < size)

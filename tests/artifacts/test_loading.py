@@ -13,8 +13,14 @@ import pytest
 import torch
 
 from mlflow_pt_deploy.artifacts import load_variant, read_manifest, verify
-from mlflow_pt_deploy.errors import ArtifactError, UnsupportedError, UntrustedError
-from mlflow_pt_deploy.runtimes.base import Variant
+from mlflow_pt_deploy.errors import (
+    ArtifactError,
+    DeviceMemoryError,
+    UnsupportedError,
+    UntrustedError,
+)
+from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard
 from mlflow_pt_deploy.runtimes.eager import Eager
 from mlflow_pt_deploy.runtimes.onnxruntime import OnnxRuntime
 from mlflow_pt_deploy.runtimes.torchscript import TorchScript
@@ -208,3 +214,52 @@ def test_a_changed_file_with_code_is_rejected_even_if_code_is_allowed(
         file.write(b"\0")
     with pytest.raises(ArtifactError, match="model.torchscript.pt is not the file"):
         load_variant(folder, threads=1, allow_code=True)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for requested buffer"),
+    ],
+    ids=["torch", "onnxruntime"],
+)
+def test_a_device_without_memory_for_the_model(
+    eager_variant: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(self: Variant, folder: Path, *, device: str, threads: int) -> Predict:
+        raise error
+
+    monkeypatch.setattr(Eager, "load", load)
+    with pytest.raises(DeviceMemoryError, match=f"{NAME} needs more memory than is free on cuda"):
+        load_variant(eager_variant, device="cuda")
+
+
+def test_only_models_on_a_gpu_are_guarded(
+    eager_variant: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Eager.load
+
+    def on_the_cpu(self: Eager, folder: Path, *, device: str, threads: int) -> Predict:
+        return load(self, folder, device="cpu", threads=threads)
+
+    monkeypatch.setattr(Eager, "load", on_the_cpu)
+    rows = ["a card", "money"]
+    plain, guarded = load_variant(eager_variant), load_variant(eager_variant, device="cuda:1")
+    assert not isinstance(plain.predict, DeviceMemoryGuard)
+    assert isinstance(guarded.predict, DeviceMemoryGuard)
+    assert guarded.logits(rows).tolist() == plain.logits(rows).tolist()
+
+
+def test_golden_rows_without_memory_are_no_damage(
+    eager_variant: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(self: Variant, folder: Path, *, device: str, threads: int) -> Predict:
+        def predict(inputs: Inputs) -> Logits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return predict
+
+    monkeypatch.setattr(Eager, "load", load)
+    with pytest.raises(DeviceMemoryError, match="a row needs more memory than is free"):
+        load_variant(eager_variant, device="cuda")

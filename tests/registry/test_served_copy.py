@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -222,3 +226,120 @@ def test_a_discarded_copy_is_made_again(copies: ServedCopies, model: Path) -> No
     assert copies.find(URI) is None
     copies.keep(URI, ONE, model, {})
     assert found(copies).version == ONE
+
+
+def places() -> list[str]:
+    """URIs' last parts of the copies that are there, e.g. ``tiny-1``."""
+    return sorted(place.name.rpartition("-")[0] for place in (home() / "served").iterdir())
+
+
+def keep(copies: ServedCopies, root: Path, number: int, name: str = "tiny") -> None:
+    """Keep a version by its number, as a server does that is given ``models:/tiny/1``."""
+    uri = f"models:/{name}/{number}"
+    copies.keep(uri, ResolvedVersion(uri, name, str(number)), root, {})
+    for place in (home() / "served").glob(f"{name}-{number}-*"):  # clocks of files are coarse
+        for each in ("copy.json", "in-use"):
+            os.utime(place / each, (number, number))
+
+
+def stopped_server() -> ServedCopies:
+    """The copies of a server; dropped at once, as if it had ended."""
+    return ServedCopies(lambda: "http://registry")
+
+
+def test_the_two_copies_of_a_model_that_were_used_last_stay(model: Path) -> None:
+    keep(stopped_server(), model, 1, name="other")
+    for number in range(1, 5):
+        keep(stopped_server(), model, number)
+    assert places() == ["other-1", "tiny-3", "tiny-4"]
+    assert found(stopped_server(), "models:/tiny/3").version.version == "3"
+
+
+def test_copies_in_use_stay(model: Path, tmp_path: Path) -> None:
+    """Two servers on one machine: the copy of the one stays while the other changes its URI."""
+    server = stopped_server()
+    keep(server, model, 1)
+    for number in range(2, 5):
+        keep(stopped_server(), model, number)
+    assert places() == ["tiny-1", "tiny-3", "tiny-4"]
+    assert found(server, "models:/tiny/1").fetch(ONE, tmp_path).mlmodel
+    del server
+    keep(stopped_server(), model, 5)
+    assert places() == ["tiny-4", "tiny-5"]
+
+
+def test_another_process_keeps_its_copy(model: Path) -> None:
+    keep(stopped_server(), model, 1)
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from mlflow_pt_deploy.registry.addresses import ResolvedVersion\n"
+        "from mlflow_pt_deploy.registry.served_copy import ServedCopies\n"
+        "copies = ServedCopies(lambda: 'http://registry')\n"
+        "version = ResolvedVersion('models:/tiny/1', 'tiny', '1')\n"
+        "copies.keep(version.uri, version, Path(sys.argv[1]), {})\n"
+        "print('serves', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(model)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stdout.readline() == "serves\n"
+        for place in (home() / "served").iterdir():
+            os.utime(place / "in-use", (1, 1))
+        for number in (2, 3, 4):
+            keep(stopped_server(), model, number)
+        assert places() == ["tiny-1", "tiny-3", "tiny-4"]
+        process.kill()
+    keep(stopped_server(), model, 5)
+    assert places() == ["tiny-4", "tiny-5"], "the lock ends with the process"
+
+
+def test_a_crash_before_the_deletion_leaves_nothing_for_long(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        keep(stopped_server(), model, number)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        keep(stopped_server(), model, 3)
+    assert [name for name in places() if name.startswith(".removed")] == [".removed"]
+    assert stopped_server().find("models:/tiny/1") is None
+    keep(stopped_server(), model, 3)
+    assert places() == ["tiny-2", "tiny-3"]
+
+
+def test_a_copy_that_is_read_stays(model: Path) -> None:
+    for number in (1, 2):
+        keep(stopped_server(), model, number)
+    copy = found(stopped_server(), "models:/tiny/1")
+    with (copy.place / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keep(stopped_server(), model, 3)
+        assert places() == ["tiny-1", "tiny-2", "tiny-3"]
+
+
+def test_a_copy_that_is_removed_while_a_server_starts_is_made_again(model: Path) -> None:
+    keep(stopped_server(), model, 1)
+    for number in (2, 3):
+        keep(stopped_server(), model, number)
+    keep(stopped_server(), model, 1)
+    assert "tiny-1" in places()
+
+
+def test_damaged_copies_are_removed_first(model: Path) -> None:
+    keep(stopped_server(), model, 1)
+    keep(stopped_server(), model, 2)
+    (note,) = (home() / "served").glob("tiny-2-*/copy.json")
+    note.write_text("{")
+    keep(stopped_server(), model, 3)
+    assert places() == ["tiny-1", "tiny-3"]
+
+
+def test_what_a_crash_left_beside_a_copy_is_removed(copies: ServedCopies, model: Path) -> None:
+    copies.keep(URI, ONE, model, {})
+    (folder,) = folders()
+    (folder.parent / "0-half").mkdir()
+    copies.keep(URI, ONE, model, {})
+    assert folders() == [folder]

@@ -326,3 +326,16 @@ def test_workers_share_the_port_over_tls_and_drain(tmp_path: Path) -> None:
             until(lambda: not Stub(own).call("ServerReady", probe).ready)
         assert [each.result() for each in slow] == ["red"] * 4
         assert served.process.wait(60) == 0
+
+
+def test_a_row_without_device_memory_is_unavailable(tmp_path: Path) -> None:
+    model = ServedModel("tiny", source(str(save_tiny(tmp_path / "tiny", full_on="slow"))))
+    model.open()
+    with (
+        serving(Application({"tiny": model})) as address,
+        grpc.insecure_channel(address) as channel,
+        pytest.raises(grpc.RpcError, match="a row needs more memory") as error,
+    ):
+        Stub(channel).call("ModelInfer", request("red", "slow"))
+    assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert ("retry-after", "1") in error.value.trailing_metadata()

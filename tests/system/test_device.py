@@ -43,3 +43,5 @@ def test_without_a_gpu() -> None:
         pytest.skip("this machine has a GPU")
     assert not device.has_cuda() and device.gpu_name() == ""
     device.release_cached_memory()
+    assert device.failed_allocations("cuda") == 0
+    assert not device.lacks_memory("cuda", 2**60)

@@ -7,7 +7,9 @@ learn of it by `sitecustomize`.
 from __future__ import annotations
 
 import json
+import threading
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_pt_deploy.errors import ArtifactError
+from mlflow_pt_deploy.errors import ArtifactError, DeviceMemoryError
 from mlflow_pt_deploy.model_config import MODEL_CONFIG
 from mlflow_pt_deploy.preprocessing import Preprocessor, TextPreprocessor
 from mlflow_pt_deploy.preprocessing.image import ImagePreprocessor
 from mlflow_pt_deploy.registry import mlmodel
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits
 from mlflow_pt_deploy.runtimes.cascade import CascadePredictor
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc, signature
 
 mlmodel.LOADERS["tiny.serving"] = "tiny.serving"
@@ -49,6 +52,38 @@ def predict(inputs: Inputs) -> Logits:
     logits = (WEIGHTS[ids] * mask[:, :, None]).sum(axis=1)
     logits[(ids == WORDS.index("nan")).any(axis=1)] = np.nan
     return logits.astype(np.float32)
+
+
+class TinyDevice:
+    """A device that does not exist, whose memory all models of this process share.
+
+    Attributes:
+        units: Its memory.
+        used: What models and tests hold.
+    """
+
+    def __init__(self) -> None:
+        self.units = self.used = 0
+        self._lock = threading.RLock()
+
+    def hold(self, owner: object, units: int) -> None:
+        """Hold memory for as long as `owner` exists.
+
+        Raises:
+            DeviceMemoryError: There is not enough.
+        """
+        with self._lock:
+            if self.used + units > self.units:
+                raise DeviceMemoryError(f"{units} units do not fit the tiny device")
+            self.used += units
+        weakref.finalize(owner, self.free, units)
+
+    def free(self, units: int) -> None:
+        with self._lock:
+            self.used -= units
+
+
+DEVICE = TinyDevice()
 
 
 @dataclass(frozen=True)
@@ -122,6 +157,23 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pt
         variant = replace(
             variant, predict=CascadePredictor(predict, predict, habits["unsure_below"])
         )
+    if "full_on" in habits:
+        large = WORDS.index(habits["full_on"])
+
+        def allocating(inputs: Inputs) -> Logits:
+            if (inputs["input_ids"] == large).any():
+                raise RuntimeError("CUDA error: out of memory; secret /path/to/model")
+            return predict(inputs)
+
+        variant = replace(variant, predict=DeviceMemoryGuard(allocating, "tiny", "cuda"))
+    if "memory" in habits:
+        compute = variant.predict
+
+        def on_device(inputs: Inputs) -> Logits:
+            return compute(inputs)
+
+        DEVICE.hold(on_device, habits["memory"])
+        variant = replace(variant, predict=on_device, device="cuda")
     return PtDeployPyFunc(variant, model_config)  # type: ignore[arg-type]
 
 
@@ -138,7 +190,9 @@ def save_tiny(folder: Path, **habits: Any) -> Path:
             `predict_s`: seconds that loading and each batch take; `slow_s`: seconds that a batch
             with the word "slow" takes; `refuse`: fail to load with this message; `unsure_below`:
             be a cascade of the model and itself; `wrong`: answer with the next label;
-            `reversed`: have the same labels in the other order; `fails_on`: fail on this word.
+            `reversed`: have the same labels in the other order; `fails_on`: fail on this word;
+            `memory`: units of `DEVICE` that it needs; `full_on`: a row with this word finds no
+            device memory.
     """
     from mlflow import pyfunc
     from mlflow.models import Model

@@ -73,6 +73,10 @@ class AdmissionController:
         self._queue_wait_s = queue_wait_s
         self.queue_share = QUEUE_SHARE
 
+    def release(self) -> None:
+        """Ask the batcher no more; it gets no new requests."""
+        self._queued_rows, self._queue_wait_s = int, float  # zeros
+
     def rejection(
         self, remaining_s: float | None, *, rows: int = 0, loop_wait_s: float = 0.0
     ) -> str:

@@ -91,6 +91,10 @@ class Batcher:
         """Recent seconds of a single row; 0 before the first."""
         return self.executor.estimated_s(1, 1)
 
+    def release(self) -> None:
+        """Break the cycle of references, so that the model is freed with the last request."""
+        self.admission.release()
+
     def enable_streams(self, predict_single: Predict, streams: int) -> None:
         """Run several batches at a time from now on, each on one thread.
 

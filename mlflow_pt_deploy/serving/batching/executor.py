@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from mlflow_pt_deploy.errors import DeviceLostError, ServingError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, remote_calls, tokens_computed
+from mlflow_pt_deploy.runtimes.device_memory import PartialBatchError
 from mlflow_pt_deploy.runtimes.latency_model import LatencyModel
 from mlflow_pt_deploy.serving.batching.request import BatchShape, Encoded
 
@@ -126,6 +127,8 @@ class ModelExecutor:
     ) -> None:
         """Run one batch; on failure bisect it until each failing row is isolated.
 
+        Where memory was short the error names the rows, and nothing is computed again.
+
         Args:
             rows: Rows with their deduplication keys.
             results: Gets the result of each row.
@@ -135,6 +138,13 @@ class ModelExecutor:
             logits = self.run([row for _, row in rows], sole)
         except DeviceLostError as error:  # says nothing about the rows
             results.update(dict.fromkeys((key for key, _ in rows), error))
+            return
+        except PartialBatchError as error:
+            for number, (key, _) in enumerate(rows):
+                if error.logits is None or number in error.rows:
+                    results[key] = error
+                else:
+                    results[key] = error.logits[number]
             return
         except Exception as error:
             if len(rows) == 1:

@@ -18,7 +18,7 @@ _ERRORS = {
     415: "The content type or encoding is not part of the protocol",
     429: "The server is overloaded; retry later",
     500: "The model failed on this request",
-    503: "The model is loading, for the first time or after an eviction; retry after Retry-After",
+    503: "The model is loading, or the device has no memory for it; retry after Retry-After",
     504: "The deadline passed",
 }
 _SCORING = (400, 401, 405, 408, 413, 415, 429, 500, 503, 504)

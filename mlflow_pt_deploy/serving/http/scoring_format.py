@@ -135,7 +135,7 @@ def error_to_response(error: Exception, model_version: str) -> Response:
     known = scoring_error(error)
     unsupported = isinstance(error, UnsupportedMediaError)
     status = 415 if unsupported else known.status
-    headers = (RETRY_AFTER,) if status == 429 else ()
+    headers = (RETRY_AFTER,) if status in (429, 503) else ()
     if unsupported:
         headers = (("accept-encoding", "identity"),)
     return Response(status, known.body.encode(), known.code, headers, model_version=model_version)

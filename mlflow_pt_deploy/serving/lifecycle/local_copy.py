@@ -73,5 +73,4 @@ class LocalCopy:
                 copy.discard()
             return None
         version.copied_at = copy.kept_at
-        self._kept = spec.uri, copy.version
         return version

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from mlflow_pt_deploy.serving.lifecycle.eviction import MemoryBudget
 from mlflow_pt_deploy.serving.lifecycle.model_cache import ModelCache
 from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.system.device import release_cached_memory
 from mlflow_pt_deploy.system.process_memory import freeze_gc
 
 # Seconds between checks while a model waits for memory, and for a webhook.
@@ -120,7 +121,9 @@ class RegistryWatcher(threading.Thread):
         before = model.current
         model.poll()
         if model.current is not before:
+            del before
             freeze_gc()
+            release_cached_memory()
         self._on_polled()
         self._start(f"beside {model.name}", self._act_beside, model)
 

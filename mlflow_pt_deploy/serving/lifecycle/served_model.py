@@ -4,6 +4,10 @@ A new version is loaded and warmed up beside the current one. Then one assignmen
 every request is answered by exactly one version. Requests in flight keep the version they started
 with; its memory is freed after the last of them. Where memory is limited a model may be unloaded
 until it is requested; see `model_cache`.
+
+If a device has no memory for both versions, the current one ends first: it takes no new requests,
+those in flight end, and then the new version is loaded. Requests meanwhile get 503. If the new one
+does not fit even so, the old one is loaded again.
 """
 
 from __future__ import annotations
@@ -12,12 +16,11 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-from mlflow_pt_deploy.errors import PtDeployError, root_cause
+from mlflow_pt_deploy.errors import DeviceMemoryError, PtDeployError, root_cause
 from mlflow_pt_deploy.registry.addresses import (
     ModelSpec,
     ResolvedVersion,
@@ -30,12 +33,25 @@ from mlflow_pt_deploy.registry.outage import answer_within, is_outage
 from mlflow_pt_deploy.registry.refusal import REFUSED_TAG, note_refusal
 from mlflow_pt_deploy.registry.served_copy import ServedCopies
 from mlflow_pt_deploy.serving.batching.executor import ModelExecutor
+from mlflow_pt_deploy.serving.lifecycle.device_swap import (
+    clear_frames,
+    free_memory,
+    load_patiently,
+    wait_until_freed,
+)
 from mlflow_pt_deploy.serving.lifecycle.local_copy import LocalCopy
+from mlflow_pt_deploy.serving.lifecycle.version_records import (
+    CountedVersion,
+    EvictionNote,
+    Preparation,
+    RejectedVersion,
+)
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, check_exists, load_version
 from mlflow_pt_deploy.serving.model.prediction_cache import PredictionCache
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.observability.metrics import Metrics
 from mlflow_pt_deploy.system.clock import now
+from mlflow_pt_deploy.system.device import CPU
 
 RETRY_S, MAX_RETRY_S = 60.0, 3600.0
 MAX_COUNTED = 20
@@ -43,69 +59,6 @@ DECIDE_S = 8.0
 """Seconds that the registry has to answer before a local copy serves."""
 
 _logger = logging.getLogger(__name__)
-
-
-class CountedVersion(NamedTuple):
-    """A version whose answers are counted, also after it was replaced.
-
-    Attributes:
-        resolved: Its place in the registry.
-        labels: Its classes.
-    """
-
-    resolved: ResolvedVersion
-    labels: Sequence[str]
-
-
-@dataclass(frozen=True)
-class RejectedVersion:
-    """A version that cannot serve.
-
-    Attributes:
-        version: The version.
-        spec: The specification it was loaded for.
-        reason: Why it was rejected.
-        since: Time of the first rejection.
-        retry_s: Seconds until the next try; doubles each time.
-        tried_at: Time of the last try, by `time.monotonic`, seconds.
-    """
-
-    version: ResolvedVersion
-    spec: ModelSpec
-    reason: str
-    since: str
-    retry_s: float
-    tried_at: float
-
-    @property
-    def remaining_s(self) -> float:
-        """Seconds until the next try."""
-        return max(0.0, self.tried_at + self.retry_s - time.monotonic())
-
-    def status(self) -> dict[str, Any]:
-        """Its entry in ``/model``."""
-        return {
-            "uri": self.spec.uri,
-            "version": self.version.version,
-            "model_config": dict(self.spec.model_config),
-            "reason": self.reason,
-            "since": self.since,
-            "tried_again_in_s": round(self.remaining_s),
-        }
-
-
-class EvictionNote(NamedTuple):
-    """Since when a model is not in memory, and why."""
-
-    since: str
-    reason: str
-
-
-class Preparation(NamedTuple):
-    """A version that is being fetched and loaded, and since when."""
-
-    version: str | None
-    since: str
 
 
 class ServedModel:
@@ -118,6 +71,7 @@ class ServedModel:
         last_served: The version that another worker served under this name; it is opened first.
         copies: Local copies, for a start while the registry is down; None: none are kept.
         cache_mb: MB of predictions that are kept for rows that come again; 0: none.
+        grace_s: Most seconds for requests in flight if the current version has to end first.
         find: Resolves a URI to a version.
         load: Loads a version, or raises.
         note: Notes in the registry why a version was rejected; an empty reason removes the note.
@@ -127,6 +81,7 @@ class ServedModel:
         unloaded: Why no version is in memory although none was rejected, or None.
         rejected: The version that is wanted but cannot serve, or None.
         preparing: The version that is being loaded, or None.
+        ended: The version that ended for one that does not fit beside it, until one serves.
         uri: The URI that `current` was resolved from.
         registry_down_since: Since when the registry has not answered; None while it does.
         registry_error: The registry's last error.
@@ -149,6 +104,7 @@ class ServedModel:
         last_served: ServedVersion | None = None,
         copies: ServedCopies | None = None,
         cache_mb: float = 0.0,
+        grace_s: float = 30.0,
         find: Callable[[str], ResolvedVersion] = resolve,
         load: Callable[[ResolvedVersion, ModelSpec], LoadedModel] = load_version,
         note: Callable[[ResolvedVersion, str], None] = note_refusal,
@@ -157,6 +113,7 @@ class ServedModel:
         self.current: LoadedModel | None = None
         self.rejected: RejectedVersion | None = None
         self.preparing: Preparation | None = None
+        self.ended: ServedVersion | None = None
         self.registry_down_since: str | None = None
         self.registry_error = ""
         self.uri = ""
@@ -173,6 +130,7 @@ class ServedModel:
         self._metrics = metrics or Metrics()
         self._last_served = last_served
         self._cache_mb = cache_mb
+        self._grace_s = grace_s
         self._copy = LocalCopy(name, copies, _explain)
         self._find = find
         self._load = load
@@ -246,7 +204,8 @@ class ServedModel:
             A weak reference; it returns None once the version is freed.
         """
         version = self.current
-        assert version is not None
+        if version is None:  # it has just ended for another one
+            return lambda: None
         self._unloaded_version = version.resolved
         self.unloaded = EvictionNote(now(), reason)
         self.current = None
@@ -316,7 +275,7 @@ class ServedModel:
         if self.current and self.current.matches(version, spec):
             self.uri, self.rejected = spec.uri, None
         elif self._is_blocked(version, spec):
-            return
+            self._restore()
         elif load:
             self._try(version, spec)
         else:
@@ -373,12 +332,14 @@ class ServedModel:
             cause,
         )
 
+    def _is_rejected(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
+        rejected = self.rejected
+        return rejected is not None and (rejected.version, rejected.spec) == (version, spec)
+
     def _is_blocked(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
         rejected = self.rejected
         return (
-            rejected is not None
-            and (rejected.version, rejected.spec) == (version, spec)
-            and rejected.remaining_s > 0
+            self._is_rejected(version, spec) and rejected is not None and rejected.remaining_s > 0
         )
 
     def _prepare(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
@@ -395,9 +356,92 @@ class ServedModel:
         try:
             loaded = self._prepare(version, spec)
         except Exception as error:
-            self._reject(version, spec, error)
+            if not self._should_end(version, spec, error):
+                self._reject(version, spec, error)
+                return
         else:
             self._activate(loaded, time.perf_counter() - start)
+            return
+        self._load_in_place(version, spec)  # not within `except`: its frames hold what was loaded
+
+    def _should_end(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> bool:
+        """Whether the current version is to end, so that another one may fit the device."""
+        current, rejected = self.current, self.rejected
+        if current is None or current.pyfunc.loaded.device == CPU:
+            return False
+        tried = self._is_rejected(version, spec) and rejected is not None and rejected.alone
+        return isinstance(error, DeviceMemoryError) and not tried
+
+    def _load_in_place(self, version: ResolvedVersion, spec: ModelSpec) -> None:
+        """End the current version and load another one; if that fails, the old one again."""
+        start = time.perf_counter()
+        ended = self._end(version)
+        if ended is None:
+            return
+        serving, executor = ended
+        freed = wait_until_freed(serving, executor, self._grace_s)
+        if not freed and (old := serving()):
+            self.current, self.ended = old, None
+            reason = (
+                f"the device has no memory for two versions, and the requests of version "
+                f"{old.label} did not end within {self._grace_s:g} s"
+            )
+            self._reject(version, spec, DeviceMemoryError(reason), alone=True)
+            return
+        try:
+            loaded = load_patiently(partial(self._prepare, version, spec))
+        except Exception as error:
+            clear_frames(error)
+            failure = error
+        else:
+            self._activate(loaded, time.perf_counter() - start)
+            return
+        self._restore()
+        self._reject(version, spec, failure, alone=True)
+
+    def _end(
+        self, version: ResolvedVersion
+    ) -> tuple[weakref.ref[LoadedModel], weakref.ref[ModelExecutor]] | None:
+        """Give the current version to no new request.
+
+        Returns:
+            What holds its memory; None if it was evicted meanwhile.
+        """
+        current = self.current
+        if current is None:
+            return None
+        self.ended = ServedVersion(current.spec, current.resolved)
+        self._unloaded_version = current.resolved
+        self.current = None  # after `ended`, which says why
+        _logger.warning(
+            "%s: the device has no memory for versions %s and %s; %s ends before %s is loaded",
+            self.name,
+            current.label,
+            version.version,
+            current.label,
+            version.version,
+        )
+        executor = current.pyfunc.service.batcher.executor
+        return weakref.ref(current), weakref.ref(executor)
+
+    def _restore(self) -> None:
+        """Load the version again that ended for one that cannot serve; never raises."""
+        start, rejected, ended = time.perf_counter(), self.rejected, self.ended
+        if ended is None:
+            return
+        free_memory()
+        try:
+            loaded = load_patiently(partial(self._prepare, ended.version, ended.spec))
+        except Exception as error:
+            _logger.error(
+                "%s: version %s, which ended, cannot be loaded again until the next poll: %s",
+                self.name,
+                ended.version.version,
+                _explain(error),
+            )
+        else:
+            self._activate(loaded, time.perf_counter() - start)
+            self.rejected = rejected
 
     def _activate(self, version: LoadedModel, seconds: float) -> None:
         if self._cache_mb:
@@ -409,7 +453,7 @@ class ServedModel:
         self.loaded_at, self.load_s = time.perf_counter(), seconds
         self.used_at = self.used_at or self.loaded_at
         before, self.current = self.current, version
-        self.uri, self.rejected = version.spec.uri, None
+        self.uri, self.rejected, self.ended = version.spec.uri, None, None
         if REFUSED_TAG in version.tags:
             self._note(version.resolved, "")
         if self.unloaded:
@@ -424,15 +468,17 @@ class ServedModel:
                 seconds,
             )
 
-    def _reject(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> None:
-        before = self.rejected
-        again = before is not None and (before.version, before.spec) == (version, spec)
-        retry_s = min(before.retry_s * 2, MAX_RETRY_S) if before and again else RETRY_S
-        since = before.since if before and again else now()
-        reason = _explain(error)
-        self.rejected = RejectedVersion(version, spec, reason, since, retry_s, time.monotonic())
+    def _reject(
+        self, version: ResolvedVersion, spec: ModelSpec, error: Exception, *, alone: bool = False
+    ) -> None:
+        before = self.rejected if self._is_rejected(version, spec) else None
+        retry_s = min(before.retry_s * 2, MAX_RETRY_S) if before else RETRY_S
+        since = before.since if before else now()
+        alone = alone or (before is not None and before.alone)
+        reason, tried_at = _explain(error), time.monotonic()
+        self.rejected = RejectedVersion(version, spec, reason, since, retry_s, tried_at, alone)
         self._metrics.version_rejected(self.name)
-        if not again:
+        if before is None:
             self._note(version, reason)
         known = isinstance(error, PtDeployError)
         _logger.error(

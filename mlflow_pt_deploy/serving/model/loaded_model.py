@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_pt_deploy.errors import DeviceMemoryError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion, logged_metrics
 from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
 from mlflow_pt_deploy.runtimes.base import remote_calls
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemory, memory_of, was_out_of_memory
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
@@ -64,6 +66,11 @@ class LoadedModel:
         """The variant's name, e.g. ``student-openvino-fp32``."""
         return self.pyfunc.loaded.manifest.name
 
+    @property
+    def device_memory(self) -> DeviceMemory | None:
+        """How its calls fared in the memory of a device; None on the CPU."""
+        return memory_of(self.pyfunc.loaded.predict)
+
     def matches(self, resolved: ResolvedVersion, spec: ModelSpec) -> bool:
         """Whether this is the version and configuration given."""
         return self.resolved == resolved and self.spec.model_config == spec.model_config
@@ -81,7 +88,7 @@ class LoadedModel:
 
     def status(self) -> dict[str, Any]:
         """Its part of ``/model``; times in milliseconds."""
-        manifest = self.pyfunc.loaded.manifest
+        manifest, memory = self.pyfunc.loaded.manifest, self.device_memory
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
             "registered_model": self.resolved.name,
@@ -92,6 +99,7 @@ class LoadedModel:
             "observed": _percentiles(list(self.seconds)),
             "served_from_copy": self.copied_at or None,
             "device_processes": self._device_processes(),
+            "device_memory": memory._asdict() if memory else None,
             "cache": self.pyfunc.service.cache.status() if self.pyfunc.service.cache else None,
         }
 
@@ -119,6 +127,7 @@ def load_version(
     Raises:
         PtDeployError: The model is damaged, its predictions differ from those at export, its digest
             is not trusted, or it cannot run here.
+        DeviceMemoryError: The device has no memory for it.
         MlflowException: It cannot be fetched.
     """
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
@@ -129,10 +138,16 @@ def load_version(
         version.root = fetched.root
         version.compare_libraries()
         version.pyfunc.warm_up()
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if was_out_of_memory(error) and not isinstance(error, DeviceMemoryError):
+            raise DeviceMemoryError(
+                f"version {resolved.version or resolved.uri} needs more memory for its warm-up "
+                "than is free on the device; free some, or choose a smaller variant"
+            ) from error
         raise
     weakref.finalize(version, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(version, pyfunc.service.batcher.release)
     return version
 
 

@@ -69,8 +69,9 @@ class PtDeployPyFunc:
             above 1 a list of them per row. The score is the softmax probability.
 
         Raises:
-            MlflowException: 400 for an invalid request, 429 if the queue is full, 504 after the
-                deadline, 500 for an error of the model.
+            MlflowException: 400 for an invalid request, 429 if the queue is full, 503 if the
+                device has no memory for a row, 504 after the deadline, 500 for an error of the
+                model.
         """
         serving = _is_serving()
         try:

@@ -85,7 +85,13 @@ class Metrics:
         """Record that answered rows were not remembered for feedback."""
 
     def gauge(self, kind: str, name: str, value: Callable[[], int]) -> None:
-        """Sample `value` as ``queue_rows``, ``in_flight`` or ``loaded`` of model `name`."""
+        """Sample `value` as a gauge of model `name`.
+
+        Kinds: ``queue_rows``, ``in_flight``, ``loaded``, ``device_batch_limit``.
+        """
+
+    def count_out_of_memory(self, name: str, total: Callable[[], int]) -> None:
+        """Sample `total`, the count of the current version of model `name`, as a counter."""
 
     def add_rows(self, series: Callable[[], Iterable[RowSeries]]) -> None:
         """Expose the answered rows that `series` returns."""

@@ -7,6 +7,7 @@ this module is imported.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -99,10 +100,20 @@ class PrometheusMetrics(Metrics):
             "queue_rows": gauge("queue_rows", "Rows in the queue", "model"),
             "in_flight": gauge("in_flight", "Requests being answered", "model"),
             "loaded": gauge("loaded", "Workers that hold the model in memory", "model"),
+            "device_batch_limit": gauge(
+                "device_batch_limit",
+                "Largest call while device memory is short, in tokens or images; 0: no limit",
+                "model",
+                mode="livemax",
+            ),
         }
+        self._out_of_memory = counter(
+            "device_out_of_memory", "Calls of the model that found no device memory", "model"
+        )
         self._figures = _Figures()
         self._computed.register(self._figures)
         self._samplers: list[tuple[Gauge, Callable[[], int]]] = []
+        self._totals: list[_SampledCounter] = []
         self._observers: dict[tuple[str, str, int, str], tuple[list[Counter], Histogram]] = {}
         self._versions: dict[str, set[str]] = {}
         self._serving: dict[str, tuple[str, str, str, str]] = {}
@@ -193,6 +204,10 @@ class PrometheusMetrics(Metrics):
         """See `Metrics`."""
         self._samplers.append((self._sampled[kind].labels(name), value))
 
+    def count_out_of_memory(self, name: str, total: Callable[[], int]) -> None:
+        """See `Metrics`."""
+        self._totals.append(_SampledCounter(self._out_of_memory.labels(name), total))
+
     def add_rows(self, series: Callable[[], Iterable[RowSeries]]) -> None:
         """See `Metrics`."""
         self._computed.register(RowCollector(series))
@@ -210,6 +225,8 @@ class PrometheusMetrics(Metrics):
         self._resident.set(round(resident_mb() * 1e6))
         for gauge, value in self._samplers:
             gauge.set(value())
+        for total in self._totals:
+            total.sample()
 
     def expose(self) -> bytes:
         """See `Metrics`."""
@@ -234,6 +251,21 @@ class PrometheusMetrics(Metrics):
             return "other"
         known.add(label)
         return label
+
+
+class _SampledCounter:
+    """Follows a count that begins again at 0 with each version."""
+
+    def __init__(self, counter: Counter, total: Callable[[], int]) -> None:
+        self._counter, self._total = counter, total
+        self._seen = 0
+        self._lock = threading.Lock()
+
+    def sample(self) -> None:
+        with self._lock:  # the watchdog samples, and each exposition
+            total = self._total()
+            self._counter.inc(total - self._seen if total >= self._seen else total)
+            self._seen = total
 
 
 class _Figures:

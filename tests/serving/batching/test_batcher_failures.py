@@ -1,13 +1,21 @@
 """The batcher: failing rows, full queues, deadlines and clients that disconnect."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 from tiny.batching import BAD, GatedModel, hold, new_batcher, queue, until
 
-from mlflow_pt_deploy.errors import DeadlineError, DeviceLostError, OverloadedError, ServingError
+from mlflow_pt_deploy.errors import (
+    DeadlineError,
+    DeviceLostError,
+    DeviceMemoryError,
+    OverloadedError,
+    ServingError,
+)
+from mlflow_pt_deploy.runtimes.device_memory import DeviceMemoryGuard
 from mlflow_pt_deploy.serving.batching.batcher import Batcher
 from mlflow_pt_deploy.serving.batching.request import RequestContext
 
@@ -32,6 +40,35 @@ def test_bisection_takes_a_bounded_number_of_calls(model: GatedModel, bad: int, 
     with pytest.raises(ValueError, match="bad row"):
         new_batcher(model).submit(rows)
     assert len(model.batches) <= calls
+
+
+def test_a_row_without_memory_fails_alone_and_costs_no_bisection(
+    model: GatedModel, pool: ThreadPoolExecutor
+) -> None:
+    def predict(inputs: dict[str, np.ndarray]) -> np.ndarray:
+        logits = model.predict(inputs)
+        if inputs["ids"].size > 8:
+            raise RuntimeError("CUDA error: out of memory")
+        return logits
+
+    def collate(rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        inputs = model.collate(rows)
+        return inputs | {"attention_mask": inputs["ids"] != 0}
+
+    batcher = Batcher(DeviceMemoryGuard(predict, "tiny", "cuda"), collate)  # type: ignore[arg-type]
+    first = hold(model, batcher, pool)
+    good = queue(batcher, pool, [[[n]] for n in range(2, 9)])
+    bad = queue(batcher, pool, [[[9] * 9, [10]]])
+    good += queue(batcher, pool, [[[n]] for n in range(11, 18)])
+    model.gate.set()
+    with pytest.raises(DeviceMemoryError, match="a row needs more memory"):
+        bad[0].result()
+    assert [int(f.result()[0, 0]) for f in good] == [*range(2, 9), *range(11, 18)]
+    assert first.result().tolist() == [[1, 1]]
+    model.batches.clear()
+    with pytest.raises(DeviceMemoryError):
+        batcher.submit([[9] * 9] * 4)
+    assert len(model.batches) == 1, "equal rows, of which one was tried"
 
 
 def test_requests_that_share_a_failing_row_share_its_failure(

@@ -18,7 +18,8 @@ from mlflow_pt_deploy._version import __version__
 from mlflow_pt_deploy.registry.addresses import ResolvedVersion, source
 from mlflow_pt_deploy.serving.app import Application
 from mlflow_pt_deploy.serving.http.auth import TokenAuth
-from mlflow_pt_deploy.serving.lifecycle.served_model import EvictionNote, ServedModel
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.lifecycle.version_records import EvictionNote
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel
 from mlflow_pt_deploy.serving.observability.access_log import AccessLog
 from mlflow_pt_deploy.serving.observability.prometheus import PrometheusMetrics

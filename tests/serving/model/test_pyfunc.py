@@ -233,3 +233,12 @@ def test_options_are_checked_by_name() -> None:
 
 def test_the_tests_do_not_leak_the_serving_environment() -> None:
     assert SERVING not in os.environ
+
+
+def test_a_row_without_device_memory_is_503(tmp_path: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(save_tiny(tmp_path / "tiny", full_on="slow")))
+    assert model.predict(["red"])[0]["label"] == "red"
+    with pytest.raises(MlflowException, match="a row needs more memory") as info:
+        model.predict(["red", "slow"])
+    assert info.value.get_http_status_code() == 503
+    assert "secret" not in str(info.value)

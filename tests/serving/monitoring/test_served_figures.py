@@ -22,7 +22,8 @@ from mlflow_pt_deploy.registry.history import read_history
 from mlflow_pt_deploy.registry.profile_tags import SERVED_TAG
 from mlflow_pt_deploy.registry.promotion import Candidate, promote
 from mlflow_pt_deploy.registry.served_figures import TABLE
-from mlflow_pt_deploy.serving.lifecycle.served_model import CountedVersion, ServedModel
+from mlflow_pt_deploy.serving.lifecycle.served_model import ServedModel
+from mlflow_pt_deploy.serving.lifecycle.version_records import CountedVersion
 from mlflow_pt_deploy.serving.model.version_counts import VersionCounts
 from mlflow_pt_deploy.serving.monitoring import served_figures as module
 from mlflow_pt_deploy.serving.monitoring.feedback_store import (
