@@ -84,6 +84,7 @@ def search_students(
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
 
+    options = options.on_this_machine()
     if splits is None:
         check_tracking()
         splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
@@ -101,6 +102,7 @@ def search_students(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()
     ) as run:
         run_id = run.info.run_id
+        tracking.log_device(run, options.device)
         tracking.log_dataset_facts(splits)
         found, chosen = _explore(run_id, teacher, splits, options, space)
         students = []

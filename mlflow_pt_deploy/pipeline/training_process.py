@@ -59,7 +59,7 @@ def join_training(stage: str, options: Options) -> None:
     from mlflow_pt_deploy.pipeline.training_run import resolve_schedule, run_epochs
     from mlflow_pt_deploy.training.process_group import joined
 
-    ranks = launched_ranks()
+    options, ranks = options.on_this_machine(), launched_ranks()
     check_launch(stage if stage == "train" else distill_stage(options), options, ranks)
     rendezvous = os.environ.get(RENDEZVOUS, "env://")
     with (
