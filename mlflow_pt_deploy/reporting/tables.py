@@ -168,7 +168,7 @@ def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
         share = result.value("batch_invariance")
         return "-" if share is None else f"{100 * (1 - share):.1f}%"
 
-    on_gpu = any(each.device != CPU for each in results)
+    on_gpu = any(each.device != CPU and not each.reason for each in results)
     device = [_Column("device", lambda result: result.device)] if on_gpu else []
     gpu = (
         _Column("device ms", on("device_ms", "", _significant)),

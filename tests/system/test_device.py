@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.system import device
 
 
@@ -43,3 +44,13 @@ def test_without_a_gpu() -> None:
         pytest.skip("this machine has a GPU")
     assert not device.has_cuda() and device.gpu_name() == ""
     device.release_cached_memory()
+
+
+def test_auto_is_a_gpu_if_there_is_one() -> None:
+    assert device.resolve_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert device.resolve_device("auto") == device.resolve_device("cuda") == "cuda"
+        return
+    assert device.resolve_device("auto") == "cpu"
+    with pytest.raises(UnsupportedError, match="device=cuda:1: PyTorch cannot use it here"):
+        device.resolve_device("cuda:1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mlflow_pt_deploy.artifacts import write_variant
+from mlflow_pt_deploy.artifacts.manifest import MANIFEST
 from mlflow_pt_deploy.evaluation import Worker
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE, OnnxRuntime
@@ -36,13 +38,25 @@ class Votes(OnnxRuntime):
             numpy_helper.from_array(np.array([-1]), "last"),
             numpy_helper.from_array(np.array([1]), "length"),
         ]
+        votes = "checked" if module.most_rows else "each"
         nodes = [
             helper.make_node("Gather", ["votes", "input_ids"], ["each"]),
             helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
             helper.make_node("Unsqueeze", ["mask", "last"], ["wide"]),
-            helper.make_node("Mul", ["each", "wide"], ["real"]),
+            helper.make_node("Mul", [votes, "wide"], ["real"]),
             helper.make_node("ReduceSum", ["real", "length"], ["logits"], keepdims=0),
         ]
+        if module.most_rows:
+            weights.append(
+                numpy_helper.from_array(np.zeros((module.most_rows + 1, 1, 1), "f4"), "zeros")
+            )
+            weights.append(numpy_helper.from_array(np.array(0), "first"))
+            nodes[1:1] = [
+                helper.make_node("Shape", ["input_ids"], ["shape"]),
+                helper.make_node("Gather", ["shape", "first"], ["rows"]),
+                helper.make_node("Gather", ["zeros", "rows"], ["zero"]),
+                helper.make_node("Add", ["each", "zero"], ["checked"]),
+            ]
         inputs = [
             helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
             for name in ("input_ids", "attention_mask")
@@ -60,7 +74,22 @@ class Ballot(SimpleNamespace):
         return (torch.from_numpy(self.votes)[ids] * mask[..., None]).sum(1)
 
 
-def export(folder: Path, *, always_green: bool = False) -> Path:
+def built_for_gpu(folder: Path) -> Path:
+    """Mark a variant as built for a GPU; its graph runs on every device."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["options"]["device"] = "cuda"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def export(folder: Path, *, always_green: bool = False, most_rows: int = 0) -> Path:
+    """Write the variant.
+
+    Args:
+        folder: Its name begins with that of the model.
+        always_green: Votes for another colour do not count.
+        most_rows: Larger batches fail, as where a device has no memory left; 0: none.
+    """
     votes = np.zeros((5, 3), dtype=np.float32)
     votes[[1, 2, 3], [0, 1, 2]] = 1
     if always_green:
@@ -68,7 +97,7 @@ def export(folder: Path, *, always_green: bool = False) -> Path:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="thing"))
     tokenizer.pre_tokenizer = Whitespace()
     preprocessor = TextPreprocessor(tokenizer, max_length=16, pad_id=0)
-    module = Ballot(preprocessor=preprocessor, labels=LABELS, votes=votes)
+    module = Ballot(preprocessor=preprocessor, labels=LABELS, votes=votes, most_rows=most_rows)
     write_variant(
         Votes(),
         module,

@@ -1,0 +1,74 @@
+"""Device time, device memory and the state of a GPU, of a real worker on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mlflow_pt_deploy.artifacts import write_variant
+from mlflow_pt_deploy.data import Splits
+from mlflow_pt_deploy.evaluation import Result, Worker
+from mlflow_pt_deploy.evaluation.baseline import start_baseline
+from mlflow_pt_deploy.evaluation.gpu_state import GpuState
+from mlflow_pt_deploy.evaluation.on_gpu import GpuWatch, gpu_measurements
+from mlflow_pt_deploy.evaluation.timing import GPU_BATCH_ROWS, gpu_throughput
+from mlflow_pt_deploy.runtimes.eager import Eager
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def worker(
+    request: pytest.FixtureRequest,
+    tiny_model: Path,
+    tiny_splits: Splits,
+    once: Callable[[str, Callable[[Path], object]], Path],
+) -> Iterator[Worker]:
+    """Eager fp32, built for the device."""
+    from mlflow_pt_deploy.models import load_classifier
+
+    rows = tiny_splits.validation.rows
+    classifier, variant = load_classifier(str(tiny_model)), Eager("fp32", device=request.param)
+    example = classifier.preprocessor(rows[:3])
+
+    def export(folder: Path) -> None:
+        write_variant(
+            variant, classifier, folder, model="teacher", example=example, golden_rows=rows[:2]
+        )
+
+    with Worker(once(f"measured-{request.param}", export), rows[0], threads=1) as worker:
+        worker.load_rows(rows)
+        yield worker
+
+
+def test_what_is_measured(worker: Worker, request: pytest.FixtureRequest) -> None:
+    on_gpu = "cuda" in request.node.callspec.id
+    assert worker.gpu().startswith("GPU-") == on_gpu
+    rows = list(range(8))
+    found = {each.name: each for each in gpu_measurements(worker, rows, rows, 16, worker.gpu())}
+    assert found["best_batch_tokens"].value >= 16
+    if not on_gpu:  # nothing is made up where there is no GPU
+        assert set(found) == {"best_batch_tokens"}
+        return
+    assert 1 < found["peak_device_mb"].value < 4000
+    worker.time(rows)
+    host_ms = sorted(worker.time(rows * 4))[len(rows) * 2] / 1e6
+    assert 0 < found["device_ms"].value < 2 * host_ms
+
+
+def test_throughput_reaches_large_batches(worker: Worker) -> None:
+    rates = gpu_throughput(worker, list(range(8)), seconds=0.1)
+    assert tuple(rates) == GPU_BATCH_ROWS
+    assert all(rate > 1 for found in rates.values() for rate in found)
+
+
+def test_the_state_of_the_gpu_is_noted(worker: Worker, tiny_splits: Splits) -> None:
+    baseline = start_baseline(worker, len(tiny_splits.validation), 0.1, None)
+    assert baseline.gpu == worker.gpu() and baseline.over_reference is None
+    watch = GpuWatch(baseline.gpu)
+    blank = Result("teacher-eager-fp32-cuda", "teacher", "eager", "fp32", "cuda", 1, None)
+    done = watch.finish(blank, worker, [0, 1], {worker.pid})
+    if watch.before == GpuState():  # no GPU, or no nvidia-smi
+        assert done == blank
+    else:
+        assert done.gpu.startswith("before: ") and "under load: " in done.gpu
