@@ -172,8 +172,8 @@ class Options:
     threads: int = option(0, "CPU threads of a call; 0: all cores", stages=_OPTIMIZE)
     device: str = option(
         AUTO,
-        f"device for training and, beside the CPU, for variants: {DEVICE_FORM}; auto: a GPU if "
-        "PyTorch finds one; a search times its trials on the CPU",
+        "device for training, and for variants beside those of the CPU: cpu, cuda, or one GPU such "
+        "as cuda:1; auto: a GPU if PyTorch finds one",
         stages=_DATA,
     )
     processes: int = option(

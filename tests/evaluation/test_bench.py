@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -42,14 +43,29 @@ def test_throughput_is_measured_at_each_batch_size(worker: Worker) -> None:
     assert sorted(throughput(worker, [0, 1, 2, 3] * 40, row_s=1e-3, seconds=0.1)) == [8, 32]
 
 
-def test_batches_that_a_gpu_has_no_memory_for_are_left_out(tmp_path: Path) -> None:
-    folder = export(tmp_path / "teacher-onnxruntime-fp32", most_rows=100)
-    with start_worker(folder) as worker:
-        rates = gpu_throughput(worker, [0], seconds=0.05)
-        assert sorted(rates) == [8, 32]
-    tiny = export(tmp_path / "student-onnxruntime-fp32", most_rows=7)
-    with start_worker(tiny) as worker, pytest.raises(VariantError, match="out of"):
-        gpu_throughput(worker, [0], seconds=0.05)
+class SmallDevice:
+    """A worker whose device has memory for some rows only; a row takes a microsecond."""
+
+    def __init__(self, rows: int, *, alive: bool = True) -> None:
+        self.rows, self.alive = rows, alive
+
+    def batch(self, indices: list[int], size: int) -> int:
+        if min(size, len(indices)) > self.rows:
+            raise VariantError("out of memory")
+        return 1000 * len(indices)
+
+
+def test_batches_that_a_gpu_has_no_memory_for_are_left_out() -> None:
+    def sizes(rows: int, **options: bool) -> list[int]:
+        worker = cast("Worker", SmallDevice(rows, **options))
+        return sorted(gpu_throughput(worker, [0, 1, 2, 3], seconds=0.01))
+
+    assert sizes(2000) == [8, 32, 128, 512, 1024]  # although there are four rows
+    assert sizes(100) == [8, 32]
+    with pytest.raises(VariantError, match="out of memory"):
+        sizes(7)
+    with pytest.raises(VariantError, match="out of memory"):  # its process has died
+        sizes(100, alive=False)
 
 
 def test_sampled_rows_are_distinct_and_reproducible() -> None:

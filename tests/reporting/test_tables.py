@@ -179,7 +179,7 @@ def test_the_device_is_a_column_where_some_variant_has_another() -> None:
     assert header.split()[:2] == ["variant", "device"]
     assert "RSS MB  device ms  GPU MB" in header
     assert [row.split()[:2] for row in rows[:2]] == [[GPU.variant, "cuda"], [BASELINE, "cpu"]]
-    assert "1.5      700" in rows[0]
+    assert "1.50     700" in rows[0]
     remark = " ".join(line.strip("~ ") for line in rows[2:])
     assert remark == (
         "A speedup is over the baseline on the same device (teacher-eager-fp32, "

@@ -38,25 +38,13 @@ class Votes(OnnxRuntime):
             numpy_helper.from_array(np.array([-1]), "last"),
             numpy_helper.from_array(np.array([1]), "length"),
         ]
-        votes = "checked" if module.most_rows else "each"
         nodes = [
             helper.make_node("Gather", ["votes", "input_ids"], ["each"]),
             helper.make_node("Cast", ["attention_mask"], ["mask"], to=TensorProto.FLOAT),
             helper.make_node("Unsqueeze", ["mask", "last"], ["wide"]),
-            helper.make_node("Mul", [votes, "wide"], ["real"]),
+            helper.make_node("Mul", ["each", "wide"], ["real"]),
             helper.make_node("ReduceSum", ["real", "length"], ["logits"], keepdims=0),
         ]
-        if module.most_rows:
-            weights.append(
-                numpy_helper.from_array(np.zeros((module.most_rows + 1, 1, 1), "f4"), "zeros")
-            )
-            weights.append(numpy_helper.from_array(np.array(0), "first"))
-            nodes[1:1] = [
-                helper.make_node("Shape", ["input_ids"], ["shape"]),
-                helper.make_node("Gather", ["shape", "first"], ["rows"]),
-                helper.make_node("Gather", ["zeros", "rows"], ["zero"]),
-                helper.make_node("Add", ["each", "zero"], ["checked"]),
-            ]
         inputs = [
             helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"])
             for name in ("input_ids", "attention_mask")
@@ -82,14 +70,7 @@ def built_for_gpu(folder: Path) -> Path:
     return folder
 
 
-def export(folder: Path, *, always_green: bool = False, most_rows: int = 0) -> Path:
-    """Write the variant.
-
-    Args:
-        folder: Its name begins with that of the model.
-        always_green: Votes for another colour do not count.
-        most_rows: Larger batches fail, as where a device has no memory left; 0: none.
-    """
+def export(folder: Path, *, always_green: bool = False) -> Path:
     votes = np.zeros((5, 3), dtype=np.float32)
     votes[[1, 2, 3], [0, 1, 2]] = 1
     if always_green:
@@ -97,7 +78,7 @@ def export(folder: Path, *, always_green: bool = False, most_rows: int = 0) -> P
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="thing"))
     tokenizer.pre_tokenizer = Whitespace()
     preprocessor = TextPreprocessor(tokenizer, max_length=16, pad_id=0)
-    module = Ballot(preprocessor=preprocessor, labels=LABELS, votes=votes, most_rows=most_rows)
+    module = Ballot(preprocessor=preprocessor, labels=LABELS, votes=votes)
     write_variant(
         Votes(),
         module,
