@@ -6,22 +6,14 @@ The command line, MLproject and the Python API use the same record.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_args
 
 from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
 from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
 from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
-from mlflow_pt_deploy.system.device import (
-    AUTO,
-    CPU,
-    CUDA,
-    DEVICE_FORM,
-    check_gpus,
-    is_device,
-    resolve_device,
-)
+from mlflow_pt_deploy.system.device import AUTO, DEVICE_FORM, is_device
 
 _TRAIN = ("run", "train", "distill")
 _DISTILL = ("run", "distill")
@@ -290,23 +282,6 @@ class Options:
             price_per_gpu_hour=self.price_per_gpu_hour or None,
             **limits,
         )
-
-    def on_this_machine(self) -> Options:
-        """Return the options with the device that `auto` means here. Imports PyTorch.
-
-        Raises:
-            UnsupportedError: PyTorch cannot use the device, or there are fewer GPUs than processes.
-            ModelError: Several processes were given one GPU.
-        """
-        device = resolve_device(self.device)
-        if self.processes > 1 and device not in (CPU, CUDA):
-            raise ModelError(
-                f"device is {device} and processes is {self.processes}; each process takes a GPU "
-                "of its own. Give device=cuda."
-            )
-        if self.processes > 1 and device == CUDA:
-            check_gpus(self.processes)
-        return replace(self, device=device)
 
     def to_json(self) -> str:
         """All options except `resume`, `storage` and `processes`, which belong to one call."""

@@ -11,7 +11,6 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
@@ -255,13 +254,3 @@ def test_the_device_of_a_run(tracking: str, tiny_data: Path, tiny_model: Path) -
             log_device(mlflow.get_run(run.info.run_id), "cpu")
     params = mlflow.get_run(run.info.run_id).data.params
     assert params == {"device": "auto", "resolved_device": "cpu"}
-
-
-def test_one_gpu_for_several_processes() -> None:
-    options = Options(processes=2, device="cpu").on_this_machine()
-    assert (options.device, options.processes) == ("cpu", 2)
-    if not torch.cuda.is_available():
-        assert Options().on_this_machine().device == "cpu"
-        return
-    with pytest.raises(ModelError, match="each process takes a GPU of its own"):
-        Options(processes=2, device="cuda:0").on_this_machine()

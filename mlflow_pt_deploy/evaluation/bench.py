@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-
-import numpy as np
 
 from mlflow_pt_deploy.artifacts.manifest import read_manifest
 from mlflow_pt_deploy.data.perturbation import perturb
 from mlflow_pt_deploy.data.splits import Splits
 from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
 from mlflow_pt_deploy.evaluation.baseline import Baseline, start_baseline
-from mlflow_pt_deploy.evaluation.chance import chance_note
 from mlflow_pt_deploy.evaluation.gpu_state import GpuState
-from mlflow_pt_deploy.evaluation.on_gpu import GpuWatch, gpu_measurements
-from mlflow_pt_deploy.evaluation.profile import RowCounts
-from mlflow_pt_deploy.evaluation.quality import measurement, perturbed_agreement, quality
-from mlflow_pt_deploy.evaluation.result import Measurement, Result
-from mlflow_pt_deploy.evaluation.statistics import paired_speedup, percentile, product
-from mlflow_pt_deploy.evaluation.timing import (
-    LATENCY_SHARE,
-    gpu_throughput,
-    interleave,
-    sample_rows,
-    throughput,
-)
-from mlflow_pt_deploy.evaluation.worker_client import Predictions, Worker
+from mlflow_pt_deploy.evaluation.one_variant import measure_one, predict_all
+from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.evaluation.timing import sample_rows
+from mlflow_pt_deploy.evaluation.worker_client import Worker
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.device import CPU, CUDA
 from mlflow_pt_deploy.system.hardware import usable_cores
 
 _BATCHED_ROWS = 4096
-_MATES_ROWS, _MATES = 128, 8  # rows that are predicted alone and in batches of random others
-_PERTURBED = "perturbed"
+_MATES_ROWS = 128
 
 
 class Bench:
@@ -59,6 +46,9 @@ class Bench:
 
     Attributes:
         gpu_state: What is known of the GPU, after a variant was measured on it.
+        reference: Labels of the baseline, by dataset.
+        batched, mates: Rows for throughput, and for the batch's influence on labels.
+        perturbed: Perturbed rows by kind.
 
     Raises:
         VariantError: The baseline fails, or there are no rows.
@@ -85,7 +75,7 @@ class Bench:
         self.gpu_state = GpuState()
         self._warm: dict[Path, Baseline] = {}
         try:
-            predictions = _predict_all(self.baseline(baseline).worker, self)
+            predictions = predict_all(self.baseline(baseline).worker, self)
         except BaseException:
             self.__exit__()
             raise
@@ -195,7 +185,7 @@ class Bench:
 
     def _attempt(self, blank: Result, folder: Path) -> Result:
         try:
-            return _measure_one(blank, folder, self)
+            return measure_one(blank, folder, self)
         except PtDeployError as error:
             return replace(blank, reason=str(error))
 
@@ -255,95 +245,3 @@ def measure(
     selected = {name: path for name, path in folders.items() if not only or name in only}
     with Bench(folders[baseline], splits, seconds=seconds, threads=threads) as bench:
         return bench.measure(selected)
-
-
-def _predict_all(worker: Worker, bench: Bench) -> dict[str, Predictions]:
-    """Predictions of the validation, test and perturbed rows."""
-    sizes = {
-        "validation": len(bench.splits.validation),
-        "test": len(bench.splits.test),
-        _PERTURBED: sum(map(len, bench.perturbed.values())),
-    }
-    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
-    return {name: worker.predict(ends[name] - size, ends[name]) for name, size in sizes.items()}
-
-
-def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
-    baseline = bench.baseline_for(blank.device)
-    with bench.start(folder, blank.device, blank.threads) as worker:
-        watch = GpuWatch(baseline.gpu) if blank.device != CPU else None
-        timing, predictions = _timing(worker, baseline, blank, bench), _predict_all(worker, bench)
-        validation, labels = bench.splits.validation, bench.splits.labels
-        rows = {kind: len(some) for kind, some in bench.perturbed.items()}
-        note = chance_note(validation.targets, predictions["validation"].labels, labels)
-        measurements = [
-            *timing,
-            measurement("artifact_mb", _folder_bytes(folder) / 1e6),
-            measurement("load_s", worker.load_s),
-            *quality(predictions, bench.splits, bench.reference),
-            *perturbed_agreement(predictions[_PERTURBED].labels, bench.reference[_PERTURBED], rows),
-            measurement("batch_invariance", _batch_invariance(worker, bench)),
-            measurement("peak_rss_mb", worker.memory() / 1e6),
-        ]
-        result = replace(
-            blank,
-            model=worker.model,
-            runtime=worker.runtime,
-            precision=worker.precision,
-            measurements=tuple(measurements),
-            notes=(note,) if note else (),
-            predicted={
-                name: tuple(predictions[name].labels.tolist()) for name in ("validation", "test")
-            },
-            profile=_profile(worker, predictions["validation"], len(labels)),
-        )
-        if watch is not None:
-            bench.gpu_state = watch.before
-            result = watch.finish(result, worker, bench.batched, bench.pids)
-        return result
-
-
-def _profile(worker: Worker, predictions: Predictions, classes: int) -> RowCounts:
-    """Counts of the validation rows; asked last, because it takes memory."""
-    counts = worker.tokens(0, len(predictions.labels))
-    counts.labels = [0] * classes
-    scores = np.nan_to_num(predictions.confidence).tolist()
-    counts.count_rows(zip(predictions.labels.tolist(), scores, strict=True), ())
-    return counts
-
-
-def _timing(worker: Worker, baseline: Baseline, blank: Result, bench: Bench) -> list[Measurement]:
-    seconds = bench.seconds * LATENCY_SHARE
-    rounds = interleave(worker, baseline.worker, baseline.timed, seconds=seconds)
-    p50, p95, p99 = (percentile(rounds.samples_ms, q) for q in (50, 95, 99))
-    speedup = paired_speedup(rounds.ratios)
-    rest = bench.seconds - seconds
-    if blank.device == CPU:
-        rates = throughput(worker, bench.batched, row_s=p50 / 1e3, seconds=rest)
-    else:
-        rates = gpu_throughput(worker, bench.batched, seconds=rest)
-    best = max(rates, key=lambda size: float(np.median(rates[size])))
-    found = [
-        measurement("latency_mean_ms", float(np.mean(rounds.samples_ms))),
-        Measurement("latency_p50_ms", p50, "ms", samples=rounds.samples_ms),
-        measurement("latency_p95_ms", p95),
-        measurement("latency_p99_ms", p99),
-        Measurement("speedup", *speedup[:1], "x", "", *speedup[1:], samples=rounds.ratios),
-        Measurement.from_samples("throughput_rows_per_s", rates[best], "rows/s"),
-        measurement("best_batch_rows", best),
-    ]
-    if baseline.over_reference is not None:
-        value, low, high = product(speedup, baseline.over_reference)
-        found.append(Measurement("speedup_over_cpu", value, "x", low=low, high=high))
-    if blank.device != CPU:
-        found += gpu_measurements(worker, baseline.timed, bench.batched, best, baseline.gpu)
-    return found
-
-
-def _batch_invariance(worker: Worker, bench: Bench) -> float:
-    """Share of rows that get the same label alone and in a batch of random others."""
-    return 1 - worker.alone(bench.mates, _MATES) / len(bench.mates)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

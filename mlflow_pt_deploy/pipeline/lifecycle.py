@@ -18,6 +18,7 @@ from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.errors import NotPromotedError
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.promotion_stage import check_champion, promote_choice
 from mlflow_pt_deploy.pipeline.report_stage import log_report
@@ -83,7 +84,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
             processes=options.processes,
             replace=kept,
         )
-    options = options.on_this_machine()
+    options = on_this_machine(options)
     check_selection(options)  # before training, as is the next one
     check_name(options.name)
     splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)

@@ -19,6 +19,7 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.model_types import STATIC
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
 from mlflow_pt_deploy.pipeline.training_run import (
     TrainedModel,
@@ -60,7 +61,7 @@ def train_teacher(
     from mlflow_pt_deploy.pipeline.dry_run import dry_run
     from mlflow_pt_deploy.training.trainer import check_fit
 
-    options = options.on_this_machine()
+    options = on_this_machine(options)
     training = start_teacher(options, splits)
     classifier, splits = training.classifier, training.splits
     check_fit(classifier, splits)
@@ -102,7 +103,7 @@ def distill_student(options: Options, splits: Splits | None = None) -> TrainedMo
     from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
     from mlflow_pt_deploy.training.trainer import check_fit
 
-    options = options.on_this_machine()
+    options = on_this_machine(options)
 
     def check(teacher: Classifier, splits: Splits) -> None:
         check_fit(teacher, splits)
@@ -208,7 +209,7 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimizat
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.training.trainer import check_fit
 
-    options = options.on_this_machine()
+    options = on_this_machine(options)
     check_selection(options)  # before anything is loaded
     splits = splits or _load_splits(options)
     baseline = TEACHER if options.student else MODEL
