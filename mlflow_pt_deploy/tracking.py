@@ -352,14 +352,14 @@ def conditions(splits: Splits, device: str = CPU) -> dict[str, str]:
     """
     facts = hardware()
     machine = f"{facts['cpu']}, {facts['cores']} cores"
-    gpu = {} if device == CPU else {"gpu": gpu_name(device)}
+    gpu = gpu_name(device) if device != CPU else ""
     return {
         "data": f"{splits.name}, {len(splits.validation)} validation and {len(splits.test)} test "
         "rows",
         "validation": splits.validation.digest,
         "test": splits.test.digest,
         "hardware": machine,
-        **gpu,
+        **({"gpu": gpu} if gpu else {}),
     }
 
 

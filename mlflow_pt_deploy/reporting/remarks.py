@@ -91,7 +91,7 @@ def _noise_warning(baseline: Result, results: Sequence[Result]) -> str:
     noise = max(speedup.value, 1 / speedup.value)
     if noise <= _MAX_NOISE:
         return ""
-    several = len({each.device for each in results}) > 1
+    several = len({each.device for each in results if not each.reason}) > 1
     where = f" on {baseline.device}" if several else ""
     return (
         f"The timings{where} are unreliable: the baseline, measured against itself, is "

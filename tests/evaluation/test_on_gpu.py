@@ -9,34 +9,46 @@ import pytest
 
 from mlflow_pt_deploy.artifacts import write_variant
 from mlflow_pt_deploy.data import Splits
-from mlflow_pt_deploy.evaluation import Result, Worker
+from mlflow_pt_deploy.evaluation import Bench, Result, Worker
 from mlflow_pt_deploy.evaluation.baseline import start_baseline
 from mlflow_pt_deploy.evaluation.gpu_state import GpuState
 from mlflow_pt_deploy.evaluation.on_gpu import GpuWatch, gpu_measurements
 from mlflow_pt_deploy.evaluation.timing import GPU_BATCH_ROWS, gpu_throughput
+from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.eager import Eager
+
+
+@pytest.fixture(scope="module")
+def folder_of(
+    tiny_model: Path,
+    tiny_splits: Splits,
+    once: Callable[[str, Callable[[Path], object]], Path],
+) -> Callable[[Variant], Path]:
+    """Exports a variant of the tiny model, once."""
+    from mlflow_pt_deploy.models import load_classifier
+
+    def export(variant: Variant) -> Path:
+        rows = tiny_splits.validation.rows
+        classifier = load_classifier(str(tiny_model))
+        example = classifier.preprocessor(rows[:3])
+        name = f"measured-{variant.name('teacher')}"
+        return once(
+            name,
+            lambda folder: write_variant(
+                variant, classifier, folder, model="teacher", example=example, golden_rows=rows[:2]
+            ),
+        )
+
+    return export
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def worker(
-    request: pytest.FixtureRequest,
-    tiny_model: Path,
-    tiny_splits: Splits,
-    once: Callable[[str, Callable[[Path], object]], Path],
+    request: pytest.FixtureRequest, tiny_splits: Splits, folder_of: Callable[[Variant], Path]
 ) -> Iterator[Worker]:
     """Eager fp32, built for the device."""
-    from mlflow_pt_deploy.models import load_classifier
-
-    rows = tiny_splits.validation.rows
-    classifier, variant = load_classifier(str(tiny_model)), Eager("fp32", device=request.param)
-    example = classifier.preprocessor(rows[:3])
-
-    def export(folder: Path) -> None:
-        write_variant(
-            variant, classifier, folder, model="teacher", example=example, golden_rows=rows[:2]
-        )
-
-    with Worker(once(f"measured-{request.param}", export), rows[0], threads=1) as worker:
+    rows, folder = tiny_splits.validation.rows, folder_of(Eager("fp32", device=request.param))
+    with Worker(folder, rows[0], threads=1) as worker:
         worker.load_rows(rows)
         yield worker
 
@@ -72,3 +84,26 @@ def test_the_state_of_the_gpu_is_noted(worker: Worker, tiny_splits: Splits) -> N
         assert done == blank
     else:
         assert done.gpu.startswith("before: ") and "under load: " in done.gpu
+
+
+@pytest.mark.gpu
+def test_variants_of_both_devices_in_one_table(
+    tiny_splits: Splits, folder_of: Callable[[Variant], Path]
+) -> None:
+    pytest.importorskip("scipy")
+    variants = (Eager(), Eager(device="cuda"), Eager("bf16", device="cuda"))
+    folders = {each.name("teacher"): folder_of(each) for each in variants}
+    baseline, on_gpu, _ = folders.values()
+    with Bench(
+        baseline, tiny_splits, seconds=0.5, threads=1, device_baselines={"cuda": on_gpu}
+    ) as bench:
+        cpu, gpu, half = bench.measure(folders)
+    assert [each.reason for each in (cpu, gpu, half)] == ["", "", ""]
+    assert [each.device for each in (cpu, gpu, half)] == ["cpu", "cuda", "cuda"]
+    for each in (gpu, half):
+        assert each.value("agreement", "validation") > 0.95
+        assert 0 < each.value("device_ms") <= 2 * each.value("latency_p50_ms")
+        assert each.value("peak_device_mb") > 1
+        assert each.value("speedup_over_cpu") > 0
+    assert 0.5 < gpu.value("speedup") < 2  # itself
+    assert cpu.value("device_ms") is None and cpu.value("peak_device_mb") is None
