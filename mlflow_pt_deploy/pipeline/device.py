@@ -7,6 +7,7 @@ from dataclasses import replace
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.system.device import CPU, CUDA, check_gpus, resolve_device
+from mlflow_pt_deploy.system.ranks import launched_ranks
 
 
 def on_this_machine(options: Options) -> Options:
@@ -17,10 +18,11 @@ def on_this_machine(options: Options) -> Options:
         ModelError: Several processes were given one GPU.
     """
     device = resolve_device(options.device)
-    if options.processes > 1 and device not in (CPU, CUDA):
+    processes = max(options.processes, launched_ranks().size)
+    if processes > 1 and device not in (CPU, CUDA):
         raise ModelError(
-            f"device is {device} and processes is {options.processes}; each process takes a GPU "
-            "of its own. Give device=cuda."
+            f"device is {device} and there are {processes} processes; each takes a GPU of its own. "
+            "Give device=cuda."
         )
     if options.processes > 1 and device == CUDA:
         check_gpus(options.processes)

@@ -25,5 +25,5 @@ def test_a_gpu_that_is_not_there() -> None:
 
 @pytest.mark.gpu
 def test_several_processes_are_not_given_one_gpu() -> None:
-    with pytest.raises(ModelError, match="each process takes a GPU of its own"):
+    with pytest.raises(ModelError, match="each takes a GPU of its own"):
         on_this_machine(Options(processes=2, device="cuda:0"))
