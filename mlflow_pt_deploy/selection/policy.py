@@ -134,7 +134,7 @@ class Policy:
         _check_runtimes(self.runtimes)
         for name in self.devices:
             if name not in DEVICES:
-                raise PolicyError(f"devices: {name} is unknown{_nearest(name, list(DEVICES))}.")
+                raise PolicyError(f"devices: {name} is unknown; choose from {', '.join(DEVICES)}.")
 
     def allows_device(self, device: str) -> bool:
         """Whether variants on a device, ``cpu`` or ``cuda``, may be chosen."""

@@ -25,6 +25,9 @@ from mlflow_pt_deploy.selection.policy import Policy, read_policy
         ({"objective": "fun"}, "objective is 'fun'; choose from 'latency', 'throughput', 'size'"),
         ({"objective": "cost"}, "cost and price_per_core_hour belong together"),
         ({"price_per_core_hour": 1.0}, "cost and price_per_core_hour belong together"),
+        ({"devices": ("gpu",)}, "devices: gpu is unknown; choose from cpu, cuda"),
+        ({"price_per_gpu_hour": 1.0}, "price_per_gpu_hour is for the objective cost"),
+        ({"max_peak_device_mb": 0}, "max_peak_device_mb is 0; give a number above 0"),
         ({"runtimes": ("onnx",)}, r"runtimes: onnx is unknown; did you mean onnxruntime\?"),
     ],
 )
