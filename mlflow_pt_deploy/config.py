@@ -13,7 +13,7 @@ from typing import get_args
 from mlflow_pt_deploy.errors import DataError, ModelError, PolicyError
 from mlflow_pt_deploy.option_fields import SWITCH, check_choices, option
 from mlflow_pt_deploy.selection.policy import LIMITS, Objective, Policy, read_policy
-from mlflow_pt_deploy.system.device import check_device, check_gpus
+from mlflow_pt_deploy.system.device import AUTO, DEVICE_FORM, is_device
 
 _TRAIN = ("run", "train", "distill")
 _DISTILL = ("run", "distill")
@@ -163,10 +163,10 @@ class Options:
     )
     threads: int = option(0, "CPU threads of a call; 0: all cores", stages=_OPTIMIZE)
     device: str = option(
-        "cpu",
-        "device for training; variants are timed on the CPU",
-        stages=(*_TRAIN, "search"),
-        choices=("cpu", "cuda"),
+        AUTO,
+        "device for training, and for variants beside those of the CPU: cpu, cuda, or one GPU such "
+        "as cuda:1; auto: a GPU if PyTorch finds one",
+        stages=_DATA,
     )
     processes: int = option(
         1,
@@ -205,6 +205,11 @@ class Options:
     max_peak_rss_mb: float = option(
         0.0, "limit of peak resident memory in MB (10^6 bytes); 0: no limit", stages=_PROMOTE
     )
+    max_peak_device_mb: float = option(
+        0.0,
+        "limit of a GPU variant's device memory in MB (10^6 bytes); 0: no limit",
+        stages=_PROMOTE,
+    )
     min_throughput_rows_per_s: float = option(
         0.0, "minimum rows per second in batches; 0: no limit", stages=_PROMOTE
     )
@@ -220,8 +225,14 @@ class Options:
         stages=_PROMOTE,
     )
     runtimes: str = option("", "allowed runtimes, separated by commas; empty: all", stages=_PROMOTE)
+    devices: str = option(
+        "", "allowed devices, separated by commas: cpu, cuda; empty: all", stages=_PROMOTE
+    )
     price_per_core_hour: float = option(
         0.0, "price of a core for an hour, for --objective cost", stages=_PROMOTE
+    )
+    price_per_gpu_hour: float = option(
+        0.0, "price of a GPU without cores for an hour, for --objective cost", stages=_PROMOTE
     )
     resume: str = option("", "id of an interrupted run to resume", stages=_DATA)
 
@@ -234,9 +245,10 @@ class Options:
             )
         self._given_policy()  # a file is read when it is needed: it may be gone on a resume
         check_choices(self, ModelError)
-        if self.device != "cpu":
-            check_device(self.device)
-        self._check_processes()
+        if not is_device(self.device):
+            raise ModelError(f"device is {self.device!r}; give {DEVICE_FORM}.")
+        if self.processes < 1:
+            raise ModelError(f"processes is {self.processes}; give a number of at least 1.")
         if not 0 <= self.soft_weight <= 1:
             raise ModelError(f"soft_weight is {self.soft_weight}; give a number from 0 to 1.")
         for name in ("relation_weight", "made_texts"):
@@ -264,16 +276,12 @@ class Options:
             retain=self.retain,
             retain_low=self.retain_low,
             objective=self.objective,  # type: ignore[arg-type]  # checked by Policy
-            runtimes=tuple(name.strip() for name in self.runtimes.split(",") if name.strip()),
+            runtimes=_names(self.runtimes),
+            devices=_names(self.devices),
             price_per_core_hour=self.price_per_core_hour or None,
+            price_per_gpu_hour=self.price_per_gpu_hour or None,
             **limits,
         )
-
-    def _check_processes(self) -> None:
-        if self.processes < 1:
-            raise ModelError(f"processes is {self.processes}; give a number of at least 1.")
-        if self.processes > 1 and self.device == "cuda":
-            check_gpus(self.processes)
 
     def to_json(self) -> str:
         """All options except `resume`, `storage` and `processes`, which belong to one call."""
@@ -285,3 +293,7 @@ class Options:
     def from_json(cls, text: str) -> Options:
         """Read the output of `to_json`."""
         return cls(**json.loads(text))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

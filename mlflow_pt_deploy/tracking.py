@@ -31,6 +31,7 @@ from mlflow_pt_deploy.evaluation.slices import Change, Slice, changed_rows, slic
 from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.serving.model.inputs import EXAMPLES
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import CPU, gpu_name
 from mlflow_pt_deploy.system.hardware import hardware, hardware_tags, usable_cores
 from mlflow_pt_deploy.tracking_server import redact_uri
 
@@ -160,6 +161,12 @@ def _log_input(found: MetaDataset, context: str) -> None:
             return
 
 
+def log_device(run: Run, device: str) -> None:
+    """Log the device of a run, as `resolved_device` where `mlflow run` has logged ``auto``."""
+    given = run.data.params.get("device", device)
+    mlflow.log_param("device" if given == device else "resolved_device", device)
+
+
 def dataset(splits: Splits, split: str) -> MetaDataset:
     """Return a split as an MLflow dataset, by which the UI groups metrics."""
     source = CodeDatasetSource(tags={"data": splits.source, "split": split})
@@ -194,7 +201,10 @@ def log_result(
         "device": result.device,
         "threads": str(result.threads),
     }
-    with open_run(result.variant, {STAGE_TAG: "variant", VARIANT_TAG: result.variant}):
+    tags = {STAGE_TAG: "variant", VARIANT_TAG: result.variant}
+    if result.gpu:
+        tags["hardware.gpu_state"] = result.gpu
+    with open_run(result.variant, tags):
         mlflow.log_params(params)
         if result.reason or result.folder is None:
             mlflow.set_tags({REASON_TAG: result.reason, _NOTE_TAG: f"Not built: {result.reason}"})
@@ -253,8 +263,12 @@ def _serving_config(result: Result) -> dict[str, int]:
     if result.runtime == Portable.runtime:
         return {}
     config = {"num_threads": result.threads} if result.threads < usable_cores() else {}
-    rows = result.value("best_batch_rows")
-    return {**config, "max_batch_rows": int(rows)} if rows else config
+    rows, tokens = result.value("best_batch_rows"), result.value("best_batch_tokens")
+    if rows:
+        config["max_batch_rows"] = int(rows)
+    if rows and tokens:  # of a GPU; the defaults of the batcher would never fill such a batch
+        config |= {"max_batch_tokens": int(tokens), "queue_rows": max(1024, 4 * int(rows))}
+    return config
 
 
 def _log_metrics(result: Result, splits: Splits, model_id: str) -> None:
@@ -336,20 +350,22 @@ def log_folder(folder: Path, name: str) -> str:
     return f"runs:/{run.info.run_id}/{name}"
 
 
-def conditions(splits: Splits) -> dict[str, str]:
+def conditions(splits: Splits, device: str = CPU) -> dict[str, str]:
     """Return the data and the machine of measurements made now.
 
     Results can be compared if the digests of the ``validation`` rows and the ``hardware`` are
-    equal.
+    equal, and, of two variants on a GPU, the ``gpu``.
     """
     facts = hardware()
     machine = f"{facts['cpu']}, {facts['cores']} cores"
+    gpu = gpu_name(device) if device != CPU else ""
     return {
         "data": f"{splits.name}, {len(splits.validation)} validation and {len(splits.test)} test "
         "rows",
         "validation": splits.validation.digest,
         "test": splits.test.digest,
         "hardware": machine,
+        **({"gpu": gpu} if gpu else {}),
     }
 
 

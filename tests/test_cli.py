@@ -98,7 +98,12 @@ def test_mlproject_has_the_options_of_each_command(stage: str) -> None:
     ("arguments", "message"),
     [
         (["run", "--data", "nowhere.csv"], "nowhere.csv"),
-        (["train", "--device", "cuda:7"], "device is 'cuda:7'; choose from cpu, cuda"),
+        (["train", "--device", "cuda:7"], "device=cuda:7: PyTorch cannot use it here"),
+        (["train", "--device", "gpu"], "device is 'gpu'; give auto, cpu, cuda, or one GPU such as"),
+        (["run", "--device", "cuda:7"], "device=cuda:7: PyTorch cannot use it here"),
+        (["optimize", "--model", "no", "--data", "digits", "--device", "cuda:7"], "PyTorch cannot"),
+        (["search", "--teacher", "no", "--data", "digits", "--device", "cuda:7"], "PyTorch cannot"),
+        (["run", "--devices", "gpu"], "devices: gpu is unknown; choose from cpu, cuda"),
         (["train", "--processes", "0"], "processes is 0; give a number of at least 1"),
         (["run", "--retain", "2"], "retain is 2.0; give the fraction"),
         (["run", "--variants", "tensorrt"], "variants: unknown tensorrt; choose from aotinductor"),

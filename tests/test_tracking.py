@@ -240,3 +240,17 @@ def test_a_dataset_that_another_process_stores_at_once(
                 _log_input(dataset(splits, "test"), "test")
     inputs = MlflowClient().get_run(run.info.run_id).inputs.dataset_inputs
     assert sorted(each.dataset.name for each in inputs) == ["catalog-test", "catalog-train"]
+
+
+def test_the_device_of_a_run(tracking: str, tiny_data: Path, tiny_model: Path) -> None:
+    from mlflow_pt_deploy.tracking import log_device
+
+    teacher = str(tiny_model)
+    done = train_teacher(Options(data=str(tiny_data), teacher=teacher, epochs=0, device="cpu"))
+    assert mlflow.get_run(done.run_id).data.params["device"] == "cpu"
+    with mlflow.start_run() as run:
+        mlflow.log_param("device", "auto")  # as `mlflow run` does
+        for _ in range(2):
+            log_device(mlflow.get_run(run.info.run_id), "cpu")
+    params = mlflow.get_run(run.info.run_id).data.params
+    assert params == {"device": "auto", "resolved_device": "cpu"}

@@ -8,7 +8,12 @@
     worker         process that loads one variant and runs it
     worker_client  handle of a worker process
     timing         interleaved rounds against the baseline
-    bench          `Bench` and `measure`, which combine all of the above
+    baseline       a warm baseline process, one per device
+    quality        accuracy, agreement, calibration
+    gpu_state      clocks, power and processes of a GPU, as nvidia-smi says
+    on_gpu         device time, device memory and state of a GPU
+    one_variant    all measurements of one variant
+    bench          `Bench` and `measure`: several variants, one after the other
 
 Names are loaded lazily: a worker process imports this package too, and every import counts
 towards the memory and the start-up time of the measured variant.

@@ -4,55 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
-import numpy as np
-import numpy.typing as npt
-
+from mlflow_pt_deploy.artifacts.manifest import read_manifest
 from mlflow_pt_deploy.data.perturbation import perturb
-from mlflow_pt_deploy.data.splits import Split, Splits
-from mlflow_pt_deploy.errors import PtDeployError, VariantError
-from mlflow_pt_deploy.evaluation.chance import chance_note
-from mlflow_pt_deploy.evaluation.profile import RowCounts
-from mlflow_pt_deploy.evaluation.result import UNITS, Measurement, Result
-from mlflow_pt_deploy.evaluation.statistics import (
-    calibration_error,
-    lowest_recall,
-    macro_f1,
-    mcnemar_p,
-    paired_drop,
-    paired_ratio,
-    paired_speedup,
-    percentile,
-    proportion,
-)
-from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
-from mlflow_pt_deploy.evaluation.worker_client import Predictions, Worker
+from mlflow_pt_deploy.data.splits import Splits
+from mlflow_pt_deploy.errors import ArtifactError, PtDeployError, VariantError
+from mlflow_pt_deploy.evaluation.baseline import Baseline, start_baseline
+from mlflow_pt_deploy.evaluation.gpu_state import GpuState
+from mlflow_pt_deploy.evaluation.one_variant import measure_one, predict_all
+from mlflow_pt_deploy.evaluation.result import Result
+from mlflow_pt_deploy.evaluation.timing import sample_rows
+from mlflow_pt_deploy.evaluation.worker_client import Worker
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import CPU, CUDA
 from mlflow_pt_deploy.system.hardware import usable_cores
 
-_TIMED_ROWS = (16, 256)
 _BATCHED_ROWS = 4096
-_MATES_ROWS, _MATES = 128, 8  # rows that are predicted alone and in batches of random others
-_LATENCY_SHARE = 0.6  # of the time budget; the rest is for throughput
-_WARM_UP_SHARE = 0.25  # of the time budget, to run each timed row once
-_PERTURBED = "perturbed"
+_MATES_ROWS = 128
 
 
 class Bench:
-    """Measures variants against a baseline that stays warm in a process of its own.
+    """Measures variants against baselines that stay warm in processes of their own.
 
-    A context manager. If the baseline process dies, e.g. of memory, it is restarted and the
+    A context manager. Each folder runs on the device that its manifest names. A baseline is started
+    when the first variant needs it; if its process dies, e.g. of memory, it is restarted and the
     current variant is measured again.
 
     Args:
-        baseline: Folder of the eager fp32 teacher.
+        baseline: Folder of the eager fp32 teacher: the reference of accuracy and agreement, and of
+            the times of all variants whose device is not in `device_baselines`.
         splits: Rows to time (drawn from `validation`) and to predict (`validation`, `test`).
         seconds: Timing budget per variant. Slow models exceed it, because a minimum of rounds and
             repeats is always run. The prediction of all rows is not included.
-        device: ``cpu`` or ``cuda``.
         threads: Threads per call of the baseline; 0 uses all cores available to this process.
+        device_baselines: Kind of device, ``cuda``, to the folder that variants on it are timed
+            against.
+        gpu: GPU of the variants that were built for one: ``cuda`` or ``cuda:N``.
+
+    Attributes:
+        gpu_state: What is known of the GPU, after a variant was measured on it.
+        reference: Labels of the baseline, by dataset.
+        batched, mates: Rows for throughput, and for the batch's influence on labels.
+        perturbed: Perturbed rows by kind.
 
     Raises:
         VariantError: The baseline fails, or there are no rows.
@@ -64,22 +60,24 @@ class Bench:
         splits: Splits,
         *,
         seconds: float = 8.0,
-        device: str = "cpu",
         threads: int = 0,
+        device_baselines: Mapping[str, Path] = MappingProxyType({}),
+        gpu: str = CUDA,
     ) -> None:
         if not len(splits.validation):
             raise VariantError(f"{splits.name} has no validation rows: there is nothing to time.")
         self.splits, self.seconds = splits, seconds
-        self._folder, self._device = baseline, device
+        self._folder, self._device_baselines, self._gpu = baseline, device_baselines, gpu
         self._threads = threads or usable_cores()
         self.batched = sample_rows(_BATCHED_ROWS, len(splits.validation), seed=1)
         self.mates = sample_rows(_MATES_ROWS, len(splits.validation), seed=2)
         self.perturbed = perturb(splits.validation.rows)
-        self.worker = self._start_baseline()
+        self.gpu_state = GpuState()
+        self._warm: dict[Path, Baseline] = {}
         try:
-            predictions = _predict_all(self.worker, self)
+            predictions = predict_all(self.baseline(baseline).worker, self)
         except BaseException:
-            self.worker.close()
+            self.__exit__()
             raise
         self.reference = {name: each.labels for name, each in predictions.items()}
 
@@ -87,7 +85,18 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.worker.close()
+        for each in self._warm.values():
+            each.worker.close()
+
+    @property
+    def worker(self) -> Worker:
+        """Process of the baseline."""
+        return self._warm[self._folder].worker
+
+    @property
+    def pids(self) -> set[int]:
+        """Processes of all baselines."""
+        return {each.worker.pid for each in self._warm.values()}
 
     def measure(
         self,
@@ -99,8 +108,8 @@ class Bench:
         """Measure variants in sequence.
 
         Args:
-            folders: Maps variant name to folder. May include the baseline: its `speedup` shows
-                the noise floor and should be close to 1.
+            folders: Maps variant name to folder. May include the baselines: their `speedup` shows
+                the noise floor of their device and should be close to 1.
             threads: Threads per call; 0 uses the number of the baseline.
             progress: Callback for each result.
 
@@ -115,9 +124,8 @@ class Bench:
             interrupt.check()
             blank = self._blank(name, folder, threads or self._threads)
             result = self._attempt(blank, folder)
-            if not self.worker.alive:
-                self.worker.close()
-                self.worker = self._start_baseline()
+            if self._close_dead():
+                self.baseline(self._folder)
                 result = self._attempt(blank, folder)
             if result.reason and folder == self._folder:
                 raise VariantError(f"the baseline cannot be measured: {result.reason}")
@@ -130,43 +138,81 @@ class Bench:
         """Return the result of a variant that cannot be measured."""
         return self._blank(name, None, self._threads, reason)
 
-    def _attempt(self, blank: Result, folder: Path) -> Result:
-        try:
-            return _measure_one(blank, folder, self)
-        except PtDeployError as error:
-            return replace(blank, reason=str(error))
+    def start(self, folder: Path, device: str, threads: int = 0) -> Worker:
+        """Start a process with all rows loaded.
 
-    def _start_baseline(self) -> Worker:
+        Args:
+            folder: Folder of a variant.
+            device: ``cpu`` or ``cuda``.
+            threads: See `measure`.
+        """
+        device, threads = CPU if device == CPU else self._gpu, threads or self._threads
+        worker = Worker(folder, self.splits.validation.rows[0], device=device, threads=threads)
+        perturbed = tuple(chain.from_iterable(self.perturbed.values()))
         try:
-            worker = _start(self._folder, self, self._device, self._threads)
-        except PtDeployError as error:
-            raise VariantError(f"the baseline cannot be measured: {error}") from error
-        try:
-            min_rows, max_rows = _TIMED_ROWS
-            rows = len(self.splits.validation)
-            row_s = warm_up(worker, sample_rows(min_rows, rows))
-            count = min(max(round(_WARM_UP_SHARE * self.seconds / row_s), min_rows), max_rows)
-            self.timed = sample_rows(count, rows)
-            worker.time(self.timed)
+            worker.load_rows(self.splits.validation.rows + self.splits.test.rows + perturbed)
         except BaseException:
             worker.close()
             raise
         return worker
 
+    def baseline(self, folder: Path) -> Baseline:
+        """Return a warm baseline, started if necessary.
+
+        Raises:
+            VariantError: It fails.
+        """
+        if folder not in self._warm:
+            reference = None if folder == self._folder else self.baseline(self._folder)
+            try:
+                worker = self.start(folder, device_of(folder))
+                rows = len(self.splits.validation)
+                self._warm[folder] = start_baseline(worker, rows, self.seconds, reference)
+            except PtDeployError as error:
+                raise VariantError(f"the baseline cannot be measured: {error}") from error
+        return self._warm[folder]
+
+    def baseline_for(self, device: str) -> Baseline:
+        """Return the baseline that variants on a device are timed against."""
+        return self.baseline(self._device_baselines.get(device, self._folder))
+
+    def _close_dead(self) -> bool:
+        """Forget baselines whose processes have died; return whether there are any."""
+        dead = [folder for folder, each in self._warm.items() if not each.worker.alive]
+        for folder in dead:
+            self._warm.pop(folder).worker.close()
+        return bool(dead)
+
+    def _attempt(self, blank: Result, folder: Path) -> Result:
+        try:
+            return measure_one(blank, folder, self)
+        except PtDeployError as error:
+            return replace(blank, reason=str(error))
+
     def _blank(self, name: str, folder: Path | None, threads: int, reason: str = "") -> Result:
-        model, _, rest = name.partition("-")
+        on_gpu = name.removesuffix(f"-{CUDA}")
+        model, _, rest = on_gpu.partition("-")
         runtime, _, precision = rest.partition("-")
+        device = CUDA if on_gpu != name else CPU
         return Result(
             name,
             model,
             runtime,
             precision,
-            self._device,
+            device if folder is None else device_of(folder, device),
             threads,
             folder,
             reason,
             baseline=self._folder.name,
         )
+
+
+def device_of(folder: Path, default: str = CPU) -> str:
+    """Return the kind of device that a variant was built for; a default if that cannot be read."""
+    try:
+        return read_manifest(folder).device
+    except ArtifactError:  # loading it will say why
+        return default
 
 
 def measure(
@@ -175,7 +221,6 @@ def measure(
     baseline: str,
     splits: Splits,
     seconds: float = 8.0,
-    device: str = "cpu",
     threads: int = 0,
     only: Collection[str] = (),
 ) -> list[Result]:
@@ -186,7 +231,6 @@ def measure(
         baseline: Name of the eager fp32 teacher.
         splits: Rows and targets.
         seconds: Timing budget per variant.
-        device: ``cpu`` or ``cuda``.
         threads: Threads per call; 0 uses all cores available to this process.
         only: Names of the variants to measure; empty means all.
 
@@ -199,145 +243,5 @@ def measure(
             "Build it first; every comparison needs it."
         )
     selected = {name: path for name, path in folders.items() if not only or name in only}
-    with Bench(folders[baseline], splits, seconds=seconds, device=device, threads=threads) as bench:
+    with Bench(folders[baseline], splits, seconds=seconds, threads=threads) as bench:
         return bench.measure(selected)
-
-
-def _start(folder: Path, bench: Bench, device: str, threads: int) -> Worker:
-    splits = bench.splits
-    worker = Worker(folder, splits.validation.rows[0], device=device, threads=threads)
-    perturbed = tuple(chain.from_iterable(bench.perturbed.values()))
-    try:
-        worker.load_rows(splits.validation.rows + splits.test.rows + perturbed)
-    except BaseException:
-        worker.close()
-        raise
-    return worker
-
-
-def _predict_all(worker: Worker, bench: Bench) -> dict[str, Predictions]:
-    """Predictions of the validation, test and perturbed rows."""
-    sizes = {
-        "validation": len(bench.splits.validation),
-        "test": len(bench.splits.test),
-        _PERTURBED: sum(map(len, bench.perturbed.values())),
-    }
-    ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
-    return {name: worker.predict(ends[name] - size, ends[name]) for name, size in sizes.items()}
-
-
-def _measure_one(blank: Result, folder: Path, bench: Bench) -> Result:
-    with _start(folder, bench, blank.device, blank.threads) as worker:
-        timing, predictions = _timing(worker, bench), _predict_all(worker, bench)
-        validation, labels = bench.splits.validation, bench.splits.labels
-        note = chance_note(validation.targets, predictions["validation"].labels, labels)
-        measurements = [
-            *timing,
-            _measurement("artifact_mb", _folder_bytes(folder) / 1e6),
-            _measurement("load_s", worker.load_s),
-            *_quality(predictions, bench),
-            *_perturbed_agreement(predictions[_PERTURBED], bench),
-            _measurement("batch_invariance", _batch_invariance(worker, bench)),
-            _measurement("peak_rss_mb", worker.memory() / 1e6),
-        ]
-        return replace(
-            blank,
-            model=worker.model,
-            runtime=worker.runtime,
-            precision=worker.precision,
-            measurements=tuple(measurements),
-            notes=(note,) if note else (),
-            predicted={
-                name: tuple(predictions[name].labels.tolist()) for name in ("validation", "test")
-            },
-            profile=_profile(worker, predictions["validation"], len(labels)),
-        )
-
-
-def _profile(worker: Worker, predictions: Predictions, classes: int) -> RowCounts:
-    """Counts of the validation rows; asked last, because it takes memory."""
-    counts = worker.tokens(0, len(predictions.labels))
-    counts.labels = [0] * classes
-    scores = np.nan_to_num(predictions.confidence).tolist()
-    counts.count_rows(zip(predictions.labels.tolist(), scores, strict=True), ())
-    return counts
-
-
-def _timing(worker: Worker, bench: Bench) -> list[Measurement]:
-    rounds = interleave(worker, bench.worker, bench.timed, seconds=bench.seconds * _LATENCY_SHARE)
-    p50, p95, p99 = (percentile(rounds.samples_ms, q) for q in (50, 95, 99))
-    ratio, low, high = paired_speedup(rounds.ratios)
-    rates = throughput(
-        worker, bench.batched, row_s=p50 / 1e3, seconds=bench.seconds * (1 - _LATENCY_SHARE)
-    )
-    best = max(rates, key=lambda size: float(np.median(rates[size])))
-    return [
-        _measurement("latency_mean_ms", float(np.mean(rounds.samples_ms))),
-        Measurement("latency_p50_ms", p50, "ms", samples=rounds.samples_ms),
-        _measurement("latency_p95_ms", p95),
-        _measurement("latency_p99_ms", p99),
-        Measurement("speedup", ratio, "x", low=low, high=high, samples=rounds.ratios),
-        Measurement.from_samples("throughput_rows_per_s", rates[best], "rows/s"),
-        _measurement("best_batch_rows", best),
-    ]
-
-
-def _quality(predictions: Mapping[str, Predictions], bench: Bench) -> list[Measurement]:
-    found: list[Measurement] = []
-    for dataset in ("validation", "test"):
-        labels, confidence = predictions[dataset]
-        split: Split = getattr(bench.splits, dataset)
-        if len(split):
-            found += _scores(dataset, split.targets, labels, bench.reference[dataset])
-            error = calibration_error(confidence, labels == split.targets)
-            found.append(_measurement("calibration_error", error, dataset))
-            samples = tuple(round(value, 6) for value in confidence.tolist())
-            mean = float(confidence.mean())
-            found.append(Measurement("confidence", mean, "fraction", dataset, samples=samples))
-    return found
-
-
-def _scores(
-    dataset: str,
-    targets: npt.NDArray[np.int64],
-    predicted: npt.NDArray[np.int64],
-    reference: npt.NDArray[np.int64],
-) -> list[Measurement]:
-    correct, expected = predicted == targets, reference == targets
-    drop, low, high = paired_drop(expected, correct)
-    kept, kept_low = paired_ratio(expected, correct)
-    samples = tuple(map(float, correct))
-    return [
-        Measurement("accuracy", float(correct.mean()), "fraction", dataset, samples=samples),
-        _measurement("macro_f1", macro_f1(targets, predicted), dataset),
-        _measurement("agreement", float((predicted == reference).mean()), dataset),
-        Measurement("accuracy_drop", drop, "fraction", dataset, low, high),
-        Measurement("accuracy_kept", kept, "fraction", dataset, kept_low),
-        _measurement("mcnemar_p", mcnemar_p(expected, correct), dataset),
-        _measurement("class_recall", lowest_recall(targets, predicted), dataset),
-    ]
-
-
-def _perturbed_agreement(predictions: Predictions, bench: Bench) -> list[Measurement]:
-    """Agreement with the baseline on the perturbed rows: of all, and of each kind."""
-    equal = predictions.labels == bench.reference[_PERTURBED]
-    ends = list(accumulate(map(len, bench.perturbed.values())))
-    parts = zip(bench.perturbed, np.split(equal, ends[:-1]), strict=True)
-    return [
-        Measurement("agreement_perturbed", share, "fraction", kind, low, high)
-        for kind, part in (("", equal), *parts)
-        for share, low, high in [proportion(int(part.sum()), len(part))]
-    ]
-
-
-def _batch_invariance(worker: Worker, bench: Bench) -> float:
-    """Share of rows that get the same label alone and in a batch of random others."""
-    return 1 - worker.alone(bench.mates, _MATES) / len(bench.mates)
-
-
-def _measurement(name: str, value: float, dataset: str = "") -> Measurement:
-    return Measurement(name, float(value), UNITS[name], dataset)
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

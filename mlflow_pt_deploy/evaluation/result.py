@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.evaluation.profile import RowCounts
+from mlflow_pt_deploy.system.device import CPU
 
 UNITS: Mapping[str, str] = {
     "accuracy": "fraction",
@@ -29,9 +30,13 @@ UNITS: Mapping[str, str] = {
     "latency_p99_ms": "ms",
     "throughput_rows_per_s": "rows/s",
     "best_batch_rows": "rows",
+    "best_batch_tokens": "tokens",
+    "device_ms": "ms",
     "speedup": "x",
+    "speedup_over_cpu": "x",
     "artifact_mb": "MB",
     "peak_rss_mb": "MB",
+    "peak_device_mb": "MB",
     "load_s": "s",
 }
 """Every metric that is recorded, with its unit. One MB is 1,000,000 bytes."""
@@ -102,7 +107,7 @@ class Result:
     """All measurements of one variant on this machine.
 
     Attributes:
-        variant: Name, ``<model>-<runtime>-<precision>``.
+        variant: Name, ``<model>-<runtime>-<precision>``, on a GPU with ``-cuda``.
         model: ``teacher``, ``student``, ...
         runtime: Key of `runtimes.catalog.RUNTIMES`.
         precision: ``fp32``, ``int8-dynamic``, ...
@@ -111,8 +116,9 @@ class Result:
         folder: Folder of the artifact, or None if it was not built.
         reason: Why the variant could not be built or measured; empty on success.
         measurements: The measurements.
-        baseline: Variant that `speedup`, `accuracy_drop` and `agreement` compare with.
+        baseline: Variant that `accuracy_drop` and `agreement` compare with, see `timed_against`.
         notes: Warnings about the variant, e.g. that it is at chance level.
+        gpu: Clocks, power and temperature of the GPU, before the timing and under load.
         predicted: Predicted class of each row, by dataset.
         profile: Counts of the answers to the validation rows, or None.
     """
@@ -130,6 +136,12 @@ class Result:
     notes: tuple[str, ...] = ()
     predicted: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     profile: RowCounts | None = None
+    gpu: str = ""
+
+    @property
+    def timed_against(self) -> str:
+        """Variant that `speedup` compares with: the baseline on the same device."""
+        return self.baseline if self.device == CPU else f"{self.baseline}-{self.device}"
 
     def get(self, name: str, dataset: str = "") -> Measurement | None:
         """Return the measurement of a metric on a dataset, or None."""

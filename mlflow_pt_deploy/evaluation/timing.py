@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +10,15 @@ from time import perf_counter
 
 import numpy as np
 
+from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.evaluation.worker_client import Worker
 
 BATCH_ROWS = (8, 32, 128)
+GPU_BATCH_ROWS = (*BATCH_ROWS, 512, 1024)
 MIN_ROUNDS = 6
 _REPEATS = 3
 _MAX_ROUNDS = 200
+LATENCY_SHARE = 0.6  # of the time budget; the rest is for throughput
 _BLOCK_S = 0.15  # short compared with frequency drift of the machine, long compared with a row
 _BLOCK_ROWS = (4, 32)
 _MAX_PASSES = 16
@@ -43,6 +47,11 @@ def sample_rows(count: int, among: int, *, seed: int = 0) -> list[int]:
     """
     picks = np.random.default_rng(seed).permutation(among)[:count]
     return [int(index) for index in picks]
+
+
+def at_least(indices: Sequence[int], count: int) -> list[int]:
+    """Repeat row indices until there are `count` or more."""
+    return list(indices) * math.ceil(count / len(indices))
 
 
 def warm_up(worker: Worker, indices: Sequence[int]) -> float:
@@ -106,11 +115,55 @@ def throughput(
     """
     *smaller, largest = BATCH_ROWS
     sizes = BATCH_ROWS if 2 * largest * row_s <= seconds else tuple(smaller)
-    share = seconds / (len(sizes) * (_REPEATS + 1))
-    rows = indices[: max(round(share / row_s), sizes[-1])]
+    rows = indices[: _row_count(sizes, row_s, seconds)]
     end = perf_counter() + seconds
     for size in sizes:
         worker.batch(rows, size)
+    return _rates(worker, rows, sizes, end)
+
+
+def gpu_throughput(
+    worker: Worker, indices: Sequence[int], *, seconds: float
+) -> dict[int, tuple[float, ...]]:
+    """Measure rows per second as `throughput` does, at the batch sizes of `GPU_BATCH_ROWS`.
+
+    A GPU takes about as long for one row as for many, so the amount of work follows from its
+    largest batch. Sizes for which its memory is too small are left out.
+
+    Args:
+        worker: Worker with the rows loaded.
+        indices: Rows to use, more than once if they do not fill two of the largest batches.
+        seconds: Time budget; at least one repeat of each size is run.
+
+    Raises:
+        VariantError: The smallest batch fails.
+    """
+    indices = at_least(indices, 2 * GPU_BATCH_ROWS[-1])
+    end = perf_counter() + seconds
+    sizes: list[int] = []
+    row_s = math.inf
+    for size in GPU_BATCH_ROWS:
+        try:
+            worker.batch(indices[:size], size)
+            row_s = worker.batch(indices[:size], size) / 1e9 / size
+        except VariantError:
+            if not sizes or not worker.alive:
+                raise
+            break
+        sizes.append(size)
+    return _rates(worker, indices[: _row_count(sizes, row_s, seconds)], sizes, end)
+
+
+def _row_count(sizes: Sequence[int], row_s: float, seconds: float) -> int:
+    """Rows of a pass, so that all sizes are repeated within the time; at least one batch."""
+    share = seconds / (len(sizes) * (_REPEATS + 1))
+    return max(round(share / row_s), sizes[-1])
+
+
+def _rates(
+    worker: Worker, rows: Sequence[int], sizes: Sequence[int], end: float
+) -> dict[int, tuple[float, ...]]:
+    """Rows per second of each size, which is warm, repeated until `end`."""
     rates: dict[int, list[float]] = {size: [] for size in sizes}
     for repeat in range(2 * _REPEATS):
         if repeat and perf_counter() > end:

@@ -1,6 +1,6 @@
 """Worker process that loads one variant and runs it on request.
 
-    python -m mlflow_pt_deploy.evaluation.worker FOLDER --device cpu --threads 2
+    python -m mlflow_pt_deploy.evaluation.worker FOLDER --device auto --threads 2
 
 Reads one JSON request per line from standard input and writes one JSON reply per line to standard
 output. Imports only what the variant needs, because every import counts towards the measured
@@ -24,18 +24,25 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mlflow_pt_deploy.errors import PtDeployError
 from mlflow_pt_deploy.preprocessing import Row, row_from_json
 from mlflow_pt_deploy.runtimes.base import Logits, confidence
+from mlflow_pt_deploy.system.device import AUTO, CPU, is_out_of_memory, release_cached_memory
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.artifacts.loading import LoadedVariant
 
 _PREDICT_ROWS = 32
+_REQUESTS = (
+    *("first", "rows", "time", "batch", "predict", "alone", "tokens", "memory"),
+    *("gpu", "device_time", "device_memory", "tokens_of"),
+)
 
 
 class Session:
     """A loaded variant and the rows of the requests.
 
     Each public method implements the request of its name and returns JSON values. Times are in
-    nanoseconds, measured from the raw row to the label.
+    nanoseconds, measured on the host from the raw row to the label. On a GPU they include both
+    copies and nothing is left running: a label is taken from logits in host memory, so `predict`
+    has waited for the device.
     """
 
     def __init__(self, loaded: LoadedVariant) -> None:
@@ -82,6 +89,63 @@ class Session:
                 for index in logits.argmax(axis=1).tolist():
                     self._loaded.labels[index]
             return perf_counter_ns() - start
+
+    def device_time(self, indices: list[int]) -> list[int]:
+        """Time of each row on a GPU, by CUDA events, from its copy to the device to its logits.
+
+        It includes the time in which the device waits for the next kernel. Empty on the CPU, and
+        where the runtime is not PyTorch.
+        """
+        cuda = self._torch_cuda()
+        if cuda is None:
+            return []
+        preprocessor, elapsed = self._loaded.preprocessor, []
+        with cuda.device(self._loaded.device):
+            for index in indices:
+                inputs = preprocessor.collate(preprocessor.encode([self._rows[index]]))
+                start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                self._loaded.predict(inputs)
+                end.record()
+                end.synchronize()
+                elapsed.append(round(start.elapsed_time(end) * 1e6))
+        return elapsed
+
+    def device_memory(self, indices: list[int], size: int) -> int:
+        """Return the most memory that PyTorch took of a GPU for a batch of `size`, in bytes.
+
+        That is what its allocator reserved: the CUDA context is not in it. 0 on the CPU, and where
+        the runtime is not PyTorch.
+        """
+        cuda = self._torch_cuda()
+        if cuda is None:
+            return 0
+        release_cached_memory()
+        cuda.reset_peak_memory_stats(self._loaded.device)
+        self.batch(indices, size)
+        return int(cuda.max_memory_reserved(self._loaded.device))
+
+    def tokens_of(self, indices: list[int], size: int) -> int:
+        """Return the tokens of the largest batch of `size`, with padding; of images 0."""
+        if self._loaded.preprocessor.column != "text":
+            return 0
+        rows = [self._rows[index] for index in indices]
+        longest = max(map(len, self._loaded.preprocessor.encode(rows)))
+        return min(size, len(indices)) * longest
+
+    def gpu(self) -> str:
+        """Return the UUID of the GPU that the variant runs on; empty if it is not known."""
+        cuda = self._torch_cuda()
+        if cuda is None:
+            return ""
+        uuid = str(getattr(cuda.get_device_properties(self._loaded.device), "uuid", ""))
+        return f"GPU-{uuid}" if uuid and not uuid.startswith(("GPU-", "MIG-")) else uuid
+
+    def _torch_cuda(self) -> Any:
+        """PyTorch's module for CUDA, if PyTorch runs the variant on a GPU."""
+        torch = sys.modules.get("torch")
+        used = torch is not None and self._loaded.device != CPU and torch.cuda.is_initialized()
+        return torch.cuda if torch is not None and used else None
 
     def predict(self, start: int, stop: int) -> list[tuple[int, float]]:
         """Return label index and confidence for each row in [start, stop), in row order."""
@@ -159,10 +223,7 @@ def _no_collection() -> Iterator[None]:
 
 def _serve(session: Session, requests: TextIO, replies: TextIO) -> None:
     """Handle requests until ``quit`` or the end of the input."""
-    operations: dict[str, Callable[..., Any]] = {
-        name: getattr(session, name)
-        for name in ("first", "rows", "time", "batch", "predict", "alone", "tokens", "memory")
-    }
+    operations: dict[str, Callable[..., Any]] = {name: getattr(session, name) for name in _REQUESTS}
     for line in requests:
         request = json.loads(line)
         name = request.pop("do")
@@ -177,6 +238,8 @@ def _attempt(action: Callable[[], Any]) -> dict[str, Any]:
     except PtDeployError as error:
         return {"error": str(error), "kind": ""}
     except Exception as error:  # errors of a runtime are reported, the worker continues
+        if is_out_of_memory(error):
+            release_cached_memory()
         return {"error": str(error), "kind": type(error).__name__}
 
 
@@ -195,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Load the variant and handle requests; return 1 if it cannot be loaded."""
     parser = argparse.ArgumentParser(prog="python -m mlflow_pt_deploy.evaluation.worker")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=AUTO)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args(arguments)
     # Libraries print to descriptor 1, also from C code, so replies use a descriptor of their own.

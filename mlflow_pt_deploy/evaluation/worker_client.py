@@ -22,6 +22,7 @@ from mlflow_pt_deploy.evaluation.profile import RowCounts
 from mlflow_pt_deploy.preprocessing import Row, row_to_json
 from mlflow_pt_deploy.system import child_process as child
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import AUTO
 from mlflow_pt_deploy.system.hardware import THREAD_VARIABLES
 
 _PREDICT_ROWS = 2048  # rows per request, so that the time limit is independent of the data size
@@ -43,7 +44,7 @@ class Worker:
     Args:
         folder: Folder of the variant.
         first_row: A raw row; start-up ends with its prediction.
-        device: ``cpu`` or ``cuda``.
+        device: See `load_variant`.
         threads: Threads per call, at least 1.
         timeout_s: Maximum time for one reply, including loading.
 
@@ -60,7 +61,7 @@ class Worker:
         folder: Path,
         first_row: Row,
         *,
-        device: str = "cpu",
+        device: str = AUTO,
         threads: int = 1,
         timeout_s: float = 600.0,
     ) -> None:
@@ -141,6 +142,23 @@ class Worker:
             part = self._request("tokens", start=first, stop=min(first + _PREDICT_ROWS, stop))
             counts = counts.plus(RowCounts.from_json(part))
         return counts
+
+    def gpu(self) -> str:
+        """Return the UUID of the GPU that PyTorch runs the variant on; empty if not known."""
+        return str(self._request("gpu"))
+
+    def device_time(self, indices: Sequence[int]) -> list[int]:
+        """Return nanoseconds of each row on the GPU; empty if PyTorch does not run it there."""
+        elapsed: list[int] = self._request("device_time", indices=list(indices))
+        return elapsed
+
+    def device_memory(self, indices: Sequence[int], size: int) -> int:
+        """Return bytes that PyTorch reserves on the GPU for a batch; 0 if not known."""
+        return int(self._request("device_memory", indices=list(indices), size=size))
+
+    def tokens_of(self, indices: Sequence[int], size: int) -> int:
+        """Return the tokens of the largest batch of `size` rows, with padding; of images 0."""
+        return int(self._request("tokens_of", indices=list(indices), size=size))
 
     def memory(self) -> int:
         """Return the peak resident memory of the process, in bytes."""

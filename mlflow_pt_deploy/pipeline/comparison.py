@@ -19,6 +19,8 @@ from mlflow_pt_deploy.registry.addresses import ResolvedVersion, resolve, versio
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import FOLDER
 from mlflow_pt_deploy.selection.challenge import Measured
+from mlflow_pt_deploy.selection.explanation import device_title
+from mlflow_pt_deploy.system.device import CPU
 
 _METRICS = (
     ("accuracy", "validation", "validation accuracy"),
@@ -28,7 +30,10 @@ _METRICS = (
     ("throughput_rows_per_s", "", "rows/s"),
     ("artifact_mb", "", "MB"),
     ("peak_rss_mb", "", "RSS MB"),
+    ("device_ms", "", "device ms"),
+    ("peak_device_mb", "", "GPU MB"),
 )
+_GPU_METRICS = ("device_ms", "peak_device_mb")
 
 
 @dataclass(frozen=True)
@@ -88,15 +93,23 @@ def compare_models(first: str, second: str, data: str = "", *, seconds: float = 
                 f"{names[0]} and {names[1]} were measured on other validation rows, so their "
                 "answers cannot be compared. Measure both anew: --data"
             )
-        same_machine = conditions[0].get("hardware") == conditions[1].get("hardware")
+        same_machine = conditions[0].get("hardware") == conditions[1].get("hardware") and (
+            CPU in (each.device for each in results)
+            or conditions[0].get("gpu") == conditions[1].get("gpu")
+        )
     rows = tuple(
         (title, *(result.value(metric, dataset) for result in results))
         for metric, dataset, title in _METRICS
+        if metric not in _GPU_METRICS or any(result.value(metric) for result in results)
     )
     return Comparison(
         (names[0], names[1]),
         rows,  # type: ignore[arg-type]  # two results give two values
-        (*_quality(results, names), *_speed(results, names, bool(data), same_machine)),
+        (
+            *_devices(results, names),
+            *_quality(results, names),
+            *_speed(results, names, bool(data), same_machine),
+        ),
     )
 
 
@@ -141,6 +154,13 @@ def _labels(folder: Path) -> tuple[str, ...]:
     from mlflow_pt_deploy.system.regular_files import read_json
 
     return tuple(read_json(folder / LABELS))
+
+
+def _devices(results: list[Result], names: tuple[str, ...]) -> list[str]:
+    if all(each.device == CPU for each in results):
+        return []
+    first, second = (device_title(each.device) for each in results)
+    return [f"{names[0]} runs on {first}, {names[1]} on {second}."]
 
 
 def _quality(results: list[Result], names: tuple[str, ...]) -> list[str]:

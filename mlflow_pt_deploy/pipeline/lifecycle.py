@@ -18,11 +18,13 @@ from mlflow_pt_deploy import tracking
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.errors import NotPromotedError
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult
 from mlflow_pt_deploy.pipeline.promotion_stage import check_champion, promote_choice
 from mlflow_pt_deploy.pipeline.report_stage import log_report
 from mlflow_pt_deploy.pipeline.search_stage import search_students
 from mlflow_pt_deploy.pipeline.stages import (
+    check_selection,
     distill_stage,
     distill_student,
     optimize_models,
@@ -31,7 +33,6 @@ from mlflow_pt_deploy.pipeline.stages import (
 )
 from mlflow_pt_deploy.pipeline.training_run import TrainedModel
 from mlflow_pt_deploy.registry.promotion import Promotion, check_name
-from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.tracking_server import check_tracking
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
 
     Raises:
         NotPromotedError: No variant meets the limits.
+        UnsupportedError: PyTorch cannot use the device; nothing was started.
         PtDeployError: A stage failed; finished stages are kept for `resume`.
     """
     check_tracking()
@@ -82,12 +84,12 @@ def run_lifecycle(options: Options) -> LifecycleResult:
             processes=options.processes,
             replace=kept,
         )
-    select(options.variants)  # reports a wrong name before training, as do the next two
-    options.selection_policy()
+    options = on_this_machine(options)
+    check_selection(options)  # before training, as is the next one
     check_name(options.name)
     splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
     if options.replace == "no":
-        check_champion(options.name, tracking.conditions(splits))
+        check_champion(options.name, tracking.conditions(splits, options.device))
     seconds: dict[str, float] = {}
     train = partial(train_teacher, before=_dry_run(options))
     with tracking.stage_run(
@@ -96,6 +98,7 @@ def run_lifecycle(options: Options) -> LifecycleResult:
         run_id = parent.info.run_id
         if options.resume:
             tracking.terminate_abandoned_children(run_id)
+        tracking.log_device(parent, options.device)
         tracking.log_dataset_facts(splits)
         teacher = run_or_resume(run_id, "train", train, options, splits)
         seconds["train"] = teacher.seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlflow
@@ -23,13 +23,20 @@ from mlflow_pt_deploy.pipeline.pyfunc_timer import PYFUNC_ROWS, pyfunc_latency_m
 from mlflow_pt_deploy.reporting.tables import markdown, plot
 from mlflow_pt_deploy.runtimes.base import Variant
 from mlflow_pt_deploy.runtimes.cascade import CASCADE, Cascade
-from mlflow_pt_deploy.runtimes.catalog import VARIANTS, select, wants_cascades, wants_portable
+from mlflow_pt_deploy.runtimes.catalog import (
+    GPU_VARIANTS,
+    VARIANTS,
+    select,
+    wants_cascades,
+    wants_portable,
+)
 from mlflow_pt_deploy.runtimes.portable import Portable
 from mlflow_pt_deploy.selection.cascade_planner import CascadePlan, cross_fitted, plan_cascades
 from mlflow_pt_deploy.selection.choice import Choice, choose, finalists, not_slower_than
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.selection.portable_planner import plan_portable
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import CUDA, kind_of
 from mlflow_pt_deploy.system.hardware import usable_cores
 from mlflow_pt_deploy.system.paths import work_folder
 from mlflow_pt_deploy.system.progress import progress
@@ -74,12 +81,12 @@ def optimize(
         models: Role (first part of a variant's name) to a Hugging Face folder; the first model is
             the baseline.
         splits: Data, with the class numbers of the models.
-        options: Options of building, measuring and choosing.
+        options: Options of building, measuring and choosing, with the device of this machine.
     """
     work = work_folder(run_id)
     folders = work / "variants"
-    built = _build(models, splits, select(options.variants), folders)
     baseline = VARIANTS[0].name(next(iter(models)))
+    built = _with_baseline(_build(models, splits, _variants(options), folders), baseline)
     policy = options.selection_policy()
     with _bench(built, baseline, splits, options) as bench:
         results = _measure(bench, built)
@@ -91,15 +98,24 @@ def optimize(
         if wants_portable(options.variants):
             results += _measure(bench, _portable(plan_portable(results, policy), folders))
         results = _judge(_with_fewer_threads(bench, results, options, policy), plans, baseline)
+        mlflow.set_tags(bench.gpu_state.tags())
     uris = _log_results(results, splits)
     choice = choose(results, policy)
-    conditions = tracking.conditions(splits)
+    conditions = tracking.conditions(splits, options.device)
     timed = options.seconds >= _MIN_SECONDS
     notes = [*splits.notes, *(_pyfunc_note(choice, results, uris, splits) if timed else ())]
     done = OptimizationResult(run_id, tuple(results), uris, choice, policy, conditions)
     _log_outcome(done, splits, work, notes)
     shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+def _variants(options: Options) -> tuple[Variant, ...]:
+    """The requested variants, and the baseline of each of their devices."""
+    found = select(options.variants, options.device)
+    if any(each.device == CUDA for each in found) and GPU_VARIANTS[0] not in found:
+        return (*found, GPU_VARIANTS[0])
+    return found
 
 
 def _log_results(results: Sequence[Result], splits: Splits) -> dict[str, str]:
@@ -125,6 +141,20 @@ def _build(
             shown.update(note=one.name)
 
         return build(models, splits, target, variants=variants, progress=note)
+
+
+def _with_baseline(built: Sequence[BuildResult], baseline: str) -> list[BuildResult]:
+    """Give the variants on a GPU a reason if the baseline there could not be built."""
+    needed = next((one for one in built if one.name == f"{baseline}-{CUDA}"), None)
+    if needed is None or needed.folder is not None:
+        return list(built)
+    reason = f"{needed.name} is needed for every comparison on a GPU: {needed.reason}"
+    return [
+        replace(one, folder=None, reason=reason)
+        if one.folder is not None and one.name.endswith(f"-{CUDA}")
+        else one
+        for one in built
+    ]
 
 
 def _name(plan: CascadePlan) -> str:
@@ -184,11 +214,20 @@ def _bench(built: Sequence[BuildResult], baseline: str, splits: Splits, options:
     Raises:
         VariantError: The baseline could not be built, or fails to run.
     """
-    one = next((one for one in built if one.name == baseline), None)
-    if one is None or one.folder is None:
-        reason = one.reason if one else "it is not one of the variants"
+    folders = {one.name: one.folder for one in built}
+    if (folder := folders.get(baseline)) is None:
+        reasons = [one.reason for one in built if one.name == baseline]
+        reason = reasons[0] if reasons else "it is not one of the variants"
         raise VariantError(f"the baseline {baseline} is needed for every comparison: {reason}")
-    return Bench(one.folder, splits, seconds=options.seconds, threads=options.threads)
+    on_gpu = folders.get(f"{baseline}-{CUDA}")
+    return Bench(
+        folder,
+        splits,
+        seconds=options.seconds,
+        threads=options.threads,
+        device_baselines={CUDA: on_gpu} if on_gpu is not None else {},
+        gpu=options.device if kind_of(options.device) == CUDA else CUDA,
+    )
 
 
 def _measure(bench: Bench, built: Sequence[BuildResult]) -> list[Result]:

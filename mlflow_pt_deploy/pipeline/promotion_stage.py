@@ -31,6 +31,7 @@ from mlflow_pt_deploy.selection.choice import choose
 from mlflow_pt_deploy.selection.policy import Policy
 from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.clock import now
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.hardware import library_versions
 
 
@@ -118,7 +119,10 @@ def check_champion(name: str, conditions: Mapping[str, str]) -> None:
     current = _current_champion(name)
     if current is None:
         return
-    for key in ("data", "hardware"):
+    keys = ["data", "hardware"]
+    if "gpu" in conditions and current.tags.get("pt_deploy.gpu"):  # both may be on a GPU
+        keys.append("gpu")
+    for key in keys:
         before = current.tags.get(f"pt_deploy.{key}")
         if before != conditions[key]:
             raise PolicyError(
@@ -184,6 +188,8 @@ def _candidate(
 ) -> Candidate:
     """The version of a variant: description for people, tags for programs."""
     policy, facts = optimized.policy, {**facts, "role": role}
+    if result.device != CPU:
+        facts["gpu"] = optimized.conditions.get("gpu", "")
     metrics = {**result.metrics(""), **result.metrics("validation")}
     measured = {key: metrics[key] for key in LOGGED_METRICS if key in metrics}
     tags = {

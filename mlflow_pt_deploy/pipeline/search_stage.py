@@ -17,6 +17,7 @@ from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import SearchError
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.stages import distill_stage, distill_student, run_or_resume
 from mlflow_pt_deploy.pipeline.training_run import TrainedModel
 from mlflow_pt_deploy.reporting.plots import plot_front
@@ -84,6 +85,7 @@ def search_students(
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
 
+    options = on_this_machine(options)
     if splits is None:
         check_tracking()
         splits = load_data(options.data, seed=options.seed, limit=options.limit, on_note=print)
@@ -101,6 +103,7 @@ def search_students(
         "search", f"{splits.name} search", resume=options.resume, options=options.to_json()
     ) as run:
         run_id = run.info.run_id
+        tracking.log_device(run, options.device)
         tracking.log_dataset_facts(splits)
         found, chosen = _explore(run_id, teacher, splits, options, space)
         students = []

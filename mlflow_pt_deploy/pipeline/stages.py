@@ -19,6 +19,7 @@ from mlflow_pt_deploy.data import Splits, load_data
 from mlflow_pt_deploy.data.splits import align
 from mlflow_pt_deploy.errors import ModelError
 from mlflow_pt_deploy.model_types import STATIC
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.optimize import OptimizationResult, optimize
 from mlflow_pt_deploy.pipeline.training_run import (
     TrainedModel,
@@ -28,6 +29,7 @@ from mlflow_pt_deploy.pipeline.training_run import (
 )
 from mlflow_pt_deploy.runtimes.catalog import select
 from mlflow_pt_deploy.system import interrupt
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.paths import home
 from mlflow_pt_deploy.tracking_server import check_tracking
 
@@ -59,6 +61,7 @@ def train_teacher(
     from mlflow_pt_deploy.pipeline.dry_run import dry_run
     from mlflow_pt_deploy.training.trainer import check_fit
 
+    options = on_this_machine(options)
     training = start_teacher(options, splits)
     classifier, splits = training.classifier, training.splits
     check_fit(classifier, splits)
@@ -99,6 +102,8 @@ def distill_student(options: Options, splits: Splits | None = None) -> TrainedMo
     """
     from mlflow_pt_deploy.pipeline.dry_run import dry_run_students
     from mlflow_pt_deploy.training.trainer import check_fit
+
+    options = on_this_machine(options)
 
     def check(teacher: Classifier, splits: Splits) -> None:
         check_fit(teacher, splits)
@@ -198,12 +203,14 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimizat
     Raises:
         DataError: A model has other labels than the data, or reads other inputs.
         ModelError: A model cannot be read.
+        UnsupportedError: PyTorch cannot use the device.
         VariantError: The baseline, eager fp32, cannot be measured.
     """
     from mlflow_pt_deploy.models import load_classifier
     from mlflow_pt_deploy.training.trainer import check_fit
 
-    select(options.variants)  # reports a wrong name before anything is loaded
+    options = on_this_machine(options)
+    check_selection(options)  # before anything is loaded
     splits = splits or _load_splits(options)
     baseline = TEACHER if options.student else MODEL
     models = {baseline: Path(tracking.fetch_model(options.teacher))}
@@ -220,8 +227,25 @@ def optimize_models(options: Options, splits: Splits | None = None) -> Optimizat
     with tracking.stage_run(
         "optimize", name, resume=options.resume, options=options.to_json()
     ) as run:
+        tracking.log_device(run, options.device)
         tracking.log_dataset_facts(splits)
         return optimize(run.info.run_id, models, splits, options)
+
+
+def check_selection(options: Options) -> None:
+    """Check what is built and how it is chosen, before hours are spent.
+
+    Args:
+        options: With the device of this machine.
+
+    Raises:
+        VariantError: The name of a variant is unknown.
+        PolicyError: A limit or the objective is invalid, or the price of a GPU is missing.
+    """
+    select(options.variants, options.device)
+    policy = options.selection_policy()
+    if options.device != CPU:
+        policy.check_gpu_price()
 
 
 def _students(uris: str) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.errors import PtDeployError, root_cause
+from mlflow_pt_deploy.pipeline.device import on_this_machine
 from mlflow_pt_deploy.pipeline.training_group import RENDEZVOUS, check_launch
 from mlflow_pt_deploy.system.child_process import end_with_parent
 from mlflow_pt_deploy.system.ranks import launched_ranks
@@ -59,7 +60,7 @@ def join_training(stage: str, options: Options) -> None:
     from mlflow_pt_deploy.pipeline.training_run import resolve_schedule, run_epochs
     from mlflow_pt_deploy.training.process_group import joined
 
-    ranks = launched_ranks()
+    options, ranks = on_this_machine(options), launched_ranks()
     check_launch(stage if stage == "train" else distill_stage(options), options, ranks)
     rendezvous = os.environ.get(RENDEZVOUS, "env://")
     with (

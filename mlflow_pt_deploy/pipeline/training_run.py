@@ -94,6 +94,7 @@ def fit_in_run(training: Training, options: Options) -> TrainedModel:
         work = work_folder(run.info.run_id)
         if not options.resume:
             mlflow.log_params(_parameters(schedule, run.data.params))
+        tracking.log_device(run, options.device)
         tracking.log_dataset_facts(splits)
         history: list[Epoch] = []
         if schedule.epochs:

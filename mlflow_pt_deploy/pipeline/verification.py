@@ -19,6 +19,7 @@ from mlflow_pt_deploy.evaluation.timing import warm_up
 from mlflow_pt_deploy.registry.addresses import explain_load_error, resolve
 from mlflow_pt_deploy.registry.fetch import fetch
 from mlflow_pt_deploy.registry.mlmodel import FOLDER
+from mlflow_pt_deploy.system.device import CPU
 from mlflow_pt_deploy.system.hardware import usable_cores
 
 Status = Literal["pass", "degraded", "wrong"]
@@ -71,7 +72,7 @@ def verify_model(uri: str, *, latency: bool = False) -> Verification:
             return Verification(uri, "wrong", (str(error),))
         except Exception as error:  # artifact stores have no common base class for errors
             raise explain_load_error(error) from error
-        findings = [_describe(compared)]
+        findings = [_describe(compared, loaded.device)]
         if not compared.equal:
             return Verification(resolved.uri, "wrong", tuple(findings), None, compared.changed)
         slowdown = None
@@ -85,9 +86,11 @@ def verify_model(uri: str, *, latency: bool = False) -> Verification:
     return Verification(resolved.uri, status, tuple(findings), slowdown, compared.changed)
 
 
-def _describe(compared: GoldenComparison) -> str:
+def _describe(compared: GoldenComparison, device: str) -> str:
+    where = "" if device == CPU else f" on {device}"
     return (
-        f"{compared.changed} of {len(compared.rows)} golden rows get another label than at export; "
+        f"{compared.changed} of {len(compared.rows)} golden rows get another label{where} than at "
+        "export; "
         f"the logits differ by {compared.difference:.2g}, {compared.allowed:.2g} is allowed."
     )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
 from mlflow_pt_deploy.selection.choice import Choice
+from mlflow_pt_deploy.system.device import CPU
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -48,6 +49,11 @@ class _Point(NamedTuple):
     @property
     def color(self) -> str:
         return _MODEL_COLORS.get(self.result.model, _OTHER_COLOR)
+
+    @property
+    def label(self) -> str:
+        on_gpu = self.result.device != CPU
+        return f"{self.result.precision} {self.result.device}" if on_gpu else self.result.precision
 
 
 def plot(
@@ -209,7 +215,7 @@ def _runtime_keys(markers: dict[str, str]) -> list[Artist]:
 
 
 def _draw_labels(axes: Axes, points: Sequence[_Point]) -> None:
-    """Write the precision beside each point, at the nearest offset without overlap.
+    """Write precision and GPU beside each point, at the nearest offset without overlap.
 
     Colour, marker and label together identify the variant.
     """
@@ -222,7 +228,7 @@ def _draw_labels(axes: Axes, points: Sequence[_Point]) -> None:
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in spots]
     for point, (x, y) in zip(points, spots, strict=True):
         label = axes.annotate(
-            point.result.precision,
+            point.label,
             (point.p50, point.accuracy),
             xytext=(0, 0),
             textcoords="offset points",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mlflow_pt_deploy.evaluation.result import Result, find_baseline
+from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.selection.policy import Policy
 
 _MAX_RATIO = 1.5  # of the p50 ratio to the interleaved speedup
@@ -21,7 +21,11 @@ def remarks(results: Sequence[Result]) -> list[str]:
         results: From `measure`; failed results are ignored.
     """
     succeeded = [each for each in results if not each.reason]
-    return [*_model_remarks(succeeded), *_timing_remarks(succeeded)]
+    return [
+        *_device_remark(succeeded),
+        *_model_remarks(succeeded),
+        *_timing_remarks(succeeded),
+    ]
 
 
 def headline(results: Sequence[Result], chosen: Result | None, policy: Policy | None) -> str:
@@ -32,7 +36,11 @@ def headline(results: Sequence[Result], chosen: Result | None, policy: Policy | 
         chosen: The chosen variant.
         policy: Of the choice.
     """
-    warnings = [_noise_warning(results)]
+    warnings = [
+        _noise_warning(each, results)
+        for each in results
+        if each.baseline and each.variant == each.timed_against
+    ]
     if chosen is not None and policy is not None:
         kept, text = promise_on_test(chosen, policy)
         warnings.append("" if kept else text)
@@ -58,17 +66,35 @@ def promise_on_test(chosen: Result, policy: Policy) -> tuple[bool, str]:
     )
 
 
-def _noise_warning(results: Sequence[Result]) -> str:
-    """Warn if the baseline, measured against itself, is not about as fast as itself."""
-    baseline = find_baseline(results)
-    speedup = baseline.get("speedup") if baseline else None
+def _device_remark(results: Sequence[Result]) -> list[str]:
+    """Say what `speedup` compares with, where variants of several devices are in one table."""
+    against = list(dict.fromkeys(each.timed_against for each in results))
+    if len(against) < 2:
+        return []
+    over = [
+        f"{each.variant} is {factor.value:.3g}x as fast as {each.baseline}"
+        for each in results
+        if each.variant == each.timed_against
+        and (factor := each.get("speedup_over_cpu")) is not None
+    ]
+    return [
+        f"A speedup is over the baseline on the same device ({', '.join(against)}); milliseconds "
+        "compare devices" + "".join(f"; for single rows {text}" for text in over) + "."
+    ]
+
+
+def _noise_warning(baseline: Result, results: Sequence[Result]) -> str:
+    """Warn if a baseline, measured against itself, is not about as fast as itself."""
+    speedup = baseline.get("speedup")
     if speedup is None or speedup.low is None or speedup.high is None:
         return ""
     noise = max(speedup.value, 1 / speedup.value)
     if noise <= _MAX_NOISE:
         return ""
+    several = len({each.device for each in results if not each.reason}) > 1
+    where = f" on {baseline.device}" if several else ""
     return (
-        "The timings are unreliable: the baseline, measured against itself, is "
+        f"The timings{where} are unreliable: the baseline, measured against itself, is "
         f"{speedup.value:.3g}x as fast [{speedup.low:.3g}, {speedup.high:.3g}] instead of 1x. Do "
         f"not trust speedups under {noise:.2g}x; measure again on a quiet machine."
     )
@@ -91,7 +117,7 @@ def _timing_remarks(results: Sequence[Result]) -> list[str]:
     found = [
         f"{each.variant} {ratio:.3g}x, interleaved {each.value('speedup'):.3g}x"
         for each in results
-        if (ratio := _inconsistent_ratio(each, by_name.get(each.baseline))) is not None
+        if (ratio := _inconsistent_ratio(each, by_name.get(each.timed_against))) is not None
     ]
     if not found:
         return []

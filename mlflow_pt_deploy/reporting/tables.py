@@ -12,6 +12,7 @@ from mlflow_pt_deploy.reporting.remarks import headline, promise_on_test, remark
 from mlflow_pt_deploy.search.pareto import CompletedTrial, StudyResult
 from mlflow_pt_deploy.selection.choice import Choice
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system.device import CPU
 
 __all__ = ["markdown", "plot", "ranked_cells", "table", "trials_markdown", "trials_table"]
 
@@ -151,7 +152,11 @@ def _trial_rows(found: StudyResult, chosen: Sequence[CompletedTrial]) -> list[li
 
 
 def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
-    """Columns of the table; ``flips`` only if a label of some variant depends on the batch."""
+    """Columns of the table.
+
+    ``flips`` only if a label of some variant depends on the batch; ``device`` and what is measured
+    on a GPU only if some variant runs there.
+    """
 
     def on(name: str, of: str, form: Callable[[float], str]) -> Callable[[Result], str]:
         return lambda result: _formatted(result.value(name, of), form)
@@ -163,15 +168,29 @@ def _columns(dataset: str, results: Sequence[Result]) -> tuple[_Column, ...]:
         share = result.value("batch_invariance")
         return "-" if share is None else f"{100 * (1 - share):.1f}%"
 
+    on_gpu = any(each.device != CPU and not each.reason for each in results)
+    device = [_Column("device", lambda result: result.device)] if on_gpu else []
+    gpu = (
+        _Column("device ms", on("device_ms", "", _significant)),
+        _Column("GPU MB", on("peak_device_mb", "", "{:.0f}".format)),
+    )
+    measured = {"device ms": "device_ms", "GPU MB": "peak_device_mb"}
+    shown = [
+        column
+        for column in gpu
+        if on_gpu and any(each.get(measured[column.title]) for each in results)
+    ]
     depends = any((each.value("batch_invariance") or 1.0) < 1 for each in results)
     return (
         _Column("variant", lambda result: result.variant),
+        *device,
         _Column("p50 ms", on("latency_p50_ms", "", _significant)),
         _Column("p95 ms", on("latency_p95_ms", "", _significant)),
         _Column("rows/s", on("throughput_rows_per_s", "", "{:,.0f}".format)),
         _Column("speedup", lambda result: _with_interval(result.get("speedup"), _significant)),
         _Column("MB", on("artifact_mb", "", _significant)),
         _Column("RSS MB", on("peak_rss_mb", "", "{:.0f}".format)),
+        *shown,
         _Column(f"acc ({dataset})", on("accuracy", dataset, "{:.4f}".format)),
         _Column("drop, points", drop),
         _Column("agree", on("agreement", dataset, "{:.4f}".format)),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from mlflow_pt_deploy.evaluation.result import Result, find_baseline
 from mlflow_pt_deploy.evaluation.statistics import mcnemar_p, paired_drop, paired_ratio
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system.device import CPU
 
 # Accuracy above the limit that a threshold has to reach on the rows that it is set on.
 _MARGIN = 0.002
@@ -57,14 +58,18 @@ def plan_cascades(results: Sequence[Result], policy: Policy) -> list[CascadePlan
     """Plan cascades that are faster than every single variant within the limits, fastest first.
 
     For each pair of models, the fastest variant of one is combined with every variant of the
-    other.
+    other. All of them run on the CPU.
 
     Args:
         results: From `measure`, with samples of accuracy and confidence on validation, the
             baseline among them.
         policy: `retain` and `retain_low` are required of the cross-fitted accuracy.
     """
-    usable = [each for each in results if not each.reason and _cost(each) is not None]
+    usable = [
+        each
+        for each in results
+        if not each.reason and each.device == CPU and _cost(each) is not None
+    ]
     baseline = find_baseline(usable)
     if baseline is None:
         return []

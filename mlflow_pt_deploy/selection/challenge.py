@@ -11,8 +11,9 @@ import numpy.typing as npt
 from mlflow_pt_deploy.errors import PolicyError
 from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.evaluation.statistics import mcnemar_p, paired_drop
-from mlflow_pt_deploy.selection.comparison import cost, is_tied
+from mlflow_pt_deploy.selection.comparison import cost, is_tied, overall_speedup
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system.device import CPU
 
 # Timings of two runs are not interleaved: they differ by this much without a cause.
 _MARGIN = 0.05
@@ -31,7 +32,8 @@ class Measured:
     Attributes:
         result: The measurements.
         run_id: Run of the optimize stage that measured it.
-        conditions: Digest of the validation rows as ``validation``, and the ``hardware``.
+        conditions: Digest of the validation rows as ``validation``, the ``hardware``, and the
+            ``gpu`` if there is one.
     """
 
     result: Result
@@ -82,6 +84,8 @@ def challenge(challenger: Measured, champion: Measured, policy: Policy) -> Verdi
 
 def _check_comparable(challenger: Measured, champion: Measured) -> None:
     names = {"validation": "validation rows", "hardware": "hardware"}
+    if CPU not in (challenger.result.device, champion.result.device):
+        names["gpu"] = "hardware"
     for key, what in names.items():
         new, old = challenger.conditions.get(key), champion.conditions.get(key)
         if new is None or new != old:
@@ -106,7 +110,8 @@ def _objective(challenger: Measured, champion: Measured, policy: Policy) -> tupl
     if challenger.run_id == champion.run_id:  # interleaved with the same baseline
         better = cost(new, policy) < cost(old, policy) and not is_tied(old, new, policy)
         if policy.objective == "latency":
-            return better, f"{new.value('speedup'):.3g}x against {old.value('speedup'):.3g}x"
+            factors = (each.value if each else 0.0 for each in map(overall_speedup, (new, old)))
+            return better, "{:.3g}x against {:.3g}x".format(*factors)
         return better, f"{cost(new, policy):.4g} against {cost(old, policy):.4g}".replace("-", "")
     if policy.objective == "cost":
         ours, theirs, unit, sign = cost(new, policy), cost(old, policy), "per million rows", 1

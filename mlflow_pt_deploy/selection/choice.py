@@ -6,7 +6,7 @@ accuracy of the selected variant is unbiased.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlflow_pt_deploy.evaluation.result import Result
@@ -14,6 +14,7 @@ from mlflow_pt_deploy.selection.comparison import (
     accuracies,
     cost,
     is_tied,
+    overall_speedup,
     required_value,
     slowest_rate,
     speedup_interval,
@@ -26,7 +27,8 @@ from mlflow_pt_deploy.selection.explanation import (
     explain_undecided,
     quality_warning,
 )
-from mlflow_pt_deploy.selection.policy import LIMITS, Policy
+from mlflow_pt_deploy.selection.policy import LIMITS, LimitSpec, Policy
+from mlflow_pt_deploy.system.device import CPU
 
 _MAX_ROWS = 1_000_000  # more rows than this decide nothing in practice
 
@@ -57,7 +59,12 @@ def choose(results: Sequence[Result], policy: Policy) -> Choice:
     Args:
         results: From `measure`; failed results are skipped.
         policy: Limits and objective.
+
+    Raises:
+        PolicyError: The objective is the cost, and the price of a GPU is missing.
     """
+    if any(each.device != CPU and not each.reason for each in results):
+        policy.check_gpu_price()
     violations = {
         each.variant: _violations(each, policy) for each in results if not _unusable(each, policy)
     }
@@ -90,16 +97,24 @@ def finalists(results: Sequence[Result], policy: Policy, count: int = 2) -> list
 
 def not_slower_than(one: Result, other: Result) -> bool:
     """Whether `one` is not slower than `other` beyond noise, for single rows and in batches."""
-    speedup, interval = one.value("speedup"), speedup_interval(other)
+    speedup, interval = overall_speedup(one), speedup_interval(other)
     rate, other_rate = one.get("throughput_rows_per_s"), other.get("throughput_rows_per_s")
     if speedup is None or interval is None or rate is None or other_rate is None:
         return False
-    return speedup >= interval[0] and rate.value >= slowest_rate(other_rate)
+    return speedup.value >= interval[0] and rate.value >= slowest_rate(other_rate)
 
 
 def _unusable(result: Result, policy: Policy) -> str:
-    limited = [spec for field, spec in LIMITS.items() if getattr(policy, field) is not None]
-    return unusable_reason(result, policy, [(spec.metric, spec.dataset) for spec in limited])
+    limited = [(spec.metric, spec.dataset) for _, spec, _ in _limits(result, policy)]
+    return unusable_reason(result, policy, limited)
+
+
+def _limits(result: Result, policy: Policy) -> Iterator[tuple[str, LimitSpec, float]]:
+    """Limits of the policy that apply to a result: field, specification, value."""
+    for field, spec in LIMITS.items():
+        limit = getattr(policy, field)
+        if limit is not None and not (spec.metric == "peak_device_mb" and result.device == CPU):
+            yield field, spec, limit
 
 
 def _violations(result: Result, policy: Policy) -> list[Violation]:
@@ -109,10 +124,10 @@ def _violations(result: Result, policy: Policy) -> list[Violation]:
     if policy.runtimes and result.runtime not in policy.runtimes:
         text = f"runtime {result.runtime} is not allowed (runtimes={','.join(policy.runtimes)})"
         found.append(Violation(text, 1.0))
-    for field, (metric, dataset, title, unit) in LIMITS.items():
-        limit = getattr(policy, field)
-        if limit is None:
-            continue
+    if not policy.allows_device(result.device):
+        text = f"device {result.device} is not allowed (devices={','.join(policy.devices)})"
+        found.append(Violation(text, 1.0))
+    for field, (metric, dataset, title, unit), limit in _limits(result, policy):
         value = required_value(result, metric, dataset)
         upper = field.startswith("max_")
         if (value > limit) if upper else (value < limit):

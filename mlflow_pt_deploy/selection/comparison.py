@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mlflow_pt_deploy.evaluation.result import Measurement, Result
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system.device import CPU
 
 _ALWAYS = (
     ("latency_p50_ms", ""),
@@ -47,9 +48,17 @@ def accuracies(result: Result) -> tuple[float, float]:
     return accuracy, accuracy + required_value(result, "accuracy_drop", "validation")
 
 
+def overall_speedup(result: Result) -> Measurement | None:
+    """Return the speedup over the baseline of the CPU, which compares variants of all devices."""
+    return result.get("speedup_over_cpu") or result.get("speedup")
+
+
 def speedup_interval(result: Result) -> tuple[float, float] | None:
-    """Return the 95 % interval of the speedup, or None."""
-    speedup = result.get("speedup")
+    """Return the 95 % interval of `overall_speedup`, or None."""
+    return _interval(overall_speedup(result))
+
+
+def _interval(speedup: Measurement | None) -> tuple[float, float] | None:
     if speedup is None or speedup.low is None or speedup.high is None:
         return None
     return speedup.low, speedup.high
@@ -65,28 +74,33 @@ def cost(result: Result, policy: Policy) -> float:
     if policy.objective == "size":
         return required_value(result, "artifact_mb")
     if policy.objective == "cost":
-        return price_per_million_rows(result, policy.price_per_core_hour or 0.0)
+        return price_per_million_rows(result, policy)
     if policy.objective == "latency":
         # Not the median latency: for a cascade it does not include deferred rows, and medians
         # measured minutes apart on a noisy machine are not comparable, while speedups are.
-        speedup = result.value("speedup")
-        return 1 / speedup if speedup else math.inf
+        speedup = overall_speedup(result)
+        return 1 / speedup.value if speedup and speedup.value else math.inf
     return -required_value(result, "throughput_rows_per_s")
 
 
-def price_per_million_rows(result: Result, price_per_core_hour: float) -> float:
-    """Return the price of the cores that score a million rows in batches."""
-    core_s = result.threads * 1e6 / required_value(result, "throughput_rows_per_s")
-    return price_per_core_hour * core_s / 3600
+def price_per_million_rows(result: Result, policy: Policy) -> float:
+    """Return the price of the cores, and of the GPU, that score a million rows in batches."""
+    per_hour = result.threads * (policy.price_per_core_hour or 0.0)
+    if result.device != CPU:
+        per_hour += policy.price_per_gpu_hour or 0.0
+    return per_hour * 1e6 / required_value(result, "throughput_rows_per_s") / 3600
 
 
 def is_tied(one: Result, best: Result, policy: Policy) -> bool:
     """Whether the difference to the best result is within noise."""
     if policy.objective != "latency":
         return cost(one, policy) == cost(best, policy)
-    interval, speedup = speedup_interval(best), one.value("speedup")
+    if one.device == best.device:  # timed against the same baseline
+        interval, speedup = _interval(best.get("speedup")), one.get("speedup")
+    else:
+        interval, speedup = speedup_interval(best), overall_speedup(one)
     # Only the interval of the best one counts: a noisy variant must not tie by a wide interval.
-    return interval is not None and speedup is not None and interval[0] <= speedup
+    return interval is not None and speedup is not None and interval[0] <= speedup.value
 
 
 def beats_baseline(result: Result, allowed: Sequence[Result], policy: Policy) -> bool:

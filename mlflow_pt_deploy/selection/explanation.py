@@ -9,11 +9,13 @@ from mlflow_pt_deploy.evaluation.result import Result
 from mlflow_pt_deploy.selection.comparison import (
     accuracies,
     beats_baseline,
+    overall_speedup,
     price_per_million_rows,
     required_value,
     speedup_interval,
 )
 from mlflow_pt_deploy.selection.policy import Policy
+from mlflow_pt_deploy.system.device import CPU
 
 _MAX_NEAREST = 3
 
@@ -49,8 +51,10 @@ def explain_choice(
     """
     others = ", ".join(each.variant for each in tied if each is not chosen)
     rank = "" if others else ", the best among the variants within the limits"
+    devices = {each.device for each in allowed}
+    where = f" on {device_title(chosen.device)}" if devices != {CPU} else ""
     sentences = [
-        f"{chosen.variant} {_performance(chosen, policy)}{rank}.",
+        f"{chosen.variant} {_performance(chosen, policy)}{where}{rank}.",
         _comparison(chosen),
         *_quality(chosen, policy),
     ]
@@ -140,7 +144,7 @@ def _performance(chosen: Result, policy: Policy) -> str:
     if policy.objective == "size":
         return f"takes {required_value(chosen, 'artifact_mb'):.3g} MB"
     if policy.objective == "cost":
-        price = price_per_million_rows(chosen, policy.price_per_core_hour or 0.0)
+        price = price_per_million_rows(chosen, policy)
         return f"costs {price:.3g} per million rows"
     return f"processes {required_value(chosen, 'throughput_rows_per_s'):,.0f} rows/s"
 
@@ -150,13 +154,23 @@ def _threads(result: Result) -> str:
 
 
 def _comparison(chosen: Result) -> str:
-    speedup, interval = chosen.get("speedup"), speedup_interval(chosen)
+    speedup, interval = overall_speedup(chosen), speedup_interval(chosen)
     if chosen.variant == chosen.baseline:
         return "It is the baseline itself."
     if speedup is None or interval is None:
         return "Its speedup over the baseline was not measured."
     low, high = interval
+    local, where = "", ""
+    if chosen.device != CPU and (same := chosen.value("speedup")) is not None:
+        where = " on the CPU"
+        local = f", and {same:.3g}x as fast as {chosen.timed_against} on the same device"
+    over = f"{chosen.baseline or 'the baseline'}{where}"
     return (
-        f"For single rows it is {speedup.value:.3g}x as fast as "
-        f"{chosen.baseline or 'the baseline'} (95 % interval {low:.3g} to {high:.3g})."
+        f"For single rows it is {speedup.value:.3g}x as fast as {over} "
+        f"(95 % interval {low:.3g} to {high:.3g}){local}."
     )
+
+
+def device_title(device: str) -> str:
+    """A device in a sentence."""
+    return "the CPU" if device == CPU else "the GPU"

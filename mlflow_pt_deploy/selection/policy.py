@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from mlflow_pt_deploy.errors import PolicyError
+from mlflow_pt_deploy.system.device import CPU, CUDA
 
 Objective = Literal["latency", "throughput", "size", "cost"]
 
@@ -29,6 +30,7 @@ LIMITS: Mapping[str, LimitSpec] = {
     "max_latency_p95_ms": LimitSpec("latency_p95_ms", "", "p95 latency", "ms"),
     "max_artifact_mb": LimitSpec("artifact_mb", "", "artifact size", "MB"),
     "max_peak_rss_mb": LimitSpec("peak_rss_mb", "", "peak memory", "MB"),
+    "max_peak_device_mb": LimitSpec("peak_device_mb", "", "peak device memory", "MB"),
     "min_throughput_rows_per_s": LimitSpec("throughput_rows_per_s", "", "throughput", "rows/s"),
     "min_class_recall": LimitSpec("class_recall", "validation", "lowest recall of a class", ""),
     "min_agreement_perturbed": LimitSpec(
@@ -40,6 +42,10 @@ LIMITS: Mapping[str, LimitSpec] = {
 }
 """Limits of a policy by field name: ``max_METRIC`` or ``min_METRIC``."""
 
+DEVICES = (CPU, CUDA)
+
+_PRICES = ("price_per_core_hour", "price_per_gpu_hour")
+_LISTS = ("runtimes", "devices")
 _FRACTIONS = ("min_class_recall", "min_agreement_perturbed", "min_batch_invariance")
 _MAX_FILE_BYTES = 2**16
 _LOW_BELOW = 0.02
@@ -61,13 +67,16 @@ class Policy:
         max_latency_p95_ms: Maximum 95th percentile of the latency of one row.
         max_artifact_mb: Maximum size of the folder, in 10^6 bytes.
         max_peak_rss_mb: Maximum peak resident memory, in 10^6 bytes.
+        max_peak_device_mb: Maximum memory on a GPU, in 10^6 bytes; not of variants on the CPU.
         min_throughput_rows_per_s: Minimum rows per second in batches.
         min_class_recall: Minimum share of correct validation rows in every class with five rows.
         min_agreement_perturbed: Minimum share of perturbed rows with the baseline's label.
         min_batch_invariance: Minimum share of rows whose label does not depend on the other rows of
             a batch.
         runtimes: Allowed runtimes; empty: all.
+        devices: Allowed devices, ``cpu`` and ``cuda``; empty: all.
         price_per_core_hour: Price of one core for an hour, for the objective ``cost``.
+        price_per_gpu_hour: Price of one GPU, without cores, for an hour, for the same objective.
 
     Raises:
         PolicyError: A field is invalid, or fields contradict each other; the message names them.
@@ -79,12 +88,15 @@ class Policy:
     max_latency_p95_ms: float | None = None
     max_artifact_mb: float | None = None
     max_peak_rss_mb: float | None = None
+    max_peak_device_mb: float | None = None
     min_throughput_rows_per_s: float | None = None
     min_class_recall: float | None = None
     min_agreement_perturbed: float | None = None
     min_batch_invariance: float | None = None
     runtimes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     price_per_core_hour: float | None = None
+    price_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
         if self.retain_low == -1 and _is_number(self.retain):
@@ -102,7 +114,7 @@ class Policy:
                 "that is kept with 95 % confidence is never above the measured one. Lower "
                 "retain_low."
             )
-        for field in (*LIMITS, "price_per_core_hour"):
+        for field in (*LIMITS, *_PRICES):
             limit = getattr(self, field)
             if limit is not None and not (_is_number(limit) and limit > 0):
                 raise PolicyError(
@@ -117,12 +129,37 @@ class Policy:
             raise PolicyError(
                 "objective cost and price_per_core_hour belong together; give both or neither."
             )
+        if self.price_per_gpu_hour is not None and self.objective != "cost":
+            raise PolicyError("price_per_gpu_hour is for the objective cost; leave it out.")
         _check_runtimes(self.runtimes)
+        for name in self.devices:
+            if name not in DEVICES:
+                raise PolicyError(f"devices: {name} is unknown; choose from {', '.join(DEVICES)}.")
+
+    def allows_device(self, device: str) -> bool:
+        """Whether variants on a device, ``cpu`` or ``cuda``, may be chosen."""
+        return not self.devices or device in self.devices
+
+    def check_gpu_price(self) -> None:
+        """Check, where variants on a GPU are measured, that their cost is known.
+
+        Raises:
+            PolicyError: The objective is the cost, and a GPU has no price.
+        """
+        unpriced = self.objective == "cost" and self.price_per_gpu_hour is None
+        if unpriced and self.allows_device(CUDA):
+            raise PolicyError(
+                "objective cost needs price_per_gpu_hour, because there are variants on a GPU. "
+                "Give the price of a GPU, or allow devices=cpu only."
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that are set, as JSON values."""
         document = {name: value for name, value in asdict(self).items() if value is not None}
-        return {**document, "runtimes": list(self.runtimes)}
+        document |= {name: list(getattr(self, name)) for name in _LISTS}
+        if not self.devices:  # as digests were before there were GPU variants
+            del document["devices"]
+        return document
 
     @property
     def digest(self) -> str:
@@ -169,9 +206,10 @@ def _fields_of(where: str, key: str, value: Any) -> dict[str, Any]:
     """The fields of `Policy` that one key of a file sets."""
     plain = {each.name for each in fields(Policy)} - set(LIMITS)
     metrics = {spec.metric: field[:3] for field, spec in LIMITS.items()}
-    if key == "runtimes":
+    if key in _LISTS:
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise PolicyError(f"{where}: runtimes must be a list of names, e.g. [onnxruntime].")
+            example = {"runtimes": "onnxruntime", "devices": CPU}[key]
+            raise PolicyError(f"{where}: {key} must be a list of names, e.g. [{example}].")
         return {key: tuple(value)}
     if key in plain:
         return {key: value}

@@ -82,6 +82,19 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def resolve_device(name: str) -> str:
+    """Return the device to use: for ``auto`` a GPU if PyTorch finds one, else the CPU.
+
+    Raises:
+        UnsupportedError: PyTorch cannot use the given GPU.
+    """
+    if name == AUTO:
+        return CUDA if has_cuda() else CPU
+    if name != CPU:
+        check_device(name)
+    return name
+
+
 def check_gpus(processes: int) -> None:
     """Check that each of the processes can have a CUDA device of its own.
 
@@ -98,13 +111,13 @@ def check_gpus(processes: int) -> None:
         )
 
 
-def gpu_name() -> str:
-    """Name of the first GPU; empty without one, or before something else imported PyTorch."""
+def gpu_name(device: str = CUDA) -> str:
+    """Name of a GPU; empty without one, or before something else imported PyTorch."""
     # importing torch takes seconds
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return ""
-    return str(torch.cuda.get_device_name(0))
+    return str(torch.cuda.get_device_name(device))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

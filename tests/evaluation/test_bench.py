@@ -7,15 +7,22 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
-from tiny.votes import LABELS, PREDICTIONS, ROWS, export, start_worker
+from tiny.votes import LABELS, PREDICTIONS, ROWS, built_for_gpu, export, start_worker
 
 from mlflow_pt_deploy.data.splits import Split, Splits
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.evaluation import Bench, Result, Worker, measure
-from mlflow_pt_deploy.evaluation.timing import interleave, sample_rows, throughput, warm_up
+from mlflow_pt_deploy.evaluation.timing import (
+    gpu_throughput,
+    interleave,
+    sample_rows,
+    throughput,
+    warm_up,
+)
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE
 
 
@@ -34,6 +41,31 @@ def test_throughput_is_measured_at_each_batch_size(worker: Worker) -> None:
     assert all(rate > 100 for found in rates.values() for rate in found)
     # One pass of 128 rows would take longer than the budget.
     assert sorted(throughput(worker, [0, 1, 2, 3] * 40, row_s=1e-3, seconds=0.1)) == [8, 32]
+
+
+class SmallDevice:
+    """A worker whose device has memory for some rows only; a row takes a microsecond."""
+
+    def __init__(self, rows: int, *, alive: bool = True) -> None:
+        self.rows, self.alive = rows, alive
+
+    def batch(self, indices: list[int], size: int) -> int:
+        if min(size, len(indices)) > self.rows:
+            raise VariantError("out of memory")
+        return 1000 * len(indices)
+
+
+def test_batches_that_a_gpu_has_no_memory_for_are_left_out() -> None:
+    def sizes(rows: int, **options: bool) -> list[int]:
+        worker = cast("Worker", SmallDevice(rows, **options))
+        return sorted(gpu_throughput(worker, [0, 1, 2, 3], seconds=0.01))
+
+    assert sizes(2000) == [8, 32, 128, 512, 1024]  # although there are four rows
+    assert sizes(100) == [8, 32]
+    with pytest.raises(VariantError, match="out of memory"):
+        sizes(7)
+    with pytest.raises(VariantError, match="out of memory"):  # its process has died
+        sizes(100, alive=False)
 
 
 def test_sampled_rows_are_distinct_and_reproducible() -> None:
@@ -165,3 +197,54 @@ def test_a_killed_baseline_is_restarted(folder: Path, splits: Splits) -> None:
         assert bench.worker.pid != first
     assert not result.reason
     assert result.value("speedup")
+
+
+@pytest.fixture(scope="module")
+def on_both(folder: Path, splits: Splits) -> list[Result]:
+    """Variants of both devices; the CPU stands in for the GPU, which no file of them needs."""
+    gpu_baseline = built_for_gpu(export(folder.parent / f"{folder.name}-cuda"))
+    green = export(folder.parent / "student-onnxruntime-fp32-cuda", always_green=True)
+    folders = {each.name: each for each in (folder, gpu_baseline, built_for_gpu(green))}
+    with Bench(
+        folder,
+        splits,
+        seconds=0.2,
+        threads=1,
+        device_baselines={"cuda": gpu_baseline},
+        gpu="cpu",
+    ) as bench:
+        assert len(bench.pids) == 1  # the second baseline is not needed yet
+        found = bench.measure(folders)
+        assert len(bench.pids) == 2
+        found.append(bench.failed("student-eager-bf16-cuda", "no memory"))
+    return found
+
+
+def test_each_device_has_its_own_baseline(on_both: list[Result], folder: Path) -> None:
+    cpu, gpu, green, failed = on_both
+    assert [each.reason for each in on_both] == ["", "", "", "no memory"]
+    assert [each.device for each in on_both] == ["cpu", "cuda", "cuda", "cuda"]
+    assert (failed.runtime, failed.precision) == ("eager", "bf16")
+    assert {each.baseline for each in on_both} == {folder.name}
+    assert [each.timed_against for each in (cpu, green)] == [folder.name, gpu.variant]
+    assert 0.2 < gpu.value("speedup") < 5  # itself
+    over_cpu = gpu.get("speedup_over_cpu")
+    assert over_cpu.low <= over_cpu.value <= over_cpu.high
+    assert 0.2 < green.value("speedup_over_cpu") < 5  # the CPU stands in
+
+
+def test_labels_are_compared_with_those_of_the_cpu(on_both: list[Result]) -> None:
+    _, gpu, green, _ = on_both
+    assert gpu.value("agreement", "test") == 1
+    assert green.value("agreement", "test") == 0.25
+
+
+def test_what_only_a_gpu_has_is_absent_on_the_cpu(on_both: list[Result]) -> None:
+    cpu, gpu, *_ = on_both
+    assert gpu.value("best_batch_rows") in (8, 32, 128, 512, 1024)
+    assert gpu.value("best_batch_tokens") > 0
+    assert not {"device_ms", "peak_device_mb"} & {each.name for each in gpu.measurements}
+    assert not {"speedup_over_cpu", "best_batch_tokens"} & {e.name for e in cpu.measurements}
+    assert gpu.gpu == ""
+    again = Result.from_json(json.loads(json.dumps(gpu.to_json())))
+    assert again == gpu

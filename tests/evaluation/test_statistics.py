@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlflow_pt_deploy.evaluation.statistics import (
+    Estimate,
     calibration_error,
     lowest_recall,
     macro_f1,
@@ -14,6 +15,7 @@ from mlflow_pt_deploy.evaluation.statistics import (
     paired_ratio,
     paired_speedup,
     percentile,
+    product,
     proportion,
 )
 
@@ -23,6 +25,14 @@ def test_percentile_interpolates_between_order_statistics() -> None:
     assert percentile([50, 10, 30, 20, 40], 95) == pytest.approx(48)
     assert percentile([50, 10, 30, 20, 40], 50) == 30
     assert percentile([7], 99) == 7
+
+
+def test_the_interval_of_a_product() -> None:
+    exact = Estimate(5.0, 5.0, 5.0)
+    assert product(Estimate(2.0, 1.0, 4.0), exact) == pytest.approx((10.0, 5.0, 20.0))
+    # factors of 8 and 16 down and up: 3 and 4 powers of two, so 5 of the product
+    found = product(Estimate(1.0, 1 / 8, 8.0), Estimate(1.0, 1 / 16, 16.0))
+    assert found == pytest.approx((1.0, 1 / 32, 32.0))
 
 
 def test_speedup_is_the_median_and_ignores_an_outlier() -> None:

@@ -12,6 +12,7 @@ import pytest
 from tiny.gpu import built_for_cuda
 
 from mlflow_pt_deploy.artifacts import verify
+from mlflow_pt_deploy.artifacts.builder import BuildResult
 from mlflow_pt_deploy.config import Options
 from mlflow_pt_deploy.evaluation import Measurement, Result
 from mlflow_pt_deploy.pipeline import optimize
@@ -119,3 +120,44 @@ def test_a_portable_variant_is_built_of_two(
 def test_portable_variants_by_name(names: str, wanted: bool) -> None:
     assert wants_portable(names) == wanted
     assert Eager() in select(names)
+
+
+def test_a_variant_of_a_gpu_is_served_in_batches_that_fill_it() -> None:
+    gpu = _result("teacher-eager-bf16-cuda", 2)
+    batches = (
+        Measurement("best_batch_rows", 512, "rows"),
+        Measurement("best_batch_tokens", 40_000, "tokens"),
+    )
+    kept = tuple(each for each in gpu.measurements if each.name != "best_batch_rows")
+    config = _serving_config(replace(gpu, measurements=(*kept, *batches)))
+    config.pop("num_threads", None)
+    assert config == {"max_batch_rows": 512, "max_batch_tokens": 40_000, "queue_rows": 2048}
+
+
+def test_a_gpu_adds_its_variants_and_their_baseline() -> None:
+    def names(**options: str) -> list[str]:
+        return [each.name("teacher") for each in optimize._variants(Options(**options))]
+
+    assert not any(name.endswith("-cuda") for name in names(device="cpu"))
+    every = names(device="cuda:1")
+    assert {BASELINE, f"{BASELINE}-cuda", "teacher-eager-bf16-cuda"} <= set(every)
+    assert len(every) == len(set(every))
+    few = names(device="cuda", variants="onnxruntime-fp32-cuda")
+    assert few == [BASELINE, "teacher-onnxruntime-fp32-cuda", f"{BASELINE}-cuda"]
+    assert names(device="cuda", variants="openvino-fp32") == [BASELINE, "teacher-openvino-fp32"]
+
+
+def test_without_their_baseline_the_variants_of_a_gpu_have_a_reason(tmp_path: Path) -> None:
+    def built(variant: str, reason: str = "") -> BuildResult:
+        parts = variant.split("-", 2)
+        return BuildResult(variant, *parts, None if reason else tmp_path, reason)
+
+    done = [built(BASELINE), built("teacher-eager-bf16-cuda"), built(f"{BASELINE}-cuda")]
+    assert optimize._with_baseline(done, BASELINE) == done
+    done[2] = built(f"{BASELINE}-cuda", "no memory")
+    cpu, half, gpu = optimize._with_baseline(done, BASELINE)
+    assert (cpu, gpu) == (done[0], done[2])
+    assert half.folder is None
+    assert half.reason == (
+        "teacher-eager-fp32-cuda is needed for every comparison on a GPU: no memory"
+    )

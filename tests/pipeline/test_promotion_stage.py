@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -11,7 +12,12 @@ from mlflow import MlflowClient
 from tiny.optimized import BASELINE, CONDITIONS, VARIANTS, Made, optimized_run
 
 from mlflow_pt_deploy.cli import main
-from mlflow_pt_deploy.pipeline.promotion_stage import promote_choice, read_optimized
+from mlflow_pt_deploy.errors import PolicyError
+from mlflow_pt_deploy.pipeline.promotion_stage import (
+    check_champion,
+    promote_choice,
+    read_optimized,
+)
 from mlflow_pt_deploy.pipeline.report_stage import report_html
 from mlflow_pt_deploy.registry.aliases import placement
 from mlflow_pt_deploy.registry.history import read_history
@@ -235,3 +241,27 @@ def test_versions_of_other_rows_are_compared_by_data_only(
     command(capsys, "promote", "--run", other, "--name", "b")
     shown, _ = command(capsys, "compare", "a@champion", "b@champion", status=1)
     assert "were measured on other validation rows" in shown and "--data" in shown
+
+
+def test_a_champion_on_another_gpu_cannot_be_compared(tracking: str) -> None:
+    read = read_optimized(optimized_run(conditions={**CONDITIONS, "gpu": "NVIDIA H100"}))
+    on_gpu = tuple(
+        each if each.variant == BASELINE else replace(each, device="cuda") for each in read.results
+    )
+    promotion = promote_choice(replace(read, results=on_gpu), "shop")
+    tags = MlflowClient().get_model_version("shop", promotion.version).tags
+    assert tags["pt_deploy.gpu"] == "NVIDIA H100"
+    check_champion("shop", CONDITIONS)  # the new one will not be on a GPU
+    check_champion("shop", {**CONDITIONS, "gpu": "NVIDIA H100"})
+    with pytest.raises(
+        PolicyError, match="measured on other gpu .NVIDIA H100 instead of NVIDIA T4"
+    ):
+        check_champion("shop", {**CONDITIONS, "gpu": "NVIDIA T4"})
+
+
+def test_a_champion_on_the_cpu_has_no_gpu(tracking: str) -> None:
+    read = read_optimized(optimized_run(conditions={**CONDITIONS, "gpu": "NVIDIA H100"}))
+    promotion = promote_choice(read, "shop")
+    tags = MlflowClient().get_model_version("shop", promotion.version).tags
+    assert "pt_deploy.gpu" not in tags
+    check_champion("shop", {**CONDITIONS, "gpu": "NVIDIA T4"})

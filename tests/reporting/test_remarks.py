@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mlflow_pt_deploy.evaluation import Measurement, Result
-from mlflow_pt_deploy.reporting.remarks import remarks
+from mlflow_pt_deploy.reporting.remarks import headline, remarks
 
 BASELINE = "teacher-eager-fp32"
 
@@ -69,3 +71,13 @@ def test_many_remarks_are_abbreviated() -> None:
     first, second = remarks([TEACHER, *others])
     assert first == "student-a-fp32 (and 4 more of student) is bad."
     assert "student-c-fp32 10x, interleaved 2x and 2 more. Trust" in second
+
+
+def test_each_device_has_its_own_noise_and_its_own_baseline() -> None:
+    gpu = replace(result(f"{BASELINE}-cuda", 2, (1.4, 1.38, 1.42)), device="cuda")
+    half = replace(result("teacher-eager-bf16-cuda", 1, (2, 1.9, 2.1)), device="cuda")
+    # by p50 it is 2x as fast as the baseline of its device, and 10x as that of the CPU
+    assert not any("varied" in each for each in remarks([TEACHER, gpu, half]))
+    warning = headline([TEACHER, gpu, half], None, None)
+    assert warning.startswith("The timings on cuda are unreliable: the baseline, measured against")
+    assert headline([TEACHER, half], None, None) == ""

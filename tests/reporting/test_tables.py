@@ -161,3 +161,42 @@ def test_labels_that_depend_on_the_batch_have_a_column() -> None:
     lines = table([steady, replace(flips, measurements=found)]).splitlines()
     assert lines[0].endswith("flips")
     assert [line.split()[-1] for line in lines[2:4]] == ["1.6%", "0.0%"]
+
+
+def on_gpu(variant: str, p50: float, speedup: float, **measured: float) -> Result:
+    found = result(variant, p50, speedup, 0.845)
+    units = {"device_ms": "ms", "peak_device_mb": "MB", "speedup_over_cpu": "x"}
+    more = [Measurement(name, value, units[name]) for name, value in measured.items()]
+    return replace(found, device="cuda", measurements=(*found.measurements, *more))
+
+
+GPU = on_gpu(f"{BASELINE}-cuda", 2, 1.0, speedup_over_cpu=7.3, device_ms=1.5, peak_device_mb=700)
+
+
+def test_the_device_is_a_column_where_some_variant_has_another() -> None:
+    assert "device" not in table(ALL) and "GPU" not in markdown(ALL)
+    header, _, *rows = table([TEACHER, GPU]).splitlines()
+    assert header.split()[:2] == ["variant", "device"]
+    assert "RSS MB  device ms  GPU MB" in header
+    assert [row.split()[:2] for row in rows[:2]] == [[GPU.variant, "cuda"], [BASELINE, "cpu"]]
+    assert "1.50     700" in rows[0]
+    remark = " ".join(line.strip("~ ") for line in rows[2:])
+    assert remark == (
+        "A speedup is over the baseline on the same device (teacher-eager-fp32, "
+        "teacher-eager-fp32-cuda); milliseconds compare devices; for single rows "
+        "teacher-eager-fp32-cuda is 7.3x as fast as teacher-eager-fp32."
+    )
+
+
+def test_what_was_not_measured_on_a_gpu_is_no_column() -> None:
+    bare = on_gpu("teacher-onnxruntime-fp32-cuda", 2, 1.2)
+    header = table([TEACHER, bare]).splitlines()[0]
+    assert "device ms" not in header and "GPU MB" not in header
+    failed = replace(bare, reason="no memory", measurements=())
+    assert "device" not in table([TEACHER, failed]).splitlines()[0]
+    assert "! teacher-onnxruntime-fp32-cuda: no memory" in table([TEACHER, failed])
+
+
+def test_the_plot_names_the_gpu(tmp_path: Path) -> None:
+    plot([TEACHER, GPU], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

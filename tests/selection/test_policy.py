@@ -25,6 +25,9 @@ from mlflow_pt_deploy.selection.policy import Policy, read_policy
         ({"objective": "fun"}, "objective is 'fun'; choose from 'latency', 'throughput', 'size'"),
         ({"objective": "cost"}, "cost and price_per_core_hour belong together"),
         ({"price_per_core_hour": 1.0}, "cost and price_per_core_hour belong together"),
+        ({"devices": ("gpu",)}, "devices: gpu is unknown; choose from cpu, cuda"),
+        ({"price_per_gpu_hour": 1.0}, "price_per_gpu_hour is for the objective cost"),
+        ({"max_peak_device_mb": 0}, "max_peak_device_mb is 0; give a number above 0"),
         ({"runtimes": ("onnx",)}, r"runtimes: onnx is unknown; did you mean onnxruntime\?"),
     ],
 )
@@ -87,3 +90,31 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "long.yaml").write_text("# " + "x" * 70_000)
     with pytest.raises(PolicyError, match=r"larger than 65536 bytes"):
         read_policy(tmp_path / "long.yaml")
+
+
+def test_the_digest_of_a_policy_without_devices_is_as_before() -> None:
+    assert "devices" not in Policy().to_json()
+    assert Policy(devices=("cpu",)).digest != Policy().digest
+
+
+def test_devices_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(
+        "objective: cost\nprice_per_core_hour: 0.05\nprice_per_gpu_hour: 2\n"
+        "devices: [cpu, cuda]\npeak_device_mb: {max: 4000}\n"
+    )
+    policy = read_policy(path)
+    assert (policy.devices, policy.price_per_gpu_hour) == (("cpu", "cuda"), 2)
+    assert policy.max_peak_device_mb == 4000
+    path.write_text("devices: cpu")
+    with pytest.raises(PolicyError, match=r"devices must be a list of names, e.g. \[cpu\]"):
+        read_policy(path)
+
+
+def test_the_price_of_a_gpu_is_needed_only_where_one_may_be_chosen() -> None:
+    cost = {"objective": "cost", "price_per_core_hour": 0.05}
+    with pytest.raises(PolicyError, match="objective cost needs price_per_gpu_hour"):
+        Policy(**cost).check_gpu_price()
+    Policy(**cost, price_per_gpu_hour=2.0).check_gpu_price()
+    Policy(**cost, devices=("cpu",)).check_gpu_price()
+    Policy().check_gpu_price()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mlflow_pt_deploy.errors import UnsupportedError
 from mlflow_pt_deploy.system import device
 
 
@@ -45,3 +46,13 @@ def test_without_a_gpu() -> None:
     device.release_cached_memory()
     assert device.failed_allocations("cuda") == 0
     assert not device.lacks_memory("cuda", 2**60)
+
+
+def test_auto_is_a_gpu_if_there_is_one() -> None:
+    assert device.resolve_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert device.resolve_device("auto") == device.resolve_device("cuda") == "cuda"
+        return
+    assert device.resolve_device("auto") == "cpu"
+    with pytest.raises(UnsupportedError, match="device=cuda:1: PyTorch cannot use it here"):
+        device.resolve_device("cuda:1")

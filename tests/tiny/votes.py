@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from mlflow_pt_deploy.artifacts import write_variant
+from mlflow_pt_deploy.artifacts.manifest import MANIFEST
 from mlflow_pt_deploy.evaluation import Worker
 from mlflow_pt_deploy.preprocessing import TextPreprocessor
 from mlflow_pt_deploy.runtimes.onnxruntime import FILE, OnnxRuntime
@@ -58,6 +60,14 @@ class Ballot(SimpleNamespace):
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return (torch.from_numpy(self.votes)[ids] * mask[..., None]).sum(1)
+
+
+def built_for_gpu(folder: Path) -> Path:
+    """Mark a variant as built for a GPU; its graph runs on every device."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["options"]["device"] = "cuda"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
 
 
 def export(folder: Path, *, always_green: bool = False) -> Path:
