@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
@@ -250,8 +251,11 @@ def _send(replies: TextIO, reply: dict[str, Any]) -> None:
 
 def _load(folder: Path, device: str, threads: int) -> LoadedVariant:
     from mlflow_pt_deploy.artifacts.loading import load_variant
+    from mlflow_pt_deploy.runtimes.device_memory import unguarded
 
-    return load_variant(folder, device=device, threads=threads, allow_code=True)
+    loaded = load_variant(folder, device=device, threads=threads, allow_code=True)
+    # a batch that does not fit is an error, not several batches timed as one
+    return replace(loaded, predict=unguarded(loaded.predict))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
