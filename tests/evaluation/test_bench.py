@@ -227,10 +227,10 @@ def test_each_device_has_its_own_baseline(on_both: list[Result], folder: Path) -
     assert (failed.runtime, failed.precision) == ("eager", "bf16")
     assert {each.baseline for each in on_both} == {folder.name}
     assert [each.timed_against for each in (cpu, green)] == [folder.name, gpu.variant]
-    assert 0.2 < gpu.value("speedup") < 5  # itself
+    assert 0.02 < gpu.value("speedup") < 50  # itself
     over_cpu = gpu.get("speedup_over_cpu")
     assert over_cpu.low <= over_cpu.value <= over_cpu.high
-    assert 0.2 < green.value("speedup_over_cpu") < 5  # the CPU stands in
+    assert 0.02 < green.value("speedup_over_cpu") < 50  # the CPU stands in
 
 
 def test_labels_are_compared_with_those_of_the_cpu(on_both: list[Result]) -> None:

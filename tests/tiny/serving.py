@@ -94,6 +94,10 @@ class TinyVariant:
     predict: Any = staticmethod(predict)
     device: str = "cpu"
 
+    @property
+    def running(self) -> TinyManifest:
+        return self.manifest
+
 
 def tiny_variant() -> TinyVariant:
     from tokenizers import Tokenizer

@@ -62,6 +62,8 @@ def test_all_workers_reach_one_process_and_it_is_replaced_after_its_end(
         pid_of(channel)
         os.kill(pid, signal.SIGKILL)
         channel.wait_until_closed()
+    starters = [child for each in (workers, others) for child in each._children]
+    next(child for child in starters if child.pid == pid).wait(10)  # its listener is closed too
     workers._states.publish("device-cpu", {"starts": 1, "started_at": 1e12, "backoff_s": 1.0})
     with pytest.raises(DeviceLostError, match=r"the process of cpu has ended; it is started again"):
         workers.connect("cpu")
