@@ -123,6 +123,13 @@ def load_description(folder: Path) -> Description:
     return Description(manifest, load_preprocessor(folder), _read_labels(folder))
 
 
+def device_of(manifest: Manifest, device: str) -> str:
+    """The device that a variant is loaded onto: as named, or what ``auto`` means on this host."""
+    if manifest.runtime == Portable.runtime:
+        return usable_device(device)
+    return manifest.device if device == AUTO else device
+
+
 def load_variant(
     folder: Path,
     *,
@@ -164,9 +171,9 @@ def load_variant(
             f"{manifest.name} was compiled for a processor with {', '.join(missing)}, which this "
             "machine lacks. Choose another variant, or run pt-deploy optimize on this machine."
         )
+    device = device_of(manifest, device)
     if manifest.runtime == Portable.runtime:
-        return _load_usable_stage(folder, manifest, usable_device(device), threads, check_golden)
-    device = manifest.device if device == AUTO else device
+        return _load_usable_stage(folder, manifest, device, threads, check_golden)
     try:
         loaded = _load_files(folder, manifest, device, threads or usable_cores())
     except UnsupportedError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_description
+from mlflow_pt_deploy.artifacts.loading import device_of
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.serving.device.device_link import DeviceLink, device_names
 from mlflow_pt_deploy.serving.device.model_store import ModelKey
 from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
 from mlflow_pt_deploy.serving.device.remote_predictor import RemotePredictor, close_all
 from mlflow_pt_deploy.serving.model.loader import load_here
-from mlflow_pt_deploy.system.device import AUTO, CUDA, kind_of
+from mlflow_pt_deploy.system.device import CUDA, kind_of
 
 
 class DevicePlacement:
@@ -27,7 +28,7 @@ class DevicePlacement:
         self._workers = workers
 
     def __call__(self, folder: Path, manifest: Manifest, options: ServingOptions) -> LoadedVariant:
-        device = manifest.device if options.device == AUTO else options.device
+        device = device_of(manifest, options.device)
         if not needs_device_process(device, self._workers):
             return load_here(folder, manifest, options)
         return load_on_devices(self._processes, folder, device, options)

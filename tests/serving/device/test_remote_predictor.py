@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiny.server import until
 
-from mlflow_pt_deploy.artifacts import load_variant, read_manifest
+from mlflow_pt_deploy.artifacts import Manifest, load_variant, read_manifest
+from mlflow_pt_deploy.artifacts.loading import device_of
 from mlflow_pt_deploy.errors import ArtifactError, DeviceLostError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.runtimes.base import remote_calls
@@ -30,6 +31,7 @@ from mlflow_pt_deploy.serving.device.placement import (
 from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
 from mlflow_pt_deploy.serving.device.remote_predictor import RemotePredictor, least_busy
 from mlflow_pt_deploy.serving.model.inference_service import InferenceService
+from mlflow_pt_deploy.system.device import has_cuda
 
 from .conftest import OPTIONS, VARIANT, key_of
 
@@ -43,6 +45,21 @@ TEXTS = ["my card was declined", "a refund please", "send money abroad " * 5, "p
 )
 def test_several_workers_share_a_gpu(device: str, workers: int, needed: bool) -> None:
     assert needs_device_process(device, workers) is needed
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "expected"),
+    [
+        ("eager", "auto", "cuda"),
+        ("eager", "cpu", "cpu"),
+        ("portable", "cuda:1", "cuda:1"),
+        ("portable", "auto", "cuda" if has_cuda() else "cpu"),
+    ],
+)
+def test_a_portable_variant_needs_no_gpu(runtime: str, device: str, expected: str) -> None:
+    built_for = {"device": "cuda"}
+    manifest = Manifest("name", "teacher", runtime, "fp32", built_for, (), {}, {})
+    assert device_of(manifest, device) == expected
 
 
 def test_a_model_on_the_cpu_is_in_the_worker(processes: DeviceProcesses) -> None:
