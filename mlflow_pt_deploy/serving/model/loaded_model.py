@@ -91,6 +91,7 @@ class LoadedModel:
         manifest, memory = self.pyfunc.loaded.manifest, self.device_memory
         facts = {key: getattr(manifest, key) for key in ("name", "digest", "runtime", "precision")}
         return facts | {
+            "device": self.pyfunc.loaded.device,
             "registered_model": self.resolved.name,
             "version": self.label,
             "since": self.since,
