@@ -150,7 +150,7 @@ def load_variant(
             whose digest is trusted.
         check_golden: Compare the logits of the golden rows with those stored at export; the same
             integer kernels can give other results on another processor.
-        verified: The digests were verified before, as part of a cascade or portable variant.
+        verified: The digests were verified before, by `verify` or as part of another variant.
 
     Raises:
         ArtifactError: The folder is incomplete or changed, or the golden check fails.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.registry.addresses import ModelSpec, ResolvedVersion
 from mlflow_pt_deploy.registry.served_copy import ServedCopies, ServedCopy
 from mlflow_pt_deploy.serving.model.loaded_model import LoadedModel, load_version
+from mlflow_pt_deploy.system.background import at_low_priority
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ class LocalCopy:
             return
         self._kept = uri, version.resolved
         try:
-            self._copies.keep(uri, version.resolved, version.root, version.tags)
+            copied = uri, version.resolved, version.root, version.tags
+            at_low_priority(partial(self._copies.keep, *copied))
         except Exception as error:  # also of a full disk
             _logger.warning(
                 "%s: version %s is not copied, so a start without the registry would fail: %s",

@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlflow_pt_deploy.registry.fetch import Fetched, fetch, fetch_mlmodel
 from mlflow_pt_deploy.runtimes.base import remote_calls
 from mlflow_pt_deploy.runtimes.device_memory import DeviceMemory, memory_of, was_out_of_memory
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
+from mlflow_pt_deploy.system.background import at_low_priority
 from mlflow_pt_deploy.system.clock import now
 from mlflow_pt_deploy.system.hardware import library_versions
 
@@ -133,7 +135,7 @@ def load_version(
     """
     folder = tempfile.mkdtemp(prefix="pt-deploy-serve-")
     try:
-        fetched = fetch(resolved, Path(folder))
+        fetched = at_low_priority(partial(fetch, resolved, Path(folder)))
         pyfunc = fetched.load(spec.model_config)
         version = LoadedModel(pyfunc, resolved, spec, dict(fetched.tags))
         version.root = fetched.root

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlflow_pt_deploy.artifacts import LoadedVariant, load_variant, read_manifest
+from mlflow_pt_deploy.artifacts import LoadedVariant, load_variant, read_manifest, verify
 from mlflow_pt_deploy.artifacts.manifest import Manifest
 from mlflow_pt_deploy.errors import ArtifactError
 from mlflow_pt_deploy.model_config import ServingOptions
 from mlflow_pt_deploy.registry.mlmodel import FOLDER, MLmodel
 from mlflow_pt_deploy.serving.model.pyfunc import PtDeployPyFunc
+from mlflow_pt_deploy.system.background import at_low_priority
 
 Placement = Callable[[Path, Manifest, ServingOptions], LoadedVariant]
 """Loads a variant somewhere: its folder, its manifest, all serving options."""
@@ -51,8 +53,10 @@ def load_logged_variant(root: Path, mlmodel: MLmodel, options: ServingOptions) -
 
 def load_here(folder: Path, manifest: Manifest, options: ServingOptions) -> LoadedVariant:
     """Load a variant into this process; see `Placement`."""
+    at_low_priority(partial(verify, folder))  # it hashes all files, beside requests
     return load_variant(
         folder,
+        verified=True,
         device=options.device,
         threads=options.num_threads,
         allow_code=options.allow_code,
