@@ -6,6 +6,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from tiny.files import flip_last_byte
 
 from mlflow_pt_deploy import flavor
 from mlflow_pt_deploy.artifacts import load_variant, write_variant
@@ -68,10 +69,7 @@ def test_a_flipped_byte_is_rejected(
 ) -> None:
     folder = _variant(Eager("fp32"), tiny_model, tiny_splits, tmp_path)
     flavor.save_model(folder, tmp_path / "model")
-    weights = tmp_path / "model" / "variant" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    flip_last_byte(tmp_path / "model" / "variant" / "model.safetensors")
     with pytest.raises(ArtifactError, match=r"model.safetensors is not the file that was exported"):
         mlflow.pyfunc.load_model(str(tmp_path / "model"))
 

@@ -245,8 +245,10 @@ def _load_files(folder: Path, manifest: Manifest, device: str, threads: int) -> 
 
 def _found_no_memory(error: Exception, folder: Path, device: str) -> bool:
     """Whether a load failed for memory."""
-    if was_out_of_memory(error) or not hides_reason(error):
-        return was_out_of_memory(error)
+    if was_out_of_memory(error):
+        return True
+    if not hides_reason(error):
+        return False
     size = sum((folder / name).stat().st_size for name in list_files(folder))
     return lacks_memory(device, size)
 

@@ -165,7 +165,7 @@ class Bench:
         if folder not in self._warm:
             reference = None if folder == self._folder else self.baseline(self._folder)
             try:
-                worker = self.start(folder, device_of(folder))
+                worker = self.start(folder, built_for(folder))
                 rows = len(self.splits.validation)
                 self._warm[folder] = start_baseline(worker, rows, self.seconds, reference)
             except PtDeployError as error:
@@ -199,7 +199,7 @@ class Bench:
             model,
             runtime,
             precision,
-            device if folder is None else device_of(folder, device),
+            device if folder is None else built_for(folder, device),
             threads,
             folder,
             reason,
@@ -207,7 +207,7 @@ class Bench:
         )
 
 
-def device_of(folder: Path, default: str = CPU) -> str:
+def built_for(folder: Path, default: str = CPU) -> str:
     """Return the kind of device that a variant was built for; a default if that cannot be read."""
     try:
         return read_manifest(folder).device

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -177,19 +178,16 @@ def _cascades(plans: Mapping[str, CascadePlan], splits: Splits, target: Path) ->
     built = []
     for name, plan in plans.items():
         cascade = Cascade(threshold=plan.threshold, fast=plan.fast, strong=plan.strong)
-        folder, reason = target / name, ""
-        try:
-            write_cascade(
-                folder,
-                target / plan.fast,
-                target / plan.strong,
-                threshold=plan.threshold,
-                golden_rows=golden_rows(splits),
-            )
-        except (PtDeployError, OSError) as error:
-            reason = str(error)
-        path = None if reason else folder
-        built.append(BuildResult(name, CASCADE, cascade.runtime, cascade.precision, path, reason))
+        folder = target / name
+        write = partial(
+            write_cascade,
+            folder,
+            target / plan.fast,
+            target / plan.strong,
+            threshold=plan.threshold,
+            golden_rows=golden_rows(splits),
+        )
+        built.append(_combined(cascade, CASCADE, folder, write))
     return built
 
 
@@ -198,14 +196,23 @@ def _portable(names: tuple[str, str] | None, target: Path) -> list[BuildResult]:
     if names is None:
         return []
     cpu, cuda = names
-    model, variant, reason = cpu.partition("-")[0], Portable(cpu=cpu, cuda=cuda), ""
+    model, variant = cpu.partition("-")[0], Portable(cpu=cpu, cuda=cuda)
     folder = target / variant.name(model)
+    write = partial(write_portable, target / cpu, target / cuda, folder)
+    return [_combined(variant, model, folder, write)]
+
+
+def _combined(
+    variant: Variant, model: str, folder: Path, write: Callable[[], object]
+) -> BuildResult:
+    """Build a variant of others; one that cannot be written gets a reason."""
+    reason = ""
     try:
-        write_portable(target / cpu, target / cuda, folder)
+        write()
     except (PtDeployError, OSError) as error:
         reason = str(error)
     path = None if reason else folder
-    return [BuildResult(folder.name, model, variant.runtime, variant.precision, path, reason)]
+    return BuildResult(folder.name, model, variant.runtime, variant.precision, path, reason)
 
 
 def _bench(built: Sequence[BuildResult], baseline: str, splits: Splits, options: Options) -> Bench:

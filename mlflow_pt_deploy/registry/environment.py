@@ -41,12 +41,8 @@ RUNTIME_LIBRARIES = {
 }
 """Libraries that each runtime needs beside this package's own requirements."""
 
-_ON_ONNX_RUNTIME = ("onnxruntime", "tensorrt")
-_GPU_DISTRIBUTIONS = {"onnxruntime": "onnxruntime-gpu"}
-_OTHER_DISTRIBUTIONS = {
-    "onnxruntime": ("onnxruntime-gpu",),
-    "onnxruntime-gpu": ("onnxruntime",),
-}
+# Two distributions of one library; they have the same versions, and a machine has one of them.
+_ONNX_RUNTIME, _ONNX_RUNTIME_GPU = "onnxruntime", "onnxruntime-gpu"
 
 INPUT_LIBRARIES = {"text": ("tokenizers",), "image": ("pillow",)}
 """Libraries that read each kind of input."""
@@ -65,17 +61,15 @@ def get_default_pip_requirements(
     """
     needed = [name for runtime in runtimes or ("eager",) for name in RUNTIME_LIBRARIES[runtime]]
     names = dict.fromkeys(("mlflow-skinny", "numpy", *INPUT_LIBRARIES[column], *needed))
-    if gpu_runtime in _ON_ONNX_RUNTIME:
-        names = {_GPU_DISTRIBUTIONS.get(name, name): None for name in names}
-    return [f"mlflow-pt-deploy=={__version__}", *filter(None, map(_pin, names))]
+    on_gpu = _ONNX_RUNTIME in RUNTIME_LIBRARIES.get(gpu_runtime, ())
+    found = (_ONNX_RUNTIME_GPU if on_gpu and name == _ONNX_RUNTIME else name for name in names)
+    return [f"mlflow-pt-deploy=={__version__}", *filter(None, map(_pin, found))]
 
 
 def _pin(name: str) -> str:
-    """The installed version of a library as a requirement; empty if it is not installed.
-
-    Distributions for the CPU and for GPUs have the same versions, and a machine has one of them.
-    """
-    for installed in (name, *_OTHER_DISTRIBUTIONS.get(name, ())):
+    """The installed version of a library as a requirement; empty if it is not installed."""
+    same = (_ONNX_RUNTIME, _ONNX_RUNTIME_GPU)
+    for installed in (name, *(same if name in same else ())):
         with suppress(PackageNotFoundError):
             return f"{name}=={version(installed).partition('+')[0]}"
     return ""

@@ -23,11 +23,7 @@ from mlflow_pt_deploy.runtimes.base import (
 )
 from mlflow_pt_deploy.runtimes.eager import in_precision, torch_predict
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.runtimes.gpu_requirements import (
-    capability_of,
-    check_capability,
-    no_gpu_for,
-)
+from mlflow_pt_deploy.runtimes.gpu_requirements import capability_of, check_capability
 from mlflow_pt_deploy.system.device import CPU, check_device, kind_of
 from mlflow_pt_deploy.system.hardware import cpu_flags
 
@@ -61,13 +57,16 @@ class AOTInductor(Variant):
     compiles: ClassVar[bool] = True
     carries_code: ClassVar[bool] = True
     gpu_precisions: ClassVar[frozenset[str]] = frozenset({"fp32", "bf16", "fp16"})
+    least_capability: ClassVar[tuple[int, int]] = (7, 0)  # of Triton
 
     def unsupported(self) -> str | None:
         if reason := super().unsupported():
             return reason
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "skipped: no C++ compiler; install g++ (or set CXX)"
-        return None if self.device == CPU else _no_triton(self.precision)
+        if self.device != CPU and find_spec("triton") is None:
+            return "skipped: AOTInductor compiles for a GPU with Triton; install triton"
+        return None
 
     def for_this_machine(self) -> AOTInductor:
         return self if self.device == CPU else replace(self, capability=capability_of(self.device))
@@ -175,12 +174,6 @@ def _require_torchao() -> None:
         import torchao  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("torchao", "quantize") from error
-
-
-def _no_triton(precision: str) -> str | None:
-    if find_spec("triton") is None:
-        return "skipped: AOTInductor compiles for a GPU with Triton; install triton"
-    return no_gpu_for(precision, least=(7, 0))
 
 
 def _tensors(batch: Inputs, device: str = "cpu") -> tuple[torch.Tensor, ...]:

@@ -112,6 +112,7 @@ class Variant(ABC):
             on, and served on unless the user names another.
         runtime: Name of the runtime; the middle part of the variant's name.
         gpu_precisions: Precisions that run on a GPU.
+        least_capability: Compute capability that the runtime needs of a GPU.
         extra: Extra of this distribution that the runtime needs, if any.
         compiles: True if the export runs a compiler; such exports are started first.
         stages: Subfolders of the variants that this one combines, see `combine`.
@@ -124,6 +125,7 @@ class Variant(ABC):
 
     runtime: ClassVar[str]
     gpu_precisions: ClassVar[frozenset[str]] = frozenset()
+    least_capability: ClassVar[tuple[int, int]] = (0, 0)
     extra: ClassVar[str | None] = None
     compiles: ClassVar[bool] = False
     carries_code: ClassVar[bool] = False
@@ -143,7 +145,7 @@ class Variant(ABC):
             return no_native_bf16() if self.precision == "bf16" else None
         if self.precision not in self.gpu_precisions:
             return f"skipped: {self._cpu_only()}"
-        return no_gpu_for(self.precision)
+        return no_gpu_for(self.precision, self.least_capability)
 
     def check_device_kind(self, device: str) -> None:
         """Check that the runtime has the precision on a kind of device.

@@ -171,10 +171,10 @@ def reachable_buckets(
     Returns:
         Largest first: smaller graphs then reuse its memory from the pool.
     """
-    by_length = [(bucket, least) for least, bucket in _ranges(lengths)] or [(0, longest)]
+    by_length = used_from(lengths) or [(0, longest)]
     found = [
         (row_bucket, length_bucket)
-        for least_rows, row_bucket in _ranges(rows)
+        for row_bucket, least_rows in used_from(rows)
         for length_bucket, least_length in by_length
         if least_rows <= max_rows
         and least_length <= longest
@@ -183,9 +183,9 @@ def reachable_buckets(
     return sorted(found, reverse=True)
 
 
-def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Smallest and largest size for which each bucket is used."""
-    return [(below + 1, size) for below, size in pairwise((0, *sizes))]
+def used_from(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Each size of a bucket, and the smallest size for which it is used."""
+    return [(size, below + 1) for below, size in pairwise((0, *sizes))]
 
 
 def _in_row_order(parts: Sequence[Part], results: Sequence[Logits]) -> Logits:

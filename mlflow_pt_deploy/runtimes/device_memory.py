@@ -48,7 +48,7 @@ class DeviceMemory(NamedTuple):
 
 
 class PartialBatchError(DeviceMemoryError):
-    """Some rows of a batch need more memory than is free; the others were computed.
+    """Some rows of a batch need more memory than is free; the logits of the rest are kept.
 
     Args:
         message: For the client.

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.export_check import check_int8
-from mlflow_pt_deploy.system.device import CPU, CUDA, check_device, kind_of
+from mlflow_pt_deploy.system.device import CPU, CUDA, check_device, disable_tf32, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -83,19 +83,8 @@ def load_eager(folder: Path, precision: str, device: str, threads: int) -> Any:
     torch.set_num_threads(threads)
     check_device(device)
     if device != CPU:
-        _disable_tf32()
+        disable_tf32()
     return in_precision(reload_classifier(str(folder)), precision).to(device)
-
-
-def _disable_tf32() -> None:
-    """Disable TF32 for the whole process.
-
-    It is PyTorch's default for convolutions on a GPU, and its 10-bit mantissa would fail the golden
-    check of fp32.
-    """
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def in_precision(module: torch.nn.Module, precision: str) -> torch.nn.Module:
@@ -130,7 +119,7 @@ def torch_predict(module: Any, device: str) -> Predict:
 
     if device == CPU:
         return predict
-    _disable_tf32()
+    disable_tf32()
     return predict_on_gpu
 
 
@@ -154,16 +143,21 @@ def check_int8_linears(quantized: torch.nn.Module) -> None:
     Raises:
         VariantError: Most matrices belong to other layers, such as convolutions or GPT-2's Conv1D.
     """
+    quantized_count = len(_int8_linears(quantized))
+    check_int8(quantized_count, quantized_count + len(weight_matrices(quantized)))
+
+
+def weight_matrices(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Layers whose weight is a matrix of parameters, without embeddings."""
     import torch
 
-    quantized_count = len(_int8_linears(quantized))
-    others = sum(
-        isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
+    return [
+        layer
+        for layer in module.modules()
+        if isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
         and weight.dim() > 1
         and not isinstance(layer, torch.nn.Embedding)
-        for layer in quantized.modules()
-    )
-    check_int8(quantized_count, quantized_count + others)
+    ]
 
 
 def _save_int8(module: torch.nn.Module, path: Path) -> None:

@@ -15,9 +15,8 @@ import numpy.typing as npt
 from mlflow_pt_deploy.errors import VariantError
 from mlflow_pt_deploy.runtimes.base import Inputs, Logits, Predict, Variant
 from mlflow_pt_deploy.runtimes.captured_graph import GraphLanes, GraphPart, Module
-from mlflow_pt_deploy.runtimes.cuda_graphs import smallest_bucket
+from mlflow_pt_deploy.runtimes.cuda_graphs import smallest_bucket, used_from
 from mlflow_pt_deploy.runtimes.eager import in_precision, load_eager
-from mlflow_pt_deploy.runtimes.gpu_requirements import no_gpu_for
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.models import Classifier
@@ -49,10 +48,7 @@ class Packed(Variant):
 
     runtime: ClassVar[str] = "packed"
     gpu_precisions: ClassVar[frozenset[str]] = frozenset({"bf16", "fp16"})
-
-    def unsupported(self) -> str | None:
-        reason = super().unsupported()
-        return reason if reason or self.device == "cpu" else no_gpu_for(self.precision, (8, 0))
+    least_capability: ClassVar[tuple[int, int]] = (8, 0)
 
     def export(
         self, module: Classifier, example: Inputs, calibration: Sequence[Inputs], folder: Path
@@ -169,9 +165,9 @@ def reachable_buckets(max_rows: int, max_tokens: int, longest: int) -> list[Buck
         longest: Most tokens of a row.
     """
     found = []
-    for tokens, least_tokens in _ranges(TOKENS):
-        for rows, least_rows in _ranges(ROWS):
-            for length, least_length in _ranges(LONGEST):
+    for tokens, least_tokens in used_from(TOKENS):
+        for rows, least_rows in used_from(ROWS):
+            for length, least_length in used_from(LONGEST):
                 alone = least_rows == 1 and least_tokens <= longest
                 fits = max(2 * (least_rows - 1) + least_length, least_tokens)
                 if (
@@ -182,11 +178,6 @@ def reachable_buckets(max_rows: int, max_tokens: int, longest: int) -> list[Buck
                 ):
                     found.append(Bucket(tokens, rows, length))
     return sorted(found, reverse=True)
-
-
-def _ranges(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Each size, and the smallest size for which it is used."""
-    return [(size, below + 1) for below, size in pairwise((0, *sizes))]
 
 
 def pack(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlflow_pt_deploy.errors import MissingExtraError
 from mlflow_pt_deploy.runtimes.base import Inputs, Predict, Variant
-from mlflow_pt_deploy.runtimes.eager import EagerPredictor, load_eager
+from mlflow_pt_deploy.runtimes.eager import EagerPredictor, load_eager, weight_matrices
 from mlflow_pt_deploy.runtimes.export_check import check_int8
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class TorchAO(Variant):
     ) -> None:
         from mlflow_pt_deploy.models import save_classifier
 
-        check_int8(*_quantizable(module), kind=self.precision.partition("-")[0])
+        matrices = weight_matrices(module)
+        kind = self.precision.partition("-")[0]
+        check_int8(sum(map(_fits, matrices)), len(matrices), kind=kind)
         save_classifier(module, folder)
 
     def load(self, folder: Path, *, device: str, threads: int) -> Predict:
@@ -90,17 +92,3 @@ def _fits(layer: Any) -> bool:
     return isinstance(layer, torch.nn.Linear) and not any(
         size % _STEP for size in layer.weight.shape
     )
-
-
-def _quantizable(module: torch.nn.Module) -> tuple[int, int]:
-    """Number of weight matrices that are quantized, and of all, without embeddings."""
-    import torch
-
-    matrices = [
-        layer
-        for layer in module.modules()
-        if isinstance(weight := getattr(layer, "weight", None), torch.nn.Parameter)
-        and weight.dim() > 1
-        and not isinstance(layer, torch.nn.Embedding)
-    ]
-    return sum(map(_fits, matrices)), len(matrices)

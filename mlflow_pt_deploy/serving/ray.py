@@ -23,7 +23,7 @@ from mlflow_pt_deploy.option_fields import option_specs
 from mlflow_pt_deploy.serving.model_names import check_folder, registered_names
 from mlflow_pt_deploy.serving.rollout.version_share import check_served, parse_option
 from mlflow_pt_deploy.serving.settings import ServerSettings
-from mlflow_pt_deploy.system.hardware import CORES_ENV
+from mlflow_pt_deploy.system.hardware import CORES_ENV, SWITCH_S
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.asgi import AsgiAdapter
@@ -199,7 +199,7 @@ def _prepare_process() -> None:
     """Give the model the CPUs that Ray assigned, before libraries read how many there are."""
     import ray
 
-    from mlflow_pt_deploy.serving.worker import SERVING_VARIABLES, SWITCH_S
+    from mlflow_pt_deploy.serving.worker import SERVING_VARIABLES
 
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     os.environ.setdefault(CORES_ENV, str(max(1, int(cpus))))

@@ -12,10 +12,9 @@ import asyncio
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from mlflow_pt_deploy.system.hardware import SWITCH_S
+
 THREADS = 64
-SWITCH_S = 0.5e-3
-"""Seconds that a busy thread may hold the interpreter. Python's default is 5 ms, about ten times
-the time that a small model computes."""
 
 
 def new_loop() -> asyncio.AbstractEventLoop:

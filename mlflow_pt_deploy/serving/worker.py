@@ -22,7 +22,7 @@ from mlflow_pt_deploy.serving.settings import ServerSettings
 from mlflow_pt_deploy.serving.worker_state import WorkerStates
 from mlflow_pt_deploy.system.child_process import signal_at_parent_death
 from mlflow_pt_deploy.system.cpu_allocation import Share
-from mlflow_pt_deploy.system.hardware import CORES_ENV, THREAD_VARIABLES, usable_cores
+from mlflow_pt_deploy.system.hardware import CORES_ENV, SWITCH_S, THREAD_VARIABLES, usable_cores
 
 if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.app import Application
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
     from mlflow_pt_deploy.serving.observability.metrics import Metrics
     from mlflow_pt_deploy.serving.rollout.canary.canary import Canary
     from mlflow_pt_deploy.serving.rsgi import RsgiAdapter
-
-SWITCH_S = 0.5e-3
-"""Seconds that a busy thread may hold the interpreter. Python's default of 5 ms delays the event
-loop by ten times the time that a fast model takes."""
 
 SERVING_VARIABLES = {
     # MLflow's own server sets it; the pyfunc and the flavor read it
@@ -98,7 +94,8 @@ def load_worker(job: WorkerJob) -> RsgiAdapter:
     from mlflow_pt_deploy.serving.watchdog import Watchdog
 
     settings = job.settings
-    _share_devices(job, states)
+    if len(job.shares) > 1:
+        _share_devices(job, states)
     metrics = new_metrics()
     if predecessor := states.predecessor():
         metrics.forget_process(predecessor)

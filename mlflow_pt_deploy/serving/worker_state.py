@@ -29,6 +29,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlflow_pt_deploy.system.child_process import is_running
+
 _PREFIX = "pt-deploy-run-"
 
 
@@ -156,7 +158,9 @@ class WorkerStates:
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The states of all workers that run, by index."""
-        return {index: state for index, state in self._written().items() if _runs(state["pid"])}
+        return {
+            index: state for index, state in self._written().items() if is_running(state["pid"])
+        }
 
     def started(self) -> bool:
         """Whether every worker has been ready.
@@ -204,7 +208,7 @@ def new_run_folder() -> Path:
     root = Path(tempfile.gettempdir())
     for old in root.glob(f"{_PREFIX}*"):
         pid = old.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdecimal() and not _runs(int(pid)) and old.stat().st_uid == os.getuid():
+        if pid.isdecimal() and not is_running(int(pid)) and old.stat().st_uid == os.getuid():
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
@@ -214,13 +218,3 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(json.dumps(document), encoding="utf8")
     os.replace(temporary, path)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -85,6 +85,17 @@ def kill_all() -> None:
             kill(child)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process runs; also one of another user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def end_with_parent() -> None:
     """In a child: exit with all descendants when the parent is gone, even by SIGKILL."""
     parent = os.getppid()

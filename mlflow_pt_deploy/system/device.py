@@ -120,6 +120,17 @@ def gpu_name(device: str = CUDA) -> str:
     return str(torch.cuda.get_device_name(device))
 
 
+def disable_tf32() -> None:
+    """Disable TF32 for the whole process.
+
+    It is PyTorch's default for convolutions on a GPU, and its 10-bit mantissa would fail the golden
+    check of fp32.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a runtime's error says that the device has no memory left."""
     torch = sys.modules.get("torch")

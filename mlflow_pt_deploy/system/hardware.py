@@ -29,6 +29,9 @@ _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni")
 _ROOT = Path("/")
 # Core count of a process that shares the machine with others, e.g. of a replica.
 CORES_ENV = "PT_DEPLOY_CORES"
+SWITCH_S = 0.5e-3
+"""Seconds that a busy thread of a server may hold the interpreter. Python's default of 5 ms delays
+the event loop by ten times the time that a fast model takes."""
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",

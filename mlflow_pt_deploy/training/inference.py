@@ -17,6 +17,7 @@ from mlflow_pt_deploy.system import interrupt
 from mlflow_pt_deploy.system.device import (
     CPU,
     CUDA,
+    disable_tf32,
     is_out_of_memory,
     kind_of,
     release_cached_memory,
@@ -55,7 +56,7 @@ def predict_batches(
     """
     classifier.to(device).eval()
     if kind_of(device) == CUDA:
-        torch.backends.cudnn.allow_tf32 = False  # PyTorch's default for convolutions
+        disable_tf32()
     size = classifier.preprocessor.slice_rows
     with torch.inference_mode():
         for start in range(0, len(rows), size):

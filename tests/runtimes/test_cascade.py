@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny.files import flip_last_byte
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
 from mlflow_pt_deploy.artifacts.cascade_writer import write_cascade
@@ -59,10 +60,7 @@ def test_rows_below_the_threshold_go_to_the_strong_stage(
 
 def test_changed_byte_in_a_stage_is_detected(stages: tuple[Path, Path], tmp_path: Path) -> None:
     write_cascade(tmp_path / "c", *stages, threshold=0.5, golden_rows=ROWS)
-    weights = tmp_path / "c" / "fast" / "static.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip_last_byte(tmp_path / "c" / "fast" / "static.safetensors")
     with pytest.raises(ArtifactError, match=r"fast/static\.safetensors is not the file"):
         load_variant(tmp_path / "c")
 

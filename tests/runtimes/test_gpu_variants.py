@@ -30,7 +30,7 @@ TOLERANCE = {
     "fp8-dynamic": 0.15,
 }
 FOR_A_GPU = [variant for variant in (*GPU_VARIANTS, *ON_REQUEST) if variant.device == CUDA]
-# the others that compile would only cost another minute each
+# each further compilation would take a minute
 COMPILED = [AOTInductor("bf16", device=CUDA), TensorRT("fp16", device=CUDA)]
 QUICK = [variant for variant in FOR_A_GPU if not variant.compiles]
 CONTRACTS = [("teacher", variant) for variant in QUICK]

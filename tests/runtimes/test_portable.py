@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny.files import flip_last_byte
 from tiny.gpu import built_for_cuda, edit_manifest
 
 from mlflow_pt_deploy.artifacts import load_variant, verify
@@ -169,10 +170,7 @@ def test_a_changed_byte_of_the_other_stage_is_detected(
     pair: tuple[Path, Path], tmp_path: Path, without_gpu: None
 ) -> None:
     write_portable(*pair, tmp_path / "p")
-    weights = tmp_path / "p" / "cuda" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip_last_byte(tmp_path / "p" / "cuda" / "model.safetensors")
     with pytest.raises(ArtifactError, match=r"cuda/model\.safetensors is not the file"):
         load_variant(tmp_path / "p")
 

@@ -12,7 +12,8 @@ from mlflow.pyfunc import scoring_server
 from tiny.server import running
 from tiny.serving import save_tiny
 
-from mlflow_pt_deploy.serving.uvicorn_loop import SWITCH_S, THREADS
+from mlflow_pt_deploy.serving.uvicorn_loop import THREADS
+from mlflow_pt_deploy.system.hardware import SWITCH_S
 
 MANY = 40
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from mlflow_pt_deploy.artifacts import LoadedVariant, Manifest, load_description
@@ -12,6 +13,7 @@ from mlflow_pt_deploy.serving.device.model_store import ModelKey
 from mlflow_pt_deploy.serving.device.processes import DeviceProcesses
 from mlflow_pt_deploy.serving.device.remote_predictor import RemotePredictor, close_all
 from mlflow_pt_deploy.serving.model.loader import load_here
+from mlflow_pt_deploy.system.background import at_low_priority
 from mlflow_pt_deploy.system.device import CUDA, kind_of
 
 
@@ -47,7 +49,7 @@ def load_on_devices(
     Raises:
         PtDeployError: See `load_variant`; `DeviceLostError`: a process does not start.
     """
-    description = load_description(folder)
+    description = at_low_priority(partial(load_description, folder))  # it hashes all files
     key = ModelKey(
         description.manifest.digest,
         options.allow_code,

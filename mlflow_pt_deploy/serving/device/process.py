@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_pt_deploy.errors import PtDeployError, ServingError
+from mlflow_pt_deploy.runtimes.base import Logits
 from mlflow_pt_deploy.serving.device.channel import (
     HELLO,
     OPEN,
@@ -38,14 +39,13 @@ from mlflow_pt_deploy.serving.device.executor import (
     stream_contexts,
 )
 from mlflow_pt_deploy.serving.device.model_store import ModelKey, ModelStore, parse_key
+from mlflow_pt_deploy.system.child_process import is_running
 from mlflow_pt_deploy.system.device import CUDA, kind_of
+from mlflow_pt_deploy.system.hardware import SWITCH_S
 from mlflow_pt_deploy.system.socket_address import SocketAddress
 
 HANG_STATUS = 70
 """Exit status if a batch hangs."""
-
-SWITCH_S = 0.5e-3
-"""Seconds that a busy thread may hold the interpreter."""
 
 _TICK_S = 0.25
 _BACKLOG = 1024
@@ -111,7 +111,7 @@ class _User:
         header, arrays = message
         kind = header.get("request")
         if kind == PREDICT:
-            return {}, {"logits": self._executor.run(self._opened(arrays), arrays)}
+            return {}, {"logits": self._predict(arrays)}
         if kind == OPEN:
             return self._open(header), {}
         if kind == WARM_UP:
@@ -134,24 +134,26 @@ class _User:
         self._key = key
         return {"pads": bool(getattr(self._model.loaded.predict, "pads", True))}
 
-    def _opened(self, arrays: dict[str, Any]) -> HeldModel:
-        """The model, if these are its inputs."""
+    def _opened(self) -> HeldModel:
         if self._model is None:
             raise ServingError("a connection has no model yet")
-        axes = self._model.loaded.preprocessor.axes
+        return self._model
+
+    def _predict(self, arrays: dict[str, Any]) -> Logits:
+        model = self._opened()
+        axes = model.loaded.preprocessor.axes
         ranks = [array.ndim for array in arrays.values()]
         rows = {array.shape[0] for array in arrays.values() if array.ndim}
         if tuple(arrays) != tuple(axes) or min(ranks) < 2 or len(rows) != 1 or not min(rows):
             raise ServingError("a batch does not have the inputs of its model")
-        return self._model
+        return self._executor.run(model, arrays)
 
     def _warm_up(self, header: dict[str, Any]) -> dict[str, Any]:
-        if self._model is None:
-            raise ServingError("a connection has no model yet")
+        model = self._opened()
         sizes = header.get("sizes")
         if not isinstance(sizes, list) or [type(each) for each in sizes] != [int, int, int]:
             raise ServingError("a message has no sizes to prepare for")
-        warm_up = getattr(self._model.loaded.predict, "warm_up_buckets", None)
+        warm_up = getattr(model.loaded.predict, "warm_up_buckets", None)
         if warm_up is not None:
             with device_context(self._device):
                 warm_up(*sizes)
@@ -203,11 +205,7 @@ def _death_check(pid: int) -> Callable[[], bool]:
 
 def _is_gone_after_a_moment(pid: int) -> bool:
     time.sleep(_TICK_S)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    return not is_running(pid)
 
 
 def _listen(folder: Path, device: str) -> socket.socket | None:

@@ -332,15 +332,14 @@ class ServedModel:
             cause,
         )
 
-    def _is_rejected(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
-        rejected = self.rejected
-        return rejected is not None and (rejected.version, rejected.spec) == (version, spec)
+    def _rejection(self, version: ResolvedVersion, spec: ModelSpec) -> RejectedVersion | None:
+        """The rejection of this version, if it is the one that was rejected."""
+        found = self.rejected
+        return found if found and (found.version, found.spec) == (version, spec) else None
 
     def _is_blocked(self, version: ResolvedVersion, spec: ModelSpec) -> bool:
-        rejected = self.rejected
-        return (
-            self._is_rejected(version, spec) and rejected is not None and rejected.remaining_s > 0
-        )
+        found = self._rejection(version, spec)
+        return found is not None and found.remaining_s > 0
 
     def _prepare(self, version: ResolvedVersion, spec: ModelSpec) -> LoadedModel:
         """Load a version; `preparing` is set meanwhile."""
@@ -366,10 +365,10 @@ class ServedModel:
 
     def _should_end(self, version: ResolvedVersion, spec: ModelSpec, error: Exception) -> bool:
         """Whether the current version is to end, so that another one may fit the device."""
-        current, rejected = self.current, self.rejected
+        current, before = self.current, self._rejection(version, spec)
         if current is None or current.pyfunc.loaded.device == CPU:
             return False
-        tried = self._is_rejected(version, spec) and rejected is not None and rejected.alone
+        tried = before is not None and before.alone
         return isinstance(error, DeviceMemoryError) and not tried
 
     def _load_in_place(self, version: ResolvedVersion, spec: ModelSpec) -> None:
@@ -471,7 +470,7 @@ class ServedModel:
     def _reject(
         self, version: ResolvedVersion, spec: ModelSpec, error: Exception, *, alone: bool = False
     ) -> None:
-        before = self.rejected if self._is_rejected(version, spec) else None
+        before = self._rejection(version, spec)
         retry_s = min(before.retry_s * 2, MAX_RETRY_S) if before else RETRY_S
         since = before.since if before else now()
         alone = alone or (before is not None and before.alone)

@@ -1,4 +1,4 @@
-"""A device has one process, whoever starts it; it is started again after a wait."""
+"""One process per device, whichever worker starts it; restarts have a backoff."""
 
 from __future__ import annotations
 
